@@ -1,0 +1,119 @@
+"""What all tests share: no network, no chatter, a tiny model on disk, and pictures."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before anything imports a library that reads them; subprocesses inherit them.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is none; torch is asked only if there are such tests."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SD 1.x pipeline with random weights, in diffusers' layout. Do not write into it."""
+    from tunekit import families
+
+    family = families.get("sd15")
+    folder = tmp_path_factory.mktemp("tiny") / "sd15"
+    family.save(family.tiny(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipeline as an fp32 ONNX artifact; made once, as it takes a while. Do not write into it."""
+    from tunekit.artifacts import open_artifact
+    from tunekit.passes.base import run_chain
+    from tunekit.passes.export_onnx import ExportOnnx
+
+    made = run_chain(
+        [ExportOnnx()],
+        open_artifact(tiny_source, family="sd15"),
+        run_dir=tmp_path_factory.mktemp("onnx"),
+        say=lambda line: None,
+    )
+    assert made.path is not None
+    return made.path
+
+
+@pytest.fixture(scope="session")
+def make_pictures() -> Callable[..., Path]:
+    """`make_pictures(folder, count=4, size=(64, 64), captions=True)` fills a folder."""
+    import numpy as np
+    from PIL import Image
+
+    def make(
+        folder: Path,
+        count: int = 4,
+        size: tuple[int, int] = (64, 64),
+        *,
+        captions: bool = True,
+        seed: int = 0,
+    ) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        width, height = size
+        draw = np.random.default_rng(seed)
+        y, x = np.mgrid[0:height, 0:width]
+        for index in range(count):
+            color, other = draw.integers(0, 256, (2, 3))
+            radius = draw.uniform(0.2, 0.45) * min(size)
+            inside = (x - width / 2) ** 2 + (y - height / 2) ** 2 < radius**2
+            pixels = np.where(inside[..., None], color, other).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index:02d}.png")
+            if captions:
+                (folder / f"{index:02d}.txt").write_text(f"a disc number {index}", encoding="utf-8")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory, make_pictures: Callable[..., Path]) -> Path:
+    """Four captioned 64 x 64 pictures. Do not write into it."""
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def tunekit_command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`tunekit_command("ls", cwd=...)` runs the command in a process of its own and returns what it said."""
+
+    def run(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200", **options.pop("env", {})}  # type: ignore[dict-item]
+        command = [sys.executable, "-m", "tunekit", *map(str, arguments)]
+        return subprocess.run(  # type: ignore[call-overload,no-any-return]
+            command,
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+            **{"timeout": 300, **options},
+        )
+
+    return run

@@ -1,0 +1,257 @@
+"""What every family promises, tried on its real classes at size `tiny`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tunekit import families
+from tunekit.diffusion.metrics import relative_error
+from tunekit.errors import ConfigError
+from tunekit.families import Family
+
+PROMPTS = ["a red cat", "the moon"]
+TINY_BYTES = 20_000_000
+
+
+@pytest.fixture(scope="module", params=families.FAMILIES.names())
+def family(request: pytest.FixtureRequest) -> Family:
+    return families.get(request.param)
+
+
+@pytest.fixture(scope="module")
+def pipeline(family: Family) -> Any:
+    return family.load("tiny")
+
+
+@pytest.fixture(scope="module")
+def saved(family: Family, pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp(family.name) / "saved"
+    family.save(pipeline, folder)
+    return str(folder)
+
+
+def pixels(count: int, height: int, width: int) -> Tensor:
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def inputs(family: Family, pipeline: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    shape = family.latent_shape(pipeline, *family.default_size(pipeline))
+    noisy = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+    return noisy, torch.tensor([20, 700]), family.encode_prompt(pipeline, PROMPTS)
+
+
+def settings(scheduler: Any) -> dict[str, Any]:
+    return {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+
+
+def weights(pipeline: Any) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": tensor
+        for name, part in pipeline.components.items()
+        if isinstance(part, torch.nn.Module)
+        for key, tensor in part.state_dict().items()
+    }
+
+
+def test_its_name_is_its_file(family: Family) -> None:
+    assert type(family).__module__ == f"tunekit.families.{family.name}"
+    assert families.get(family.name) is family
+
+
+def test_facts_name_things_that_exist(family: Family, pipeline: Any) -> None:
+    import diffusers
+
+    facts = family.facts
+    assert type(pipeline) is getattr(diffusers, facts.pipeline_class)
+    assert getattr(pipeline, facts.denoiser_name) is family.denoiser(pipeline)
+    assert facts.denoiser_name in facts.kohya_prefixes
+    assert facts.encoders and all(prefixes for prefixes in facts.kohya_prefixes.values())
+    for component in {*facts.kohya_prefixes, *(name for pair in facts.encoders for name in pair)}:
+        assert getattr(pipeline, component) is not None
+    assert facts.default_source.count("/") == 1
+    assert facts.ss_base_model_version and facts.modelspec_architecture and facts.title
+
+
+def test_tiny_is_small_and_a_function_of_its_seed(family: Family, pipeline: Any) -> None:
+    state = torch.random.get_rng_state()
+    again, other = family.tiny(0), family.tiny(1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    own = weights(pipeline)
+    assert sum(t.numel() * t.element_size() for t in own.values()) < TINY_BYTES
+    assert all(torch.equal(tensor, own[key]) for key, tensor in weights(again).items())
+    assert any(not torch.equal(tensor, own[key]) for key, tensor in weights(other).items())
+
+
+def test_everything_is_in_eval_mode(pipeline: Any) -> None:
+    assert not any(part.training for part in pipeline.components.values() if hasattr(part, "training"))
+
+
+def test_save_and_load_change_nothing(family: Family, pipeline: Any, saved: str) -> None:
+    assert families.detect(saved) == family.name
+    loaded = family.load(saved)
+    own, read = weights(pipeline), weights(loaded)
+    assert own.keys() == read.keys()
+    assert all(torch.equal(tensor, own[key]) for key, tensor in read.items())
+    assert type(loaded.scheduler) is type(pipeline.scheduler)
+    assert settings(loaded.scheduler) == settings(pipeline.scheduler)
+    before, after = family.encode_prompt(pipeline, PROMPTS), family.encode_prompt(loaded, PROMPTS)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_come_in_the_dtype_asked_for(family: Family, saved: str, dtype: torch.dtype) -> None:
+    kinds = {t.dtype for t in weights(family.load(saved, dtype=dtype)).values() if t.is_floating_point()}
+    assert kinds == {dtype}
+
+
+def test_conditioning_is_batched_along_dim_0(family: Family, pipeline: Any) -> None:
+    both = family.encode_prompt(pipeline, PROMPTS)
+    one = family.encode_prompt(pipeline, PROMPTS[1:])
+    for key, tensor in both.items():
+        assert len(tensor) == 2
+        assert torch.isfinite(tensor).all()
+        torch.testing.assert_close(tensor[1:], one[key])
+    assert any(relative_error(tensor[0], tensor[1]) > 0.01 for tensor in both.values())
+
+
+def test_a_prompt_longer_than_the_tokenizer_takes_is_cut(family: Family, pipeline: Any) -> None:
+    short, long = family.encode_prompt(pipeline, ["a"]), family.encode_prompt(pipeline, ["a very " * 200])
+    assert {k: t.shape for k, t in short.items()} == {k: t.shape for k, t in long.items()}
+
+
+def test_latents_have_the_shape_that_was_said(family: Family, pipeline: Any) -> None:
+    multiple = family.resolution_multiple(pipeline)
+    height, width = 4 * multiple, 5 * multiple
+    channels, h, w = family.latent_shape(pipeline, height, width)
+    moments = family.encode_image(pipeline, pixels(2, height, width))
+    assert moments.shape == (2, 2 * channels, h, w)
+    assert moments.dtype == torch.float32
+    assert torch.isfinite(moments).all()
+    assert (moments[:, channels:] > 0).all()
+    decoded = family.decode(pipeline, moments[:, :channels])
+    assert decoded.shape == (2, 3, height, width)
+    assert decoded.dtype == torch.float32
+    assert decoded.min() >= 0 and decoded.max() <= 1
+    assert decoded.std() > 0.05
+
+
+def test_other_sizes_are_refused_with_the_nearest(family: Family, pipeline: Any) -> None:
+    multiple = family.resolution_multiple(pipeline)
+    for size in (4 * multiple + 1, 0, -multiple):
+        with pytest.raises(ConfigError, match=f"multiple of {multiple}"):
+            family.latent_shape(pipeline, 4 * multiple, size)
+
+
+def test_latents_are_scaled_as_the_pipeline_does(family: Family, pipeline: Any) -> None:
+    """`decode` undoes the scale of `encode_image`: the VAE's decoder sees what its encoder gave."""
+    size = family.default_size(pipeline)
+    picture = pixels(1, *size)
+    mean, std = family.encode_image(pipeline, picture).chunk(2, dim=1)
+    raw = pipeline.vae.encode(picture).latent_dist
+    scale = pipeline.vae.config.scaling_factor
+    torch.testing.assert_close(std, raw.std * scale)
+    expected = (pipeline.vae.decode(raw.mean).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(family.decode(pipeline, mean), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_denoiser_listens_to_everything(family: Family, pipeline: Any) -> None:
+    noisy, timestep, conditioning = inputs(family, pipeline)
+    denoiser = family.denoiser(pipeline)
+    prediction = family.denoise(denoiser, noisy, timestep, conditioning)
+    assert prediction.shape == noisy.shape
+    assert torch.isfinite(prediction).all()
+
+    swapped = {key: tensor.flip(0) for key, tensor in conditioning.items()}
+    for other in (
+        family.denoise(denoiser, noisy.flip(0), timestep, conditioning),
+        family.denoise(denoiser, noisy, timestep.flip(0), conditioning),
+        family.denoise(denoiser, noisy, timestep, swapped),
+    ):
+        assert relative_error(other, prediction) > 1e-3
+    second = {key: tensor[1:] for key, tensor in conditioning.items()}
+    alone = family.denoise(denoiser, noisy[1:], timestep[1:], second)
+    torch.testing.assert_close(alone, prediction[1:], atol=1e-5, rtol=1e-4)
+
+
+def test_the_objective_belongs_to_the_scheduler(family: Family, pipeline: Any) -> None:
+    objective = family.objective(pipeline, snr_gamma=5.0)
+    assert objective.num_train_timesteps == pipeline.scheduler.config.num_train_timesteps
+    assert objective.snr_gamma == 5.0
+    noisy, timestep, _ = inputs(family, pipeline)
+    again, target, weight = objective.sample(noisy, noisy, timestep)
+    assert again.shape == target.shape == noisy.shape and weight.shape == timestep.shape
+
+
+def test_blocks_are_parts_of_the_denoiser(family: Family, pipeline: Any) -> None:
+    denoiser = family.denoiser(pipeline)
+    blocks = family.blocks(denoiser)
+    assert len(blocks) > 1
+    assert all(denoiser.get_submodule(path) is block for path, block in blocks)
+    inside = sum(p.numel() for _, block in blocks for p in block.parameters())
+    assert inside > 0.5 * sum(p.numel() for p in denoiser.parameters())
+
+
+def test_blocks_are_in_the_order_they_run(family: Family, pipeline: Any) -> None:
+    denoiser = family.denoiser(pipeline)
+    ran: list[str] = []
+    handles = [
+        block.register_forward_hook(lambda *_, path=path: ran.append(path))
+        for path, block in family.blocks(denoiser)
+    ]
+    with torch.no_grad():
+        family.denoise(denoiser, *inputs(family, pipeline))
+    for handle in handles:
+        handle.remove()
+    assert ran == [path for path, _ in family.blocks(denoiser)]
+
+
+def test_every_lora_target_names_layers(family: Family, pipeline: Any) -> None:
+    paths = [
+        path
+        for path, module in family.denoiser(pipeline).named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    ]
+    for target in family.lora_targets:
+        assert any(path.endswith("." + target) for path in paths), target
+
+
+@torch.no_grad()
+def test_export_components_run_at_other_sizes(family: Family, pipeline: Any) -> None:
+    components = family.export_components(pipeline)
+    assert family.facts.denoiser_name in {component.name for component in components}
+    for component in components:
+        json.dumps(component.config)
+        assert component.config["_class_name" if "_class_name" in component.config else "model_type"]
+        assert component.dynamic.keys() <= component.inputs.keys()
+        sizes = {
+            axis: component.multiples.get(axis, 1) * count
+            for axis, count in {"batch": 3, "height": 4, "width": 6, "sequence": 7}.items()
+        }
+        feeds = []
+        for name, example in component.inputs.items():
+            axes = component.dynamic.get(name, {})
+            shape = [sizes[axes[dim]] if dim in axes else size for dim, size in enumerate(example.shape)]
+            feeds.append(torch.ones(shape, dtype=example.dtype))
+        for values in (component.inputs.values(), feeds):
+            outputs = component.module(*values)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            assert len(outputs) == len(component.outputs)
+            rows = max(len(value) for value in values)
+            assert all(torch.isfinite(o).all() and len(o) == rows for o in outputs)
+
+
+@torch.no_grad()
+def test_export_components_compute_what_the_family_computes(family: Family, pipeline: Any) -> None:
+    components = {component.name: component for component in family.export_components(pipeline)}
+    noisy, timestep, conditioning = inputs(family, pipeline)
+    denoiser = components[family.facts.denoiser_name]
+    known = [conditioning[name] for name in denoiser.inputs if name in conditioning]
+    prediction = denoiser.module(noisy, timestep[:1].float(), *known)
+    expected = family.denoise(family.denoiser(pipeline), noisy, timestep[:1].expand(2), conditioning)
+    torch.testing.assert_close(prediction, expected)

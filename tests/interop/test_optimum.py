@@ -1,0 +1,96 @@
+"""Optimum's own pipeline draws the same picture from our folder; and tunekit works beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from tunekit.diffusion.metrics import psnr_db
+from tunekit.runtime import generate_pixels, open_runtime
+
+pytestmark = pytest.mark.interop
+
+HERE = Path(__file__).resolve().parent
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pixels(file: Path) -> torch.Tensor:
+    return torch.from_numpy(np.load(file)).permute(0, 3, 1, 2)
+
+
+def test_optimum_draws_the_same_pictures(tiny_onnx: Path, tmp_path: Path, in_optimum: Run) -> None:
+    external = tmp_path / "external"
+    shutil.copytree(tiny_onnx, external)
+    unet = onnx.load(external / "unet" / "model.onnx")
+    onnx.save(
+        unet,
+        external / "unet" / "model.onnx",
+        save_as_external_data=True,
+        all_tensors_to_one_file=True,
+        location="model.onnx_data",
+        size_threshold=1024,
+    )
+    requests = [
+        {
+            "folder": str(folder),
+            "prompts": ["a red cat", "the moon"],
+            "seeds": [1, 2],
+            "steps": 8,
+            "guidance": 5.0,
+            "height": height,
+            "width": width,
+            "out": str(tmp_path / f"{index}.npy"),
+        }
+        for index, (folder, height, width) in enumerate(
+            [(tiny_onnx, 64, 64), (tiny_onnx, 48, 80), (external, 64, 64)]
+        )
+    ]
+    (tmp_path / "requests.json").write_text(json.dumps(requests))
+    in_optimum(HERE / "draw_with_optimum.py", tmp_path / "requests.json")
+    runtime = open_runtime(tiny_onnx)
+    for request in requests:
+        ours = generate_pixels(
+            runtime,
+            request["prompts"],  # type: ignore[arg-type]
+            seeds=request["seeds"],  # type: ignore[arg-type]
+            steps=8,
+            guidance=5.0,
+            height=request["height"],  # type: ignore[arg-type]
+            width=request["width"],  # type: ignore[arg-type]
+        )
+        psnr = psnr_db(pixels(Path(request["out"])), ours)  # type: ignore[arg-type]
+        print(f"Optimum, {request['height']} x {request['width']}: {psnr:.1f} dB")
+        assert psnr >= 60
+
+
+def test_models_saved_here_draw_the_same_there(tiny_source: Path, tmp_path: Path, in_optimum: Run) -> None:
+    """What transformers 5 saved, its tokenizer above all, transformers 4 must be able to read."""
+    for source in (str(tiny_source), "builtin/emoji-64"):
+        here, there = tmp_path / "here.npy", tmp_path / "there.npy"
+        script = HERE / "draw_with_tunekit.py"
+        subprocess.run([sys.executable, script, source, here], check=True, capture_output=True, timeout=600)
+        print(in_optimum(script, source, there).stdout.strip())
+        psnr = psnr_db(pixels(there), pixels(here))
+        print(f"{source}: {psnr:.1f} dB")
+        assert psnr >= 60
+
+
+@pytest.mark.slow
+def test_core_tests_pass_there(in_optimum: Run) -> None:
+    tests = (
+        *("tests/diffusion", "tests/families", "tests/test_adapters.py", "tests/test_layers.py"),
+        *("tests/test_runtime.py", "tests/training/test_checkpoint.py", "tests/training/test_loop.py"),
+    )
+    done = in_optimum("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, timeout=1800)
+    summary = done.stdout.strip().splitlines()[-1]
+    print(summary)
+    assert " passed" in summary

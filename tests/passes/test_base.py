@@ -1,0 +1,360 @@
+"""The chain: read, checked, run, skipped, resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from tunekit.artifacts import Artifact, RunFolder, open_artifact
+from tunekit.config import load
+from tunekit.errors import ChainError, OutputError, VerificationFailed
+from tunekit.passes.base import (
+    Context,
+    Outcome,
+    Pass,
+    check_chain,
+    describe_metrics,
+    format_metric,
+    parse_chain,
+    run_chain,
+)
+from tunekit.passes.benchmark import Benchmark
+from tunekit.passes.export_onnx import ExportOnnx
+from tunekit.passes.heal import Heal
+from tunekit.passes.merge import Merge
+from tunekit.passes.prune import Prune
+from tunekit.passes.quantize import Quantize
+from tunekit.passes.verify import Verify
+
+QUIET: Callable[[str], None] = lambda line: None  # noqa: E731
+
+
+class Mark(Pass):
+    """Appends a word to the model's one file."""
+
+    kind: ClassVar[str] = "mark"
+    accepts: ClassVar[frozenset[str]] = frozenset({"torch"})
+    word: str = "x"
+
+    def run(self, artifact: Artifact, context: Context) -> Outcome:
+        text = Path(artifact.source, "model.txt").read_text() + self.word
+        (context.folder / "model.txt").write_text(text)
+        (context.folder / "pictures").mkdir()
+        (context.folder / "pictures" / "a.png").write_bytes(os.urandom(8))  # no part of the model
+        return Outcome(metrics={"length": len(text)}, pictures=[{"file": "pictures/a.png", "label": "a"}])
+
+
+class Look(Pass):
+    """Measures the model's length and fails above a limit."""
+
+    kind: ClassVar[str] = "look"
+    accepts: ClassVar[frozenset[str]] = frozenset({"torch"})
+    changes_model: ClassVar[bool] = False
+    limit: int = 99
+
+    def run(self, artifact: Artifact, context: Context) -> Outcome:
+        length = len(Path(artifact.source, "model.txt").read_text())
+        failure = f"length {length} is above {self.limit}" if length > self.limit else None
+        reference = context.reference("parent")
+        return Outcome(
+            metrics={"length": length, "parent": reference.source if reference else None},
+            details={"first": getattr(context.reference("first"), "source", None)},
+            failure=failure,
+        )
+
+
+class Fill(Pass):
+    """Writes a file and then finds the disk full."""
+
+    kind: ClassVar[str] = "fill"
+    accepts: ClassVar[frozenset[str]] = frozenset({"torch"})
+
+    def run(self, artifact: Artifact, context: Context) -> Outcome:
+        (context.folder / "half").write_text("half")
+        raise OSError(28, "No space left on device")
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Artifact:
+    folder = tmp_path / "start"
+    folder.mkdir()
+    (folder / "model.txt").write_text("m")
+    (folder / "model_index.json").write_text("{}")
+    return open_artifact(folder, family="sd15")
+
+
+def run(passes: list[Pass], start: Artifact, folder: Path, **options: object) -> Artifact:
+    return run_chain(passes, start, run_dir=folder / "run", say=QUIET, **options)  # type: ignore[arg-type]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "run").iterdir() if path.is_dir())
+
+
+# Reading ---------------------------------------------------------------------------------------------------
+
+
+def test_a_chain_is_read_in_every_form():
+    chain = parse_chain(["merge", {"prune": {"ratio": 0.5}}, {"quantize": None}, {"prune": {}}])
+    assert [type(step) for step in chain] == [Merge, Prune, Quantize, Prune]
+    assert isinstance(chain[1], Prune) and chain[1].ratio == 0.5
+
+
+def test_all_mistakes_are_listed_at_once_with_their_lines(tmp_path: Path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        textwrap.dedent("""\
+        recipe: optimize
+        model: {family: sd15, source: tiny}
+        optimize:
+          - prun: {}
+          - prune: {ratioo: 0.1}
+          - prune:
+              ratio: lots
+          - {merge: {}, prune: {}}
+          - quantize: 8
+          - quantize: {mode: dynamic, group: 64}
+        """)
+    )
+    loaded = load(config)
+    with pytest.raises(ChainError) as caught:
+        parse_chain(loaded.config.optimize, loaded.chain_where)
+    lines = str(caught.value).splitlines()
+    assert len(lines) >= 6
+    for number, parts in (
+        (4, ["optimize[0]", "prun", 'did you mean "prune"?']),
+        (5, ["optimize[1] (prune)", 'did you mean "ratio"?']),
+        (7, ["optimize[2] (prune)", "ratio"]),
+        (8, ["optimize[3]", "a pass and its settings"]),
+        (9, ["optimize[4] (quantize)", "mapping"]),
+        (10, ["optimize[5] (quantize)", "group", "scheme is not int4"]),
+    ):
+        assert any(f"run.yaml:{number}:" in line and all(part in line for part in parts) for line in lines), (
+            number,
+            lines,
+        )
+
+
+@pytest.mark.parametrize(
+    ("chain", "given", "message"),
+    [
+        ([Merge(), ExportOnnx(), Prune()], "adapter", r"\(prune\) needs a torch model but .* gives onnx"),
+        ([Prune()], "adapter", r"needs a torch model but .* starts with adapter\nput `merge: {}` before"),
+        ([Merge()], "torch", r"needs an adapter but the chain starts with torch\n.*nothing to merge"),
+        ([Heal()], "torch", "nothing to heal"),
+        ([Merge(), Heal()], "adapter", "nothing to heal"),
+        ([Prune(), Quantize(), Heal()], "torch", "comes after quantize"),
+        ([Quantize(), Prune()], "torch", "comes after quantize"),
+        ([Quantize(), ExportOnnx()], "torch", "comes after quantize"),
+        ([Quantize(), Quantize()], "torch", "quantized already"),
+        ([Quantize(scheme="nf4")], "onnx", "scheme nf4, which is for torch"),
+        ([Quantize(mode="static")], "torch", "mode static, which is for ONNX"),
+        ([Verify()], "torch", "nothing to compare with"),
+        ([Prune(ratio={"heads": 0.1})], "torch", "ratios for heads but its targets"),
+        ([Prune(), Heal(micro_batch=9, batch_size=8)], "torch", "micro_batch larger"),
+        ([Prune(), Heal(optimizer="adamm")], "torch", "adamm"),
+    ],
+)  # fmt: skip
+def test_a_wrong_order_is_refused_before_anything_runs(chain: list[Pass], given: str, message: str):
+    with pytest.raises(ChainError, match=message) as caught:
+        check_chain(chain, given, lambda index, key: f"run.yaml:{index + 1}")
+    assert str(caught.value).startswith("run.yaml:")
+
+
+def test_a_good_order_gives_the_last_format():
+    whole = [Merge(), Prune(), Heal(), Verify(), ExportOnnx(), Verify(), Quantize(mode="static"), Benchmark()]
+    assert check_chain(whole, "adapter") == "onnx"
+    assert check_chain([], "adapter") == "adapter"
+
+
+def test_a_wrong_order_runs_nothing(start: Artifact, tmp_path: Path):
+    with pytest.raises(ChainError):
+        run([Mark(), Merge()], start, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+# Running ---------------------------------------------------------------------------------------------------
+
+
+def test_each_step_has_a_folder_and_a_record(start: Artifact, tmp_path: Path):
+    last = run([Mark(word="a"), Look(), Mark(word="b")], start, tmp_path)
+    first, second, third = names(tmp_path)
+    assert first.startswith("01-mark-") and second.startswith("02-look-") and third.startswith("03-mark-")
+    assert len(third.rpartition("-")[2]) == 8
+    assert Path(last.source, "model.txt").read_text() == "mab"
+    kinds = [(step.kind, step.artifact, step.settings) for step in last.lineage]
+    assert kinds == [
+        ("mark", first, {"word": "a"}),
+        ("look", second, {"limit": 99}),
+        ("mark", third, {"word": "b"}),
+    ]
+    marked = Artifact.load(tmp_path / "run" / first)
+    assert last.lineage[0].parent_hash == start.hash
+    assert last.lineage[1].parent_hash == last.lineage[2].parent_hash == marked.hash
+    assert last.lineage[0].metrics == {"length": 2, "size_bytes": 2} and last.lineage[0].seconds >= 0
+    looked = Artifact.load(tmp_path / "run" / second)
+    assert (
+        looked.source == marked.source
+        and looked.hash == marked.hash
+        and "size_bytes" not in looked.lineage[1].metrics
+    )
+    assert [path.name for path in RunFolder(tmp_path / "run").passes()] == [first, second, third]
+    assert RunFolder(tmp_path / "run").final().path == last.path
+
+
+def test_finished_steps_are_not_run_again(start: Artifact, tmp_path: Path):
+    chain: list[Pass] = [Mark(word="a"), Look(), Mark(word="a")]  # the same pass twice
+    run(chain, start, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*/artifact.json")}
+    said: list[str] = []
+    again = run_chain(chain, start, run_dir=tmp_path / "run", say=said.append)
+    assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 3
+    assert all("already there" in line for line in said) and len(said) == 3
+    assert Path(again.source, "model.txt").read_text() == "maa"
+
+
+def test_a_changed_setting_recomputes_from_there_on(start: Artifact, tmp_path: Path):
+    run([Mark(word="a"), Mark(word="b"), Mark(word="c")], start, tmp_path)
+    old = names(tmp_path)
+    last = run([Mark(word="a"), Mark(word="B"), Mark(word="c")], start, tmp_path)
+    new = [path.name for path in RunFolder(tmp_path / "run").passes()]
+    assert new[0] == old[0] and not {*new[1:]} & {*old}
+    assert Path(last.source, "model.txt").read_text() == "maBc"
+
+
+def test_a_changed_look_leaves_the_model_steps_alone(start: Artifact, tmp_path: Path):
+    run([Mark(word="a"), Look(limit=10), Mark(word="b")], start, tmp_path)
+    old = names(tmp_path)
+    run([Mark(word="a"), Look(limit=20), Mark(word="b")], start, tmp_path)
+    new = [path.name for path in RunFolder(tmp_path / "run").passes()]
+    assert new[0] == old[0] and new[2] == old[2] and new[1] != old[1]
+
+
+@pytest.mark.parametrize(
+    "change", [{"prompts": ["a cat"]}, {"seed": 1}, {"steps": 3}, {"guidance": 2.0}, {"height": 64}]
+)
+def test_another_picture_is_another_result(start: Artifact, tmp_path: Path, change: dict[str, object]):
+    run([Look()], start, tmp_path)
+    run([Look()], start, tmp_path, **change)
+    assert len(names(tmp_path)) == 2
+
+
+def test_another_model_is_another_result(start: Artifact, tmp_path: Path):
+    run([Mark()], start, tmp_path)
+    Path(start.source, "model.txt").write_text("n")
+    run([Mark()], open_artifact(start.source, family="sd15"), tmp_path)
+    assert len(names(tmp_path)) == 2
+
+
+def test_what_a_step_is_compared_with(start: Artifact, tmp_path: Path):
+    last = run([Look(), Mark(word="a"), Look(limit=50), Mark(word="b"), Look(limit=60)], start, tmp_path)
+    looks = [step for step in last.lineage if step.kind == "look"]
+    folders = names(tmp_path)
+    assert looks[0].metrics["parent"] is None and looks[0].details["first"] is None
+    assert looks[1].metrics["parent"] == start.source == looks[1].details["first"]
+    assert (
+        Path(str(looks[2].metrics["parent"])).name == folders[1] and looks[2].details["first"] == start.source
+    )
+
+
+# Failing ---------------------------------------------------------------------------------------------------
+
+
+def test_a_missed_threshold_stops_the_chain_and_is_kept(start: Artifact, tmp_path: Path):
+    chain: list[Pass] = [Mark(word="abc"), Look(limit=2), Mark()]
+    seen: list[str] = []
+    for _ in range(2):  # the second time it is known without looking
+        with pytest.raises(
+            VerificationFailed, match=r"optimize\[1\] \(look\): length 4 is above 2"
+        ) as caught:
+            run(chain, start, tmp_path, after_step=lambda artifact: seen.append(artifact.lineage[-1].kind))
+        assert caught.value.exit_code == 1
+    assert seen == ["mark", "look", "mark", "look"]  # the report is told of the failing step too
+    assert [name[:7] for name in names(tmp_path)] == ["01-mark", "02-look"]
+    kept = RunFolder(tmp_path / "run").final().lineage[-1]
+    assert kept.metrics["length"] == 4 and kept.details["failure"] == "length 4 is above 2"
+    chain[1] = Look(limit=9)
+    assert Path(run(chain, start, tmp_path).source, "model.txt").read_text() == "mabcx"
+
+
+def test_a_full_disk_leaves_nothing_half_written(start: Artifact, tmp_path: Path):
+    with pytest.raises(OutputError, match="no space left"):
+        run([Mark(), Fill()], start, tmp_path)
+    assert [path.name[:7] for path in (tmp_path / "run").iterdir() if path.is_dir()] == ["01-mark"]
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from typing import ClassVar
+from tunekit.artifacts import open_artifact
+from tunekit.passes.base import Outcome, Pass, run_chain
+
+class Slow(Pass):
+    '''Writes half of its file, says so, and takes its time.'''
+    kind: ClassVar[str] = "slow"
+    accepts: ClassVar[frozenset[str]] = frozenset({"torch"})
+    word: str
+
+    def run(self, artifact, context):
+        text = Path(artifact.source, "model.txt").read_text()
+        (context.folder / "model.txt").write_text(text)
+        print("half", self.word, flush=True)
+        time.sleep(float(sys.argv[3]) if self.word == "b" else 0)
+        (context.folder / "model.txt").write_text(text + self.word)
+        return Outcome()
+
+start = open_artifact(Path(sys.argv[1]), family="sd15")
+last = run_chain([Slow(word="a"), Slow(word="b"), Slow(word="c")], start, run_dir=Path(sys.argv[2]))
+print("done", Path(last.source, "model.txt").read_text(), flush=True)
+"""
+
+
+def test_a_killed_chain_goes_on_where_it_stopped(start: Artifact, tmp_path: Path):
+    command = [sys.executable, "-c", SCRIPT, start.source, str(tmp_path / "run")]
+    process = subprocess.Popen([*command, "600"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("half b"):
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    process.stdout.close()
+    assert [name[:7] for name in names(tmp_path)] == [".02-slo", "01-slow"]  # half a folder, out of sight
+    first = next((tmp_path / "run").glob("01-*/artifact.json"))
+    written = first.stat().st_mtime_ns
+    again = subprocess.run([*command, "0"], capture_output=True, text=True, timeout=120, check=True)
+    assert "done mabc" in again.stdout and "half a" not in again.stdout and "already there" in again.stdout
+    assert first.stat().st_mtime_ns == written
+    assert [name[:7] for name in names(tmp_path)] == ["01-slow", "02-slow", "03-slow"]
+
+
+# Words -----------------------------------------------------------------------------------------------------
+
+
+def test_figures_carry_their_units():
+    assert format_metric("size_bytes", 3 * 2**20) == "3.0 MiB"
+    assert format_metric("denoiser_ms_p50", 12.34) == "12.3 ms"
+    assert format_metric("psnr_db", 40.0) == "40.0 dB"
+    assert format_metric("speedup", 2.0) == "2.00x"
+    assert format_metric("parameters", 11_008_132) == "11.0M"
+    assert format_metric("slower", True) == "True"
+    assert format_metric("relative_error", 0.00123456) == "0.00123"
+    line = describe_metrics({"steps": 5, "size_bytes": 1024, "psnr_db": 41.23, "ssim": None})
+    assert line == "size 1.0 KiB, psnr 41.2 dB, steps 5"
+
+
+def test_a_step_says_what_it_did(start: Artifact, tmp_path: Path):
+    said: list[str] = []
+    run_chain([Mark()], start, run_dir=tmp_path / "run", say=said.append)
+    assert said[0] == "01 mark ..." and said[-1].startswith("01 mark: ") and "length 2" in said[-1]
+    json.dumps(Artifact.load(next((tmp_path / "run").glob("01-*"))).lineage[-1].metrics)

@@ -1,0 +1,143 @@
+"""TensorRT-RTX engines, built for cards that are not here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tunekit.artifacts import Artifact
+from tunekit.errors import ChainError, DeviceError, ModelError
+from tunekit.passes.base import check_chain, parse_chain, run_chain
+from tunekit.runtime import open_runtime
+
+needs_tensorrt = pytest.mark.skipif(
+    not __import__("importlib.util").util.find_spec("tensorrt_rtx"), reason='needs "tunekit[tensorrt]"'
+)
+COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+
+
+@needs_tensorrt
+def test_one_engine_per_capability(tiny_onnx: Path, tmp_path: Path) -> None:
+    chain = parse_chain(
+        [{"build_tensorrt": {"devices": ["rtx-3060", "rtx-4090", "rtx-3090"], "batch": [1, 2, 3]}}]
+    )
+    made = run_chain(chain, Artifact.load(tiny_onnx), run_dir=tmp_path)
+    assert made.format == "tensorrt"
+    assert made.path is not None
+    for component in COMPONENTS:
+        names = {path.name for path in (made.path / component).iterdir()}
+        assert names == {"config.json", "sm86.engine", "sm89.engine"}
+        assert all(path.stat().st_size > 10_000 for path in (made.path / component).glob("*.engine"))
+    index = json.loads((made.path / "engines.json").read_text())
+    assert index["engines"] == {"sm86": ["rtx-3060", "rtx-3090"], "sm89": ["rtx-4090"]}
+    # With guidance, the denoiser has two rows per picture; latents are a quarter of the pixels.
+    assert index["shapes"]["unet"]["sample"] == [[1, 4, 8, 8], [4, 4, 16, 16], [6, 4, 16, 16]]
+    assert index["shapes"]["vae_encoder"]["sample"] == [[1, 3, 32, 32], [2, 3, 64, 64], [3, 3, 64, 64]]
+    assert {path.name for path in made.path.iterdir()} >= {"model_index.json", "scheduler", "tokenizer"}
+    assert made.step is not None
+    print(made.step.details["engines"])
+    assert made.step.metrics["engines"] == 8
+
+    import torch
+
+    if not torch.cuda.is_available():
+        with pytest.raises(DeviceError, match="NVIDIA RTX cards"):
+            open_runtime(made)
+
+
+def _folder_with(
+    tiny_onnx: Path, folder: Path, nodes: list[onnx.NodeProto], weights: list[TensorProto]
+) -> Artifact:
+    """A copy whose text encoder, the first component that is built, is a graph of these nodes."""
+    shutil.copytree(tiny_onnx, folder)
+    graph = helper.make_graph(
+        nodes,
+        "text_encoder",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT32, ["batch", "sequence"])],
+        [helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, ["batch", "sequence"])],
+        weights,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, folder / "text_encoder" / "model.onnx")
+    return Artifact.load(folder)
+
+
+@needs_tensorrt
+@pytest.mark.parametrize("kind", ["bias", "dynamic"])
+def test_nodes_it_cannot_take_are_named(tiny_onnx: Path, tmp_path: Path, kind: str) -> None:
+    import numpy as np
+
+    cast = helper.make_node("Cast", ["input_ids"], ["x"], "to_float", to=TensorProto.FLOAT)
+    if kind == "bias":  # what onnxruntime's quantizer writes by default
+        weights = [
+            numpy_helper.from_array(np.arange(1, 2, dtype=np.int32), "bias"),
+            numpy_helper.from_array(np.float32(0.5), "scale"),
+        ]
+        nodes = [
+            cast,
+            helper.make_node("DequantizeLinear", ["bias", "scale"], ["b"], "the_bias"),
+            helper.make_node("Add", ["x", "b"], ["last_hidden_state"], "add"),
+        ]
+        named = "DequantizeLinear"
+    else:
+        weights = []
+        nodes = [
+            cast,
+            helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"], "the_dynamic_one"),
+            helper.make_node("DequantizeLinear", ["q", "s", "z"], ["last_hidden_state"], "back"),
+        ]
+        named = "the_dynamic_one"
+    artifact = _folder_with(tiny_onnx, tmp_path / "model", nodes, weights)
+    chain = parse_chain([{"build_tensorrt": {"devices": ["rtx-3060"]}}])
+    with pytest.raises(ModelError) as raised:
+        run_chain(chain, artifact, run_dir=tmp_path / "run")
+    print(raised.value)
+    assert "TensorRT-RTX cannot read text_encoder" in str(raised.value)
+    assert named in str(raised.value)
+    assert "quantize: {mode: static, activations: int8}" in str(raised.value)
+    assert not list((tmp_path / "run").glob("*build_tensorrt*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"devices": ["rtx-3061"]}, 'did you mean "rtx-3060"'),
+        ({"devices": ["rx-7900-xtx"]}, "has no TensorRT: that is for NVIDIA cards"),
+        ({"devices": []}, "at least 1 item"),
+        ({}, "devices: is required"),
+        ({"devices": ["rtx-3060"], "height": [64, 32, 64]}, "the smallest, the usual and the largest"),
+    ],
+)
+def test_wrong_settings(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ChainError) as raised:
+        parse_chain([{"build_tensorrt": settings}], lambda index, key: "mine.yaml:7")
+    assert words in str(raised.value)
+    assert "mine.yaml:7" in str(raised.value)
+
+
+@needs_tensorrt
+def test_cards_it_builds_nothing_for_are_known_before_anything_runs() -> None:
+    with pytest.raises(ChainError, match=r"builds nothing for h100 \(sm90\)"):
+        check_chain(parse_chain([{"build_tensorrt": {"devices": ["h100"]}}]), "onnx")
+    turing = [{"export_onnx": {}}, {"build_tensorrt": {"devices": ["t4"]}}]
+    with pytest.raises(
+        ChainError, match=r"nothing in fp32 for t4 \(sm75\); write `export_onnx: \{dtype: fp16\}`"
+    ):
+        check_chain(parse_chain(turing), "torch")
+    turing[0] = {"export_onnx": {"dtype": "fp16"}}
+    assert check_chain(parse_chain(turing), "torch") == "tensorrt"
+
+
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(ChainError) as raised:
+        check_chain(parse_chain([{"build_tensorrt": {"devices": ["rtx-3060"]}}]), "onnx")
+    message = str(raised.value)
+    assert message.endswith('needs the package "tensorrt_rtx": pip install "tunekit[tensorrt]"')
+    assert "\n" not in message

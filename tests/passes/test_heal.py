@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tunekit import families, layers
+from tunekit.artifacts import Artifact, open_artifact
+from tunekit.config import DataConfig
+from tunekit.passes.base import run_chain
+from tunekit.passes.heal import Heal
+from tunekit.passes.prune import Prune
+
+FAMILY = families.get("sd15")
+PRUNE = Prune(ratio=0.3, samples=8, spread="uniform", multiple=1)
+HEAL = Heal(max_steps=40, lr=1e-3, batch_size=4, pictures=4)
+
+
+def healed(source: Path, folder: Path, step: Heal, data: DataConfig | None = None) -> Artifact:
+    return run_chain(
+        [PRUNE, step],
+        open_artifact(source, family="sd15"),
+        run_dir=folder / "run",
+        prompts=["a cat", "a dog"],
+        data=data,
+        device="cpu",
+        say=lambda line: None,
+    )
+
+
+@pytest.fixture(scope="module")
+def result(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return healed(tiny_source, tmp_path_factory.mktemp("healed"), HEAL)
+
+
+def test_the_output_comes_closer_to_the_parents(result: Artifact):
+    metrics = result.lineage[-1].metrics
+    assert metrics["relative_error"] < 0.8 * metrics["relative_error_before"]
+    assert metrics["steps"] == 40 and metrics["loss"] < 1
+    assert metrics["relative_error_before"] == pytest.approx(
+        result.lineage[0].metrics["relative_error"], rel=0.5
+    )
+    assert "drawn by the model" in result.lineage[-1].details["note"]
+
+
+def test_shapes_stay_and_weights_move(result: Artifact):
+    assert result.path is not None
+    before = FAMILY.denoiser(FAMILY.load(str(next(result.path.parent.glob("01-prune-*")))))
+    after = FAMILY.denoiser(FAMILY.load(result.source))
+    assert layers.describe(after) == layers.describe(before)
+    assert all(not torch.equal(a, b) for a, b in zip(after.parameters(), before.parameters(), strict=True))
+
+
+def test_micro_batches_change_nothing_that_is_learned(tiny_source: Path, pictures: Path, tmp_path: Path):
+    data = DataConfig(path=str(pictures), resolution=64)
+    short = {"max_steps": 6, "lr": 2e-4, "batch_size": 4}
+    states = []
+    for micro_batch in (None, 1):
+        artifact = healed(tiny_source, tmp_path, Heal(**short, micro_batch=micro_batch), data)
+        assert artifact.lineage[-1].details["note"] == f"learned from 4 pictures of {pictures}"
+        states.append(FAMILY.denoiser(FAMILY.load(artifact.source)).state_dict())
+    assert all(torch.allclose(states[0][name], states[1][name], atol=2e-4) for name in states[0])
+
+
+def test_training_that_makes_it_worse_is_thrown_away_and_said(tiny_source: Path, tmp_path: Path):
+    artifact = healed(tiny_source, tmp_path, Heal(max_steps=4, lr=0.03, batch_size=2, pictures=2))
+    metrics = artifact.lineage[-1].metrics
+    assert metrics["relative_error"] == metrics["relative_error_before"]
+    assert "made the output worse" in artifact.lineage[-1].details["note"]
+    pruned = FAMILY.denoiser(FAMILY.load(str(next(tmp_path.glob("run/01-prune-*")))))
+    kept = FAMILY.denoiser(FAMILY.load(artifact.source))
+    assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), kept.parameters(), strict=True))

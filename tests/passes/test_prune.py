@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tunekit import families, layers
+from tunekit.artifacts import Artifact, open_artifact
+from tunekit.config import DataConfig
+from tunekit.errors import ConfigError
+from tunekit.passes.base import run_chain
+from tunekit.passes.prune import Prune, choose
+from tunekit.runtime import generate_pixels, open_runtime
+from tunekit.structures import find, parameters
+
+FAMILY = families.get("sd15")
+FEW = {"samples": 8}
+
+
+def pruned(
+    source: Path, folder: Path, *, prompts: tuple[str, ...] = ("a cat",), data: Any = None, **settings: Any
+) -> Artifact:
+    start = open_artifact(source, family="sd15")
+    step = Prune(**{**FEW, **settings})
+    return run_chain(
+        [step], start, run_dir=folder / "run", prompts=prompts, data=data, device="cpu", say=lambda line: None
+    )
+
+
+def unet(artifact: Artifact) -> Any:
+    return FAMILY.denoiser(FAMILY.load(artifact.source))
+
+
+@pytest.fixture(scope="module")
+def result(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return pruned(tiny_source, tmp_path_factory.mktemp("pruned"), ratio=0.4, multiple=4)
+
+
+def test_shapes_shrink_and_nothing_is_zeroed(result: Artifact):
+    denoiser, whole = unet(result), FAMILY.denoiser(FAMILY.tiny())
+    metrics = result.lineage[-1].metrics
+    assert metrics["parameters"] == parameters(denoiser) < metrics["parameters_before"] == parameters(whole)
+    assert metrics["macs"] < metrics["macs_before"]
+    assert 0 < metrics["relative_error"] < 1
+    smaller = [
+        name
+        for name, weight in denoiser.state_dict().items()
+        if weight.shape != whole.state_dict()[name].shape
+    ]
+    assert smaller
+    assert not any((weight == 0).all() for name, weight in denoiser.named_parameters() if "bias" not in name)
+    described = json.loads(Path(result.source, "unet", layers.FILE).read_text())
+    assert described == layers.describe(denoiser)
+
+
+def test_about_the_share_asked_for_leaves(result: Artifact):
+    prunable = sum(
+        item.count * item.parameters
+        for item in find(FAMILY.denoiser(FAMILY.tiny()), ["feed_forward", "heads", "resnet"])
+    )
+    metrics = result.lineage[-1].metrics
+    assert (metrics["parameters_before"] - metrics["parameters"]) / prunable == pytest.approx(0.4, abs=0.05)
+
+
+def test_the_table_tells_what_left(result: Artifact):
+    table = {(row["block"], row["what"]): row for row in result.lineage[-1].details["blocks"]}
+    after = find(unet(result), ["feed_forward", "heads", "resnet"])
+    assert {key: row["after"] for key, row in table.items()} == {
+        (item.name, item.target): item.count for item in after
+    }
+    for item in after:
+        row = table[item.name, item.target]
+        assert row["after"] >= max(1, 0.25 * row["before"])
+        if item.target != "heads" and row["after"] < row["before"]:
+            assert item.count * item.width % 4 == 0
+
+
+def test_the_runtime_draws_with_it(result: Artifact):
+    pixels = generate_pixels(open_runtime(result, device="cpu"), ["a cat"], seeds=[0], steps=2)
+    assert pixels.shape == (1, 3, 64, 64) and pixels.isfinite().all()
+
+
+def test_it_is_the_same_each_time(result: Artifact, tiny_source: Path, tmp_path: Path):
+    assert pruned(tiny_source, tmp_path, ratio=0.4, multiple=4).hash == result.hash
+
+
+def test_it_learns_from_the_runs_pictures(tiny_source: Path, pictures: Path, tmp_path: Path):
+    data = DataConfig(path=str(pictures), resolution=64)
+    artifact = pruned(tiny_source, tmp_path, prompts=(), data=data)
+    assert artifact.lineage[-1].details["note"] == f"judged on 4 pictures of {pictures}"
+
+
+def test_without_pictures_and_prompts_it_says_so(tiny_source: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"neither pictures nor prompts"):
+        pruned(tiny_source, tmp_path, prompts=())
+    assert not [path for path in (tmp_path / "run").iterdir() if path.is_dir()]
+
+
+def test_ratios_targets_and_kept_blocks(tiny_source: Path, tmp_path: Path):
+    artifact = pruned(
+        tiny_source,
+        tmp_path,
+        targets=["heads", "feed_forward"],
+        ratio={"heads": 0.5, "feed_forward": 0.0},
+        spread="uniform",
+        importance="magnitude",
+        keep=["mid_block"],
+    )
+    rows = artifact.lineage[-1].details["blocks"]
+    assert {row["what"] for row in rows} == {"heads", "feed_forward"}
+    assert all(row["after"] == (2 if row["what"] == "heads" else row["before"]) for row in rows)
+    assert not any(row["block"].startswith("mid_block") for row in rows)
+
+
+def test_macs_as_the_cost_makes_it_faster(result: Artifact, tiny_source: Path, tmp_path: Path):
+    by_macs = pruned(tiny_source, tmp_path, ratio=0.4, multiple=4, cost="macs")
+    assert by_macs.lineage[-1].metrics["macs"] < result.lineage[-1].metrics["macs"]
+
+
+def test_half_precision_stays(tmp_path: Path):
+    FAMILY.save(FAMILY.tiny().to(torch.float16), tmp_path / "half")
+    artifact = pruned(tmp_path / "half", tmp_path)
+    assert layers.stored_dtype(Path(artifact.source, "unet")) == torch.float16
+
+
+def test_the_least_worth_leaves_first():
+    found = find(FAMILY.denoiser(FAMILY.tiny()), ["feed_forward"])
+    count = found[0].count
+    flat = [torch.ones(item.count, dtype=torch.float64) for item in found]
+    costs = [item.parameters for item in found]
+    assert choose(found, flat, costs, 0.0, 0.25, 1) == [item.count for item in found]
+    cheap = [score.clone() for score in flat]
+    cheap[0] *= 1e-6  # the first block is worth nothing: it leaves, down to its floor
+    kept = choose(found, cheap, costs, 0.1, 0.25, 1)
+    total = sum(item.count * cost for item, cost in zip(found, costs, strict=True))
+    assert kept[0] < count and kept[1:] == [item.count for item in found[1:]]
+    assert (count - kept[0]) * costs[0] >= 0.1 * total
+    assert choose(found, cheap, costs, 0.9, 0.5, 1)[0] == count // 2
+    rounded = choose(found, flat, costs, 0.3, 0.25, 16)
+    assert all(number % 16 == 0 for number in rounded)

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+
+from tunekit import families, layers
+from tunekit.artifacts import Artifact, open_artifact
+from tunekit.diffusion.metrics import psnr_db
+from tunekit.errors import ArtifactError, ChainError, MissingPackageError
+from tunekit.passes.base import parse_chain, run_chain
+from tunekit.passes.quantize import Quantize, _resolve
+from tunekit.runtime import generate_pixels, open_runtime
+
+FAMILY = families.get("sd15")
+PROMPTS = ["a cat", "a dog"]
+# Lowest signal-to-noise ratio of the tiny model's output. Random weights are harder on rounding than
+# trained ones: a trained 11M U-Net has 44 dB where this has 34.
+LEAST_SQNR_DB = {"weight_only": 30, "dynamic": 29, "static": 15}
+LEAST_SQNR_DB_TORCH = {"int8": 30, "int4": 10, "nf4": 10}
+
+
+def quantized(source: Path, folder: Path, **settings: Any) -> Artifact:
+    return run_chain(
+        [Quantize(**settings)],
+        open_artifact(source, family="sd15"),
+        run_dir=folder / "run",
+        prompts=PROMPTS,
+        steps=6,
+        device="cpu",
+        say=lambda line: None,
+    )
+
+
+def draw(source: Artifact | Path, **options: Any) -> torch.Tensor:
+    runtime = open_runtime(source, family="sd15", device="cpu", **options)
+    return generate_pixels(runtime, PROMPTS, seeds=[0, 1], steps=3)
+
+
+# Torch -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
+def test_a_torch_model_gets_small_and_stays_near(scheme: str, tiny_source: Path, tmp_path: Path):
+    result = quantized(tiny_source, tmp_path, scheme=scheme)
+    metrics = result.lineage[-1].metrics
+    assert metrics["sqnr_db"] > LEAST_SQNR_DB_TORCH[scheme]
+    assert metrics["relative_error"] == pytest.approx(10 ** (-metrics["sqnr_db"] / 20), rel=1e-3)
+    weights = [folder / "unet" / layers.WEIGHTS for folder in (Path(result.source), tiny_source)]
+    sizes = [path.stat().st_size for path in weights]
+    assert sizes[0] < {"int8": 0.33, "int4": 0.22, "nf4": 0.22}[scheme] * sizes[1]
+    denoiser = FAMILY.denoiser(FAMILY.load(result.source))
+    kinds = {
+        type(denoiser.get_submodule(name)) for name in ("conv_in", "conv_out", "time_embedding.linear_1")
+    }
+    assert kinds == {torch.nn.Conv2d, torch.nn.Linear}  # kept
+    assert isinstance(denoiser.mid_block.resnets[0].conv1, layers.QuantConv2d)
+    count = sum(isinstance(module, layers.QuantLinear | layers.QuantConv2d) for module in denoiser.modules())
+    assert metrics["quantized_layers"] == count > 50
+
+
+def test_the_runtime_draws_with_packed_weights(tiny_source: Path, tmp_path: Path):
+    result = quantized(tiny_source, tmp_path, scheme="int8", keep=[])
+    assert isinstance(FAMILY.denoiser(FAMILY.load(result.source)).conv_in, layers.QuantConv2d)
+    assert psnr_db(draw(result), draw(tiny_source)) > 30
+
+
+def test_without_bitsandbytes_nothing_starts(
+    tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingPackageError, match=r"bitsandbytes.*tunekit\[quant\]"):
+        quantized(tiny_source, tmp_path, scheme="nf4")
+    assert not [path for path in (tmp_path / "run").iterdir() if path.is_dir()]
+
+
+def test_other_parts_of_a_torch_model_are_refused(tiny_source: Path, tmp_path: Path):
+    with pytest.raises(ArtifactError, match="only the unet can be quantized, not vae"):
+        quantized(tiny_source, tmp_path, components=["vae"])
+
+
+# ONNX ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    folder = tmp_path_factory.mktemp("quantized")
+    return {
+        "weight_only": quantized(tiny_onnx, folder),
+        "dynamic": quantized(tiny_onnx, folder, mode="dynamic"),
+        "static": quantized(tiny_onnx, folder, mode="static", samples=8),
+        "signed": quantized(
+            tiny_onnx, folder, mode="static", samples=8, activations="int8", keep=["conv_in", "up_blocks.-1"]
+        ),
+    }
+
+
+MODES = ["weight_only", "dynamic", "static", "signed"]
+
+
+def graph(artifact: Artifact, component: str = "unet") -> onnx.GraphProto:
+    return onnx.load(Path(artifact.source, component, "model.onnx")).graph
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_onnx_model_gets_small_and_stays_near(mode: str, results: dict[str, Artifact], tiny_onnx: Path):
+    result = results[mode]
+    metrics = result.lineage[-1].metrics
+    assert metrics["sqnr_db"] > LEAST_SQNR_DB.get(mode, 15)
+    assert result.size_bytes == metrics["size_bytes"] < 0.35 * open_artifact(tiny_onnx).size_bytes
+    components = {row["component"]: row for row in result.lineage[-1].details["components"]}
+    assert set(components) == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
+    assert all(row["size_bytes"] < 0.5 * row["size_bytes_before"] for row in components.values())
+    assert {row["mode"] for name, row in components.items() if name != "unet"} == {"weight_only"}
+    assert (metrics["int8_computed_layers"] > 0) == (mode != "weight_only")
+    noted = json.loads(Path(result.source, "unet", "config.json").read_text())
+    assert noted["quantization"] == {"scheme": "int8", "mode": mode if mode != "signed" else "static"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_folder_is_whole_and_draws(mode: str, results: dict[str, Artifact], tiny_onnx: Path):
+    result = results[mode]
+    files = {path.relative_to(tiny_onnx).as_posix() for path in tiny_onnx.rglob("*") if path.is_file()}
+    assert {
+        path.relative_to(result.source).as_posix()
+        for path in Path(result.source).rglob("*")
+        if path.is_file()
+    } == files
+    assert psnr_db(draw(result), draw(tiny_onnx)) > (20 if mode in ("static", "signed") else 30)
+
+
+@pytest.mark.parametrize("mode", ["weight_only", "static", "signed"])
+def test_openvino_reads_the_same_file_as_well(mode: str, results: dict[str, Artifact], tiny_onnx: Path):
+    pytest.importorskip("openvino")
+    wanted = draw(tiny_onnx)
+    by_openvino = psnr_db(draw(results[mode], provider="openvino"), wanted)
+    assert by_openvino > psnr_db(draw(results[mode]), wanted) - 3
+
+
+def test_calibration_is_the_models_own_and_repeatable(
+    results: dict[str, Artifact], tiny_onnx: Path, tmp_path: Path
+):
+    again = quantized(tiny_onnx, tmp_path, mode="static", samples=8)
+    assert again.hash == results["static"].hash
+
+
+def test_kept_layers_compute_in_floats(results: dict[str, Artifact]):
+    for mode, kept, gone in (
+        ("static", "conv_out", "up_blocks.1.resnets.0.conv1"),
+        ("signed", "up_blocks.1.resnets.0.conv1", "conv_out"),
+    ):
+        found = graph(results[mode])
+        makers = {output: node for node in found.node for output in node.output}
+        convolutions = {
+            node.input[1].removesuffix("_dequantized"): node for node in found.node if node.op_type == "Conv"
+        }
+
+        def computes_in_int8(name: str, convolutions: Any = convolutions, makers: Any = makers) -> bool:
+            made = makers.get(convolutions[f"unet.{name}.weight"].input[0])
+            return made is not None and made.op_type == "DequantizeLinear"
+
+        assert not computes_in_int8(kept) and computes_in_int8(gone)
+
+
+def test_what_tensorrt_refuses_is_not_in_its_files(results: dict[str, Artifact]):
+    for mode in ("weight_only", "signed"):
+        found = graph(results[mode])
+        assert not {node.op_type for node in found.node} & {"DynamicQuantizeLinear", "MatMulInteger"}
+        assert not any(tensor.data_type == TensorProto.UINT8 for tensor in found.initializer)
+        quantizing = {"DequantizeLinear"}
+        int8 = {
+            tensor.name
+            for tensor in found.initializer
+            if tensor.data_type == TensorProto.INT8 and tensor.dims
+        }
+        assert all(node.op_type in quantizing for node in found.node if set(node.input) & int8)
+
+
+def test_only_some_components(tiny_onnx: Path, tmp_path: Path):
+    result = quantized(tiny_onnx, tmp_path, components=["vae_decoder"])
+    assert result.lineage[-1].metrics["relative_error"] == 0
+    assert (
+        Path(result.source, "unet", "model.onnx").read_bytes()
+        == (tiny_onnx / "unet" / "model.onnx").read_bytes()
+    )
+    with pytest.raises(ArtifactError, match=r"no component vea_decoder.*\n.*vae_decoder"):
+        quantized(tiny_onnx, tmp_path, components=["vea_decoder"])
+
+
+# Settings --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samples": 8}, "samples: has no effect: mode is not static"),
+        ({"mode": "dynamic", "activations": "int8"}, "activations: has no effect"),
+        ({"reduce_range": True}, "reduce_range: has no effect"),
+        ({"group": 64}, "group: has no effect"),
+        ({"scheme": "int4", "group": 9}, "group: must be a multiple of 2"),
+        ({"scheme": "int5"}, "scheme"),
+    ],
+)
+def test_settings_without_effect_are_refused(settings: dict[str, Any], message: str):
+    with pytest.raises(ChainError, match=message):
+        parse_chain([{"quantize": settings}])
+
+
+def test_negative_indices_count_from_the_end():
+    names = ["up_blocks.0.conv", "up_blocks.2.conv", "up_blocks.10.conv", "conv_in"]
+    assert _resolve("up_blocks.-1", names) == "up_blocks.10"
+    assert _resolve("up_blocks.-2.conv", names) == "up_blocks.9.conv"
+    assert _resolve("conv_in", names) == "conv_in"

@@ -1,0 +1,350 @@
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tunekit import artifacts
+from tunekit.artifacts import (
+    ADAPTER_FILE,
+    Artifact,
+    RunFolder,
+    Step,
+    atomic_folder,
+    clean_leftovers,
+    directory_size,
+    open_artifact,
+    remove_folder,
+    write_json,
+    write_text,
+)
+from tunekit.errors import ArtifactError, ModelError, OutputError
+
+
+def fill(folder: Path, **files: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def make(folder: Path, **changes: object) -> Artifact:
+    fill(folder, weights="w" * 100)
+    artifact = Artifact(path=folder, model_path=folder, format="torch", family="sd15", source=str(folder))
+    return dataclasses.replace(artifact, **changes).write()  # type: ignore[arg-type]
+
+
+def write_adapter(path: Path) -> Path:
+    header = {"unet.to_q.lora_A.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 4)
+    return path
+
+
+# Whole or absent --------------------------------------------------------------------------------------------
+
+
+def test_atomic_folder_appears_when_whole(tmp_path: Path):
+    final = tmp_path / "deep" / "x"
+    with atomic_folder(final) as folder:
+        fill(folder, a="1", sub__b="2")
+        assert not final.exists()
+    assert (final / "sub" / "b").read_text() == "2"
+    assert os.listdir(final.parent) == ["x"]
+
+
+def test_atomic_folder_leaves_nothing_when_the_block_fails(tmp_path: Path):
+    with pytest.raises(ValueError, match="boom"), atomic_folder(tmp_path / "x") as folder:
+        fill(folder, a="1")
+        raise ValueError("boom")
+    assert os.listdir(tmp_path) == []
+
+
+def test_atomic_folder_replaces_only_with_something_whole(tmp_path: Path):
+    final = fill(tmp_path / "x", old="1")
+    with pytest.raises(KeyboardInterrupt), atomic_folder(final) as folder:
+        fill(folder, new="2")
+        raise KeyboardInterrupt
+    assert os.listdir(final) == ["old"]
+    with atomic_folder(final) as folder:
+        fill(folder, new="2")
+    assert os.listdir(final) == ["new"]
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_killed_in_the_middle_leaves_nothing_that_looks_whole(tmp_path: Path):
+    code = (
+        "import sys, time; from pathlib import Path; from tunekit.artifacts import atomic_folder\n"
+        "with atomic_folder(Path(sys.argv[1]) / 'x') as folder:\n"
+        "    (folder / 'a').write_text('1'); print('in', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.readline()
+    assert clean_leftovers(tmp_path) == []  # its maker is alive
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (tmp_path / "x").exists()
+    assert [path.name for path in clean_leftovers(tmp_path)] == [f".x.tmp-{process.pid}"]
+    assert os.listdir(tmp_path) == []
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_leftovers_bring_back_what_was_being_replaced(tmp_path: Path):
+    pid = dead_pid()
+    fill(tmp_path / f".x.old-{pid}", a="1")
+    fill(tmp_path / f".y.old-{pid}", a="old")
+    fill(tmp_path / "y", a="new")
+    fill(tmp_path / ".hidden", a="mine")
+    (tmp_path / f".z.json.tmp-{pid}").write_text("{")
+    clean_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".hidden", "x", "y"]
+    assert (tmp_path / "y" / "a").read_text() == "new"
+
+
+LIMITED = """\
+import resource, signal, sys
+from pathlib import Path
+from tunekit.artifacts import atomic_folder, write_json
+from tunekit.errors import OutputError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)   # then writing fails as on a full disk
+root = Path(sys.argv[1])
+write_json(root / "kept.json", {"old": True})
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+def folder():
+    with atomic_folder(root / "x") as temporary:
+        (temporary / "small").write_bytes(b"1")
+        (temporary / "large").write_bytes(b"1" * 100_000)
+def tensors():
+    import numpy
+    from safetensors.numpy import save_file
+    with atomic_folder(root / "x") as temporary:
+        save_file({"a": numpy.zeros(100_000)}, temporary / "a.safetensors")
+def record():
+    write_json(root / "kept.json", list(range(100_000)))
+for write in (folder, tensors, record):
+    try:
+        write()
+    except OutputError as error:
+        print(error.exit_code, str(error).splitlines()[0])
+"""
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path):
+    run = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    lines = run.stdout.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith(f"1 {tmp_path}/x: could not write: ")
+    assert lines[2].startswith(f"1 {tmp_path}/kept.json: could not write: ")
+    assert os.listdir(tmp_path) == ["kept.json"]
+    assert json.loads((tmp_path / "kept.json").read_text()) == {"old": True}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_no_space_left_while_syncing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(descriptor: int) -> None:
+        with open("/dev/full", "wb", buffering=0) as device:
+            device.write(b"1")  # the kernel's own ENOSPC
+
+    monkeypatch.setattr(artifacts.os, "fsync", full)
+    with (
+        pytest.raises(OutputError, match="no space left on the disk"),
+        atomic_folder(tmp_path / "x") as folder,
+    ):
+        fill(folder, a="1")
+    with pytest.raises(OutputError, match="no space left on the disk"):
+        write_text(tmp_path / "a.txt", "1")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_unwritable_place(tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match=r"file/x: could not write"), atomic_folder(tmp_path / "file" / "x"):
+        pass
+    with pytest.raises(OutputError, match="could not write"):
+        write_json(tmp_path / "file" / "x.json", {})
+    with pytest.raises(OutputError, match="could not write"):
+        write_json(Path("/sys/kernel/x.json"), {})  # refuses even root
+
+
+def test_errors_of_the_block_other_than_output_pass_through(tmp_path: Path):
+    with pytest.raises(OSError) as caught, atomic_folder(tmp_path / "x"):
+        raise OSError(errno.ECONNRESET, "Connection reset")
+    assert not isinstance(caught.value, OutputError)
+
+
+def test_remove_folder(tmp_path: Path):
+    fill(tmp_path / "x", a="1")
+    remove_folder(tmp_path / "x")
+    remove_folder(tmp_path / "x")
+    assert os.listdir(tmp_path) == []
+
+
+# Artifacts --------------------------------------------------------------------------------------------------
+
+
+def test_round_trip(tmp_path: Path):
+    step = Step(
+        "prune",
+        "01-prune-00000000",
+        {"ratio": 0.3},
+        1.5,
+        {"size_bytes": 100, "slower": False},
+        "abc",
+        {"t": [1]},
+    )
+    written = make(tmp_path / "x", lineage=(step,), base="builtin/emoji-64")
+    read = Artifact.load(tmp_path / "x")
+    assert read == written
+    assert (read.step, read.base, read.source, read.format) == (
+        step,
+        "builtin/emoji-64",
+        str(tmp_path / "x"),
+        "torch",
+    )
+    assert read.hash == written.hash
+    assert read.size_bytes == 100
+
+
+def test_hash_follows_names_and_contents_of_model_files_only(tmp_path: Path):
+    def digest(**files: str) -> str:
+        folder = tmp_path / str(time.monotonic_ns())
+        fill(folder, **files)
+        return Artifact(path=folder, model_path=folder, format="torch", family="", source="").hash
+
+    first = digest(a="1", sub__b="2")
+    assert first == digest(sub__b="2", a="1", pictures__p="x", **{"artifact.json": "{}", ".hidden": "x"})
+    assert (
+        len({first, digest(a="1", sub__c="2"), digest(a="2", sub__b="2"), digest(a="1"), digest(sub__b="2")})
+        == 5
+    )
+    assert digest(a="12", b="3") != digest(a="1", b="23")
+
+
+def test_a_step_that_changes_nothing_points_at_its_subject(tmp_path: Path):
+    subject = make(tmp_path / "run" / "01-a")
+    fill(tmp_path / "run" / "02-verify", pictures__p="x")
+    looked = dataclasses.replace(subject, path=tmp_path / "run" / "02-verify", recorded_hash=None).write()
+    assert json.loads((tmp_path / "run" / "02-verify" / "artifact.json").read_text())["model"] == "../01-a"
+    assert (looked.hash, looked.source, looked.size_bytes) == (subject.hash, subject.source, 100)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert Artifact.load(tmp_path / "moved" / "02-verify").source == str(tmp_path / "moved" / "01-a")
+
+
+def test_a_hub_model_can_be_looked_at_too(tmp_path: Path):
+    hub = open_artifact("somebody/some-model")
+    (tmp_path / "01-verify").mkdir()
+    looked = dataclasses.replace(hub, path=tmp_path / "01-verify", family="sd15").write()
+    assert (looked.source, looked.model_path, looked.size_bytes) == ("somebody/some-model", None, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is damaged"),
+        ("{}", "is damaged"),
+        ('{"version": 1, "format": "gguf"}', 'unknown format "gguf"'),
+        ('{"version": 9}', "written by a newer tunekit"),
+    ],
+)
+def test_damaged_records(tmp_path: Path, text: str, message: str):
+    (tmp_path / "artifact.json").write_text(text)
+    with pytest.raises(ArtifactError, match=message):
+        Artifact.load(tmp_path)
+
+
+def test_records_without_their_model(tmp_path: Path):
+    with pytest.raises(ArtifactError, match=r"artifact\.json is missing"):
+        Artifact.load(tmp_path)
+    subject = make(tmp_path / "01-a")
+    (tmp_path / "02-b").mkdir()
+    dataclasses.replace(subject, path=tmp_path / "02-b").write()
+    remove_folder(tmp_path / "01-a")
+    with pytest.raises(ArtifactError, match="the model it points at is gone"):
+        Artifact.load(tmp_path / "02-b")
+
+
+# Run folders and opening ------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_the_last_step_of_its_present_chain(tmp_path: Path):
+    run = RunFolder(tmp_path / "run")
+    fill(run.path, **{"config.yaml": "recipe: lora"})
+    with pytest.raises(ArtifactError, match="has produced nothing yet"):
+        open_artifact(run.path)
+    make(run.adapter, format="adapter", base="tiny")
+    assert open_artifact(run.path).format == "adapter"
+    one, two, other = (
+        run.pass_folder(*key) for key in [(1, "merge", "0" * 8), (2, "prune", "1" * 8), (2, "prune", "2" * 8)]
+    )
+    assert two.name == "02-prune-11111111"
+    for folder in (one, two, other):
+        make(folder)
+    run.write_chain([one.name, two.name, "03-heal-33333333"])
+    assert run.passes() == [one, two]
+    assert open_artifact(run.path).path == two
+    assert open_artifact(str(other)).path == other
+
+
+def test_a_run_that_trained_all_weights(tmp_path: Path):
+    run = RunFolder(tmp_path)
+    make(run.model)
+    assert run.trained() == run.model
+    assert open_artifact(tmp_path).path == run.model
+
+
+def test_open_folders_and_files_of_others(tmp_path: Path):
+    torch_folder = fill(tmp_path / "d", **{"model_index.json": "{}"})
+    onnx_folder = fill(tmp_path / "o", **{"model_index.json": "{}", "unet__model.onnx": "x"})
+    assert open_artifact(torch_folder).format == "torch"
+    assert open_artifact(onnx_folder, family="sd15").family == "sd15"
+    assert open_artifact(onnx_folder).format == "onnx"
+    assert open_artifact(write_adapter(tmp_path / "a" / ADAPTER_FILE).parent).format == "adapter"
+    file = write_adapter(tmp_path / "b" / "style.kohya.safetensors")
+    assert open_artifact(file).format == "adapter"
+    assert open_artifact(file.parent).source == str(file)
+    assert open_artifact("tiny", family="sd15").source == "tiny"
+    hub = open_artifact("somebody/some-model")
+    assert (hub.source, hub.path, hub.format) == ("somebody/some-model", None, "torch")
+    assert hub.hash != open_artifact("somebody/other-model").hash
+
+
+def test_open_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path / "runs" / "quickstart", **{"config.yaml": ""})
+    with pytest.raises(ArtifactError, match=r'there is no "runs/quikstart"\ndid you mean "runs/quickstart"'):
+        open_artifact("runs/quikstart")
+    with pytest.raises(ArtifactError, match=r'there is no "\./somebody/model"'):
+        open_artifact("./somebody/model")
+    with pytest.raises(ArtifactError, match="neither a run, an artifact"):
+        open_artifact(fill(tmp_path / "empty"))
+    with pytest.raises(ArtifactError, match="not a model file"):
+        open_artifact(fill(tmp_path / "f", **{"a.txt": "x"}) / "a.txt")
+    with pytest.raises(ModelError, match="bundled under the name"):
+        open_artifact("builtin/nothing-like-it")
+    (tmp_path / "cut.safetensors").write_bytes(b"\xff\xff\xff\x7f\0\0\0\0{")
+    with pytest.raises(ArtifactError, match="truncated"):
+        open_artifact(tmp_path / "cut.safetensors")
+
+
+def test_directory_size(tmp_path: Path):
+    assert directory_size(fill(tmp_path / "x", a="123", sub__b="45")) == 5

@@ -1,0 +1,411 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from tunekit.artifacts import Artifact, RunFolder, Step
+from tunekit.config import load
+from tunekit.registry import FAMILIES, PASSES, recipe_names
+from tunekit.resources import builtin_names
+from tunekit.yamlfile import config_names, read
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+CONFIG = """\
+recipe: lora
+model: {family: sd15, source: tiny}
+data: {path: photos, resolution: 32}
+train: {max_steps: 2, lr: 1e-3}
+memory: {device: cpu}
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def config(here: Path) -> Path:
+    (here / "mine.yaml").write_text(CONFIG)
+    return here / "mine.yaml"
+
+
+@pytest.fixture
+def finished(here: Path) -> RunFolder:
+    """A run with an adapter and two passes, the second slower than before."""
+    run = RunFolder(here / "runs" / "fox")
+    run.path.mkdir(parents=True)
+    run.config.write_text(CONFIG + "name: fox\n")
+    steps = (
+        Step("train", "adapter", seconds=12.0, metrics={"steps": 2, "loss": 0.5}),
+        Step("merge", "01-merge-00000000", seconds=1.0, metrics={"size_bytes": 2048}),
+        Step(
+            "benchmark",
+            "02-benchmark-00000000",
+            metrics={"picture_ms_p50": 12.5, "speedup": 0.5, "slower": True},
+        ),
+    )
+    folders = [run.adapter, run.path / steps[1].artifact, run.path / steps[2].artifact]
+    for index, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"w")
+        model = folders[1] if index == 2 else folder
+        kind = "torch" if index else "adapter"
+        Artifact(folder, model, kind, "sd15", str(model), steps[: index + 1], base="tiny").write()
+    run.write_chain([step.artifact for step in steps[1:]])
+    return run
+
+
+# Quick ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["ls"],
+        ["ls", "--json"],
+        ["show", "mine.yaml"],
+        ["report", "runs/fox"],
+        ["report", "fox", "--json"],
+    ],
+    ids=" ".join,
+)
+def test_answers_at_once(config: Path, finished: RunFolder, arguments: list[str]):
+    # On a busy machine the clock tells of the others; what the command itself takes is its CPU time.
+    seconds = []
+    for _ in range(5):
+        started, before = time.perf_counter(), os.times()
+        subprocess.run([sys.executable, "-m", "tunekit", *arguments], stdout=subprocess.DEVNULL, check=True)
+        wall, after = time.perf_counter() - started, os.times()
+        cpu = after.children_user - before.children_user + after.children_system - before.children_system
+        seconds.append((min(wall, cpu), wall))
+    best, wall = min(seconds)
+    print(f"tunekit {' '.join(arguments)}: {best:.2f} s of CPU, {wall:.2f} s by the clock")
+    assert best < 0.6
+
+
+def test_every_command_explains_itself(tunekit_command: Command):
+    overview = tunekit_command("--help").stdout
+    for command in ("ls", "show", "check", "run", "generate", "bench", "report", "doctor", "cp"):
+        assert f" {command} " in overview
+        assert f"Usage: tunekit {command}" in tunekit_command(command, "--help").stdout
+
+
+# ls, show, cp ---------------------------------------------------------------------------------------------
+
+
+def test_ls_lists_everything_there_is(finished: RunFolder, tunekit_command: Command):
+    found = json.loads(tunekit_command("ls", "--json").stdout)
+    assert list(found["configs"]) == config_names()
+    assert list(found["recipes"]) == recipe_names()
+    assert list(found["families"]) == FAMILIES.names()
+    assert list(found["passes"]) == PASSES.names()
+    assert list(found["builtin"]) == builtin_names()
+    assert found["runs"] == [{"run": "runs/fox", "state": "2 passes done", "final": "02-benchmark-00000000"}]
+    assert all(
+        about for kind in ("configs", "recipes", "families", "passes") for about in found[kind].values()
+    )
+    text = tunekit_command("ls").stdout
+    assert all(name in text for name in ["sd15/lora", "dreambooth", "prune", "runs/fox"])
+
+
+def test_ls_survives_a_closed_pipe(tunekit_command: Command):
+    command = f"{sys.executable} -m tunekit ls | head -2"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (run.stdout, run.stderr) == ("\nconfigs\n", "")
+
+
+def test_show_is_the_resolved_config(config: Path, here: Path, tunekit_command: Command):
+    (here / "child.yaml").write_text("extends: mine.yaml\ntrain: {max_steps: 7}\n")
+    run = tunekit_command("show", "child.yaml", "train.lr=0.5")
+    tree = yaml.safe_load(run.stdout)
+    assert (tree["train"]["max_steps"], tree["train"]["lr"], tree["adapter"]["rank"]) == (7, 0.5, 16)
+    assert json.loads(tunekit_command("show", "child.yaml", "train.lr=0.5", "--json").stdout) == tree
+    (here / "shown.yaml").write_text(run.stdout)
+    assert load("shown.yaml").config == load("child.yaml", ["train.lr=0.5"]).config
+
+
+def test_show_the_schema(tunekit_command: Command):
+    schema = json.loads(tunekit_command("show", "sd15/lora", "--schema").stdout)
+    assert schema["additionalProperties"] is False
+    train = schema["$defs"]["TrainConfig"]["properties"]
+    assert train["batch_size"]["description"] == "Samples per optimizer step, over all processes."
+
+
+def test_cp(here: Path, tunekit_command: Command):
+    run = tunekit_command("cp", "tiny/lora", "mine.yaml")
+    assert (run.returncode, run.stdout) == (0, "mine.yaml\n")
+    assert load("mine.yaml", ["name=tiny-lora"]).config == load("tiny/lora").config
+    (here / "mine.yaml").write_text("changed: by me\n")
+    refused = tunekit_command("cp", "tiny/lora", "mine.yaml")
+    assert refused.returncode != 0
+    assert "mine.yaml: is there already" in refused.stderr
+    assert (here / "mine.yaml").read_text() == "changed: by me\n"
+    assert tunekit_command("cp", "tiny/lora", "mine.yaml", "--force").returncode == 0
+    assert (here / "mine.yaml").read_text() != "changed: by me\n"
+    (here / "folder").mkdir()
+    assert tunekit_command("cp", "lora", "folder").stdout == "folder/lora.py\n"
+    unknown = tunekit_command("cp", "tiny/lorra", "x.yaml")
+    assert unknown.returncode == 2
+    assert unknown.stderr == 'error: there is no config or recipe "tiny/lorra"\ndid you mean "tiny/lora"?\n'
+
+
+GIVEN = {
+    "lora": ["data.path=x"],
+    "dreambooth": ["data.path=x", "data.instance_prompt=a", "data.class_prompt=b"],
+    "optimize": ["model.source=x"],
+}
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_a_copied_config_means_the_same(here: Path, tunekit_command: Command, name: str):
+    assert tunekit_command("cp", name, "elsewhere/copy.yaml").returncode == 0
+    overrides = ["name=same", *GIVEN[read(name).tree["recipe"]]]
+    assert load("elsewhere/copy.yaml", overrides).config == load(name, overrides).config
+
+
+# Mistakes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "mime.yaml"], 'error: there is no config "mime.yaml"; did you mean "mine.yaml"?'),
+        (["show", "mine.yaml", "train.lr"], 'error: command line: "train.lr" is not an override'),
+        (
+            ["run", "mine.yaml", "adapter.rnk=1"],
+            'error: command line: adapter.rnk: unknown key; did you mean "rank"?',
+        ),
+        (
+            ["run", "mine.yaml", "recipe=lorra"],
+            'error: command line: there is no recipe "lorra"; did you mean "lora"?',
+        ),
+        (["run", "mine.yaml", "optimize=[prnue]"], "prune"),
+        (["run", "mine.yaml", "optimize=[{prune: {ratoi: 1}}]"], "ratoi"),
+        (["run", "mine.yaml", "optimize=[prune]"], "needs a torch model but the chain starts with adapter"),
+        (["run", "sd15/lora"], "data.path: is required; set it here or give data.path=..."),
+        (
+            ["run", "mine.yaml", "memory.device=cuda:77", "--processes", "2"],
+            'error: the device "cuda:77" is not there',
+        ),
+        (["generate", "runs/nothing", "--prompt", "x"], 'error: there is no "runs/nothing"'),
+        (["generate", "builtin/emojis", "--prompt", "x"], "error: nothing is bundled under the name"),
+        (
+            ["generate", "tiny", "--prompt", "x", "--count", "2", "--out", "x.png"],
+            "error: --out: 2 pictures do not go into one file",
+        ),
+        (["report", "fxo"], 'error: there is no run "fxo"'),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_get_one_message_and_code_2(
+    config: Path, finished: RunFolder, tunekit_command: Command, arguments: list[str], message: str
+):
+    run = tunekit_command(*arguments)
+    assert run.returncode == 2
+    assert message in run.stderr
+    assert run.stderr.startswith("error: ")
+    assert "Traceback" not in run.stderr
+    assert run.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nix"], ["ls", "--nix"], ["show"], ["generate", "tiny"], ["run", "x", "--processes", "0"]],
+    ids=" ".join,
+)
+def test_wrong_usage_is_code_2_too(tunekit_command: Command, arguments: list[str]):
+    run = tunekit_command(*arguments)
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_debug_shows_the_traceback(here: Path, tunekit_command: Command, place: str):
+    arguments = ["show", "nowhere.yaml"]
+    run = tunekit_command(*(["--debug", *arguments] if place == "before" else [*arguments, "--debug"]))
+    assert run.returncode == 1
+    assert "Traceback" in run.stderr
+    assert "ConfigError" in run.stderr
+
+
+# check ----------------------------------------------------------------------------------------------------
+
+
+def test_check_is_content(config: Path, here: Path, pictures: Path, tunekit_command: Command):
+    run = tunekit_command(
+        "check", "mine.yaml", f"data.path={pictures}", "optimize=[merge, {export_onnx: {}}]"
+    )
+    assert run.returncode == 0, run.stderr
+    assert "merge > export_onnx (onnx)" in run.stdout
+    assert "all is well" in run.stdout
+    assert sorted(path.name for path in here.iterdir()) == ["mine.yaml"]
+
+
+def test_check_lists_everything_at_once_and_starts_nothing(
+    config: Path, here: Path, make_pictures: Callable[..., Path], tunekit_command: Command
+):
+    photos = make_pictures(here / "photos", count=5)
+    (photos / "00.txt").unlink()
+    (photos / "01.png").write_bytes((photos / "01.png").read_bytes()[:60])
+    Image.new("RGB", (4, 4)).save(photos / "02.png")
+    shutil.copy(photos / "03.png", photos / "04.png")
+    run = tunekit_command("check", "mine.yaml", "optimize=[export_onnx]", "model.source=nowhere/at/all")
+    assert run.returncode == 2
+    for part in (
+        "00.png",
+        "01.png",
+        "02.png",
+        "04.png",
+        "optimize[0] (export_onnx)",
+        'there is no "nowhere/at/all"',
+    ):
+        assert part in run.stderr
+    assert "Traceback" not in run.stderr
+    assert sorted(path.name for path in here.iterdir()) == ["mine.yaml", "photos"]
+
+
+# report ---------------------------------------------------------------------------------------------------
+
+
+def test_report(finished: RunFolder, tunekit_command: Command):
+    run = tunekit_command("report", "fox")
+    assert run.returncode == 0, run.stderr
+    assert "01-merge-00000000" in run.stdout
+    assert (finished.path / "report.html").is_file()
+    printed = json.loads(tunekit_command("report", "runs/fox", "--json").stdout)
+    assert printed == json.loads((finished.path / "report.json").read_text())
+    assert printed["version"] == 1
+    assert [step["kind"] for step in printed["steps"]] == ["merge", "benchmark"]
+    assert printed["final"] == "02-benchmark-00000000"
+
+
+# run, generate, bench -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, pictures: Path, tunekit_command: Command
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "mine.yaml").write_text(CONFIG)
+    return folder, tunekit_command("run", "mine.yaml", f"data.path={pictures}", cwd=folder)
+
+
+def test_run_trains(trained: tuple[Path, subprocess.CompletedProcess[str]], tunekit_command: Command):
+    folder, run = trained
+    assert run.returncode == 0, run.stderr
+    assert "Traceback" not in run.stderr
+    found = json.loads(tunekit_command("ls", "--json", cwd=folder).stdout)
+    assert found["runs"] == [{"run": "runs/mine", "state": "trained", "final": "adapter"}]
+
+
+def test_generate_draws_what_it_says(trained: tuple[Path, Any], tunekit_command: Command):
+    folder, _ = trained
+    arguments = [
+        "generate",
+        "runs/mine",
+        "--prompt",
+        "a füchs",
+        "--seed",
+        "5",
+        "--count",
+        "2",
+        "--steps",
+        "2",
+        "--guidance",
+        "3",
+    ]
+    run = tunekit_command(*arguments, cwd=folder)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == ["generated/a-füchs-5.png", "generated/a-füchs-6.png"]
+    assert run.stderr == ""
+    with Image.open(folder / "generated" / "a-füchs-6.png") as picture:
+        info = picture.text
+    assert (info["prompt"], info["seed"], info["steps"], info["guidance"]) == ("a füchs", "6", "2", "3")
+    assert (info["source"], info["software"].split()[0]) == ("runs/mine", "tunekit")
+
+
+def test_generate_numbers_pictures_it_would_overwrite(here: Path):
+    from tunekit.cli import _picture_path
+
+    assert _picture_path(here, "A fox, running!", 3).name == "a-fox-running-3.png"
+    (here / "a-fox-running-3.png").touch()
+    assert _picture_path(here, "A fox, running!", 3).name == "a-fox-running-3-2.png"
+    assert _picture_path(here, "???", 3).name == "picture-3.png"
+    assert _picture_path(here / "x.PNG", "any", 3) == here / "x.PNG"
+
+
+def test_bench_gives_figures_and_ratios(trained: tuple[Path, Any], tunekit_command: Command):
+    folder, _ = trained
+    arguments = [
+        "bench",
+        "tiny",
+        "runs/mine",
+        "--family",
+        "sd15",
+        "--steps",
+        "1",
+        "--repeats",
+        "2",
+        "--no-memory",
+    ]
+    run = tunekit_command(*arguments, "--json", cwd=folder)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["version"] == 1
+    first, second = found["artifacts"]
+    assert first["picture_ms_p50"] > 0
+    assert second["denoiser_ms_p50"] > 0
+    assert second["speedup"] > 0
+    assert second["slower"] == (second["speedup"] < 0.97)
+    assert "speedup" not in first
+
+
+# doctor ---------------------------------------------------------------------------------------------------
+
+
+def test_doctor(tunekit_command: Command):
+    run = tunekit_command("doctor", "--json")
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    import torch
+
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["devices"][-1]["device"] == "cpu"
+    assert "CPUExecutionProvider" in found["providers"]["onnxruntime"]
+    assert found["bundled"] == builtin_names()
+    assert not [item for item in found["missing"] if item["needed"]]
+
+
+def test_doctor_names_what_is_missing_and_the_line_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    import typer
+
+    from tunekit import cli, doctor
+
+    absent = {"openvino", "peft"}
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda package: None if package in absent else real(package))
+    with pytest.raises(typer.Exit) as caught:
+        cli.doctor()
+    assert caught.value.exit_code == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "peft pip install tunekit" in said
+    assert 'openvino (run ONNX through OpenVINO) pip install "tunekit[openvino]"' in said

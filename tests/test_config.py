@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tunekit.config import (
+    DataConfig,
+    DreamboothData,
+    RunConfig,
+    Section,
+    TrainingRunConfig,
+    dump_yaml,
+    load,
+    validate,
+)
+from tunekit.errors import ChainError, ConfigError
+from tunekit.yamlfile import config_names
+
+GOOD = """\
+recipe: lora
+model: {family: sd15, source: tiny}
+data: {path: photos}
+train:
+  max_steps: 100
+  lr: 1e-4
+"""
+
+
+class Lora(TrainingRunConfig):
+    data: DataConfig
+    """The pictures."""
+
+
+class Dreambooth(TrainingRunConfig):
+    data: DreamboothData
+    """The pictures."""
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "mine.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def complaint(*overrides: str, schema: type[RunConfig] = Lora, path: str = "mine.yaml") -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides, schema)
+    return str(caught.value)
+
+
+def test_a_good_config(config: Path):
+    loaded = load("mine.yaml", ["train.lr=2e-4"], Lora)
+    assert loaded.config.train.lr == 2e-4
+    assert loaded.config.train.max_steps == 100
+    assert loaded.config.adapter.rank == 16
+    assert loaded.config.run_dir == Path("runs/mine")
+    assert loaded.where("train.max_steps") == "mine.yaml:5"
+    assert loaded.where("train.lr") == "command line"
+    assert loaded.where("train.batch_size") == "mine.yaml:4"
+    assert loaded.where(("nothing",)) == "mine.yaml"
+
+
+def test_the_name_can_be_given(config: Path):
+    assert load("mine.yaml", ["name=other", "runs=elsewhere"], Lora).config.run_dir == Path("elsewhere/other")
+    assert "name: must match" in complaint("name=../up")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "train.learning_rate=1",
+            "command line: train.learning_rate: unknown key; known here: max_steps, lr, ",
+        ),
+        ("adapter.rnk=4", 'command line: adapter.rnk: unknown key; did you mean "rank"?'),
+        ("modle={}", 'modle: unknown key; did you mean "model"?'),
+        ("train.max_steps=many", 'train.max_steps: must be a whole number, not "many"'),
+        ("train.max_steps='7'", 'train.max_steps: must be a whole number, not "7"'),
+        ("train.max_steps=1.5", "train.max_steps: must be a whole number, not 1.5"),
+        ("train.max_steps=true", "train.max_steps: must be a whole number, not true"),
+        ("train.max_steps=0", "train.max_steps: must be at least 1, not 0"),
+        ("train.lr=-1", "train.lr: must be greater than 0, not -1"),
+        ("train.lr=.nan", "train.lr: must be a finite number"),
+        ("train.betas=[0.9]", "train.betas[1]: is required"),
+        ("train.betas=[0.9, 1.0]", "train.betas[1]: must be less than 1, not 1.0"),
+        ("train.schedule=cosin", "train.schedule: must be 'constant', 'linear' or 'cosine', not \"cosin\""),
+        ("train.optimizer=adam8bit", 'there is no optimizer "adam8bit"; did you mean "adamw8bit"?'),
+        ("train=5", "train: must be a section of keys and values, not 5"),
+        ("data.flip=1", "data.flip: must be true or false, not 1"),
+        ("data.flip=on", 'data.flip: must be true or false, not "on"'),
+        ("data.path=7", "data.path: must be text, not 7"),
+        ("data.resolution=100", "data.resolution: must be a multiple of 8, not 100"),
+        ("data.resolution=8", "data.resolution: must be at least 16, not 8"),
+        ("data.validation=[1]", "data.validation: must be text or a number, not [1]"),
+        ("data.validation=1.5", "data.validation: must be text or less than 1, not 1.5"),
+        ("data.caption_dropout=2", "data.caption_dropout: must be at most 1, not 2"),
+        ("model.family=sd16", 'model.family: there is no family "sd16"; did you mean "sd15"?'),
+        ("memory.device=gpu", 'memory.device: there is no device "gpu"; known: auto, cpu, cuda'),
+        ("adapter.targets=[]", "adapter.targets: an empty list adapts nothing"),
+        ("preview.prompts=hello", 'preview.prompts: must be a list, not "hello"'),
+        ("optimize={}", "optimize: must be a list, not {}"),
+    ],
+)
+def test_wrong_keys_and_values(config: Path, override: str, expected: str):
+    message = complaint(override)
+    assert expected in message
+    assert message.startswith("command line: ")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train.warmup_steps=100"], "train.warmup_steps: the warm-up never ends"),
+        (["memory.micro_batch=2"], "memory.micro_batch: must not be larger than train.batch_size (1)"),
+        (["preview.every=10"], "preview.every: has no effect: preview.prompts is empty"),
+        (["preview.guidance=3"], "preview.guidance: has no effect: preview.prompts is empty"),
+        (["preview={prompts: [x], every: 101}"], "preview.every: has no effect: training ends before"),
+        (["train.validate_every=10"], "train.validate_every: has no effect: there are no held-out pictures"),
+        (
+            ["train.validate_every=101", "data.validation=0.1"],
+            "train.validate_every: has no effect: training ends",
+        ),
+    ],
+)
+def test_options_without_effect(config: Path, overrides: list[str], expected: str):
+    message = complaint(*overrides)
+    assert f"command line: {expected}" in message
+
+
+@pytest.mark.parametrize(
+    "key", ["prior_weight=0.5", "class_pictures=9", "class_path=x", "class_steps=3", "class_guidance=1"]
+)
+def test_prior_options_without_a_class(config: Path, key: str):
+    data = ["data={path: photos, instance_prompt: a sks cat}", f"data.{key}"]
+    assert f"data.{key.partition('=')[0]}: has no effect: there are no class pictures" in complaint(
+        *data, schema=Dreambooth
+    )
+    assert (
+        load("mine.yaml", [*data, "data.class_prompt=a cat"], Dreambooth).config.data.class_prompt == "a cat"
+    )
+
+
+def test_a_default_written_out_is_no_error(config: Path):
+    loaded = load("mine.yaml", ["preview.guidance=7.5"], Lora)
+    assert loaded.config.preview.guidance == 7.5
+
+
+def test_required_values(config: Path):
+    config.write_text(GOOD.replace("path: photos", "path: ???").replace("  lr: 1e-4\n", ""))
+    lines = complaint().splitlines()
+    assert lines[0].startswith(
+        "mine.yaml:3: data.path: is required; set it here or give data.path=... (Folder of"
+    )
+    assert lines[1].startswith("mine.yaml:4: train.lr: is required; set it here or give train.lr=...")
+    assert len(lines) == 2
+    assert load("mine.yaml", ["data.path=x", "train.lr=1"], Lora).config.data.path == "x"
+
+
+def test_everything_wrong_is_listed_at_once_in_order(config: Path):
+    config.write_text(
+        GOOD.replace("1e-4", "fast").replace("tiny}", "tiny, colour: red}").replace("100", "-1")
+    )
+    lines = complaint("seed=-1").splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["command line", "seed"],
+        ["mine.yaml:2", "model.colour"],
+        ["mine.yaml:5", "train.max_steps"],
+        ["mine.yaml:6", "train.lr"],
+    ]
+
+
+def test_empty_file(config: Path):
+    config.write_text("")
+    assert complaint(schema=RunConfig).startswith("mine.yaml: recipe: is required")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("recipe: lorra", 'mine.yaml:1: there is no recipe "lorra"; did you mean "lora"?'),
+        ("seed: 1", "mine.yaml: recipe: is required"),
+        ("recipe: ???", "mine.yaml:1: recipe: is required"),
+        ("recipe: [a]", "mine.yaml:1: recipe: is required"),
+    ],
+)
+def test_the_recipe_gives_the_schema(config: Path, text: str, expected: str):
+    config.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load("mine.yaml")
+    assert str(caught.value).startswith(expected)
+
+
+def test_sections_are_frozen(config: Path):
+    loaded = load("mine.yaml", [], Lora)
+    with pytest.raises(ValueError, match="frozen"):
+        loaded.config.train.lr = 1.0
+
+
+def test_chain_places(config: Path):
+    config.write_text(GOOD + "optimize:\n  - merge\n  - prune:\n      ratio: 0.3\n")
+    loaded = load("mine.yaml", ["optimize.1.prune.method=x"], Lora)
+    assert loaded.chain_where(0) == "mine.yaml:8"
+    assert loaded.chain_where(1) == "mine.yaml:9"
+    assert loaded.chain_where(1, "ratio") == "mine.yaml:10"
+    assert loaded.chain_where(1, "method") == "command line"
+    assert loaded.chain_where(0, "absent") == "mine.yaml:8"
+
+
+@pytest.mark.parametrize(
+    ("schema", "overrides"),
+    [
+        (
+            Lora,
+            [
+                "optimize=[merge, {prune: {ratio: 0.3}}]",
+                "adapter=null",
+                "train.lr=1e-12",
+                "preview.prompts=['a: b', ünï]",
+            ],
+        ),
+        (Dreambooth, ["data={path: x, instance_prompt: y}"]),
+    ],
+)
+def test_the_dump_loads_to_the_same_config(
+    config: Path, tmp_path: Path, schema: type[RunConfig], overrides: list[str]
+):
+    before = load("mine.yaml", overrides, schema).config
+    (tmp_path / "config.yaml").write_text(dump_yaml(before), encoding="utf-8")
+    after = load("config.yaml", [], schema).config
+    assert after == before
+    assert list(yaml.safe_load(dump_yaml(before))) == list(schema.model_fields)
+
+
+def sections(schema: type[Section]) -> set[type[Section]]:
+    from tunekit.config import _section_types
+
+    found = {schema}
+    for item in schema.model_fields.values():
+        for child in _section_types(item.annotation):
+            found |= sections(child)  # type: ignore[arg-type]
+    return found
+
+
+@pytest.mark.parametrize(
+    "schema", sorted(sections(Lora) | sections(Dreambooth), key=lambda item: item.__name__)
+)
+def test_every_key_says_what_it_is(schema: type[Section]):
+    missing = [name for name, item in schema.model_fields.items() if not item.description]
+    assert not missing
+    assert schema.model_json_schema()
+
+
+class Small(Section):
+    size: int
+    """How many."""
+    pair: tuple[int, int] = (1, 2)
+    """Two."""
+
+
+def test_validate_for_other_sections():
+    assert validate(Small, {"size": 1, "pair": [3, 4]}, str) == Small(size=1, pair=(3, 4))
+    tree: dict[str, Any] = {"size": "1", "sise": 2}
+    with pytest.raises(ChainError) as caught:
+        validate(Small, tree, lambda key: f"line {key}", error=ChainError)
+    assert str(caught.value).splitlines() == [
+        "line ('sise',): sise: unknown key; did you mean \"size\"?",
+        "line ('size',): size: must be a whole number, not \"1\"",
+    ]
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_ready_made_configs_are_valid_but_for_what_the_user_must_give(name: str):
+    problems = []
+    try:
+        assert load(name).config.recipe
+    except ConfigError as error:
+        problems = [line for line in str(error).splitlines() if ": is required; set it here" not in line]
+    assert not problems

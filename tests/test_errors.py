@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import errno
+import pickle
+
+import pytest
+
+from tunekit import errors
+from tunekit.errors import (
+    ConfigError,
+    Interrupted,
+    MissingPackageError,
+    NonFiniteError,
+    OutputError,
+    TunekitError,
+    VerificationFailed,
+    did_you_mean,
+    output_errors,
+    require,
+)
+
+
+def test_message_names_place_and_change():
+    error = ConfigError("unknown key", where="a.yaml:3", hint="remove it")
+    assert str(error) == "a.yaml:3: unknown key\nremove it"
+    assert str(ConfigError("unknown key")) == "unknown key"
+
+
+def test_exit_codes():
+    assert (ConfigError("").exit_code, Interrupted("").exit_code) == (2, 130)
+    assert {kind("").exit_code for kind in (VerificationFailed, NonFiniteError, OutputError)} == {1}
+    kinds = [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, TunekitError)
+    ]
+    assert all(kind.__doc__ for kind in kinds)
+
+
+def test_survives_pickling_between_processes():
+    error = pickle.loads(pickle.dumps(ConfigError("what", where="here", hint="change")))
+    assert str(error) == "here: what\nchange"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("rnk", 'did you mean "rank"?'), ("RANK", 'did you mean "rank"?'), ("zzz", "")],
+)
+def test_did_you_mean(name: str, expected: str):
+    assert did_you_mean(name, ["rank", "alpha"]) == expected
+
+
+def test_require_gives_the_line_that_installs():
+    assert require("json", extra="onnx", why="x needs").__name__ == "json"
+    with pytest.raises(
+        MissingPackageError, match=r'Engines need the package "nopackage": pip install "tunekit\[tensorrt\]"'
+    ):
+        require("nopackage.inner", extra="tensorrt", why="Engines need")
+
+
+def test_require_does_not_call_a_broken_package_absent(tmp_path, monkeypatch):
+    (tmp_path / "broken_package.py").write_text("import a_part_it_lacks")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="a_part_it_lacks"):
+        require("broken_package", extra="onnx", why="x needs")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        OSError(errno.EROFS, "Read-only file system"),
+        RuntimeError("safetensors: Io(Os { code: 28, message: No space left on device })"),
+    ],
+)
+def test_output_errors_name_the_path(error: Exception):
+    with pytest.raises(OutputError, match=r"runs/x: could not write") as caught, output_errors("runs/x"):
+        raise error
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("something else"), FileNotFoundError(errno.ENOENT, "No such file")]
+)
+def test_output_errors_leave_others_alone(error: Exception):
+    with pytest.raises(type(error)) as caught, output_errors("runs/x"):
+        raise error
+    assert caught.value is error

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RECIPE = '''
+"""Does what its config says."""
+
+import os, time
+from pathlib import Path
+
+from tunekit.config import MemoryConfig, RunConfig
+from tunekit.errors import DataError, NonFiniteError
+from tunekit.launch import run_recipe
+
+
+class Config(RunConfig):
+    what: str = "nothing"
+    """What to do."""
+    memory: MemoryConfig = MemoryConfig(device="cpu")
+    """Where."""
+
+
+def main(config, loaded):
+    rank = int(os.environ.get("RANK", "0"))
+    print(f"rank {rank} of {os.environ.get('WORLD_SIZE', '1')} does {config.what}", flush=True)
+    if config.what == "together":
+        import torch
+        from accelerate import Accelerator
+
+        accelerator = Accelerator()
+        total = accelerator.reduce(torch.ones(1))
+        print(f"sum {total.item():g} on {accelerator.device.type}", flush=True)
+        accelerator.end_training()
+    if config.what == "data":
+        raise DataError("no pictures", where="photos", hint="give some")
+    if config.what == "data on rank 1":
+        if rank == 1:
+            raise DataError("no pictures", where="photos")
+        raise RuntimeError("Connection closed by peer") if time.sleep(2) is None else None
+    if config.what == "non-finite":
+        raise NonFiniteError("the loss became NaN")
+    if config.what == "bug":
+        raise ZeroDivisionError("a bug")
+    if config.what == "die":
+        os.kill(os.getpid(), 9)
+    if config.what == "wait":
+        Path("waiting").write_text(str(os.getpid()))
+        time.sleep(60)
+    Path(f"done-{rank}").touch()
+
+
+if __name__ == "__main__":
+    run_recipe(main, Config)
+'''
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(RECIPE)
+    (tmp_path / "mine.yaml").write_text("recipe: mine.py\n")
+    return tmp_path
+
+
+def direct(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "mine.py", "--config", "mine.yaml", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+
+
+# A recipe on its own --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "said"),
+    [
+        ("nothing", 0, ""),
+        ("data", 2, "error: photos: no pictures\ngive some\n"),
+        ("non-finite", 1, "error: the loss became NaN\n"),
+    ],
+)
+def test_exit_codes_and_messages(here: Path, what: str, code: int, said: str):
+    run = direct(f"what={what}")
+    assert (run.returncode, run.stderr) == (code, said)
+    assert (here / "done-0").exists() == (code == 0)
+
+
+def test_config_errors_are_said_once_and_end_every_rank(here: Path):
+    first, second = direct("wat=x"), direct("wat=x", RANK="1")
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert first.stderr == 'error: command line: wat: unknown key; did you mean "what"?\n'
+    assert second.stderr == ""
+
+
+def test_debug_shows_the_traceback(here: Path):
+    run = direct("what=data", "--debug")
+    assert run.returncode == 1
+    assert "Traceback" in run.stderr
+    assert "DataError" in run.stderr
+
+
+def test_a_bug_keeps_its_traceback(here: Path):
+    run = direct("what=bug")
+    assert run.returncode == 1
+    assert "ZeroDivisionError: a bug" in run.stderr
+
+
+def test_a_config_for_another_recipe(here: Path):
+    (here / "mine.yaml").write_text("recipe: lora\n")
+    run = direct()
+    assert run.returncode == 2
+    assert run.stderr == 'error: mine.yaml:1: this config is for the recipe "lora", not "mine"\n'
+
+
+def test_help_says_what_the_recipe_does(here: Path):
+    run = subprocess.run([sys.executable, "mine.py", "--help"], capture_output=True, text=True, check=True)
+    assert "usage: recipes/mine.py" in run.stdout
+
+
+# Through `tunekit run` ------------------------------------------------------------------------------------
+
+
+def test_run_says_that_the_recipe_was_killed(here: Path, tunekit_command: Callable[..., Any]):
+    run = tunekit_command("run", "mine.yaml", "what=die")
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: the recipe was killed, perhaps because memory ran out\n")
+    assert "Traceback" not in run.stderr
+
+
+def test_run_shows_a_bug_once(here: Path, tunekit_command: Callable[..., Any]):
+    run = tunekit_command("run", "mine.yaml", "what=bug")
+    assert run.returncode == 1
+    assert run.stderr.count("Traceback") == 1
+    assert run.stderr.endswith("ZeroDivisionError: a bug\n")
+
+
+def test_two_processes_meet_whatever_the_users_accelerate_config_says(
+    here: Path, tunekit_command: Callable[..., Any]
+):
+    (here / "accelerate").mkdir()
+    (here / "accelerate" / "default_config.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_processes: 7\n"
+    )
+    run = tunekit_command("run", "mine.yaml", "what=together", "--processes", "2", env={"HF_HOME": str(here)})
+    assert run.returncode == 0, run.stderr
+    assert sorted(run.stdout.splitlines()) == [
+        "rank 0 of 2 does together",
+        "rank 1 of 2 does together",
+        "sum 2 on cpu",
+        "sum 2 on cpu",
+    ]
+    assert {"done-0", "done-1"} <= set(os.listdir(here))
+
+
+def test_an_error_on_one_rank_is_the_one_that_is_told(here: Path, tunekit_command: Callable[..., Any]):
+    run = tunekit_command("run", "mine.yaml", "what=data on rank 1", "--processes", "2")
+    assert run.returncode == 2
+    assert run.stderr == "error: photos: no pictures\n"
+
+
+def wait_for(path: Path) -> str:
+    for _ in range(600):
+        if path.exists() and (text := path.read_text()):
+            return text
+        time.sleep(0.1)
+    raise TimeoutError(path)
+
+
+@pytest.fixture
+def waiting(here: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A run in the middle of its recipe, and the recipe's process id."""
+    command = [sys.executable, "-m", "tunekit", "run", "mine.yaml", "what=wait"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process, int(wait_for(here / "waiting"))
+        finally:
+            process.kill()
+
+
+def test_ctrl_c_reaches_the_recipe(waiting: tuple[subprocess.Popen[str], int]):
+    process, _ = waiting
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGINT
+    assert said == "stopped; nothing was being trained\ngive the same command again to continue\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal")
+def test_nothing_runs_on_when_the_command_is_killed(waiting: tuple[subprocess.Popen[str], int]):
+    process, recipe = waiting
+    process.kill()
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{recipe}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        if state == "Z":  # ended; whoever adopted it has not noticed yet
+            return
+        time.sleep(0.1)
+    pytest.fail("the recipe is still running")

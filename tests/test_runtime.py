@@ -1,0 +1,386 @@
+"""The same pictures whatever runs the model, and one clear line where it cannot run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tunekit import families
+from tunekit.adapters import add_adapter, save_adapter
+from tunekit.artifacts import Artifact
+from tunekit.config import AdapterConfig
+from tunekit.diffusion.metrics import psnr_db, relative_error, to_float
+from tunekit.diffusion.sampling import initial_latents
+from tunekit.errors import (
+    ArtifactError,
+    ConfigError,
+    DeviceError,
+    MissingPackageError,
+    ModelError,
+    TunekitError,
+)
+from tunekit.runtime import (
+    GraphModule,
+    Runtime,
+    generate,
+    generate_pixels,
+    open_runtime,
+    to_images,
+    torch_runtime,
+)
+
+FAMILY = families.get("sd15")
+PROMPTS = ["a red cat", "the moon"]
+DRAW: dict[str, Any] = {"seeds": [3, 4], "steps": 3, "guidance": 4.0, "negative_prompt": "blue"}
+CPU = {"device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def eager(tiny_source: Path) -> Runtime:
+    return open_runtime(tiny_source, **CPU)
+
+
+@pytest.fixture(scope="module")
+def expected(eager: Runtime) -> Tensor:
+    return generate_pixels(eager, PROMPTS, **DRAW)
+
+
+@pytest.fixture(scope="module", params=["cpu", "openvino"])
+def graphs(request: pytest.FixtureRequest, tiny_onnx: Path) -> Runtime:
+    if request.param == "openvino":
+        pytest.importorskip("openvino")
+    return open_runtime(tiny_onnx, provider=request.param, **CPU)
+
+
+def trained(seed: int = 0) -> Any:
+    """A tiny denoiser with an adapter that does something."""
+    pipeline = FAMILY.tiny()
+    draw = torch.Generator().manual_seed(seed)
+    for name, parameter in add_adapter(pipeline.unet, ADAPTER, FAMILY.lora_targets):
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=draw)
+    return pipeline
+
+
+ADAPTER = AdapterConfig(rank=4, alpha=6.0)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter artifact on the tiny base, inside a run folder."""
+    folder = tmp_path_factory.mktemp("runs") / "style" / "adapter"
+    save_adapter(folder, trained().unet, FAMILY, ADAPTER, name="style", title="Style")
+    Artifact(
+        path=folder,
+        model_path=folder,
+        format="adapter",
+        family="sd15",
+        source=str(folder),
+        base=str(tiny_source),
+    ).write()
+    return folder
+
+
+# --- torch ------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_draws_what_diffusers_draws(eager: Runtime, expected: Tensor) -> None:
+    eager.pipeline.set_progress_bar_config(disable=True)
+    wanted = eager.pipeline(
+        PROMPTS,
+        negative_prompt=["blue"] * 2,
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
+        output_type="pt",
+    ).images
+    assert (expected - wanted).abs().max() <= 1e-5
+    assert eager.title == "torch fp32 cpu"
+
+
+def test_a_picture_does_not_depend_on_its_batch(eager: Runtime, expected: Tensor) -> None:
+    alone = generate_pixels(eager, PROMPTS, **DRAW, batch=1)
+    assert (alone - expected).abs().max() < 1e-4
+    swapped = generate_pixels(eager, PROMPTS[::-1], **{**DRAW, "seeds": [4, 3]}).flip(0)
+    assert (swapped - expected).abs().max() < 1e-4
+
+
+def test_pictures_are_the_rounded_pixels(eager: Runtime, expected: Tensor) -> None:
+    pictures = generate(eager, PROMPTS, **DRAW)
+    assert all(isinstance(picture, Image.Image) and picture.size == (64, 64) for picture in pictures)
+    assert (to_float(pictures) - expected).abs().max() <= 0.5 / 255 + 1e-6
+    assert np.asarray(to_images(torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1))[0]).tolist() == [
+        [[0, 128, 255]]
+    ]
+
+
+def test_one_prompt_with_many_seeds_and_one_seed_with_many_prompts(eager: Runtime, expected: Tensor) -> None:
+    assert torch.allclose(generate_pixels(eager, PROMPTS[:1], **DRAW)[0], expected[0], atol=1e-4)
+    many = generate_pixels(eager, PROMPTS, **{**DRAW, "seeds": [3]})
+    assert torch.allclose(many[0], expected[0], atol=1e-4) and many.shape == expected.shape
+    with pytest.raises(ConfigError, match="2 prompts and 3 seeds"):
+        generate(eager, PROMPTS, seeds=[1, 2, 3])
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        generate(eager, PROMPTS, seeds=[])
+
+
+def test_other_sizes(eager: Runtime) -> None:
+    assert generate(eager, ["a"], seeds=[0], steps=1, height=40, width=72)[0].size == (72, 40)
+    with pytest.raises(ConfigError, match="multiple of 8"):
+        generate(eager, ["a"], seeds=[0], steps=1, height=44)
+
+
+def test_progress(eager: Runtime) -> None:
+    seen: list[tuple[int, int]] = []
+    generate(
+        eager,
+        ["a"],
+        seeds=[0],
+        steps=2,
+        guidance=1.0,
+        on_step=lambda done, of, latents: seen.append((done, of)),
+    )
+    assert seen == [(1, 3), (2, 3), (3, 3)]  # PNDM asks once more than it has steps
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("bf16", 25), ("fp16", 40)])
+def test_narrower_types(tiny_source: Path, expected: Tensor, dtype: str, least: float) -> None:
+    runtime = open_runtime(tiny_source, dtype=dtype, **CPU)
+    assert runtime.title == f"torch {dtype} cpu"
+    conditioning = runtime.encode_prompt(["a"])["encoder_hidden_states"]
+    assert conditioning.dtype == torch.float32
+    assert psnr_db(generate_pixels(runtime, PROMPTS, **DRAW), expected) > least
+
+
+def test_threads_are_set_before_each_use(tiny_source: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        one, two = (open_runtime(tiny_source, threads=count, **CPU) for count in (1, 2))
+        for runtime, count in ((one, 1), (two, 2), (one, 1)):
+            runtime.encode_prompt(["a"])
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_images_are_encoded(eager: Runtime) -> None:
+    picture = torch.zeros(1, 3, 64, 64)
+    assert torch.equal(eager.encode_image(picture), FAMILY.encode_image(eager.pipeline, picture))
+
+
+# --- adapters ---------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_a_run_and_a_base_with_an_adapter_draw_alike(
+    adapter: Path, tiny_source: Path, expected: Tensor
+) -> None:
+    wanted = generate_pixels(torch_runtime(FAMILY, trained()), PROMPTS, **DRAW)
+    assert psnr_db(wanted, expected) < 40  # the adapter shows
+    for source, options in (
+        (adapter, {}),
+        (adapter.parent, {}),
+        (tiny_source, {"adapter": adapter}),
+        (tiny_source, {"adapter": adapter / "style.kohya.safetensors"}),
+    ):
+        assert torch.equal(generate_pixels(open_runtime(source, **options, **CPU), PROMPTS, **DRAW), wanted)
+
+
+def test_an_adapter_that_names_no_base(adapter: Path) -> None:
+    with pytest.raises(ArtifactError, match="without the base"):
+        open_runtime(adapter / "style.kohya.safetensors", **CPU)
+
+
+def test_two_adapters(adapter: Path) -> None:
+    with pytest.raises(ConfigError, match="two adapters"):
+        open_runtime(adapter, adapter=adapter, **CPU)
+
+
+def test_the_base_is_opened_as_it_was_for_training(adapter: Path, tiny_source: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_source, tmp_path / "base")
+    for file in base.glob("*/*.safetensors"):
+        file.rename(file.with_suffix(".half.safetensors"))
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    record = json.loads((copy / "artifact.json").read_text())
+    step = {"kind": "train", "artifact": "adapter", "settings": {"model": {"variant": "half"}}}
+    (copy / "artifact.json").write_text(json.dumps(record | {"base": str(base), "lineage": [step]}))
+    assert open_runtime(copy, **CPU).title == "torch fp32 cpu"
+
+
+# --- graphs -----------------------------------------------------------------------------------------------
+
+
+def test_graphs_draw_what_torch_draws(graphs: Runtime, expected: Tensor) -> None:
+    pixels = generate_pixels(graphs, PROMPTS, **DRAW)
+    print(f"{graphs.title}: {psnr_db(pixels, expected):.1f} dB")
+    assert psnr_db(pixels, expected) >= 60
+    assert graphs.title in ("onnxruntime CPUExecutionProvider", "openvino f32 CPU")
+
+
+def test_each_component_agrees_with_torch(graphs: Runtime, eager: Runtime) -> None:
+    prompts = graphs.encode_prompt(PROMPTS)
+    known = eager.encode_prompt(PROMPTS)
+    assert relative_error(prompts["encoder_hidden_states"], known["encoder_hidden_states"]) <= 1e-4
+    latents = initial_latents([0, 1], graphs.latent_shape(48, 80))
+    for timestep in (torch.tensor(10), torch.tensor([7, 900]), torch.tensor([33.5, 33.5])):
+        found, wanted = (r.denoise(latents, timestep, known) for r in (graphs, eager))
+        assert relative_error(found, wanted) <= 1e-4
+    assert relative_error(graphs.decode(latents), eager.decode(latents)) <= 1e-4
+    picture = torch.rand(1, 3, 48, 80, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert relative_error(graphs.encode_image(picture), eager.encode_image(picture)) <= 1e-4
+
+
+def test_graphs_know_their_sizes(graphs: Runtime, eager: Runtime) -> None:
+    assert graphs.default_size == eager.default_size
+    assert graphs.latent_shape(64, 32) == eager.latent_shape(64, 32)
+    assert type(graphs.scheduler) is type(eager.scheduler)
+
+
+def test_threads_reach_onnxruntime(tiny_onnx: Path) -> None:
+    runtime = open_runtime(tiny_onnx, threads=1, **CPU)
+    options = runtime.pipeline.unet.graph.session.get_session_options()
+    assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
+
+
+def test_threads_and_precision_reach_openvino(tiny_onnx: Path, expected: Tensor) -> None:
+    pytest.importorskip("openvino")
+    runtime = open_runtime(tiny_onnx, provider="openvino", dtype="bf16", threads=1, **CPU)
+    compiled = runtime.pipeline.unet.graph.compiled
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+    assert runtime.title == "openvino bf16 CPU"
+    assert psnr_db(generate_pixels(runtime, PROMPTS, **DRAW), expected) > 20
+
+
+def test_a_closed_runtime_has_let_go(tiny_onnx: Path) -> None:
+    runtime = open_runtime(tiny_onnx, **CPU)
+    runtime.close()
+    assert runtime.pipeline is None
+
+
+def test_a_batch_larger_than_a_graph_takes_is_split() -> None:
+    class Doubler:
+        inputs = {"sample": (np.dtype(np.float16), [None, 2]), "timestep": (np.dtype(np.int64), [1])}
+        max_rows = 2
+
+        def __init__(self) -> None:
+            self.rows: list[int] = []
+
+        def run(self, feeds: dict[str, Any]) -> dict[str, Any]:
+            assert feeds["sample"].dtype == np.float16 and feeds["timestep"].shape == (1,)
+            self.rows.append(len(feeds["sample"]))
+            return {"out": 2 * feeds["sample"] + feeds["timestep"].astype(np.float16)}
+
+    graph = Doubler()
+    module = GraphModule(graph, {})
+    rows = torch.arange(10.0).view(5, 2)
+    assert torch.equal(module(rows, torch.full((5,), 3)).out, 2 * rows + 3)
+    assert graph.rows == [2, 2, 1]
+    times = torch.arange(5)
+    assert torch.equal(module(rows, timestep=times, return_dict=False)[0], 2 * rows + times[:, None])
+    assert graph.rows[3:] == [1] * 5
+    with pytest.raises(ModelError, match="the graph takes sample, timestep; it was given sample"):
+        module(rows)
+
+
+# --- what cannot be ---------------------------------------------------------------------------------------
+
+
+def why(error: type[TunekitError], source: Any, **options: Any) -> str:
+    with pytest.raises(error) as caught:
+        open_runtime(source, **{**CPU, **options})
+    return str(caught.value)
+
+
+def test_options_without_effect(tiny_source: Path, tiny_onnx: Path, adapter: Path) -> None:
+    assert "no effect on a torch model" in why(ConfigError, tiny_source, provider="cpu")
+    assert "its precision is in the file" in why(ConfigError, tiny_onnx, dtype="bf16")
+    assert "no effect on a model in onnx" in why(ConfigError, tiny_onnx, adapter=adapter)
+    assert "fp32, bf16, fp16" in why(ConfigError, tiny_source, dtype="float16")
+    assert 'did you mean "openvino"' in why(ConfigError, tiny_onnx, provider="openvin")
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_is_not_installed(tiny_onnx: Path, provider: str) -> None:
+    import onnxruntime
+
+    if len(onnxruntime.get_available_providers()) > 2:
+        pytest.skip("onnxruntime-gpu is installed")
+    message = why(DeviceError, tiny_onnx, provider=provider)
+    assert "ExecutionProvider here; it has" in message and "tunekit[gpu]" in message
+
+
+def test_a_missing_component(tiny_onnx: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_onnx, tmp_path / "model")
+    shutil.rmtree(folder / "vae_encoder")
+    runtime = open_runtime(folder, **CPU)
+    with pytest.raises(ModelError, match="no vae_encoder"):
+        runtime.encode_image(torch.zeros(1, 3, 64, 64))
+    shutil.rmtree(folder / "unet")
+    assert "unet is missing" in why(ArtifactError, folder)
+
+
+@pytest.mark.parametrize("provider", ["cpu", "openvino"])
+def test_a_damaged_graph(tiny_onnx: Path, tmp_path: Path, provider: str) -> None:
+    if provider == "openvino":
+        pytest.importorskip("openvino")
+    folder = shutil.copytree(tiny_onnx, tmp_path / "model")
+    (folder / "unet" / "model.onnx").write_bytes(b"not a graph")
+    message = why(ModelError, folder, provider=provider)
+    assert str(folder / "unet" / "model.onnx") in message and "cannot load" in message
+
+
+def test_tiny_needs_a_family() -> None:
+    assert "sd15" in why(ModelError, "tiny")
+    assert open_runtime("tiny", family="sd15", **CPU).default_size == (64, 64)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert "nowhere" in why(TunekitError, tmp_path / "nowhere")
+
+
+@pytest.fixture
+def engines(tmp_path: Path, tiny_source: Path) -> Artifact:
+    """An artifact of engines for a card that nobody has."""
+    folder = tmp_path / "engines"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "sm00.engine").write_bytes(b"engine")
+    return Artifact(path=folder, model_path=folder, format="tensorrt", family="sd15", source=str(folder))
+
+
+def test_engines_without_a_card(engines: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = why(DeviceError, engines)
+    assert "NVIDIA RTX" in message and message.count("\n") == 1
+    assert "no effect" in why(ConfigError, engines, provider="cpu")
+    assert "no effect" in why(ConfigError, engines, dtype="fp16")
+
+
+@pytest.mark.parametrize(("package", "extra"), [("openvino", "openvino"), ("tensorrt_rtx", "tensorrt")])
+def test_a_missing_package(
+    tiny_onnx: Path, engines: Artifact, monkeypatch: pytest.MonkeyPatch, package: str, extra: str
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, package, None)
+    source, options = (tiny_onnx, {"provider": package}) if package == "openvino" else (engines, {})
+    message = why(MissingPackageError, source, **options)
+    assert f'pip install "tunekit[{extra}]"' in message and "\n" not in message
+
+
+def test_engines_for_another_card(engines: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "GeForce RTX 4090")
+    monkeypatch.setattr("tunekit.hardware.probe", lambda name: SimpleNamespace(torch_device="cuda:0"))
+    message = why(DeviceError, engines, device="auto")
+    assert "engines are for sm00" in message and "RTX 4090 needs sm89" in message

@@ -1,0 +1,226 @@
+"""Checkpoints on disk, and which configurations may go on from them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tunekit.config import (
+    AdapterConfig,
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    PreviewConfig,
+    TrainConfig,
+    TrainingRunConfig,
+)
+from tunekit.data.images import Sample
+from tunekit.errors import ArtifactError, ResumeError
+from tunekit.training import checkpoint
+from tunekit.training.checkpoint import Checkpoints, compare_identities, identity, only_writer
+
+
+class Config(TrainingRunConfig):
+    data: DataConfig
+
+
+def config(**changes: Any) -> Config:
+    """A config; `train__lr=1` changes one key of a section."""
+    sections: dict[str, Any] = {
+        "model": ModelConfig(family="sd15", source="tiny"),
+        "adapter": AdapterConfig(rank=4),
+        "data": DataConfig(path="photos", resolution=64),
+        "train": TrainConfig(max_steps=10, lr=0.001, batch_size=2),
+        "memory": MemoryConfig(),
+        "preview": PreviewConfig(),
+    }
+    top: dict[str, Any] = {"recipe": "lora", "name": "x", "seed": 0}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            sections[section] = sections[section].model_copy(update={name: value})
+        else:
+            (sections if key in sections else top)[key] = value
+    return Config(**top, **sections)
+
+
+def sample(content: str = "aa", caption: str = "a fox") -> Sample:
+    return Sample("fox.png", caption, 64, 64, content, "photos/fox.png", lambda: b"")
+
+
+def changed_keys(before: Config, after: Config, *, samples: tuple[Sample, ...] = (sample(),)) -> list[str]:
+    try:
+        compare_identities(identity(before, [sample()]), identity(after, samples), Path("runs/x"))
+    except ResumeError as error:
+        return [line.split(":")[0].strip() for line in error.message.splitlines()[1:]]
+    return []
+
+
+def test_what_matters_to_learning_is_named_when_it_changes() -> None:
+    usual = config()
+    assert changed_keys(usual, usual) == []
+    assert changed_keys(usual, config(train__lr=0.002)) == ["train.lr"]
+    assert changed_keys(usual, config(seed=1)) == ["seed"]
+    assert changed_keys(usual, config(adapter__rank=8, train__snr_gamma=5.0)) == [
+        "adapter.rank",
+        "train.snr_gamma",
+    ]
+    assert "adapter.rank" in changed_keys(usual, config(adapter=None))
+    assert changed_keys(usual, config(train__batch_size=4, memory__precision="bf16")) == [
+        "memory.precision",
+        "train.batch_size",
+    ]
+    pictures = ["data (its pictures or captions)"]
+    assert changed_keys(usual, usual, samples=(sample("bb"),)) == pictures
+    assert changed_keys(usual, usual, samples=(sample(caption="a dog"),)) == pictures
+    assert changed_keys(usual, usual, samples=()) == pictures
+
+
+def test_what_does_not_matter_may_change() -> None:
+    usual = config()
+    free = {
+        "name": "y",
+        "runs": "elsewhere",
+        "optimize": ["merge"],
+        "data__path": "moved",
+        "data__cache": "cache",
+        "memory": MemoryConfig(micro_batch=1, gradient_checkpointing=True, device="cpu"),
+        "preview": PreviewConfig(prompts=["a fox"], every=5),
+        "train": TrainConfig(
+            **{
+                **usual.train.model_dump(),
+                "max_steps": 20,
+                "checkpoint_every": 3,
+                "log_every": 1,
+                "keep_checkpoints": 5,
+            }
+        ),
+    }
+    for key, value in free.items():
+        assert changed_keys(usual, config(**{key: value})) == [], key
+
+
+def test_a_falling_schedule_cannot_be_prolonged() -> None:
+    assert changed_keys(
+        config(train__schedule="cosine"), config(train__schedule="cosine", train__max_steps=20)
+    ) == ["train.max_steps"]
+
+
+def test_message_says_then_and_now() -> None:
+    with pytest.raises(ResumeError) as error:
+        compare_identities(
+            identity(config(), [sample()]), identity(config(train__lr=0.002), [sample("cc")]), Path("runs/x")
+        )
+    assert "train.lr: 0.001 then, 0.002 now" in str(error.value)
+    assert str(error.value).startswith("runs/x: cannot continue")
+    assert "name=..." in str(error.value)
+
+
+def save(checkpoints: Checkpoints, step: int) -> Path:
+    tensors = {"a.weight": torch.full((2, 2), float(step)), "b": torch.arange(3.0)}
+    optimizer = {
+        "state": {0: {"exp_avg": torch.full((2,), float(step))}},
+        "param_groups": [{"lr": 0.1, "params": [0]}],
+    }
+    return checkpoints.save(
+        tensors, optimizer, {"step": step, "seconds": 1.5, "metrics": {}, "recent": [], "scaler": None}
+    )
+
+
+def test_newest_whole_checkpoint_is_read_and_old_ones_go(tmp_path: Path) -> None:
+    made = Checkpoints(tmp_path, {"lr": 1}, keep=2)
+    assert made.load() is None
+    for step in (5, 10, 15, 20):
+        save(made, step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000015", "step-000020"]
+    (tmp_path / "step-000025").mkdir()  # without state.json: not whole
+    saved = made.load()
+    assert saved is not None
+    assert saved.step == 20
+    assert saved.trainable["a.weight"].tolist() == [[20, 20], [20, 20]]
+    assert saved.optimizer["state"][0]["exp_avg"].tolist() == [20, 20]
+    assert saved.state["seconds"] == 1.5
+
+
+def test_another_identity_is_refused(tmp_path: Path) -> None:
+    save(Checkpoints(tmp_path, {"train.lr": 1}), 5)
+    other = Checkpoints(tmp_path, {"train.lr": 2})
+    for read in (other.check, other.load):
+        with pytest.raises(ResumeError, match=r"train\.lr: 1 then, 2 now"):
+            read()
+
+
+@pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.pt", "state.json"])
+def test_damage_is_named(tmp_path: Path, name: str) -> None:
+    made = Checkpoints(tmp_path, {})
+    file = save(made, 5) / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ResumeError, match=r"step-000005: the checkpoint is damaged.*\nremove this folder"):
+        made.load()
+
+
+def test_a_pickle_in_the_optimizer_is_not_run(tmp_path: Path) -> None:
+    made = Checkpoints(tmp_path, {})
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"state": Evil()}, save(made, 5) / "optimizer.pt")
+    with pytest.raises(ResumeError, match="damaged"):
+        made.load()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_leftovers_of_a_killed_process_are_swept(tmp_path: Path) -> None:
+    made = Checkpoints(tmp_path, {})
+    save(made, 5)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    leftover = tmp_path / f".step-000010.tmp-{dead.pid}"
+    leftover.mkdir()
+    (leftover / "state.json").write_text(json.dumps({"step": 10}))
+    saved = made.load()
+    assert saved is not None
+    assert saved.step == 5
+    assert not leftover.exists()
+
+
+def test_one_writer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_LOCK_SECONDS", 0.3)
+    said: list[str] = []
+    with only_writer(tmp_path / "run", said.append):
+        with (
+            pytest.raises(ArtifactError, match="another process is writing"),
+            only_writer(tmp_path / "run", said.append),
+        ):
+            pass
+        assert said == [f"waiting for another process to leave {tmp_path / 'run'}"]
+    with only_writer(tmp_path / "run", said.append):
+        pass
+
+
+def test_a_killed_writer_leaves_no_lock(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from tunekit.training.checkpoint import only_writer; from pathlib import Path\n"
+        "with only_writer(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with (tmp_path / ".lock").open("a") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    began = time.monotonic()
+    with only_writer(tmp_path):
+        assert time.monotonic() - began < 5

@@ -1,0 +1,459 @@
+"""The loop against plain torch, and everything that can go wrong in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from tunekit import optimizers
+from tunekit.config import TrainConfig
+from tunekit.errors import Interrupted, NonFiniteError, OutputError, ResumeError
+from tunekit.training import loop
+from tunekit.training.checkpoint import Checkpoints
+from tunekit.training.loop import Result, learning_rate, train, weighted_mse
+from tunekit.training.tracking import Tracker, read_metrics
+
+
+@dataclass
+class Rows:
+    """A micro-batch."""
+
+    ids: tuple[str, ...]
+    x: Tensor
+    y: Tensor
+
+    def to(self, device: torch.device) -> Rows:
+        return Rows(self.ids, self.x.to(device), self.y.to(device))
+
+
+class Line:
+    """Batches of y = sum(x) + noise; step k takes rows k*B to (k+1)*B - 1, cut as `cuts` says."""
+
+    def __init__(self, batch_size: int = 6, cuts: tuple[int, ...] = ()) -> None:
+        self.batch_size = batch_size
+        self.cuts = cuts or (batch_size,)
+        assert sum(self.cuts) == batch_size
+
+    def step(self, step: int, rank: int, processes: int) -> list[Rows]:
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(self.batch_size, 3, generator=generator)
+        y = x.sum(1) + 0.1 * torch.randn(self.batch_size, generator=generator)
+        ids = [f"s{step}-{i}" for i in range(self.batch_size)]
+        return [
+            Rows(tuple(names), a, b)
+            for names, a, b in zip(
+                [ids[sum(self.cuts[:i]) : sum(self.cuts[: i + 1])] for i in range(len(self.cuts))],
+                x.split(list(self.cuts)),
+                y.split(list(self.cuts)),
+                strict=True,
+            )
+        ]
+
+
+def squared(model: nn.Module, batch: Rows) -> Tensor:
+    """Squared error per row."""
+    return (model(batch.x)[:, 0] - batch.y) ** 2
+
+
+def linear() -> nn.Module:
+    """A model that is the same each time."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    return model
+
+
+def settings(**options: Any) -> TrainConfig:
+    return TrainConfig(**{"max_steps": 12, "lr": 0.05, "batch_size": 6, "checkpoint_every": 5, **options})
+
+
+def fit(
+    accelerator: Accelerator,
+    config: TrainConfig,
+    *,
+    batches: Line | None = None,
+    loss: Callable[..., Tensor] = squared,
+    folder: Path | None = None,
+    identity: dict[str, Any] | None = None,
+    **options: Any,
+) -> tuple[nn.Module, Result]:
+    model = options.pop("model", None) or linear()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = optimizers.build(
+        config.optimizer, parameters, lr=config.lr, weight_decay=config.weight_decay, device="cpu"
+    )
+    if folder is not None:
+        options["tracker"] = Tracker(folder / "metrics.jsonl")
+        options["checkpoints"] = Checkpoints(folder / "checkpoints", identity or {}, config.keep_checkpoints)
+    options.setdefault("say", lambda line: None)
+    result = train(accelerator, model, optimizer, batches or Line(), loss, config, **options)
+    return model, result
+
+
+def weights(model: nn.Module) -> list[Any]:
+    return [parameter.tolist() for parameter in model.parameters()]
+
+
+def poisoned_at(step: int, value: float = math.nan) -> Callable[..., Tensor]:
+    """A loss that is bad for the second sample of one step."""
+
+    def loss(model: nn.Module, batch: Rows) -> Tensor:
+        bad = torch.tensor([name == f"s{step - 1}-1" for name in batch.ids])
+        return torch.where(bad, torch.tensor(value), squared(model, batch))
+
+    return loss
+
+
+# What is learned
+
+
+def test_equals_plain_torch(accelerator: Accelerator) -> None:
+    """Whole batches, AdamW, clipping, and a schedule by hand: the loop adds nothing of its own."""
+    config = settings(schedule="cosine", warmup_steps=3, max_grad_norm=0.5)
+    model, result = fit(accelerator, config, batches=Line(cuts=(4, 2)))
+
+    plain = linear()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.05, weight_decay=0.01, fused=True)
+    losses = []
+    for step in range(12):
+        (rows,) = Line().step(step, 0, 1)
+        mean = squared(plain, rows).mean()
+        optimizer.zero_grad()
+        mean.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        rate = (step + 1) / 4 if step < 3 else 0.5 * (1 + math.cos(math.pi * (step - 3) / 9))
+        optimizer.param_groups[0]["lr"] = 0.05 * rate
+        optimizer.step()
+        losses.append(mean.item())
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert result.loss == pytest.approx(sum(losses) / 12)
+    assert result.step == 12
+
+
+@pytest.mark.parametrize("cuts", [(6,), (1, 1, 1, 1, 1, 1), (4, 1, 1), (2, 4)])
+def test_micro_batches_change_nothing(
+    accelerator: Accelerator, tmp_path: Path, cuts: tuple[int, ...]
+) -> None:
+    """The mean is over the samples: a short micro-batch counts less than a long one."""
+    whole, _ = fit(accelerator, settings(), folder=tmp_path / "whole")
+    split, _ = fit(accelerator, settings(), batches=Line(cuts=cuts), folder=tmp_path / "split")
+    for one, other in zip(whole.parameters(), split.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    for one, other in zip(
+        read_metrics(tmp_path / "whole" / "metrics.jsonl"),
+        read_metrics(tmp_path / "split" / "metrics.jsonl"),
+        strict=True,
+    ):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+def test_only_trainable_parameters_move(accelerator: Accelerator) -> None:
+    model = linear()
+    model[0].requires_grad_(False)
+    before = weights(model)
+    fit(accelerator, settings(), model=model)
+    after = weights(model)
+    assert before[:2] == after[:2]
+    assert before[2] != after[2]
+    assert before[3] != after[3]
+
+
+def test_half_precision_parameters_are_refused(accelerator: Accelerator) -> None:
+    with pytest.raises(TypeError, match="not float32"):
+        fit(accelerator, settings(), model=linear().half())
+
+
+def test_bf16_autocast_is_taken_off_afterwards(tmp_path: Path) -> None:
+    mixed = Accelerator(cpu=True, mixed_precision="bf16")
+    seen = []
+
+    def loss(model: nn.Module, batch: Rows) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        hidden = model(batch.x)
+        assert hidden.dtype == torch.float32
+        return (hidden[:, 0] - batch.y) ** 2
+
+    model, _ = fit(mixed, settings(), loss=loss)
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    plain = linear()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model(x), plain(x))
+    rounded, _ = fit(mixed, settings(max_steps=1))
+    exact = linear()
+    assert not torch.equal(rounded[0].weight, exact[0].weight)  # type: ignore[index]
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_schedules() -> None:
+    def rates(schedule: str, warmup: int = 0) -> list[float]:
+        config = settings(max_steps=5, lr=1.0, schedule=schedule, warmup_steps=warmup)
+        return [round(learning_rate(config, step), 4) for step in range(5)]
+
+    assert rates("constant") == [1, 1, 1, 1, 1]
+    assert rates("constant", 3) == [0.25, 0.5, 0.75, 1, 1]
+    assert rates("linear") == [1, 0.8, 0.6, 0.4, 0.2]
+    assert rates("linear", 1) == [0.5, 1, 0.75, 0.5, 0.25]
+    assert rates("cosine") == [1, 0.9045, 0.6545, 0.3455, 0.0955]
+
+
+def test_weighted_mse() -> None:
+    prediction, target = torch.zeros(2, 3, 2, 2), torch.ones(2, 3, 2, 2)
+    target[1] = 2
+    assert weighted_mse(prediction, target, torch.tensor([1.0, 0.5])).tolist() == [1, 2]
+
+
+# What is written down
+
+
+def test_metrics_have_one_line_per_step(accelerator: Accelerator, tmp_path: Path) -> None:
+    fit(accelerator, settings(max_grad_norm=1e-3, log_every=5), folder=tmp_path)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert set(rows[0]) == {"step", "loss", "lr", "grad_norm", "samples_per_second", "seconds"}
+    assert rows[0]["grad_norm"] > 1e-3  # before clipping
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
+
+
+def test_losses_may_wait_on_the_device(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judged every `log_every` steps, as on a GPU: the same weights and lines, and nothing bad is saved."""
+    at_once, _ = fit(accelerator, settings(), folder=tmp_path / "a")
+    monkeypatch.setattr(loop, "_judged_at_once", lambda device: False)
+    later, _ = fit(accelerator, settings(log_every=4), folder=tmp_path / "b")
+    assert weights(at_once) == weights(later)
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in "ab"]
+    timing = ("samples_per_second", "seconds")
+    a, b = ([{k: v for k, v in row.items() if k not in timing} for row in part] for part in rows)
+    assert a == b
+    with pytest.raises(
+        NonFiniteError, match=r"step 9: the loss is nan; samples: s8-1\n.*step-000005 is good"
+    ):
+        fit(accelerator, settings(log_every=4), loss=poisoned_at(9), folder=tmp_path / "c")
+    assert [path.name for path in (tmp_path / "c" / "checkpoints").iterdir()] == ["step-000005"]
+    assert [row["step"] for row in read_metrics(tmp_path / "c" / "metrics.jsonl")] == list(range(1, 9))
+
+
+def test_validation_and_previews_come_when_due(accelerator: Accelerator, tmp_path: Path) -> None:
+    drawn: list[int] = []
+    modes: list[bool] = []
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        modes.append(model.training)
+        return {"val_loss": float(next(model.parameters()).detach().sum())}
+
+    model, result = fit(
+        accelerator,
+        settings(validate_every=5),
+        folder=tmp_path,
+        evaluate=evaluate,
+        preview=lambda model, step: drawn.append(step),
+        preview_every=4,
+    )
+    rows = {row["step"]: row for row in read_metrics(tmp_path / "metrics.jsonl")}
+    assert [step for step, row in rows.items() if "val_loss" in row] == [0, 5, 10, 12]
+    assert set(rows[0]) == {"step", "val_loss"}
+    assert drawn == [0, 4, 8, 12]
+    assert not any(modes)
+    assert result.metrics == {"val_loss_first": rows[0]["val_loss"], "val_loss": rows[12]["val_loss"]}
+    assert rows[0]["val_loss"] == float(next(linear().parameters()).detach().sum())
+    assert rows[12]["val_loss"] == pytest.approx(float(next(model.parameters()).detach().sum()))
+
+
+def test_console_lines_tell_step_loss_speed_and_time_left(accelerator: Accelerator) -> None:
+    lines: list[str] = []
+    fit(accelerator, settings(log_every=4), say=lines.append, title="heal")
+    assert [line.split("  ")[0] for line in lines] == [
+        "heal: step 4/12",
+        "heal: step 8/12",
+        "heal: step 12/12",
+    ]
+    assert all("loss" in line and "samples/s" in line and line.endswith(" left") for line in lines)
+
+
+def test_tensorboard(accelerator: Accelerator, tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tracker = Tracker(tmp_path / "metrics.jsonl", tensorboard=tmp_path / "tensorboard")
+    fit(accelerator, settings(), tracker=tracker)
+    read = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    assert set(read.Tags()["scalars"]) == {"loss", "lr", "grad_norm", "samples_per_second", "seconds"}
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [event.value for event in read.Scalars("loss")] == pytest.approx([row["loss"] for row in rows])
+
+
+# Resuming
+
+
+class Killed(Exception):
+    """Stands for SIGKILL: nothing of the loop's own clean-up may be needed."""
+
+
+def dying_at(step: int) -> Callable[..., Tensor]:
+    def loss(model: nn.Module, batch: Rows) -> Tensor:
+        if batch.ids[0].startswith(f"s{step - 1}-"):
+            raise Killed
+        return squared(model, batch)
+
+    return loss
+
+
+def dropping_out(inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss with dropout in it, to see that random numbers resume too."""
+
+    def loss(model: nn.Module, batch: Rows) -> Tensor:
+        values = inner(model, batch)
+        return torch.nn.functional.dropout(values, 0.3)
+
+    return loss
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("deaths", [(7,), (7, 11), (3, 8, 9)])
+def test_resumed_is_bit_equal(
+    accelerator: Accelerator, tmp_path: Path, optimizer: str, deaths: tuple[int, ...]
+) -> None:
+    if optimizer == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    config = settings(optimizer=optimizer, schedule="cosine", warmup_steps=2)
+    model, result = fit(accelerator, config, loss=dropping_out(squared), folder=tmp_path / "whole")
+    for death in deaths:
+        with pytest.raises(Killed):
+            fit(accelerator, config, loss=dropping_out(dying_at(death)), folder=tmp_path / "cut")
+    said: list[str] = []
+    again, resumed = fit(
+        accelerator, config, loss=dropping_out(squared), folder=tmp_path / "cut", say=said.append
+    )
+    assert weights(again) == weights(model)
+    assert said[0] == f"training: continues after step {10 if 11 in deaths else 5} of 12"
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
+    kept = [[(row["step"], row["loss"], row["grad_norm"]) for row in part] for part in rows]
+    assert kept[0] == kept[1]
+    assert resumed.loss == result.loss
+    assert resumed.metrics == result.metrics
+
+
+def test_a_finished_training_resumes_to_its_end(accelerator: Accelerator, tmp_path: Path) -> None:
+    model, result = fit(accelerator, settings(), folder=tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    again, resumed = fit(accelerator, settings(), folder=tmp_path, loss=dying_at(1))
+    assert weights(again) == weights(model)
+    assert resumed.loss == result.loss
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_a_constant_schedule_may_be_prolonged(accelerator: Accelerator, tmp_path: Path) -> None:
+    straight, _ = fit(accelerator, settings(max_steps=20), folder=tmp_path / "a")
+    fit(accelerator, settings(max_steps=9), folder=tmp_path / "b")
+    model, _ = fit(accelerator, settings(max_steps=20), folder=tmp_path / "b")
+    assert weights(model) == weights(straight)
+    with pytest.raises(ResumeError, match=r"already at step 20, beyond train\.max_steps=12"):
+        fit(accelerator, settings(), folder=tmp_path / "b")
+
+
+def test_other_parameters_are_refused(accelerator: Accelerator, tmp_path: Path) -> None:
+    fit(accelerator, settings(), folder=tmp_path)
+    model = linear()
+    model[0].requires_grad_(False)
+    with pytest.raises(ResumeError, match="trains other parameters than this run"):
+        fit(accelerator, settings(), model=model, folder=tmp_path)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_leave(
+    accelerator: Accelerator, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    def loss(model: nn.Module, batch: Rows) -> Tensor:
+        if batch.ids[0].startswith("s6-"):
+            os.kill(os.getpid(), number)
+        return squared(model, batch)
+
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(Interrupted) as error:
+        fit(accelerator, settings(), loss=loss, folder=tmp_path / "cut")
+    assert error.value.exit_code == code
+    assert f"stopped by {number.name} after step 7 of 12" in str(error.value)
+    assert "same command again" in str(error.value)
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert (tmp_path / "cut" / "checkpoints" / "step-000007" / "state.json").is_file()
+    whole, _ = fit(accelerator, settings(), folder=tmp_path / "whole")
+    model, _ = fit(accelerator, settings(), folder=tmp_path / "cut")
+    assert weights(model) == weights(whole)
+
+
+def test_without_checkpoints_signals_are_left_alone(accelerator: Accelerator) -> None:
+    def loss(model: nn.Module, batch: Rows) -> Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        return squared(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(accelerator, settings(), loss=loss)
+
+
+# What can go wrong
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_loss_stops_before_the_update(
+    accelerator: Accelerator, tmp_path: Path, value: float
+) -> None:
+    model = linear()
+    with pytest.raises(NonFiniteError) as error:
+        fit(accelerator, settings(), model=model, loss=poisoned_at(8, value), folder=tmp_path)
+    assert f"step 8: the loss is {value}; samples: s7-1" in str(error.value)
+    assert "step-000005 is good" in str(error.value)
+    assert error.value.exit_code == 1
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000005"]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 8))
+    whole, _ = fit(accelerator, settings(), folder=tmp_path / "whole")
+    healed, _ = fit(accelerator, settings(), folder=tmp_path)
+    assert weights(healed) == weights(whole)
+
+
+def test_non_finite_gradient_stops_too(accelerator: Accelerator) -> None:
+    def loss(model: nn.Module, batch: Rows) -> Tensor:
+        return (squared(model, batch) * 0).sqrt()  # 0, with a gradient of 0 * infinity
+
+    model = linear()
+    with pytest.raises(NonFiniteError, match=r"the loss is 0 but its gradient is nan; samples: s0-0, s0-1"):
+        fit(accelerator, settings(), model=model, loss=loss)
+    assert weights(model) == weights(linear())
+
+
+def test_full_disk_leaves_nothing_that_looks_whole(accelerator: Accelerator, tmp_path: Path) -> None:
+    """A real limit of the kernel on file sizes: writing the second checkpoint fails half-way."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def loss(model: nn.Module, batch: Rows) -> Tensor:
+        if batch.ids[0].startswith("s9-"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limit[1]))
+        return squared(model, batch)
+
+    try:
+        with pytest.raises(OutputError, match=r"step-000010: could not write") as error:
+            fit(accelerator, settings(log_every=100), loss=loss, folder=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "free some space" in str(error.value)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000005"]
+    whole, _ = fit(accelerator, settings(), folder=tmp_path / "whole")
+    model, _ = fit(accelerator, settings(), folder=tmp_path)
+    assert weights(model) == weights(whole)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 12

@@ -1,0 +1,462 @@
+"""Artifacts: plain folders other tools can load, with `artifact.json` in them; whole-or-absent writing."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tunekit.errors import ArtifactError, did_you_mean, output_errors
+from tunekit.resources import builtin
+
+VERSION = 1
+FORMATS = ("adapter", "torch", "onnx", "tensorrt")
+RECORD = "artifact.json"
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+PICTURES = "pictures"
+"""Folder inside an artifact for the pictures of its step; no part of the model, so not hashed."""
+
+Metric = float | int | bool | str | None
+
+
+# Writing: whole or absent ---------------------------------------------------------------------------------
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_folder(final: Path | str) -> Iterator[Path]:
+    """Yields an empty folder beside `final`, renamed to it when the block ends well, else removed.
+
+    A folder that already stands at `final` is replaced.
+
+    Raises:
+        OutputError: disk full, no permission and the like, also when raised by the block.
+    """
+    final = Path(final)
+    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    replaced = final.with_name(f".{final.name}.old-{os.getpid()}")
+    with output_errors(final):
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    _sync(Path(folder, name))
+                _sync(Path(folder))
+            if final.exists():
+                final.rename(replaced)
+            temporary.rename(final)
+            _sync(final.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if replaced.exists() and not final.exists():
+                replaced.rename(final)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_text(path: Path | str, text: str) -> Path:
+    """Writes a text file whole or not at all.
+
+    Raises:
+        OutputError: when it cannot be written; what stood there before is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with output_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _sync(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    return path
+
+
+def write_json(path: Path | str, value: Any) -> Path:
+    """Writes JSON whole or not at all; see `write_text`."""
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def clean_leftovers(folder: Path | str) -> list[Path]:
+    """Removes what killed processes left half-written in `folder`; brings back what they were replacing."""
+    removed = []
+    for path in sorted(Path(folder).glob(".*-*")):
+        match = re.fullmatch(r"\.(.+)\.(tmp|old)-(\d+)", path.name)
+        if not match or _alive(int(match[3])):
+            continue
+        whole = path.with_name(match[1])
+        if match[2] == "old" and not whole.exists():
+            path.rename(whole)
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        removed.append(path)
+    return removed
+
+
+def directory_size(path: Path | str) -> int:
+    """Bytes of the files under `path`."""
+    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+
+
+# Artifacts -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass, or the training, did.
+
+    Attributes:
+        kind: "train", "prune", ...
+        artifact: name of the folder it wrote.
+        settings: the pass's fields.
+        seconds: wall time.
+        metrics: numbers with the unit in the name (`size_bytes`, `psnr_db`).
+        parent_hash: hash of the artifact it started from.
+        details: JSON-able tables for the report.
+        pictures: `{"file": path relative to the folder, "label", "prompt", "seed"}` each.
+    """
+
+    kind: str
+    artifact: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    parent_hash: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    pictures: list[dict[str, Any]] = field(default_factory=list)
+
+
+def hash_files(root: Path) -> str:
+    """SHA-256 over names and contents of the model files under `root` (or of the one file)."""
+    digest = hashlib.sha256()
+    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+    for path in files:
+        name = path.name if path == root else path.relative_to(root).as_posix()
+        parts = name.split("/")
+        if name == RECORD or parts[0] == PICTURES or any(part.startswith(".") for part in parts):
+            continue
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").digest()
+        digest.update(len(name).to_bytes(4, "big") + name.encode() + content)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model or adapter on disk (or on the hub) and how it came to be.
+
+    Attributes:
+        path: folder of `artifact.json`, or the bare folder or file; None for a hub id or "tiny".
+        model_path: where the model files are; a step that changes nothing points at its subject's.
+        format: one of `FORMATS`.
+        family: family name; "" when the folder does not say (see `families.detect`).
+        lineage: all steps so far, the last one made this artifact.
+        base: the source an adapter belongs to.
+        source: what to load from: `str(model_path)`, a hub id, or "tiny".
+    """
+
+    path: Path | None
+    model_path: Path | None
+    format: str
+    family: str
+    source: str
+    lineage: tuple[Step, ...] = ()
+    base: str | None = None
+    version: int = VERSION
+    recorded_hash: str | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the model files; of the name for a hub id."""
+        if self.recorded_hash:
+            return self.recorded_hash
+        if self.model_path is None:
+            return hashlib.sha256(f"{self.family}:{self.source}".encode()).hexdigest()
+        return hash_files(self.model_path)
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """Bytes of the model files; 0 for a hub id."""
+        if self.model_path is None:
+            return 0
+        if self.model_path.is_file():
+            return self.model_path.stat().st_size
+        size = directory_size(self.model_path)
+        for extra in (self.model_path / RECORD, self.model_path / PICTURES):
+            if extra.is_file():
+                size -= extra.stat().st_size
+            elif extra.is_dir():
+                size -= directory_size(extra)
+        return size
+
+    @property
+    def step(self) -> Step | None:
+        """The step that made this artifact."""
+        return self.lineage[-1] if self.lineage else None
+
+    def write(self) -> Artifact:
+        """Writes `artifact.json` into `path`, with the hash; returns the artifact as it will be loaded."""
+        if self.path is None:
+            raise ArtifactError(f'"{self.source}" is not a folder, so nothing can be recorded beside it')
+        model = (
+            None if self.model_path is None else Path(os.path.relpath(self.model_path, self.path)).as_posix()
+        )
+        record = {
+            "version": self.version,
+            "format": self.format,
+            "family": self.family,
+            "model": model,  # relative, so that a run folder can be moved
+            "source": self.source if model is None else None,
+            "base": self.base,
+            "hash": self.hash,
+            "lineage": [dataclasses.asdict(step) for step in self.lineage],
+        }
+        write_json(self.path / RECORD, record)
+        return Artifact.load(self.path)
+
+    @staticmethod
+    def load(path: Path | str) -> Artifact:
+        """Reads `artifact.json` of a folder.
+
+        Raises:
+            ArtifactError: missing, damaged, newer than this tunekit, or pointing at a model that is gone.
+        """
+        path = Path(path)
+        file = path / RECORD
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            version = int(record["version"])
+            if version > VERSION:
+                raise ArtifactError(
+                    f"written by a newer tunekit (version {version}, this one knows {VERSION})",
+                    where=str(file),
+                    hint="pip install --upgrade tunekit",
+                )
+            if record["format"] not in FORMATS:
+                raise ValueError(f'unknown format "{record["format"]}"')
+            model_path = None if record["model"] is None else Path(os.path.normpath(path / record["model"]))
+            artifact = Artifact(
+                path=path,
+                model_path=model_path,
+                format=record["format"],
+                family=record["family"],
+                source=record["source"] if model_path is None else str(model_path),
+                lineage=tuple(Step(**step) for step in record["lineage"]),
+                base=record["base"],
+                version=version,
+                recorded_hash=record["hash"],
+            )
+        except FileNotFoundError as error:
+            raise ArtifactError("not an artifact: artifact.json is missing", where=str(path)) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"artifact.json is damaged ({error})", where=str(file)) from error
+        if model_path is not None and not model_path.exists():
+            raise ArtifactError(f"the model it points at is gone: {model_path}", where=str(file))
+        return artifact
+
+
+# Run folders -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The names inside `runs/<name>/`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of `step-000200/`."""
+        return self.path / "checkpoints"
+
+    @property
+    def previews(self) -> Path:
+        """Folder of `step-000200/*.png`."""
+        return self.path / "previews"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter."""
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The trained model, when all weights were trained (`adapter: null`)."""
+        return self.path / "model"
+
+    @property
+    def chain_file(self) -> Path:
+        """The pass folders of the present chain, in order."""
+        return self.path / "chain.json"
+
+    def pass_folder(self, index: int, kind: str, hash8: str) -> Path:
+        """The folder of one step of the chain: `02-prune-1a2b3c4d`."""
+        return self.path / f"{index:02d}-{kind}-{hash8}"
+
+    def write_chain(self, folders: list[str]) -> None:
+        """Records which pass folders make up the present chain; older ones may stand beside them."""
+        write_json(self.chain_file, {"version": VERSION, "folders": folders})
+
+    def passes(self) -> list[Path]:
+        """The finished pass folders of the present chain, in order."""
+        try:
+            names = json.loads(self.chain_file.read_text(encoding="utf-8"))["folders"]
+        except FileNotFoundError:
+            pattern = re.compile(r"\d\d-[a-z_0-9]+-[0-9a-f]{8}")
+            names = sorted(path.name for path in self.path.glob("*") if pattern.fullmatch(path.name))
+        except (ValueError, KeyError) as error:
+            raise ArtifactError(f"chain.json is damaged ({error})", where=str(self.chain_file)) from error
+        return [self.path / name for name in names if (self.path / name / RECORD).is_file()]
+
+    def trained(self) -> Path | None:
+        """What training left: the adapter or the whole model; None while there is none."""
+        return next((path for path in (self.adapter, self.model) if (path / RECORD).is_file()), None)
+
+    def final(self) -> Artifact:
+        """The last finished step of the chain, else what training left.
+
+        Raises:
+            ArtifactError: when nothing is finished yet.
+        """
+        passes = self.passes()
+        last = passes[-1] if passes else self.trained()
+        if last is None:
+            raise ArtifactError(
+                "this run has produced nothing yet",
+                where=str(self.path),
+                hint=f"start or continue it: tunekit run {self.config}",
+            )
+        return Artifact.load(last)
+
+
+# Opening ---------------------------------------------------------------------------------------------------
+
+
+def _safetensors_keys(path: Path) -> list[str]:
+    """Tensor names out of the header, without reading a tensor."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(100_000_000, path.stat().st_size):
+            raise ArtifactError("not a safetensors file, or truncated", where=str(path))
+        try:
+            return [key for key in json.loads(file.read(length)) if key != "__metadata__"]
+        except ValueError as error:
+            raise ArtifactError("not a safetensors file, or truncated", where=str(path)) from error
+
+
+def _is_adapter_file(path: Path) -> bool:
+    return any(".lora_" in key or ".dora_" in key for key in _safetensors_keys(path))
+
+
+def _missing(source: str) -> ArtifactError:
+    path = Path(source)
+    siblings = (
+        [str(path.parent / item.name) for item in path.parent.glob("*")] if path.parent.is_dir() else []
+    )
+    return ArtifactError(f'there is no "{source}"', hint=did_you_mean(source, siblings) or None)
+
+
+def open_artifact(source: Path | str, *, family: str | None = None) -> Artifact:
+    """Finds out what `source` is.
+
+    Args:
+        source: a run folder (its final artifact), a pass or adapter folder, an adapter file, a diffusers or
+            ONNX pipeline folder, a single checkpoint file, "builtin/...", "tiny", or a hub id.
+        family: the family, where the folder does not say itself.
+
+    Raises:
+        ArtifactError: nothing there, or nothing that can be opened.
+        ModelError: an unknown "builtin/..." name.
+    """
+    text = str(source)
+    if text == "tiny":
+        return Artifact(path=None, model_path=None, format="torch", family=family or "", source=text)
+    path = builtin(text) or Path(text).expanduser()
+    if not path.exists():
+        hub_id = re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", text)
+        if isinstance(source, Path) or not hub_id or path.parent.is_dir():
+            raise _missing(text)
+        return Artifact(path=None, model_path=None, format="torch", family=family or "", source=text)
+
+    def bare(kind: str) -> Artifact:
+        return Artifact(path=path, model_path=path, format=kind, family=family or "", source=str(path))
+
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            return bare("adapter" if _is_adapter_file(path) else "torch")
+        if path.suffix in {".ckpt", ".bin", ".pt", ".pth"}:
+            return bare("torch")  # refused by the family unless pickles are allowed
+        raise ArtifactError("not a model file: expected .safetensors", where=text)
+    if (path / RECORD).is_file():
+        return Artifact.load(path)
+    if (path / "model_index.json").is_file():
+        return bare("onnx" if any(path.glob("*/model.onnx")) else "torch")
+    if (path / ADAPTER_FILE).is_file():
+        return bare("adapter")
+    run = RunFolder(path)
+    if run.config.is_file() or run.trained() or run.passes():
+        return run.final()
+    adapters = [file for file in sorted(path.glob("*.safetensors")) if _is_adapter_file(file)]
+    if len(adapters) == 1:
+        return dataclasses.replace(bare("adapter"), model_path=adapters[0], source=str(adapters[0]))
+    raise ArtifactError(
+        "neither a run, an artifact, an adapter nor a diffusers folder",
+        where=text,
+        hint=f"looked for config.yaml, {RECORD}, model_index.json and {ADAPTER_FILE}",
+    )
+
+
+def remove_folder(path: Path | str) -> None:
+    """Removes a folder so that no reader ever sees half of it."""
+    path = Path(path)
+    doomed = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with suppress(FileNotFoundError):
+        path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

@@ -1,0 +1,516 @@
+"""Latents and conditioning, encoded once, kept on disk, and handed out as batches.
+
+    encoder = Encoder(family, pipeline, cache=Path("runs/.cache"), accelerator=accelerator)
+    dataset = encoder.dataset(scan.samples, config.data, seed=config.seed)
+    encoder.release()                       # text encoders and VAE leave memory
+    batches = Stream(dataset, objective, batch_size=4, seed=0, caption_dropout=0.1)
+
+A latent's file name is a hash of everything it depends on: sample id, pixels, crop and size, and the VAE's
+weights. A step or a position is never part of it, so no reshuffle can pair a picture with another one's
+caption.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tunekit.config import DataConfig, DreamboothData
+from tunekit.data.images import CROPS, Sample, Transform, bucket_for
+from tunekit.diffusion.noise import sample_generator, stable_seed
+from tunekit.diffusion.objectives import Objective
+from tunekit.errors import DataError, NonFiniteError, output_errors
+from tunekit.families.family import Conditioning, Family
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_SAY_SECONDS = 5.0
+"""Progress lines come this often."""
+VERSION = 1
+"""Part of every key; to be raised when what is stored under a key changes its meaning."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one shape, with everything that was drawn for them."""
+
+    ids: tuple[str, ...]
+    latents: Tensor
+    """[B, C, h, w] float32, scaled, drawn from the VAE's distribution."""
+    noise: Tensor
+    """Like `latents`, standard normal."""
+    timesteps: Tensor
+    """[B] int64."""
+    conditioning: Conditioning
+    weights: Tensor
+    """[B] float32: 1, or the prior weight of a class picture."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Batch(
+            self.ids,
+            latents=move(self.latents),
+            noise=move(self.noise),
+            timesteps=move(self.timesteps),
+            conditioning={name: move(value) for name, value in self.conditioning.items()},
+            weights=move(self.weights),
+        )
+
+
+class Encoder:
+    """Encodes pictures and prompts with a pipeline's encoders, each one alone, unless the cache has it.
+
+    One at a time, because in a batch a value depends in its last bits on its neighbours, and a cache that was
+    filled in two goes would differ from one filled in one.
+
+    Args:
+        family: of the pipeline.
+        pipeline: its encoders are moved to the accelerator's device, in float32 (an fp16 VAE overflows).
+        cache: folder of encoded files; shared by all runs.
+        accelerator: processes share the work.
+        say: takes progress lines (main process only).
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        pipeline: Any,
+        *,
+        cache: Path,
+        accelerator: Accelerator,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.family = family
+        self.pipeline = pipeline
+        self.cache = cache
+        self.accelerator = accelerator
+        self.say = say
+        modules = [pipeline.vae, *(getattr(pipeline, name) for _, name in family.facts.encoders)]
+        tokenizers = [getattr(pipeline, name) for name, _ in family.facts.encoders]
+        for module in modules:
+            module.float().eval().requires_grad_(False)
+        self.multiple = family.resolution_multiple(pipeline)
+        self._vae = _hash_module(modules[0])
+        self._text = _digest(
+            *(_hash_module(module) for module in modules[1:]), *(_vocabulary(t) for t in tokenizers)
+        )
+        for module in modules:
+            module.to(accelerator.device)
+
+    def dataset(
+        self, samples: Sequence[Sample], data: DataConfig | DreamboothData, *, seed: int, fixed: bool = False
+    ) -> CachedDataset:
+        """Encode `samples` and their captions.
+
+        Args:
+            samples: what to encode.
+            data: reads resolution, buckets, crop and flip.
+            seed: for random crops.
+            fixed: centre crop, no flip (validation pictures).
+
+        Raises:
+            NonFiniteError: a latent is NaN or infinite; names the file.
+            DataError: a picture went away since it was looked at.
+            OutputError: the cache cannot be written.
+        """
+        variants = [
+            _variants(sample, data, self.multiple, seed=seed, augment=not fixed) for sample in samples
+        ]
+        files = [
+            [self._latent_file(sample, transform, data.resolution) for transform in transforms]
+            for sample, transforms in zip(samples, variants, strict=True)
+        ]
+        jobs = [
+            (file, partial(self._encode_picture, sample, transform))
+            for sample, transforms, paths in zip(samples, variants, files, strict=True)
+            for transform, file in zip(transforms, paths, strict=True)
+        ]
+        self._fill(jobs, "picture")
+        captions = self.prompts(["", *(sample.caption for sample in samples)])
+        shapes = [transforms[0].size for transforms in variants]
+        return CachedDataset(list(samples), shapes, files, captions)
+
+    def prompts(self, prompts: Iterable[str]) -> dict[str, Path]:
+        """Encode prompts; returns the file of each."""
+        files = {
+            prompt: self.cache
+            / "conditioning"
+            / f"{_digest(VERSION, self.family.name, self._text, prompt)}.safetensors"
+            for prompt in prompts
+        }
+        self._fill(
+            [(file, partial(self._encode_prompt, prompt)) for prompt, file in files.items()], "caption"
+        )
+        return files
+
+    def conditioning(self, prompts: Iterable[str]) -> dict[str, Conditioning]:
+        """Conditioning of each prompt, without the batch dimension."""
+        return {prompt: _load(file) for prompt, file in self.prompts(prompts).items()}
+
+    def release(self, *, keep_vae: bool = False) -> None:
+        """Let the text encoders, and the VAE unless previews need its decoder, leave memory."""
+        for _, name in self.family.facts.encoders:
+            setattr(self.pipeline, name, None)
+        if keep_vae:
+            self.pipeline.vae.to("cpu")
+        else:
+            self.pipeline.vae = None
+        gc.collect()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _latent_file(self, sample: Sample, transform: Transform, resolution: int) -> Path:
+        key = _digest(
+            VERSION, self.family.name, self._vae, sample.id, sample.content, transform.key(), resolution
+        )
+        return self.cache / "latents" / f"{key}.safetensors"
+
+    def _encode_picture(self, sample: Sample, transform: Transform) -> dict[str, Tensor]:
+        try:
+            pixels = transform.apply(sample.open())
+        except (OSError, ValueError) as error:  # it was whole when the pictures were looked at
+            raise DataError(f"cannot be read any more ({error})", where=sample.where) from error
+        moments = self.family.encode_image(self.pipeline, pixels[None])[0]
+        if not moments.isfinite().all():
+            raise NonFiniteError(
+                "the VAE turns this picture into NaN or infinity",
+                where=sample.where,
+                hint="remove the picture, or use a VAE whose weights are sound",
+            )
+        return {"moments": moments}
+
+    def _encode_prompt(self, prompt: str) -> dict[str, Tensor]:
+        conditioning = self.family.encode_prompt(self.pipeline, [prompt])
+        for name, value in conditioning.items():
+            if not value.isfinite().all():
+                raise NonFiniteError(
+                    f"the text encoder turns the caption {prompt!r} into NaN or infinity ({name})"
+                )
+        return {name: value[0].float() for name, value in conditioning.items()}
+
+    def _fill(self, jobs: Sequence[tuple[Path, Callable[[], dict[str, Tensor]]]], what: str) -> None:
+        """Make the files that are missing, split over the processes."""
+        missing = [(path, make) for path, make in dict(jobs).items() if not path.exists()]
+        self.accelerator.wait_for_everyone()  # nobody writes before everyone has looked
+        if missing and self.accelerator.is_main_process:
+            self.say(f"encoding {len(missing)} {what}{'s' if len(missing) > 1 else ''}")
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        said = time.monotonic()
+        for done, (path, make) in enumerate(missing[rank::processes], start=1):
+            _save(path, make())
+            if self.accelerator.is_main_process and time.monotonic() - said > _SAY_SECONDS:
+                self.say(f"encoding {what}s: {min(done * processes, len(missing))}/{len(missing)}")
+                said = time.monotonic()
+        self.accelerator.wait_for_everyone()
+        for path, make in missing:  # another machine's disk may not be this one's
+            if not path.exists():
+                _save(path, make())
+
+
+class CachedDataset:
+    """Encoded samples on disk; a thousand of the last used stay in memory."""
+
+    def __init__(
+        self,
+        samples: list[Sample],
+        shapes: list[tuple[int, int]],
+        latents: list[list[Path]],
+        captions: dict[str, Path],
+    ) -> None:
+        self.samples = samples
+        self.shapes = shapes
+        """(width, height) in pixels of each sample."""
+        self._latents = latents
+        self._captions = captions
+        self._load = lru_cache(maxsize=1024)(_load)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def variants(self, index: int) -> int:
+        """How many crops and flips of a sample are cached."""
+        return len(self._latents[index])
+
+    def moments(self, index: int, variant: int = 0) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, each [C, h, w], of the scaled latents of one sample."""
+        mean, std = self._load(self._latents[index][variant])["moments"].chunk(2)
+        return mean, std
+
+    def conditioning(self, caption: str) -> Conditioning:
+        """Conditioning of a caption of this data set, or of the empty one, without the batch dimension."""
+        return self._load(self._captions[caption])
+
+    def batch(
+        self,
+        index: int,
+        *,
+        seed: int,
+        epoch: int,
+        objective: Objective,
+        dropout: float,
+        weight: float,
+        tag: str,
+    ) -> Batch:
+        """One sample with its draws, which depend on (seed, epoch, sample id) and nothing else.
+
+        Args:
+            dropout: share of samples that get the empty caption.
+            weight: goes into `Batch.weights`.
+            tag: put before the id, to tell class pictures from instance pictures of the same file name.
+        """
+        name = tag + self.samples[index].id
+
+        def draw(purpose: str) -> torch.Generator:
+            return sample_generator(seed, epoch, name, purpose)
+
+        variant = int(torch.randint(self.variants(index), (), generator=draw("variant")))
+        mean, std = self.moments(index, variant)
+        latents = mean + std * torch.randn(mean.shape, generator=draw("latent"))
+        dropped = float(torch.rand((), generator=draw("caption"))) < dropout
+        return _single(
+            name,
+            latents,
+            torch.randn(mean.shape, generator=draw("noise")),
+            objective.draw_timesteps(draw("timestep")),
+            self.conditioning("" if dropped else self.samples[index].caption),
+            weight,
+        )
+
+    def validation(self, objective: Objective, *, timesteps: int, micro_batch: int) -> Iterator[Batch]:
+        """Every sample at `timesteps` evenly spread timesteps, with noise that is always the same."""
+        total = objective.num_train_timesteps
+        rows = [
+            _single(
+                sample.id,
+                (mean := self.moments(index)[0]),
+                torch.randn(mean.shape, generator=sample_generator(0, level, sample.id, "validation")),
+                int((level + 0.5) / timesteps * total),
+                self.conditioning(sample.caption),
+                1.0,
+            )
+            for index, sample in enumerate(self.samples)
+            for level in range(timesteps)
+        ]
+        yield from _together(rows, micro_batch)
+
+
+class Stream:
+    """Training batches as a function of the step; answers the loop's `Batches`.
+
+    The stream is one epoch after another; optimizer step k takes the samples at positions k*B to (k+1)*B - 1.
+    An epoch is a permutation drawn from (seed, epoch) in which pictures of one shape stand together B at a
+    time. Processes and micro-batches only cut the step's samples into pieces.
+
+    Args:
+        dataset: training samples (DreamBooth: instance pictures).
+        objective: draws the timesteps.
+        batch_size: B, samples per optimizer step over all processes; class pictures come on top of it.
+        micro_batch: most rows in one forward; None means no limit.
+        seed: of the run.
+        caption_dropout: share of samples with an empty caption.
+        prior: class pictures; each instance picture is accompanied by one.
+        prior_weight: weight of their rows.
+    """
+
+    def __init__(
+        self,
+        dataset: CachedDataset,
+        objective: Objective,
+        *,
+        batch_size: int,
+        seed: int,
+        micro_batch: int | None = None,
+        caption_dropout: float = 0.0,
+        prior: CachedDataset | None = None,
+        prior_weight: float = 1.0,
+    ) -> None:
+        self.dataset = dataset
+        self.objective = objective
+        self.batch_size = batch_size
+        self.micro_batch = micro_batch or 2 * batch_size
+        self.seed = seed
+        self.caption_dropout = caption_dropout
+        self.prior = prior
+        self.prior_weight = prior_weight
+        self._order = lru_cache(maxsize=4)(self._draw_order)
+        self._ahead: tuple[tuple[int, int, int], Future[list[Batch]]] | None = None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="batches")
+
+    def step(self, step: int, rank: int, processes: int) -> list[Batch]:
+        """This process's micro-batches of a step; the next step's are made meanwhile."""
+        wanted = (step, rank, processes)
+        if self._ahead is not None and self._ahead[0] == wanted:
+            batches = self._ahead[1].result()
+        else:
+            batches = self._make(*wanted)
+        following = (step + 1, rank, processes)
+        self._ahead = (following, self._worker.submit(self._make, *following))
+        return batches
+
+    def ids(self, step: int) -> list[str]:
+        """Ids of all samples of a step, class pictures left out."""
+        return [self.dataset.samples[index].id for index, _ in self._positions(self.dataset, "order", step)]
+
+    def _make(self, step: int, rank: int, processes: int) -> list[Batch]:
+        sources = [(self.dataset, "order", 1.0, "")]
+        if self.prior is not None:
+            sources.append((self.prior, "prior order", self.prior_weight, "class/"))
+        rows = [
+            (dataset.shapes[index], dataset, index, epoch, weight, tag)
+            for dataset, purpose, weight, tag in sources
+            for index, epoch in self._positions(dataset, purpose, step)
+        ]
+        rows.sort(key=lambda row: row[0])  # stable: the same order however many processes there are
+        mine = rows[len(rows) * rank // processes : len(rows) * (rank + 1) // processes]
+        singles = [
+            dataset.batch(
+                index,
+                seed=self.seed,
+                epoch=epoch,
+                objective=self.objective,
+                dropout=self.caption_dropout,
+                weight=weight,
+                tag=tag,
+            )
+            for _, dataset, index, epoch, weight, tag in mine
+        ]
+        return list(_together(singles, self.micro_batch))
+
+    def _positions(self, dataset: CachedDataset, purpose: str, step: int) -> list[tuple[int, int]]:
+        """(index, epoch) of the samples at the stream positions of a step."""
+        count = len(dataset)
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [(self._order(dataset, purpose, at // count)[at % count], at // count) for at in positions]
+
+    def _draw_order(self, dataset: CachedDataset, purpose: str, epoch: int) -> list[int]:
+        """The permutation of one epoch."""
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, epoch, purpose))
+        count, size = len(dataset), self.batch_size
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index in torch.randperm(count, generator=generator).tolist():
+            groups.setdefault(dataset.shapes[index], []).append(index)
+        whole: list[list[int]] = []
+        rest: list[int] = []
+        for group in groups.values():
+            cut = len(group) // size * size
+            whole += [group[at : at + size] for at in range(0, cut, size)]
+            rest += group[cut:]
+        chunks = [whole[at] for at in torch.randperm(len(whole), generator=generator).tolist()]
+        lead = -epoch * count % size  # the last step of the epoch before still takes so many
+        return [*rest[:lead], *itertools.chain.from_iterable(chunks), *rest[lead:]]
+
+
+def _single(
+    name: str, latents: Tensor, noise: Tensor, timestep: int, conditioning: Conditioning, weight: float
+) -> Batch:
+    return Batch(
+        ids=(name,),
+        latents=latents[None],
+        noise=noise[None],
+        timesteps=torch.tensor([timestep]),
+        conditioning={key: value[None] for key, value in conditioning.items()},
+        weights=torch.tensor([weight]),
+    )
+
+
+def _together(rows: Sequence[Batch], most: int) -> Iterator[Batch]:
+    """Join neighbouring rows of one shape, at most `most` at a time."""
+    for _, group in itertools.groupby(rows, key=lambda row: row.latents.shape):
+        same = list(group)
+        for at in range(0, len(same), most):
+            part = same[at : at + most]
+            yield Batch(
+                ids=tuple(name for row in part for name in row.ids),
+                latents=torch.cat([row.latents for row in part]),
+                noise=torch.cat([row.noise for row in part]),
+                timesteps=torch.cat([row.timesteps for row in part]),
+                conditioning={
+                    key: torch.cat([row.conditioning[key] for row in part]) for key in part[0].conditioning
+                },
+                weights=torch.cat([row.weights for row in part]),
+            )
+
+
+def _variants(
+    sample: Sample, data: DataConfig | DreamboothData, multiple: int, *, seed: int, augment: bool
+) -> list[Transform]:
+    """The crops and flips of a picture that are cached, see `Transform`."""
+    many = data.buckets if isinstance(data, DataConfig) else False
+    size = bucket_for(sample.width, sample.height, data.resolution, multiple, many=many)
+    crops = [Transform(size)]
+    if augment and data.crop == "random" and sample.width * size[1] != sample.height * size[0]:
+        places = [
+            torch.rand(2, generator=sample_generator(seed, cut, sample.id, "crop")) for cut in range(CROPS)
+        ]
+        crops = [Transform(size, float(place[0]), float(place[1])) for place in places]
+    flips = (False, True) if augment and data.flip else (False,)
+    return [replace(crop, flip=flip) for crop in crops for flip in flips]
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one file of the cache, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary
+            )
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"the cached file cannot be read ({error})", where=str(path), hint="remove it and run again"
+        ) from error
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+_PASSING = ("transformers_version", "dtype", "torch_dtype", "architectures")
+"""Keys of a model's configuration that change with the library and not with what it computes."""
+
+
+def _hash_module(module: nn.Module) -> str:
+    """Hash of a module's weights and configuration."""
+    digest = hashlib.blake2b(digest_size=16)
+    config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)  # type: ignore
+    known = {key: value for key, value in config.items() if key[0] != "_" and key not in _PASSING}
+    digest.update(json.dumps(known, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    return _digest(sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length)

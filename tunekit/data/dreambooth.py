@@ -1,0 +1,120 @@
+"""Class pictures for prior preservation, drawn by the base model before training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunekit.artifacts import clean_leftovers
+from tunekit.config import DreamboothData, ModelConfig
+from tunekit.data.images import SUFFIXES, Sample, Scan, scan_data
+from tunekit.diffusion.noise import stable_seed
+from tunekit.errors import output_errors
+from tunekit.resources import resolve_path
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from PIL import Image
+
+GROUP = 4
+"""Class pictures drawn together; fixed, so that none depends on which others were there already."""
+
+Draw = Callable[..., "list[Image.Image]"]
+"""`draw(seeds=[1, 2])` gives one picture of the class per seed."""
+
+
+def class_folder(data: DreamboothData, run_dir: Path, *, model: ModelConfig, seed: int) -> Path:
+    """Where they are: `data.class_path`, or a folder in the run named after everything they depend on."""
+    if data.class_path is not None:
+        return resolve_path(data.class_path)
+    drawn = (
+        data.class_prompt,
+        data.class_steps,
+        data.class_guidance,
+        data.resolution,
+        model.model_dump(),
+        seed,
+    )
+    return run_dir / f"class-{hashlib.blake2b(json.dumps(drawn).encode(), digest_size=4).hexdigest()}"
+
+
+def class_pictures(
+    data: DreamboothData,
+    folder: Path,
+    drawing: Callable[[], Draw],
+    *,
+    seed: int,
+    accelerator: Accelerator,
+    say: Callable[[str], None] = print,
+) -> list[Sample]:
+    """The class pictures, those that are missing drawn first.
+
+    Args:
+        data: reads class_prompt and class_pictures.
+        folder: see `class_folder`.
+        drawing: gets the base model ready to draw; called only if pictures are missing.
+        seed: of the run; the seed of each picture follows from it.
+        accelerator: processes share the work.
+        say: takes progress lines (main process only).
+
+    Raises:
+        DataError: something is wrong with the pictures found.
+        OutputError: a picture cannot be written.
+    """
+    present = _pictures(folder)
+    accelerator.wait_for_everyone()  # nobody writes before everyone has counted
+    own = [path for path in present if path.name.startswith("drawn-")]
+    wanted = [
+        folder / f"drawn-{index:04d}.png" for index in range(data.class_pictures - len(present) + len(own))
+    ]
+    missing = [index for index, path in enumerate(wanted) if not path.exists()]
+    if missing:
+        groups = sorted({index // GROUP for index in missing})
+        if accelerator.is_main_process:
+            say(f"drawing {len(missing)} class pictures of {data.class_prompt!r}")
+            with output_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            clean_leftovers(folder)
+        accelerator.wait_for_everyone()
+        draw = drawing()
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        for done, group in enumerate(groups[rank::processes], start=1):
+            indices = range(group * GROUP, min(len(wanted), (group + 1) * GROUP))
+            drawn = draw(seeds=[stable_seed(seed, "class picture", index) for index in indices])
+            for index, picture in zip(indices, drawn, strict=True):
+                _write(wanted[index], picture)
+            if accelerator.is_main_process:
+                say(f"class pictures: {min(done * processes * GROUP, len(missing))}/{len(missing)}")
+        accelerator.wait_for_everyone()
+    scan = _scan(data, folder)
+    scan.check()
+    return list(scan.samples[: data.class_pictures])
+
+
+def _scan(data: DreamboothData, folder: Path) -> Scan:
+    found = data.model_copy(
+        update={"path": str(folder), "instance_prompt": data.class_prompt, "class_path": None}
+    )
+    return scan_data(found)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != "."
+    )
+
+
+def _write(path: Path, picture: Image.Image) -> None:
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with output_errors(path):
+        try:
+            picture.save(temporary, format="PNG")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)

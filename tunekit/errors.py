@@ -1,0 +1,170 @@
+"""Errors that name what was wrong, where, and what to change."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import importlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+
+class TunekitError(Exception):
+    """Something the user can act on; the command prints it without a traceback.
+
+    Args:
+        message: what was wrong, in one sentence.
+        where: `file:line`, a path, or "command line".
+        hint: what to change, as a line of its own.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.message}" if self.where else self.message
+        return f"{text}\n{self.hint}" if self.hint else text
+
+
+class ConfigError(TunekitError):
+    """A key, value or override of the configuration."""
+
+
+class ChainError(ConfigError):
+    """An `optimize:` list that cannot run in this order."""
+
+
+class DataError(TunekitError):
+    """Pictures or captions."""
+
+
+class ModelError(TunekitError):
+    """A base model that is missing, broken or refused."""
+
+
+class AdapterError(TunekitError):
+    """An adapter that does not fit its base."""
+
+
+class ArtifactError(TunekitError):
+    """A run, artifact or folder that is missing or not what it should be."""
+
+
+class ResumeError(TunekitError):
+    """A checkpoint that does not belong to this configuration."""
+
+
+class DeviceError(TunekitError):
+    """A device or provider that does not answer."""
+
+
+class MissingPackageError(TunekitError):
+    """An optional package that is not installed."""
+
+
+class VerificationFailed(TunekitError):
+    """An artifact is further from its reference than its thresholds allow."""
+
+    exit_code = 1
+
+
+class NonFiniteError(TunekitError):
+    """A loss, gradient or latent became NaN or infinite."""
+
+    exit_code = 1
+
+
+class OutputError(TunekitError):
+    """The output could not be written: disk full, quota, read-only or no permission."""
+
+    exit_code = 1
+
+
+class Interrupted(TunekitError):
+    """Stopped by SIGTERM or Ctrl-C, after a checkpoint."""
+
+    exit_code = 130
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Returns `did you mean "x"?` for the choice nearest to `name`, or an empty string."""
+    by_lower = {choice.lower(): choice for choice in choices}
+    nearest = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return f'did you mean "{by_lower[nearest[0]]}"?' if nearest else ""
+
+
+def require(module: str, *, extra: str, why: str) -> ModuleType:
+    """Imports an optional module.
+
+    Args:
+        module: dotted module name.
+        extra: the extra of tunekit that installs it.
+        why: what needs it, as the beginning of a sentence ("TensorRT engines need").
+
+    Raises:
+        MissingPackageError: when it is not installed, with the line that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # A package that is there but lacks one of its own parts must not be reported as absent.
+        if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
+            raise
+        message = f'{why} the package "{module.partition(".")[0]}": pip install "tunekit[{extra}]"'
+        raise MissingPackageError(message) from error
+
+
+_OUTPUT_ERRNOS = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than allowed here",
+    errno.EACCES: "no permission to write there",
+    errno.EPERM: "no permission to write there",
+    errno.EROFS: "the file system is read-only",
+    errno.EIO: "the disk reported an input/output error",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EEXIST: "a file of that name is in the way",
+}
+# Writers in native code (safetensors, torch, protobuf) keep the errno only in their message.
+_OUTPUT_TEXTS = {
+    "no space left on device": errno.ENOSPC,
+    "disk quota exceeded": errno.EDQUOT,
+    "file too large": errno.EFBIG,
+    "permission denied": errno.EACCES,
+    "read-only file system": errno.EROFS,
+    "input/output error": errno.EIO,
+    "file write failed": errno.EIO,
+    "unexpected pos": errno.ENOSPC,
+}
+
+
+def _output_errno(error: BaseException) -> int | None:
+    if isinstance(error, OSError) and error.errno in _OUTPUT_ERRNOS:
+        return error.errno
+    text = str(error).lower()
+    return next((number for words, number in _OUTPUT_TEXTS.items() if words in text), None)
+
+
+@contextmanager
+def output_errors(path: Path | str) -> Iterator[None]:
+    """Turns "disk full" and its kin, from Python or native writers, into an OutputError naming `path`."""
+    try:
+        yield
+    except TunekitError:
+        raise
+    except Exception as error:
+        number = _output_errno(error)
+        if number is None:
+            raise
+        raise OutputError(
+            f"could not write: {_OUTPUT_ERRNOS[number]}",
+            where=str(path),
+            hint="nothing half-written was left; free some space or choose another folder, then run again",
+        ) from error

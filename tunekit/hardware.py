@@ -1,0 +1,299 @@
+"""Devices: a table of facts with sources, and `probe()`, the only place that asks torch about the device."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunekit.errors import DeviceError, did_you_mean
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """A card, as its maker describes it.
+
+    Attributes:
+        name: "rtx-3060".
+        kind: "cuda", "rocm", "xpu", "mps" or "cpu".
+        memory_bytes: memory of the card; None where it is the machine's own.
+        bandwidth_bytes_s: memory bandwidth.
+        compute_capability: NVIDIA's, (8, 6); None for others.
+        supports_bf16: whether bf16 matrix products run at full speed.
+        source: the maker's page.
+    """
+
+    name: str
+    title: str
+    kind: str
+    memory_bytes: int | None
+    bandwidth_bytes_s: float | None
+    compute_capability: tuple[int, int] | None
+    supports_bf16: bool
+    source: str
+
+
+_GEFORCE = "https://www.nvidia.com/en-us/geforce/graphics-cards/compare/"
+_CENTER = "https://www.nvidia.com/en-us/data-center/"
+_AMD = "https://www.amd.com/en/products/graphics/"
+_APPLE_M2 = (
+    "https://www.apple.com/newsroom/2022/06/apple-unveils-m2-with-breakthrough-performance-and-capabilities/"
+)
+_INTEL_B580 = (
+    "https://www.intel.com/content/www/us/en/products/sku/241598/intel-arc-b580-graphics/specifications.html"
+)
+
+
+def _nvidia(name: str, title: str, gib: int, gb_s: int, sm: tuple[int, int], source: str) -> DeviceFacts:
+    # bf16 came with Ampere. Capabilities: https://developer.nvidia.com/cuda-gpus
+    return DeviceFacts(name, title, "cuda", gib * GIB, gb_s * 1e9, sm, sm >= (8, 0), source)
+
+
+TABLE: dict[str, DeviceFacts] = {
+    facts.name: facts
+    for facts in (
+        _nvidia("rtx-2060-12gb", "GeForce RTX 2060 12 GB", 12, 336, (7, 5), _GEFORCE),
+        _nvidia("rtx-3060", "GeForce RTX 3060 12 GB", 12, 360, (8, 6), _GEFORCE),
+        _nvidia("rtx-3090", "GeForce RTX 3090", 24, 936, (8, 6), _GEFORCE),
+        _nvidia("rtx-4060-ti-16gb", "GeForce RTX 4060 Ti 16 GB", 16, 288, (8, 9), _GEFORCE),
+        _nvidia("rtx-4070", "GeForce RTX 4070", 12, 504, (8, 9), _GEFORCE),
+        _nvidia("rtx-4070-ti", "GeForce RTX 4070 Ti", 12, 504, (8, 9), _GEFORCE),
+        _nvidia("rtx-4080", "GeForce RTX 4080", 16, 716, (8, 9), _GEFORCE),
+        _nvidia("rtx-4090", "GeForce RTX 4090", 24, 1008, (8, 9), _GEFORCE),
+        _nvidia("rtx-5070-ti", "GeForce RTX 5070 Ti", 16, 896, (12, 0), _GEFORCE),
+        _nvidia("rtx-5090", "GeForce RTX 5090", 32, 1792, (12, 0), _GEFORCE),
+        _nvidia(
+            "rtx-a6000",
+            "RTX A6000",
+            48,
+            768,
+            (8, 6),
+            "https://www.nvidia.com/en-us/products/workstations/rtx-a6000/",
+        ),
+        _nvidia("t4", "Tesla T4", 16, 320, (7, 5), _CENTER + "tesla-t4/"),
+        _nvidia("l4", "L4", 24, 300, (8, 9), _CENTER + "l4/"),
+        _nvidia("l40s", "L40S", 48, 864, (8, 9), _CENTER + "l40s/"),
+        _nvidia("a100-40gb", "A100 40 GB", 40, 1555, (8, 0), _CENTER + "a100/"),
+        _nvidia("a100-80gb", "A100 80 GB PCIe", 80, 1935, (8, 0), _CENTER + "a100/"),
+        _nvidia("h100", "H100 SXM", 80, 3350, (9, 0), _CENTER + "h100/"),
+        _nvidia("h200", "H200 SXM", 141, 4800, (9, 0), _CENTER + "h200/"),
+        DeviceFacts(
+            "radeon-pro-w6800",
+            "Radeon PRO W6800",
+            "rocm",
+            32 * GIB,
+            512e9,
+            None,
+            False,  # RDNA 2 has no matrix cores
+            _AMD + "workstations/radeon-pro/w6800.html",
+        ),
+        DeviceFacts(
+            "rx-7900-xtx",
+            "Radeon RX 7900 XTX",
+            "rocm",
+            24 * GIB,
+            960e9,
+            None,
+            True,
+            _AMD + "desktops/radeon/7000-series/amd-radeon-rx-7900xtx.html",
+        ),
+        DeviceFacts("arc-b580", "Arc B580", "xpu", 12 * GIB, 456e9, None, True, _INTEL_B580),
+        DeviceFacts("apple-m2", "Apple M2, 24 GB", "mps", 24 * GIB, 100e9, None, True, _APPLE_M2),
+        DeviceFacts(
+            "cpu",
+            "this machine's processor",
+            "cpu",
+            None,
+            None,
+            None,
+            True,
+            "https://pytorch.org/docs/stable/amp.html",
+        ),
+    )
+}
+
+
+def find(name: str, *, where: str | None = None) -> DeviceFacts:
+    """The row of a card.
+
+    Raises:
+        DeviceError: for an unknown name, with the nearest one.
+    """
+    key = name.strip().lower().replace("_", "-").replace(" ", "-")
+    for candidate in (key, f"rtx-{key}", key.replace("rtx", "rtx-")):
+        if candidate in TABLE:
+            return TABLE[candidate]
+    hint = did_you_mean(key, TABLE)
+    raise DeviceError(
+        f'there is no card "{name}" in the table' + (f"; {hint}" if hint else ""),
+        where=where,
+        hint=f"known: {', '.join(TABLE)}",
+    )
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device a run is on.
+
+    Attributes:
+        kind: "cuda", "rocm", "xpu", "mps" or "cpu".
+        torch_device: what torch calls it, "cuda:0" (also for ROCm).
+        total_bytes: memory of the device, or of this container.
+        free_bytes: what other programs leave of it now.
+    """
+
+    kind: str
+    index: int
+    torch_device: str
+    title: str
+    total_bytes: int
+    free_bytes: int
+    supports_bf16: bool
+
+
+def _read_int(path: str) -> int | None:
+    try:
+        text = Path(path).read_text().strip()
+        return int(text)
+    except (OSError, ValueError):  # absent, or "max"
+        return None
+
+
+def _machine_memory() -> tuple[int, int]:
+    """Total and free bytes, of the container where one limits them."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    total, free = int(memory.total), int(memory.available)
+    limit = _read_int("/sys/fs/cgroup/memory.max")
+    used = _read_int("/sys/fs/cgroup/memory.current")
+    if limit is not None and used is not None and limit < total:
+        total, free = limit, max(0, min(free, limit - used))
+    return total, free
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    import platform
+
+    return platform.processor() or platform.machine()
+
+
+def probe(requested: str = "auto") -> Device:
+    """Finds the device.
+
+    Args:
+        requested: "auto" (the best there is; one each where several processes run), "cpu", "cuda", "cuda:1",
+            "xpu" or "mps".
+
+    Raises:
+        DeviceError: unknown, or not there.
+    """
+    import torch
+
+    xpu = getattr(torch, "xpu", None)
+    kind, _, number = requested.partition(":")
+    known = ("auto", "cpu", "cuda", "xpu", "mps")
+    if kind not in known or (number and not number.isdigit()):
+        hint = did_you_mean(kind, known) or f"known: {', '.join(known)}, cuda:1"
+        raise DeviceError(f'there is no device "{requested}"; {hint}')
+    counts = {
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "xpu": xpu.device_count() if xpu is not None and xpu.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
+    if kind == "auto":
+        kind = next(name for name, count in counts.items() if count)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    index = int(number) if number else local_rank if kind in {"cuda", "xpu"} else 0
+    if index >= counts[kind]:
+        found = f"{counts[kind]} found" if counts[kind] else "torch finds none"
+        raise DeviceError(
+            f'the device "{requested}" is not there ({found})',
+            hint="see what answers: tunekit doctor; or set memory.device=cpu",
+        )
+    if kind == "cuda":
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        real = "rocm" if torch.version.hip else "cuda"
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Device(real, index, f"cuda:{index}", properties.name, total, free, bf16)
+    if kind == "xpu" and xpu is not None:
+        properties = xpu.get_device_properties(index)
+        total = int(properties.total_memory)
+        return Device(
+            "xpu", index, f"xpu:{index}", properties.name, total, total - xpu.memory_reserved(index), True
+        )
+    total, free = _machine_memory()
+    if kind == "mps":
+        return Device("mps", 0, "mps", "Apple GPU", int(torch.mps.recommended_max_memory()), free, True)
+    return Device("cpu", 0, "cpu", _processor(), total, free, True)
+
+
+@dataclass
+class PeakMemory:
+    """Filled in when the block of `peak_memory` ends.
+
+    Attributes:
+        what: "allocated" (torch's tensors on a GPU) or "resident" (memory of the process).
+        start_bytes: before the block.
+        peak_bytes: largest within it.
+        reserved_bytes: largest amount the GPU allocator held; None on a CPU.
+    """
+
+    what: str
+    start_bytes: int = 0
+    peak_bytes: int = 0
+    reserved_bytes: int | None = None
+
+
+@contextmanager
+def peak_memory(device: str = "cpu", *, every: float = 0.005) -> Iterator[PeakMemory]:
+    """Measures the peak memory of a block.
+
+    On a GPU torch counts exactly; elsewhere a thread reads the resident set every `every` seconds, so that a
+    shorter peak can be missed.
+    """
+    kind = device.partition(":")[0]
+    if kind in {"cuda", "xpu"}:
+        import torch
+
+        backend = torch.cuda if kind == "cuda" else torch.xpu
+        backend.synchronize()
+        backend.reset_peak_memory_stats()
+        result = PeakMemory("allocated", backend.memory_allocated())
+        yield result
+        backend.synchronize()
+        result.peak_bytes = backend.max_memory_allocated()
+        result.reserved_bytes = backend.max_memory_reserved()
+        return
+    import psutil
+
+    process = psutil.Process()
+    result = PeakMemory("resident", process.memory_info().rss)
+    result.peak_bytes = result.start_bytes
+    stop = threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(every):
+            result.peak_bytes = max(result.peak_bytes, process.memory_info().rss)
+
+    thread = threading.Thread(target=sample, name="peak-memory", daemon=True)
+    thread.start()
+    try:
+        yield result
+    finally:
+        stop.set()
+        thread.join()
+        result.peak_bytes = max(result.peak_bytes, process.memory_info().rss)

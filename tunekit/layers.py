@@ -1,0 +1,482 @@
+"""Layers that differ from what a model's config says: pruned shapes and quantized weights.
+
+A diffusers folder states its shapes in `config.json`. After pruning or quantizing, `tunekit_layers.json`
+beside the weights states what differs, module by module, so the folder loads again exactly as it was saved.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.artifacts import write_json
+from tunekit.errors import ModelError, output_errors, require
+
+FILE = "tunekit_layers.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+VERSION = 1
+NF4_BLOCK = 64
+
+Scheme = Literal["int8", "int4", "nf4"]
+
+_SIZES: dict[type[nn.Module], tuple[str, str]] = {
+    nn.Linear: ("in_features", "out_features"),
+    nn.Conv2d: ("in_channels", "out_channels"),
+    nn.GroupNorm: ("num_groups", "num_channels"),
+}
+
+
+# Quantized layers -------------------------------------------------------------------------------------------
+
+
+class _InputOnly(torch.autograd.Function):
+    """A layer with a frozen packed weight: keeps nothing for backward, unpacks the weight again there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantLinear | QuantConv2d) -> Tensor:
+        ctx.layer, ctx.shape = layer, x.shape
+        return layer._apply_weight(x, layer.dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return ctx.layer._input_gradient(ctx.shape, ctx.layer.dequantize(gradient.dtype), gradient), None
+
+
+class _Quantized(nn.Module):
+    """What QuantLinear and QuantConv2d share: the packed weight and the way through it.
+
+    int8: one scale per output channel. int4: symmetric, two values per byte, one bf16 scale per `group`
+    inputs of a channel. nf4: bitsandbytes' 4-bit normal float in blocks of 64.
+    """
+
+    scheme: Scheme
+    group: int
+    packed: Tensor
+    scale: Tensor
+    bias: nn.Parameter | None
+
+    def _take_over(self, layer: nn.Module, scheme: Scheme, group: int) -> None:
+        """Copies the float layer's settings (stride, features, ...); makes empty buffers for its weight."""
+        nn.Module.__init__(self)
+        own = {name: value for name, value in vars(layer).items() if name not in vars(self)}
+        vars(self).update(own)
+        if isinstance(layer, nn.Conv2d):
+            vars(self)["_reversed_padding_repeated_twice"] = layer._reversed_padding_repeated_twice
+        weight = layer.weight
+        self.training = layer.training
+        self.shape = tuple(weight.shape)
+        self.scheme, self.group = scheme, group
+        self.register_parameter("bias", layer.bias)
+        rows, columns = self.shape[0], weight.numel() // self.shape[0]
+        groups, blocks = -(-columns // group), -(-weight.numel() // NF4_BLOCK)
+        sizes: dict[Scheme, tuple[tuple[int, ...], torch.dtype, tuple[int, ...], torch.dtype]] = {
+            "int8": ((rows, columns), torch.int8, (rows, 1), torch.float32),
+            "int4": ((rows, groups * group // 2), torch.uint8, (rows, groups), torch.bfloat16),
+            "nf4": ((blocks * NF4_BLOCK // 2, 1), torch.uint8, (blocks,), torch.float32),
+        }
+        packed_shape, packed_dtype, scale_shape, scale_dtype = sizes[scheme]
+        self.register_buffer("packed", torch.empty(packed_shape, dtype=packed_dtype, device=weight.device))
+        self.register_buffer("scale", torch.empty(scale_shape, dtype=scale_dtype, device=weight.device))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as floats, made anew on each call: changing it in place changes nothing."""
+        return self.dequantize(self.bias.dtype if self.bias is not None else torch.float32)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight in its own shape and `dtype`."""
+        if self.scheme == "nf4":
+            return _unpack_nf4(self.packed, self.scale, self.shape, dtype)
+        if self.scheme == "int8":
+            return (self.packed.to(torch.float32) * self.scale).to(dtype).view(self.shape)
+        low, high = (self.packed & 15).to(torch.int8) - 8, (self.packed >> 4).to(torch.int8) - 8
+        rows, groups = self.scale.shape
+        values = torch.stack([low, high], dim=-1).view(rows, groups, self.group)
+        floats = (values.to(torch.float32) * self.scale.to(torch.float32).unsqueeze(-1)).to(dtype)
+        return floats.view(rows, -1)[:, : _product(self.shape[1:])].reshape(self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        if torch.is_grad_enabled() and x.requires_grad:
+            y: Tensor = _InputOnly.apply(x, self)
+        else:
+            y = self._apply_weight(x, self.dequantize(x.dtype))
+        if self.bias is None:
+            return y
+        bias = self.bias.to(y.dtype)
+        return y + (bias.view(-1, 1, 1) if isinstance(self, nn.Conv2d) else bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # `.half()` on a pipeline must not round the scales: keep their values, follow only the device.
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)
+        return self
+
+    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} is not a layer of its own")
+
+    def _input_gradient(self, shape: torch.Size, weight: Tensor, gradient: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} is not a layer of its own")
+
+
+class QuantLinear(_Quantized, nn.Linear):
+    """nn.Linear with a packed weight. An nn.Linear too, so that adapters attach to it."""
+
+    def __init__(self, layer: nn.Linear, scheme: Scheme, group: int = 32) -> None:
+        self._take_over(layer, scheme, group)
+
+    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        return nn.functional.linear(x, weight)
+
+    def _input_gradient(self, shape: torch.Size, weight: Tensor, gradient: Tensor) -> Tensor:
+        return gradient @ weight
+
+
+class QuantConv2d(_Quantized, nn.Conv2d):
+    """nn.Conv2d (zero padding) with a packed weight. An nn.Conv2d too, so that adapters attach to it."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A plain nn.Conv2d for the arguments of one: peft calls the class of the layer that it adapts."""
+        if args and isinstance(args[0], int):
+            return nn.Conv2d(*args, **kwargs)
+        return super().__new__(cls)
+
+    def __init__(self, layer: nn.Conv2d, scheme: Scheme, group: int = 32) -> None:
+        self._take_over(layer, scheme, group)
+
+    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+    def _input_gradient(self, shape: torch.Size, weight: Tensor, gradient: Tensor) -> Tensor:
+        return torch.nn.grad.conv2d_input(
+            shape, weight, gradient, self.stride, self.padding, self.dilation, self.groups
+        )
+
+
+def quantize_layer(layer: nn.Module, scheme: Scheme, group: int = 32) -> QuantLinear | QuantConv2d:
+    """A quantized layer that stands for `layer` (nn.Linear or nn.Conv2d with floating weights)."""
+    quantized = _empty_quantized(layer, scheme, group)
+    weight = layer.weight.detach().to(torch.float32).flatten(1)  # type: ignore[union-attr, operator]
+    pack = {"int8": _pack_int8, "int4": _pack_int4, "nf4": _pack_nf4}[scheme]
+    packed, scale = pack(weight, group)
+    quantized.packed.copy_(packed)
+    quantized.scale.copy_(scale)
+    return quantized
+
+
+def dequantize_layer(layer: QuantLinear | QuantConv2d) -> nn.Module:
+    """The float layer that `layer` stands for."""
+    weight = layer.weight
+    plain = _resized(layer, None)
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    plain.bias = layer.bias
+    return plain
+
+
+def resized(layer: nn.Linear | nn.Conv2d, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
+    """A layer like `layer` with the sizes of `weight` ([out, in] or [out, in / groups, k, k])."""
+    if isinstance(layer, nn.Conv2d):
+        sizes = {"in_channels": weight.shape[1] * layer.groups, "out_channels": weight.shape[0]}
+    else:
+        sizes = {"in_features": weight.shape[1], "out_features": weight.shape[0]}
+    made: Any = _resized(layer, sizes)
+    made.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    made.bias = bias
+    return made.train(layer.training)  # type: ignore[no-any-return]
+
+
+def can_quantize(layer: nn.Module) -> bool:
+    """Whether `layer` is a float Linear, or a Conv2d with zero padding."""
+    if isinstance(layer, _Quantized):
+        return False
+    if isinstance(layer, nn.Conv2d):
+        return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return isinstance(layer, nn.Linear)
+
+
+def quantize(module: nn.Module, scheme: Scheme, *, group: int = 32, keep: Iterable[str] = ()) -> list[str]:
+    """Quantizes every Linear and Conv2d below `module` in place but what `keep` names; returns their names.
+
+    Args:
+        keep: dotted paths, see `under`.
+
+    Raises:
+        MissingPackageError: nf4 without bitsandbytes.
+    """
+    kept = list(keep)
+    layers = [
+        (name, layer)
+        for name, layer in module.named_modules()
+        if can_quantize(layer) and not under(name, module, kept)
+    ]
+    for name, layer in layers:
+        _replace(module, name, quantize_layer(layer, scheme, group))
+    return [name for name, _ in layers]
+
+
+def dequantize(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Makes every quantized layer below `module` a float one; returns what `requantize` needs to undo it."""
+    done = {}
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, QuantLinear | QuantConv2d):
+            done[name] = {"scheme": layer.scheme, "group": layer.group}
+            _replace(module, name, dequantize_layer(layer))
+    return done
+
+
+def requantize(module: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
+    """Quantizes the named layers again after their floats were changed."""
+    for name, how in layers.items():
+        _replace(module, name, quantize_layer(module.get_submodule(name), how["scheme"], how["group"]))
+
+
+def under(name: str, module: nn.Module, paths: Iterable[str]) -> bool:
+    """Whether layer `name` is one of `paths` or lies below one; `up_blocks.-1` is the last of `up_blocks`."""
+    return any(
+        name == path or name.startswith(path + ".") for path in (_resolve(module, path) for path in paths)
+    )
+
+
+def _resolve(module: nn.Module, path: str) -> str:
+    parts: list[str] = []
+    for part in path.split("."):
+        if part.startswith("-"):
+            parent = module.get_submodule(".".join(parts)) if parts else module
+            part = str(len(list(parent.children())) + int(part))
+        parts.append(part)
+    return ".".join(parts)
+
+
+def _empty_quantized(layer: nn.Module, scheme: Scheme, group: int) -> QuantLinear | QuantConv2d:
+    if isinstance(layer, nn.Conv2d):
+        return QuantConv2d(layer, scheme, group)
+    if isinstance(layer, nn.Linear):
+        return QuantLinear(layer, scheme, group)
+    raise ModelError(f"a {type(layer).__name__} cannot be quantized, only Linear and Conv2d")
+
+
+def _pack_int8(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127
+    return (weight / scale).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def _pack_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """The scale of a group is the one of a few candidates with the least squared error.
+
+    Clipping the largest weight a little serves the others; mapping it to -8, not 7, uses the sixteenth level.
+    """
+    rows, columns = weight.shape
+    groups = nn.functional.pad(weight, (0, -columns % group)).view(rows, -1, group)
+    at = groups.abs().argmax(dim=-1, keepdim=True)
+    extreme = groups.gather(-1, at)
+    best = torch.full_like(extreme, float("inf"))
+    scale, values = torch.zeros_like(extreme), torch.zeros_like(groups)
+    for level in (-8.0, -9.0, -10.0, 7.0, 8.0, 9.0):
+        candidate = (extreme / level).to(torch.bfloat16).to(torch.float32)
+        safe = torch.where(candidate == 0, torch.ones_like(candidate), candidate)
+        rounded = (groups / safe).round().clamp(-8, 7)
+        error = (rounded * candidate - groups).square().sum(dim=-1, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale = torch.where(better, candidate, scale)
+        values = torch.where(better, rounded, values)
+    nibbles = (values + 8).to(torch.uint8).view(rows, -1)
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), scale.squeeze(-1).to(torch.bfloat16)
+
+
+def _pack_nf4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    functional = require("bitsandbytes.functional", extra="quant", why="scheme nf4 needs")
+    flat = weight.flatten()
+    blocks = nn.functional.pad(flat, (0, -flat.numel() % NF4_BLOCK)).view(-1, NF4_BLOCK)
+    packed, state = functional.quantize_4bit(blocks, blocksize=NF4_BLOCK, quant_type="nf4")
+    return packed, state.absmax
+
+
+def _unpack_nf4(packed: Tensor, scale: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    functional = require("bitsandbytes.functional", extra="quant", why="a model in nf4 needs")
+    # One row per block: bitsandbytes 0.50's CPU kernel is wrong for rows that are no multiple of the block.
+    blocks = torch.Size((scale.numel(), NF4_BLOCK))
+    code = functional.get_4bit_type("nf4", device=packed.device)
+    state = functional.QuantState(
+        scale, shape=blocks, code=code, blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype
+    )
+    values: Tensor = functional.dequantize_4bit(packed, state)
+    return values.view(-1)[: _product(shape)].view(shape)
+
+
+def _product(sizes: Iterable[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+# What differs from the config -----------------------------------------------------------------------------
+
+
+def describe(denoiser: nn.Module) -> dict[str, Any] | None:
+    """What `denoiser` (a diffusers model) has other than its config says; None if nothing."""
+    reference = dict(_on_meta(type(denoiser), denoiser.config).named_modules())  # type: ignore[arg-type]
+    shapes: dict[str, dict[str, int]] = {}
+    quantized: dict[str, dict[str, Any]] = {}
+    for name, module in denoiser.named_modules():
+        if name in reference and (sizes := _sizes(module)) and sizes != _sizes(reference[name]):
+            shapes[name] = sizes
+        if isinstance(module, QuantLinear | QuantConv2d):
+            quantized[name] = {"scheme": module.scheme, "group": module.group}
+    if not shapes and not quantized:
+        return None
+    return {"version": VERSION, "shapes": shapes, "quantized": quantized}
+
+
+def apply(denoiser: nn.Module, description: dict[str, Any]) -> None:
+    """Gives a freshly built `denoiser` the shapes and classes of `description`; weights are loaded after it.
+
+    Raises:
+        ModelError: the description is of another model, or of a newer tunekit.
+    """
+    if description.get("version") != VERSION:
+        raise ModelError(f"{FILE} has version {description.get('version')!r}, this tunekit reads {VERSION}")
+    modules = dict(denoiser.named_modules())
+    for name in (*description["shapes"], *description["quantized"]):
+        if name not in modules:
+            raise ModelError(f"{FILE} names {name!r}, which the model does not have")
+    for name, sizes in description["shapes"].items():
+        if "heads" in sizes:
+            set_heads(modules[name], sizes["heads"])
+        else:
+            _replace(denoiser, name, _resized(modules[name], sizes))
+    for name, how in description["quantized"].items():
+        _replace(denoiser, name, _empty_quantized(denoiser.get_submodule(name), how["scheme"], how["group"]))
+
+
+def set_heads(attention: nn.Module, heads: int) -> None:
+    """Tells a diffusers attention how many heads its projections hold now; the size of a head stays."""
+    size = attention.inner_dim // attention.heads  # type: ignore[operator]
+    attention.heads = heads  # type: ignore[assignment]
+    attention.sliceable_head_dim = heads  # type: ignore[assignment]
+    attention.inner_dim = heads * size  # type: ignore[assignment]
+    attention.inner_kv_dim = heads * size  # type: ignore[assignment]
+
+
+def has_custom_layers(folder: Path) -> bool:
+    """Whether the denoiser in `folder` must be read by `load_denoiser`."""
+    return (folder / FILE).is_file()
+
+
+def save_denoiser(denoiser: nn.Module, folder: Path) -> None:
+    """Writes config, weights and, where layers differ from the config, `tunekit_layers.json`."""
+    from safetensors.torch import save_file
+
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        denoiser.save_config(folder)  # type: ignore[operator]
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in denoiser.state_dict().items()}
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    if description := describe(denoiser):
+        write_json(folder / FILE, description)
+
+
+def load_denoiser(cls: type[nn.Module], folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Reads what `save_denoiser` wrote; floating weights become `dtype`, packed weights and scales stay.
+
+    Args:
+        cls: the diffusers model class.
+
+    Raises:
+        ModelError: the weights do not fit the description.
+    """
+    from safetensors.torch import load_file
+
+    denoiser = _on_meta(cls, cls.load_config(folder))  # type: ignore[attr-defined]
+    if has_custom_layers(folder):
+        apply(denoiser, json.loads((folder / FILE).read_text()))
+    packed = {name for name, _ in _packed_tensors(denoiser)}
+    tensors = load_file(folder / WEIGHTS)
+    for name, tensor in tensors.items():
+        if name not in packed and tensor.is_floating_point():
+            tensors[name] = tensor.to(dtype)
+    try:
+        denoiser.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ModelError(
+            f"the weights do not fit the shapes in {FILE}: {error}", where=str(folder)
+        ) from error
+    return denoiser.eval()
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The floating type that most of the weights in `folder` have; float32 if there are none."""
+    from safetensors import safe_open
+
+    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    counts = dict.fromkeys(names.values(), 0)
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (not a mapping)
+                if dtype := names.get(tensors.get_slice(key).get_dtype()):
+                    counts[dtype] += 1
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def _packed_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, layer in module.named_modules():
+        if isinstance(layer, QuantLinear | QuantConv2d):
+            yield f"{name}.packed", layer.packed
+            yield f"{name}.scale", layer.scale
+
+
+def _on_meta(cls: type[nn.Module], config: Any) -> nn.Module:
+    with torch.device("meta"):
+        return cls.from_config(config)  # type: ignore[attr-defined, no-any-return]
+
+
+def _sizes(module: nn.Module) -> dict[str, int] | None:
+    if hasattr(module, "heads") and hasattr(module, "to_q"):
+        return {"heads": module.heads}  # type: ignore[dict-item]
+    for cls, names in _SIZES.items():
+        if isinstance(module, cls):
+            return {name: getattr(module, name) for name in names}
+    return None
+
+
+def _resized(module: nn.Module, sizes: dict[str, int] | None) -> nn.Module:
+    """A float layer like `module`, with other sizes; its weights are not set."""
+    like = module.bias if module.bias is not None else next(iter(module.state_dict().values()))  # type: ignore[union-attr]
+    place: dict[str, Any] = {
+        "device": like.device,
+        "dtype": like.dtype if like.is_floating_point() else torch.float32,
+    }
+    sizes = sizes or _sizes(module) or {}
+    if isinstance(module, nn.Linear):
+        return nn.Linear(**sizes, bias=module.bias is not None, **place)
+    if isinstance(module, nn.Conv2d):
+        return nn.Conv2d(
+            **sizes,
+            kernel_size=module.kernel_size,  # type: ignore[arg-type]
+            stride=module.stride,  # type: ignore[arg-type]
+            padding=module.padding,  # type: ignore[arg-type]
+            dilation=module.dilation,  # type: ignore[arg-type]
+            groups=module.groups,
+            padding_mode=module.padding_mode,  # type: ignore[arg-type]
+            bias=module.bias is not None,
+            **place,
+        )
+    if isinstance(module, nn.GroupNorm):
+        return nn.GroupNorm(**sizes, eps=module.eps, affine=module.affine, **place)
+    raise ModelError(f"{FILE} gives sizes for a {type(module).__name__}, which has none")
+
+
+def _replace(root: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(root.get_submodule(parent), last, layer)

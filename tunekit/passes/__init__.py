@@ -1,0 +1,7 @@
+"""Passes: what happens to a model after training. One file is one pass; the folder is the registry."""
+
+from __future__ import annotations
+
+from tunekit.registry import PASSES
+
+__all__ = ["PASSES"]

@@ -1,0 +1,491 @@
+"""What a pass is, and how a chain of them runs.
+
+A pass turns one artifact into another. It is a frozen class in a file of its own: `kind` is the file's name,
+its fields are its YAML keys, `run` fills `context.folder` and returns what it measured::
+
+    class Shrink(Pass):
+        '''Makes the model smaller.'''
+
+        kind = "shrink"
+        accepts = frozenset({"torch"})
+
+        ratio: float = 0.25
+        '''Share that leaves.'''
+
+        def run(self, artifact: Artifact, context: Context) -> Outcome: ...
+
+    PASS = Shrink
+
+A chain is a list of passes. Each step lives in `NN-kind-hash8/`, written aside and renamed when whole; the
+hash covers everything that can change the result, so a step that is there is skipped and a killed chain goes
+on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import tunekit
+from tunekit.artifacts import Artifact, RunFolder, Step, atomic_folder, clean_leftovers
+from tunekit.config import Section, validate
+from tunekit.errors import ChainError, VerificationFailed, did_you_mean
+from tunekit.units import format_bytes, format_count, format_seconds
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from tunekit.config import DataConfig, DreamboothData
+    from tunekit.data.examples import Examples
+    from tunekit.families.family import Family, Pipeline
+
+Metric = float | int | bool | str | None
+Where = Callable[[int, str | None], str]
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Pass(Section):
+    """One step of a chain. The docstring's first line is what `tunekit ls` and the report show."""
+
+    kind: ClassVar[str]
+    """Name in YAML; equals the file's stem."""
+    accepts: ClassVar[frozenset[str]]
+    """Artifact formats it can take: "adapter", "torch", "onnx", "tensorrt"."""
+    produces: ClassVar[str | None] = None
+    """Format of the result; None means the format it was given."""
+    changes_model: ClassVar[bool] = True
+    """False for passes that only look (verify, benchmark): their artifact is the model they were given."""
+
+    def run(self, artifact: Artifact, context: Context) -> Outcome:
+        """Reads `artifact`, writes the result's files into `context.folder`, returns the figures."""
+        raise TypeError(f"{type(self).__name__} does not define run()")
+
+    def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
+        """What is wrong with these settings at this place of a chain, or None. Called before anything runs.
+
+        Args:
+            format: format of the artifact that will arrive.
+            earlier: the passes before this one.
+        """
+        return None
+
+    @classmethod
+    def summary(cls) -> str:
+        """First line of the docstring."""
+        return (cls.__doc__ or "").strip().splitlines()[0]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may know besides its own fields and the artifact."""
+
+    folder: Path
+    """Where to write; it is renamed to the step's folder when the pass returns."""
+    family: str
+    """Name of the model family."""
+    device: str
+    """Torch device that was asked for, e.g. "auto", "cpu", "cuda:0"."""
+    seed: int
+    history: tuple[Artifact, ...]
+    """The chain's input and the artifact after each earlier step; the last one is the pass's input."""
+    run_dir: Path
+    prompts: tuple[str, ...] = ()
+    """Prompts the run cares about, for pictures and calibration; may be empty."""
+    negative_prompt: str = ""
+    data: DataConfig | DreamboothData | None = None
+    """The pictures the model was trained on, where the run knows them."""
+    steps: int = 30
+    """Denoiser steps of a picture."""
+    guidance: float = 7.5
+    """Classifier-free guidance scale of a picture."""
+    height: int | None = None
+    """Height of a picture in pixels; None means the model's own."""
+    width: int | None = None
+    say: Callable[[str], None] = print
+    """Shows one line of progress."""
+
+    @property
+    def base_source(self) -> str | None:
+        """Source of the base that the chain's adapter belongs to; None if it began with a whole model."""
+        return self.history[0].base
+
+    def reference(self, against: str) -> Artifact | None:
+        """The model to compare with, or None if the chain has none yet.
+
+        Args:
+            against: "parent": the model before the last step that changed it; "first": the chain's first
+                whole torch model, i.e. the merged fine-tuned one.
+        """
+        models = distinct_models(self.history)
+        if against == "parent":
+            return models[-2] if len(models) > 1 and models[-2].format != "adapter" else None
+        whole = [model for model in models if model.format == "torch"]
+        return whole[0] if whole and whole[0].source != models[-1].source else None
+
+    @contextmanager
+    def examples(
+        self,
+        family: Family,
+        pipeline: Pipeline,
+        model: Artifact,
+        *,
+        count: int,
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    ) -> Iterator[tuple[Examples, Accelerator]]:
+        """Gives the run's pictures, or pictures that the model draws itself, and where to compute.
+
+        Args:
+            pipeline: the model, whose encoders are used.
+            model: where `pipeline` was read from.
+            count: pictures to draw where the run has none.
+            precision: of computations.
+
+        Raises:
+            ConfigError: the run knows neither pictures nor prompts.
+            DeviceError: the device does not answer.
+        """
+        from tunekit.config import MemoryConfig
+        from tunekit.data.examples import gather
+        from tunekit.training.run import close_accelerator, open_accelerator
+
+        # After a training over several processes only the main one is left, and must not wait for the others.
+        launched = {name: os.environ.pop(name) for name in LAUNCHER_VARIABLES if name in os.environ}
+        accelerator = open_accelerator(MemoryConfig(device=self.device, precision=precision), batch_size=1)
+        try:
+            default = family.default_size(pipeline)
+            yield (
+                gather(
+                    family,
+                    pipeline,
+                    accelerator,
+                    data=self.data,
+                    prompts=self.prompts,
+                    count=count,
+                    size=(self.height or default[0], self.width or default[1]),
+                    guidance=self.guidance,
+                    cache=self.cache,
+                    model_hash=model.hash,
+                    seed=self.seed,
+                    say=self.say,
+                ),
+                accelerator,
+            )
+        finally:
+            close_accelerator(accelerator)
+            os.environ.update(launched)
+
+    @property
+    def cache(self) -> Path:
+        """Where encoded and drawn pictures are kept: the one of training, shared by all runs."""
+        named = self.data.cache if self.data else None
+        return Path(named).expanduser() if named else self.run_dir.parent / ".cache"
+
+    def save(self, family: Family, pipeline: Pipeline, like: Artifact) -> None:
+        """Writes a torch pipeline into `folder`, in the floating type that `like` is stored in."""
+        import torch
+
+        from tunekit.layers import stored_dtype
+
+        dtype = (
+            stored_dtype(like.model_path / family.facts.denoiser_name) if like.model_path else torch.float32
+        )
+        pipeline.to("cpu")
+        if dtype != torch.float32:
+            pipeline.to(dtype)
+        family.save(pipeline, self.folder)
+
+
+@dataclass
+class Outcome:
+    """What a pass found out."""
+
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    """Figures with the unit in the name: `size_bytes`, `denoiser_ms_p50`, `psnr_db`, `relative_error`."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """Tables for the report; must be JSON-able."""
+    pictures: list[dict[str, Any]] = field(default_factory=list)
+    """`{"file", "label", "prompt", "seed"}` each; `file`, under `pictures/`, relative to `context.folder`."""
+    format: str | None = None
+    """Format of the result where it is not the one the class states."""
+    failure: str | None = None
+    """Set when a threshold was missed: the step is kept with its figures, then the chain stops."""
+
+
+def distinct_models(history: Iterable[Artifact]) -> list[Artifact]:
+    """`history` without the artifacts of passes that only look at a model."""
+    models: list[Artifact] = []
+    for artifact in history:
+        if not models or artifact.source != models[-1].source:
+            models.append(artifact)
+    return models
+
+
+def parse_chain(items: Sequence[Any], where: Where = lambda index, key: "optimize") -> list[Pass]:
+    """Reads a chain as it stands in YAML: `[merge, {prune: {ratio: 0.3}}, ...]`.
+
+    Args:
+        items: pass names, or mappings of one pass name to its settings.
+        where: gives "file:line" of an item, or of a key of its settings.
+
+    Raises:
+        ChainError: listing every unknown pass, unknown key and wrong value.
+    """
+    from tunekit.registry import PASSES
+
+    chain: list[Pass] = []
+    problems: list[str] = []
+    for index, item in enumerate(items):
+        label = f"{where(index, None)}: optimize[{index}]"
+        if isinstance(item, str):
+            item = {item: {}}
+        if not isinstance(item, dict) or len(item) != 1:
+            problems.append(
+                f"{label}: expected a pass and its settings, such as `prune: {{ratio: 0.3}}`, got {item!r}"
+            )
+            continue
+        ((kind, settings),) = item.items()
+        if kind not in PASSES.names():
+            problems.append(
+                " ".join([f"{label}: there is no pass {kind!r};", did_you_mean(str(kind), PASSES.names())])
+            )
+            continue
+        if settings is not None and not isinstance(settings, dict):
+            problems.append(f"{label} ({kind}): settings must be a mapping, got {settings!r}")
+            continue
+        try:
+            chain.append(_validate(PASSES.get(kind), settings or {}, index, where))
+        except ChainError as error:
+            problems.append(error.message)
+    if problems:
+        raise ChainError("\n".join(problems))
+    return chain
+
+
+def check_chain(
+    passes: Sequence[Pass], input_format: str, where: Where = lambda index, key: "optimize"
+) -> str:
+    """Checks the order before anything runs; returns the format the chain ends with.
+
+    Raises:
+        ChainError: naming the first step that cannot take what the step before it gives.
+    """
+    current = input_format
+    for index, step in enumerate(passes):
+        if current not in step.accepts:
+            giver = "the step before it gives" if index else "the chain starts with"
+            needs = " or ".join(_WORDS[accepted] for accepted in sorted(step.accepts))
+            raise ChainError(
+                f"optimize[{index}] ({step.kind}) needs {needs} but {giver} {current}",
+                where=where(index, None),
+                hint=_order_hint(step, current),
+            )
+        if trouble := step.problem(current, passes[:index]):
+            raise ChainError(f"optimize[{index}] ({step.kind}) {trouble}", where=where(index, None))
+        current = step.produces or current
+    return current
+
+
+def run_chain(
+    passes: Sequence[Pass],
+    artifact: Artifact,
+    *,
+    run_dir: Path,
+    device: str = "auto",
+    seed: int = 0,
+    prompts: Sequence[str] = (),
+    negative_prompt: str = "",
+    data: DataConfig | DreamboothData | None = None,
+    steps: int = 30,
+    guidance: float = 7.5,
+    height: int | None = None,
+    width: int | None = None,
+    say: Callable[[str], None] = print,
+    after_step: Callable[[Artifact], object] | None = None,
+) -> Artifact:
+    """Runs the chain in `run_dir` and returns the last artifact. Steps that are there are not run again.
+
+    Args:
+        artifact: what the chain starts from.
+        data, prompts, negative_prompt, steps, guidance, height, width: see `Context`.
+        after_step: called with the artifact after each step, a failing one too (the report is written here).
+
+    Raises:
+        ChainError: the order is wrong; nothing has run.
+        VerificationFailed: a step missed its thresholds; its folder and figures are there.
+    """
+    check_chain(passes, artifact.format)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    clean_leftovers(run_dir)
+    history = [artifact]
+    # What a result may depend on besides settings: a changed prompt must not find yesterday's pictures.
+    shared = [
+        seed,
+        list(prompts),
+        negative_prompt,
+        steps,
+        guidance,
+        height,
+        width,
+        data.model_dump(mode="json") if data else None,
+    ]
+    for index, step in enumerate(passes, start=1):
+        digest = _digest(step, history, shared)
+        folder = RunFolder(run_dir).pass_folder(index, step.kind, digest)
+        label = f"{index:02d} {step.kind}"
+        if (folder / "artifact.json").is_file():
+            result = Artifact.load(folder)
+            say(f"{label}: already there ({folder.name})")
+        else:
+            say(f"{label} ...")
+            context = Context(
+                folder=folder,
+                family=artifact.family,
+                device=device,
+                seed=seed,
+                history=tuple(history),
+                run_dir=run_dir,
+                prompts=tuple(prompts),
+                negative_prompt=negative_prompt,
+                data=data,
+                steps=steps,
+                guidance=guidance,
+                height=height,
+                width=width,
+                say=lambda line, label=label: say(f"{label}: {line}"),  # type: ignore[misc]
+            )
+            result = _run_step(step, history[-1], context, folder)
+            made = result.lineage[-1]
+            say(f"{label}: {format_seconds(made.seconds)}, {describe_metrics(made.metrics)}")
+        history.append(result)
+        RunFolder(run_dir).write_chain([item.path.name for item in history[1:] if item.path])
+        if after_step:
+            after_step(result)
+        failure = result.lineage[-1].details.get("failure")
+        if failure:
+            raise VerificationFailed(
+                f"optimize[{index - 1}] ({step.kind}): {failure}",
+                where=str(folder),
+                hint="its folder and the report hold the figures; loosen it or change an earlier step",
+            )
+    return history[-1]
+
+
+def _run_step(step: Pass, parent: Artifact, context: Context, final: Path) -> Artifact:
+    started = time.perf_counter()
+    with atomic_folder(final) as folder:
+        outcome = step.run(parent, dataclasses.replace(context, folder=folder))
+        seconds = time.perf_counter() - started
+        details = dict(outcome.details)
+        if outcome.failure:
+            details["failure"] = outcome.failure
+        result = Artifact(
+            path=folder,
+            model_path=folder if step.changes_model else parent.model_path,
+            source=str(folder) if step.changes_model else parent.source,
+            format=outcome.format or step.produces or parent.format,
+            family=parent.family,
+            base=None if step.changes_model else parent.base,
+            recorded_hash=None if step.changes_model else parent.hash,
+        )
+        metrics = dict(outcome.metrics)
+        if step.changes_model:
+            metrics.setdefault("size_bytes", result.size_bytes)
+        record = Step(
+            kind=step.kind,
+            artifact=final.name,
+            settings=step.model_dump(mode="json"),
+            seconds=round(seconds, 3),
+            metrics=metrics,
+            parent_hash=parent.hash,
+            details=details,
+            pictures=outcome.pictures,
+        )
+        dataclasses.replace(result, lineage=(*parent.lineage, record)).write()
+    return Artifact.load(final)
+
+
+def _digest(step: Pass, history: Sequence[Artifact], shared: list[Any]) -> str:
+    models = [model.hash for model in distinct_models(history)]
+    described = [step.kind, step.model_dump(mode="json"), models, shared, tunekit.__version__]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _validate(cls: type[Pass], settings: dict[str, Any], index: int, where: Where) -> Pass:
+    def place(key: tuple[str | int, ...]) -> str:
+        return f"{where(index, str(key[0]) if key else None)}: optimize[{index}] ({cls.kind})"
+
+    return validate(cls, settings, place, error=ChainError)
+
+
+_WORDS = {
+    "adapter": "an adapter",
+    "torch": "a torch model",
+    "onnx": "an onnx model",
+    "tensorrt": "a tensorrt model",
+}
+
+
+def _order_hint(step: Pass, given: str) -> str | None:
+    if given == "adapter":
+        return "put `merge: {}` before it"
+    if step.accepts == {"adapter"}:
+        return f"this model is whole, there is nothing to {step.kind}: leave the step out"
+    if given == "torch" and "onnx" in step.accepts:
+        return "put `export_onnx: {}` before it"
+    if "torch" in step.accepts:
+        return "move it before export_onnx"
+    return None
+
+
+_SHOWN = (
+    "parameters",
+    "size_bytes",
+    "denoiser_ms_p50",
+    "picture_ms_p50",
+    "speedup",
+    "peak_memory_bytes",
+    "relative_error",
+    "psnr_db",
+    "ssim",
+)
+
+
+def describe_metrics(metrics: dict[str, Metric]) -> str:
+    """The figures a person looks at first, in one line: "size 21.3 MiB, psnr 43.1 dB"."""
+    return ", ".join(
+        f"{_name(name)} {format_metric(name, value)}"
+        for name in (*_SHOWN, *(name for name in metrics if name not in _SHOWN))
+        if (value := metrics.get(name)) is not None
+    )
+
+
+def _name(metric: str) -> str:
+    for ending in ("_bytes", "_db", "_seconds"):
+        metric = metric.removesuffix(ending)
+    return metric.replace("_ms", "").replace("_", " ")
+
+
+def format_metric(name: str, value: Metric) -> str:
+    """A metric with the unit that its name carries."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if name.endswith("_bytes") or "_bytes_" in name:
+        return format_bytes(int(value))
+    if "_ms" in name:
+        return f"{value:.1f} ms"
+    if name.endswith("_db"):
+        return f"{value:.1f} dB"
+    if name == "speedup":
+        return f"{value:.2f}x"
+    if isinstance(value, int):
+        return format_count(value) if value >= 10_000 else str(value)
+    return f"{value:.3g}"

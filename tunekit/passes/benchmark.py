@@ -1,0 +1,427 @@
+"""How fast, how large, and against what: models measured in turns, in one process, under the same conditions.
+
+What the figures mean:
+
+- `denoiser_ms_p50`, `denoiser_ms_p95`: one call of the denoiser at the picture's size on two rows (with and
+  without the prompt, as guidance asks); milliseconds of wall time.
+- `picture_ms_p50`, `picture_ms_p95`: one picture from prompt to pixels, text encoder and VAE included.
+- `speedup`: how many times faster a picture is than with the baseline. Each round measures all models one
+  after the other and gives one ratio; this is their median, so that a busy moment of the machine counts on
+  both sides.
+- `slower`: the speed-up is below 1 by more than rounds usually differ (3 %).
+- `size_bytes`: of the model's files; `size_ratio`: over the baseline's.
+- `peak_memory_bytes`: by how much, at its peak, the memory of a fresh process grows while this model is
+  opened and draws one picture; the process has loaded every library before and drawn with a tiny model. On
+  the CPU it is the resident set, read every few milliseconds; on a GPU what torch's tensors hold (None for
+  other runtimes there: nothing here counts their memory).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from tunekit.errors import ConfigError, DeviceError
+from tunekit.passes.base import Context, Outcome, Pass
+
+if TYPE_CHECKING:
+    from tunekit.artifacts import Artifact
+    from tunekit.runtime import Runtime
+
+VERSION = 1
+PROMPT = "a red apple"
+CALLS = 4
+"""Denoiser calls per round."""
+NOISE = 0.03
+"""Ratios closer to 1 than this are not called a difference."""
+
+
+class Benchmark(Pass):
+    """Measures latency, peak memory and size beside the parent and the fine-tuned model, in turns."""
+
+    kind: ClassVar[str] = "benchmark"
+    accepts: ClassVar[frozenset[str]] = frozenset({"torch", "onnx", "tensorrt"})
+    changes_model: ClassVar[bool] = False
+
+    steps: int | None = Field(None, ge=1)
+    """Denoiser steps of a picture; None: the run's."""
+    repeats: int = Field(5, ge=1)
+    """Rounds; each draws one picture with every model."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads, the same for every model; None: as many as torch takes here."""
+    provider: Literal["cpu", "cuda", "tensorrt", "openvino"] | None = None
+    """Runtime of ONNX models; None: the one that `tunekit generate` takes here."""
+    memory: bool = True
+    """Measure peak memory too, which starts one process per model."""
+
+    def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
+        """Refuses a provider for a model that has none."""
+        if self.provider and format != "onnx":
+            return f"sets provider, which has no effect on a model in {format}: it runs ONNX files"
+        return None
+
+    def run(self, artifact: Artifact, context: Context) -> Outcome:
+        """Measures the model, its parent and the first whole model of the chain."""
+        parent, first = context.reference("parent"), context.reference("first")
+        models = {model.source: model for model in (parent, first, artifact) if model is not None}
+        result = compare(
+            list(models.values()),
+            prompts=context.prompts or (PROMPT,),
+            steps=self.steps or context.steps,
+            repeats=self.repeats,
+            negative_prompt=context.negative_prompt,
+            guidance=context.guidance,
+            height=context.height,
+            width=context.width,
+            device=context.device,
+            provider=self.provider,
+            threads=self.threads,
+            memory=self.memory,
+            seed=context.seed,
+            say=context.say,
+        )
+        figures = dict(zip(models, result["artifacts"], strict=True))
+        own = figures[artifact.source]
+        metrics = {name: own[name] for name in FIGURES}
+        for reference, suffix in ((parent, ""), (first, "_first")):
+            if reference is not None:
+                against = figures[reference.source]
+                metrics |= {f"{name}{suffix}": value for name, value in ratios(own, against).items()}
+        if parent is None:
+            note = "no parent to compare with: the chain has only one whole model so far"
+        else:
+            word = "SLOWER" if metrics["slower"] else "speed-up"
+            note = f"{word}: {metrics['speedup']:.2f}x its parent's speed ({figures[parent.source]['title']})"
+        context.say(note)
+        if busy := result["settings"]["busy"]:
+            note += f"; {busy}"
+        others = {
+            model.path.name: {name: figures[source][name] for name in FIGURES}
+            for source, model in models.items()
+            if model.path is not None and source != artifact.source
+        }
+        table = [{name: row[name] for name in ("title", *FIGURES)} for row in result["artifacts"]]
+        return Outcome(
+            metrics=metrics,
+            details={"note": note, "settings": result["settings"], "artifacts": others, "models": table},
+        )
+
+
+FIGURES = (
+    "denoiser_ms_p50",
+    "denoiser_ms_p95",
+    "picture_ms_p50",
+    "picture_ms_p95",
+    "size_bytes",
+    "peak_memory_bytes",
+)
+
+
+def compare(
+    artifacts: Sequence[Artifact | str | Path],
+    *,
+    prompts: Sequence[str] = (PROMPT,),
+    steps: int = 30,
+    repeats: int = 5,
+    negative_prompt: str = "",
+    guidance: float = 7.5,
+    height: int | None = None,
+    width: int | None = None,
+    device: str = "auto",
+    provider: str | None = None,
+    threads: int | None = None,
+    memory: bool = True,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measures models in turns; the first is the baseline of the ratios.
+
+    Args:
+        artifacts: anything that `open_runtime` opens.
+        prompts: taken in turn, one per round, the same for every model.
+        steps: denoiser steps of a picture.
+        repeats: rounds.
+        provider: of the ONNX models among them.
+        threads: CPU threads of every model; None: as many as torch takes here.
+        memory: whether to measure peak memory too.
+        say: shows one line of progress.
+
+    Returns:
+        `{"version": 1, "settings": {...}, "artifacts": [...]}`; an artifact has `source`, `title`, the
+        figures named at the top of this module, `rounds_ms` (its pictures) and, from the second on,
+        `speedup`, `slower` and `size_ratio` against the first.
+
+    Raises:
+        ConfigError: nothing to measure.
+        DeviceError: the process that measures memory failed.
+    """
+    import torch
+
+    from tunekit.artifacts import Artifact, open_artifact
+    from tunekit.passes.verify import describe
+    from tunekit.runtime import open_runtime
+
+    if not artifacts:
+        raise ConfigError("nothing to measure: name at least one artifact")
+    opened = [a if isinstance(a, Artifact) else open_artifact(a) for a in artifacts]
+    before = torch.get_num_threads()
+    threads = threads or before
+    busy = _busy()
+    if busy:
+        say(busy)
+    sides = []
+    try:
+        for artifact in opened:
+            own_provider = provider if artifact.format == "onnx" else None
+            runtime = open_runtime(artifact, device=device, provider=own_provider, threads=threads)
+            sides.append(_Side(artifact, runtime, describe(artifact, runtime), own_provider))
+        task = _Task(list(prompts), negative_prompt, steps, guidance, height, width, seed)
+        with _collector_off():
+            for number in range(-1, repeats):
+                # Round -1 warms up. Nobody is always first: whoever follows finds the caches another left.
+                shift = number % len(sides)
+                for side in sides[shift:] + sides[:shift]:
+                    side.measure(task, number)
+                if number >= 0:
+                    latest = ", ".join(f"{side.pictures[-1]:.0f} ms" for side in sides)
+                    say(f"round {number + 1} of {repeats}: a picture took {latest}")
+    finally:
+        torch.set_num_threads(before)
+    pixels = task.size(sides[0].runtime)
+    for side in sides:
+        side.runtime.close()
+    gc.collect()
+    rows = []
+    for side in sides:
+        peak = _peak_memory(side, task, threads, device) if memory else None
+        rows.append(
+            {
+                "source": side.artifact.source,
+                "title": side.title,
+                "denoiser_ms_p50": percentile(side.calls, 50),
+                "denoiser_ms_p95": percentile(side.calls, 95),
+                "picture_ms_p50": percentile(side.pictures, 50),
+                "picture_ms_p95": percentile(side.pictures, 95),
+                "size_bytes": side.artifact.size_bytes or None,
+                "peak_memory_bytes": peak,
+                "rounds_ms": side.pictures,
+            }
+        )
+    for row in rows[1:]:
+        row |= ratios(row, rows[0])
+    settings = {
+        "steps": steps,
+        "guidance": guidance,
+        "repeats": repeats,
+        "threads": threads,
+        "device": device,
+        "pixels": list(pixels),
+        "busy": busy,
+    }
+    return {"version": VERSION, "settings": settings, "artifacts": rows}
+
+
+def ratios(row: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
+    """`speedup`, `slower` and `size_ratio` of one artifact of `compare` against another."""
+    pairs = zip(row["rounds_ms"], baseline["rounds_ms"], strict=True)
+    speedup = percentile([other / own for own, other in pairs], 50)
+    sizes = (row["size_bytes"], baseline["size_bytes"])
+    return {
+        "speedup": speedup,
+        "slower": speedup < 1 - NOISE,
+        "size_ratio": sizes[0] / sizes[1] if all(sizes) else None,
+    }
+
+
+def _busy() -> str | None:
+    """What to say if others want the processors too: threads that wait for each other then lose most."""
+    processors = os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load <= 0.75 * processors:
+        return None
+    return (
+        f"this machine is busy (load {load:.1f} on {processors} processors); on an idle one ratios may differ"
+    )
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The `share`-th percentile, linear between neighbours."""
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * share / 100
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+# Time ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What every model draws."""
+
+    prompts: list[str]
+    negative_prompt: str
+    steps: int
+    guidance: float
+    height: int | None
+    width: int | None
+    seed: int
+
+    def size(self, runtime: Runtime) -> tuple[int, int]:
+        own = runtime.default_size
+        return self.height or own[0], self.width or own[1]
+
+    def draw(self, runtime: Runtime, number: int) -> None:
+        from tunekit.runtime import generate
+
+        generate(
+            runtime,
+            [self.prompts[number % len(self.prompts)]],
+            seeds=[self.seed + number],
+            negative_prompt=self.negative_prompt,
+            steps=self.steps,
+            guidance=self.guidance,
+            height=self.height,
+            width=self.width,
+        )
+
+
+@dataclass
+class _Side:
+    artifact: Artifact
+    runtime: Runtime
+    title: str
+    provider: str | None
+    calls: list[float] = field(default_factory=list)
+    """Milliseconds per denoiser call."""
+    pictures: list[float] = field(default_factory=list)
+    """Milliseconds per picture, one per round."""
+
+    def measure(self, task: _Task, number: int) -> None:
+        """One round; round -1 is not kept, and the first call of each round brings the caches back."""
+        import torch
+
+        from tunekit.diffusion.sampling import initial_latents
+
+        shape = self.runtime.latent_shape(*task.size(self.runtime))
+        latents = initial_latents([task.seed, task.seed + 1], shape)
+        conditioning = self.runtime.encode_prompt([task.negative_prompt, task.prompts[0]])
+        middle = torch.tensor(int(self.runtime.scheduler.config.num_train_timesteps) // 2)
+        calls = []
+        for _ in range(CALLS + 1):
+            started = time.perf_counter()
+            self.runtime.denoise(latents, middle, conditioning)
+            calls.append((time.perf_counter() - started) * 1e3)
+        started = time.perf_counter()
+        task.draw(self.runtime, max(number, 0))
+        picture = (time.perf_counter() - started) * 1e3
+        if number >= 0:
+            self.calls += calls[1:]
+            self.pictures.append(picture)
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """Keeps the garbage collector out of the measured calls."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+# Memory ----------------------------------------------------------------------------------------------------
+
+
+def _peak_memory(side: _Side, task: _Task, threads: int, device: str) -> int | None:
+    """Asks a fresh process; see `_measure_memory`."""
+    request = {
+        "source": side.artifact.source,
+        "family": side.artifact.family,
+        "provider": side.provider,
+        "threads": threads,
+        "device": device,
+        "prompt": task.prompts[0],
+        "guidance": task.guidance,
+        "height": task.height,
+        "width": task.width,
+    }
+    import tunekit
+
+    root = str(Path(tunekit.__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "tunekit.passes.benchmark", json.dumps(request)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise DeviceError(
+            f"its memory could not be measured: {reason}",
+            where=side.title,
+            hint="leave it out with memory: false",
+        )
+    peak = json.loads(done.stdout.splitlines()[-1])["peak_memory_bytes"]
+    return None if peak is None else int(peak)
+
+
+def _measure_memory(request: dict[str, Any]) -> int | None:
+    """Peak growth of this process's memory while a model is opened and draws one picture of two steps."""
+    import torch
+
+    from tunekit import families, hardware
+    from tunekit.artifacts import open_artifact
+    from tunekit.runtime import generate, open_runtime, torch_runtime
+
+    torch.set_num_threads(request["threads"])
+    artifact = open_artifact(request["source"], family=request["family"] or None)
+    family = families.get(artifact.family or families.detect(artifact.source))
+    place = hardware.probe(request["device"])
+    if place.kind != "cpu" and artifact.format != "torch":
+        return None
+    # Libraries load their parts when these are first used. A tiny model uses them all.
+    tiny = torch_runtime(family, family.tiny(), device=place.torch_device, threads=request["threads"])
+    generate(tiny, ["warm up"], seeds=[0], steps=1)
+    tiny.close()
+    if artifact.format == "onnx":
+        __import__("openvino" if request["provider"] == "openvino" else "onnxruntime")
+    del tiny
+    gc.collect()
+    with hardware.peak_memory(place.torch_device) as peak:
+        runtime = open_runtime(
+            artifact, device=request["device"], provider=request["provider"], threads=request["threads"]
+        )
+        generate(
+            runtime,
+            [request["prompt"]],
+            seeds=[0],
+            steps=2,
+            guidance=request["guidance"],
+            height=request["height"],
+            width=request["width"],
+        )
+    return peak.peak_bytes - peak.start_bytes
+
+
+PASS = Benchmark
+
+if __name__ == "__main__":
+    print(json.dumps({"peak_memory_bytes": _measure_memory(json.loads(sys.argv[1]))}))

@@ -1,0 +1,276 @@
+"""ONNX to TensorRT-RTX engines, for cards that need not be here.
+
+An engine holds kernels for one compute capability; cards that share it share the engine. Precision is that of
+the ONNX file: TensorRT's networks are strongly typed. The folder keeps the layout of the ONNX folder, with
+`<component>/sm86.engine` in place of `<component>/model.onnx`, and `engines.json`::
+
+    {"version": 1, "tensorrt_rtx": "1.7.1.116", "engines": {"sm86": ["rtx-3060"]},
+     "shapes": {"unet": {"sample": [[1, 4, 32, 32], [2, 4, 64, 64], [8, 4, 64, 64]], ...}, ...}}
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from tunekit import hardware
+from tunekit.artifacts import write_json
+from tunekit.errors import DeviceError, ModelError, output_errors, require
+from tunekit.passes.base import Context, Outcome, Pass
+
+if TYPE_CHECKING:
+    from tunekit.artifacts import Artifact
+    from tunekit.families import Family
+
+PACKAGE = "tensorrt_rtx"
+INDEX = "engines.json"
+VERSION = 1
+Range = tuple[int, int, int]
+"""Smallest, usual and largest."""
+
+
+class BuildTensorrt(Pass):
+    """Builds TensorRT-RTX engines for named cards, on any machine."""
+
+    kind: ClassVar[str] = "build_tensorrt"
+    accepts: ClassVar[frozenset[str]] = frozenset({"onnx"})
+    produces: ClassVar[str | None] = "tensorrt"
+
+    devices: list[str] = Field(min_length=1)
+    """Cards by name, such as rtx-3060, rtx-4090; a wrong name is answered with all of them."""
+    batch: Range = (1, 1, 4)
+    """Fewest, usual and most pictures at once. With guidance the denoiser has twice as many rows."""
+    height: Range | None = None
+    """Smallest, usual and largest height in pixels; None: from half the model's own to its own."""
+    width: Range | None = None
+    """Likewise. Memory on the card is taken for the largest."""
+
+    @field_validator("devices")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            try:
+                facts = hardware.find(name)
+            except DeviceError as error:
+                raise ValueError(f"{error.message}; {error.hint}") from error
+            if facts.compute_capability is None:
+                raise ValueError(f"{facts.name} has no TensorRT: that is for NVIDIA cards")
+        return names
+
+    @field_validator("batch", "height", "width")
+    @classmethod
+    def _ordered(cls, sizes: Range | None) -> Range | None:
+        if sizes is not None and not 0 < sizes[0] <= sizes[1] <= sizes[2]:
+            raise ValueError("should be the smallest, the usual and the largest, in this order and above 0")
+        return sizes
+
+    def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
+        """Says what is missing before other passes have taken their time."""
+        if importlib.util.find_spec(PACKAGE) is None:
+            return f'needs the package "{PACKAGE}": pip install "tunekit[tensorrt]"'
+        exports = [step for step in earlier if step.kind == "export_onnx"]
+        old = [name for name in self.devices if hardware.find(name).compute_capability == (7, 5)]
+        if old and exports and getattr(exports[-1], "dtype", None) == "fp32":
+            return (
+                f"builds nothing in fp32 for {old[0]} (sm75); write `export_onnx: {{dtype: fp16}}` before it"
+            )
+        try:
+            _targets(importlib.import_module(PACKAGE), self.devices)
+        except DeviceError as error:
+            return f"cannot run: {error.message}; {error.hint}"
+        return None
+
+    def run(self, artifact: Artifact, context: Context) -> Outcome:
+        """Builds every component once per compute capability.
+
+        Raises:
+            MissingPackageError: tensorrt_rtx is not installed.
+            DeviceError: TensorRT-RTX does not build for one of the cards.
+            ModelError: it cannot read or build a graph; names the node where it can.
+        """
+        trt = require(PACKAGE, extra="tensorrt", why="build_tensorrt needs")
+
+        from tunekit import families
+
+        assert artifact.model_path is not None
+        source = artifact.model_path
+        targets = _targets(trt, self.devices)
+        components = sorted(path.parent.name for path in source.glob("*/model.onnx"))
+        family = families.get(context.family)
+        axes = self._axes(family, source, components)
+        shapes = {name: _input_shapes(source / name / "model.onnx", axes[name]) for name in components}
+        table = []
+        for component in components:
+            for engine, cards in targets.items():
+                context.say(f"{component} for {engine} ({', '.join(cards)})")
+                started = time.perf_counter()
+                data = _build(trt, source / component / "model.onnx", shapes[component], engine)
+                target = context.folder / component / f"{engine}.engine"
+                with output_errors(target):
+                    target.parent.mkdir(exist_ok=True)
+                    target.write_bytes(data)
+                table.append(
+                    {
+                        "component": component,
+                        "engine": engine,
+                        "cards": ", ".join(cards),
+                        "size_bytes": len(data),
+                        "seconds": round(time.perf_counter() - started, 2),
+                    }
+                )
+        with output_errors(context.folder):
+            shutil.copy2(source / "model_index.json", context.folder)
+            for component in components:
+                shutil.copy2(source / component / "config.json", context.folder / component)
+            for folder in ("scheduler", *(tokenizer for tokenizer, _ in family.facts.encoders)):
+                shutil.copytree(source / folder, context.folder / folder)
+        index = {"version": VERSION, PACKAGE: trt.__version__, "engines": targets, "shapes": shapes}
+        write_json(context.folder / INDEX, index)
+        return Outcome(metrics={"engines": len(table)}, details={"engines": table})
+
+    def _axes(self, family: Family, folder: Path, components: list[str]) -> dict[str, dict[str, Range]]:
+        """Per component, the (smallest, usual, largest) size of each of its named axes.
+
+        Raises:
+            ConfigError: a height or width that the model cannot draw.
+        """
+
+        def read(name: str) -> dict[str, Any]:
+            content: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+            return content
+
+        def config(name: str) -> SimpleNamespace:
+            return SimpleNamespace(config=SimpleNamespace(**read(f"{name}/config.json")))
+
+        denoiser = family.facts.denoiser_name
+        # The family computes sizes from configs alone, so this stands in for a pipeline.
+        pipeline: Any = SimpleNamespace(**{denoiser: config(denoiser), "vae": config("vae_decoder")})
+        multiple = family.resolution_multiple(pipeline)
+        own = family.default_size(pipeline)
+        pixels = [
+            wanted or (max(multiple, side // 2 // multiple * multiple), side, side)
+            for wanted, side in zip((self.height, self.width), own, strict=True)
+        ]
+        latents = [family.latent_shape(pipeline, *size)[1:] for size in zip(*pixels, strict=True)]
+        heights, widths = zip(*latents, strict=True)
+        tokens = int(read(f"{family.facts.encoders[0][0]}/tokenizer_config.json")["model_max_length"])
+        rows: dict[str, Range] = {denoiser: (self.batch[0], 2 * self.batch[1], 2 * self.batch[2])}
+        sides: dict[str, Any] = {"vae_encoder": pixels}
+        return {
+            name: {
+                "batch": rows.get(name, self.batch),
+                "height": sides.get(name, (heights, widths))[0],
+                "width": sides.get(name, (heights, widths))[1],
+                "sequence": (tokens, tokens, tokens),
+            }
+            for name in components
+        }
+
+
+def _targets(trt: Any, devices: Sequence[str]) -> dict[str, list[str]]:
+    """Engine name -> the cards that it is for: {"sm86": ["rtx-3060", "rtx-3090"]}."""
+    targets: dict[str, list[str]] = {}
+    for facts in map(hardware.find, devices):
+        assert facts.compute_capability is not None
+        name = "sm{}{}".format(*facts.compute_capability)
+        if not hasattr(trt.ComputeCapability, name.upper()):
+            raise DeviceError(
+                f"TensorRT-RTX {trt.__version__} builds nothing for {facts.name} ({name})",
+                hint="it is for RTX cards; on data-centre cards run the ONNX model with provider tensorrt",
+            )
+        cards = targets.setdefault(name, [])
+        if facts.name not in cards:
+            cards.append(facts.name)
+    return targets
+
+
+def _input_shapes(graph: Path, sizes: dict[str, Range]) -> dict[str, list[tuple[int, ...]]]:
+    """Input name -> its smallest, usual and largest shape; inputs of one fixed shape are left out."""
+    import onnx
+
+    shapes = {}
+    for value in onnx.load(graph, load_external_data=False).graph.input:
+        axes = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        unknown = [axis for axis in axes if isinstance(axis, str) and axis not in sizes]
+        if unknown:
+            raise ModelError(
+                f"input {value.name} has an axis {unknown[0]!r}; known are {', '.join(sizes)}",
+                where=str(graph),
+                hint="export it with export_onnx",
+            )
+        if any(isinstance(axis, str) for axis in axes):
+            shapes[value.name] = [
+                tuple(sizes[axis][i] if isinstance(axis, str) else axis for axis in axes) for i in range(3)
+            ]
+    return shapes
+
+
+def _build(trt: Any, graph: Path, shapes: dict[str, list[tuple[int, ...]]], engine: str) -> bytes:
+    """Parses and builds one graph for one compute capability."""
+    log = _logger(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, log)
+    component = graph.parent.name
+    if not parser.parse_from_file(str(graph)):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        said = "; ".join(
+            f"{error.node_operator()} node {error.node_name()!r}: {_line(error.desc())}" for error in errors
+        )
+        raise ModelError(
+            f"TensorRT-RTX cannot read {component}: {said}",
+            where=str(graph),
+            hint="it takes fp32, fp16, and int8 as `quantize: {mode: static, activations: int8}` writes it:"
+            " symmetric, without int32 biases",
+        )
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, engine.upper()), 0)
+    profile = builder.create_optimization_profile()
+    for name, (smallest, usual, largest) in shapes.items():
+        profile.set_shape(name, smallest, usual, largest)
+    config.add_optimization_profile(profile)
+    built = builder.build_serialized_network(network, config)
+    if built is None:
+        raise ModelError(
+            f"TensorRT-RTX cannot build {component} for {engine}: {log.said()}",
+            where=str(graph),
+            hint="sm75 (RTX 20, T4) takes fp16 only: export_onnx: {dtype: fp16}"
+            if engine == "sm75"
+            else None,
+        )
+    return bytes(built)
+
+
+def _logger(trt: Any) -> Any:
+    """A logger that keeps what TensorRT-RTX says of its errors, for our own message."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(_line(text))
+
+        def said(self) -> str:
+            return "; ".join(dict.fromkeys(self.errors)) or "it gives no reason"
+
+    return Log()
+
+
+def _line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else line[:297] + "..."
+
+
+PASS = BuildTensorrt

@@ -1,0 +1,334 @@
+"""Torch to ONNX: one graph per component, in the layout that onnxruntime's users expect.
+
+The folder holds `{text_encoder, <denoiser>, vae_encoder, vae_decoder}/model.onnx`, each with its
+`config.json`, the scheduler, the tokenizer and one `model_index.json` that serves all who read such folders:
+
+- tunekit: `tunekit generate FOLDER`;
+- Optimum: `ORTDiffusionPipeline.from_pretrained(FOLDER)`;
+- diffusers before 0.43: `OnnxStableDiffusionPipeline.from_pretrained(FOLDER)`. It takes 8 pixels per latent
+  and the VAE scale 0.18215 for granted, as SD 1.x has them.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from tunekit.artifacts import directory_size, write_json
+from tunekit.errors import ModelError, output_errors, require
+from tunekit.passes.base import Context, Outcome, Pass
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from tunekit.artifacts import Artifact
+    from tunekit.families import ExportComponent, Family
+
+GRAPH = "model.onnx"
+WEIGHTS = "model.onnx_data"
+NEEDS = "ONNX export needs"
+PROTOBUF_LIMIT = 2_000_000_000
+MAX_RELATIVE_ERROR = {"fp32": 1e-4, "fp16": 3e-2}
+
+
+class ExportOnnx(Pass):
+    """Writes every component as an ONNX graph with dynamic batch, height and width."""
+
+    kind: ClassVar[str] = "export_onnx"
+    accepts: ClassVar[frozenset[str]] = frozenset({"torch"})
+    produces: ClassVar[str | None] = "onnx"
+
+    dtype: Literal["fp32", "fp16"] = "fp32"
+    """Type of weights and activations. Components that overflow in fp16 stay fp32; the family knows them."""
+    opset: int = Field(20, ge=18, le=23)
+    """ONNX operator set. 20 was fastest on the CPU; of 23's Attention, TensorRT-RTX refuses small heads."""
+    external_data_threshold: int = Field(PROTOBUF_LIMIT, ge=0, le=PROTOBUF_LIMIT)
+    """Bytes of weights above which they go into `model.onnx_data`: one ONNX file cannot hold 2 GiB."""
+
+    def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
+        """Refuses packed weights, see `_refuse_packed`."""
+        packed = format == "torch" and any(step.kind == "quantize" for step in earlier)
+        return (
+            "comes after quantize, whose packed weights it would unpack; put quantize behind it"
+            if packed
+            else None
+        )
+
+    def run(self, artifact: Artifact, context: Context) -> Outcome:
+        """Exports, then runs each graph once beside its torch module, at another batch size and resolution.
+
+        Raises:
+            MissingPackageError: onnx, onnxscript or onnxruntime is not installed.
+            ModelError: packed weights, or a component that cannot be exported.
+        """
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            require(package, extra="onnx", why=NEEDS)
+        import torch
+
+        from tunekit import families
+
+        family = families.get(context.family)
+        pipeline = family.load(artifact.source, dtype=torch.float32)
+        _refuse_packed(family.denoiser(pipeline), artifact.source)
+        components = family.export_components(pipeline)
+        checks = {component.name: check_inputs(component) for component in components}
+        with torch.no_grad():
+            expected = {c.name: as_tuple(c.module(*checks[c.name].values())) for c in components}
+        if self.dtype == "fp16":
+            # In place, so the pipeline is halved too, and the family now gives fp16 example inputs.
+            for component in components:
+                if component.name not in family.facts.fp32_components:
+                    component.module.half()
+            components = family.export_components(pipeline)
+
+        table: list[dict[str, Any]] = []
+        for component in components:
+            context.say(component.name)
+            folder = context.folder / component.name
+            nodes = export_component(
+                component, folder, opset=self.opset, external_data_threshold=self.external_data_threshold
+            )
+            write_json(folder / "config.json", component.config)
+            error = graph_error(folder / GRAPH, checks[component.name], expected[component.name])
+            table.append(
+                {
+                    "component": component.name,
+                    "nodes": nodes,
+                    "size_bytes": directory_size(folder),
+                    "relative_error": error,
+                }
+            )
+        _write_rest(family, pipeline, [component.name for component in components], context.folder)
+
+        worst = max(table, key=lambda row: _nan_is_worst(row["relative_error"]))
+        error, limit = worst["relative_error"], MAX_RELATIVE_ERROR[self.dtype]
+        failure = None
+        if _nan_is_worst(error) > limit:
+            failure = (
+                f"{worst['component']} in onnxruntime differs from torch by {error:.2g} of its size;"
+                f" {self.dtype} should stay below {limit:g}"
+            )
+        return Outcome(
+            metrics={
+                "relative_error": error,
+                "nodes": sum(row["nodes"] for row in table),
+                **{f"relative_error_{row['component']}": row["relative_error"] for row in table},
+            },
+            details={"components": table},
+            failure=failure,
+        )
+
+
+def export_component(
+    component: ExportComponent,
+    folder: Path,
+    *,
+    opset: int = 20,
+    external_data_threshold: int = PROTOBUF_LIMIT,
+) -> int:
+    """Writes one graph to `folder/model.onnx` and returns its number of nodes.
+
+    Raises:
+        ModelError: the exporter refuses it.
+        OutputError: disk full, no permission.
+    """
+    import onnx_ir
+    import torch
+
+    dynamic = tuple(
+        dict.fromkeys(component.dynamic.get(name, {}), torch.export.Dim.DYNAMIC) for name in component.inputs
+    )
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                component.module.eval(),
+                tuple(component.inputs.values()),
+                dynamo=True,
+                dynamic_shapes=dynamic,
+                input_names=list(component.inputs),
+                output_names=component.outputs,
+                opset_version=opset,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise ModelError(f"{component.name} cannot be exported: {reason}") from error
+        assert program is not None
+        model: Any = program.model
+        _tidy(model, component)
+        weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+        external = WEIGHTS if weights > external_data_threshold else None
+        with output_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            onnx_ir.save(model, folder / GRAPH, external_data=external)
+        return len(model.graph)
+
+
+def _refuse_packed(denoiser: nn.Module, source: str) -> None:
+    from tunekit import layers
+
+    if (layers.describe(denoiser) or {}).get("quantized"):
+        raise ModelError(
+            "its weights are packed to few bits; in ONNX they would be floats again, as large as before",
+            where=source,
+            hint="export the model from before `quantize`, and quantize the ONNX model",
+        )
+
+
+def _tidy(model: Any, component: ExportComponent) -> None:
+    """Leaves only what running needs, and gives every dynamic dimension its name.
+
+    The exporter notes on each node the Python lines it came from, with paths of this machine; and the shape
+    of every value in between, over which tools that change the graph (onnxruntime's quantizer) then trip.
+    """
+    import onnx_ir
+
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for dim, axis in component.dynamic.get(value.name, {}).items():
+            names[str(value.shape[dim])] = axis
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        shape = [
+            size if isinstance(size, int) else names.get(str(size), f"{value.name}_{index}")
+            for index, size in enumerate(value.shape)
+        ]
+        value.shape = onnx_ir.Shape(shape)
+    _name_weights(model)
+    ends = {*model.graph.inputs, *model.graph.outputs}
+    values = {*ends, *model.graph.initializers.values()}
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        values.update(node.outputs)
+    for value in values:
+        value.metadata_props.clear()
+        if value not in ends:
+            value.shape = value.type = None
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.name = component.name
+
+
+def _name_weights(model: Any) -> None:
+    """Names transposed weights of Linear layers after their modules, as all others are; passes go by it."""
+    taken = set(model.graph.initializers)
+    for node in model.graph.all_nodes():
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        if node.op_type != "MatMul" or len(scopes) < 2:
+            continue
+        weight, name = node.inputs[1], f"{scopes[-2]}.weight"
+        if weight.is_initializer() and weight.name.startswith("val_") and name not in taken:
+            taken.add(name)
+            del model.graph.initializers[weight.name]
+            weight.name = name
+            model.graph.initializers[name] = weight
+
+
+def _write_rest(family: Family, pipeline: Any, components: list[str], folder: Path) -> None:
+    """Writes scheduler, tokenizers and the `model_index.json` that Optimum and diffusers read."""
+    import diffusers
+
+    from tunekit.families.loading import save_tokenizer
+
+    tokenizers = [tokenizer for tokenizer, _ in family.facts.encoders]
+    with output_errors(folder):
+        pipeline.scheduler.save_pretrained(folder / "scheduler")
+        for name in tokenizers:
+            save_tokenizer(getattr(pipeline, name), folder / name)
+    index: dict[str, Any] = {
+        "_class_name": family.facts.pipeline_class,
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", type(pipeline.scheduler).__name__],
+        **{name: ["transformers", type(getattr(pipeline, name)).__name__] for name in tokenizers},
+        **{name: ["diffusers", "OnnxRuntimeModel"] for name in components},
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }
+    write_json(folder / "model_index.json", index)
+
+
+# Checking a graph ------------------------------------------------------------------------------------------
+
+
+def check_inputs(component: ExportComponent, seed: int = 0) -> dict[str, Tensor]:
+    """Inputs unlike the export's in every dynamic size: a batch of 3, half as high, wide and long."""
+    import torch
+
+    sizes = {"batch": 3}
+    for name, axes in component.dynamic.items():
+        for dim, axis in axes.items():
+            if axis not in sizes:
+                multiple = component.multiples.get(axis, 1)
+                half = max(1, component.inputs[name].shape[dim] // (2 * multiple)) * multiple
+                sizes[axis] = half + (multiple if axis == "width" else 0)
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {}
+    for name, example in component.inputs.items():
+        axes = component.dynamic.get(name, {})
+        shape = [sizes[axes[dim]] if dim in axes else size for dim, size in enumerate(example.shape)]
+        if not axes:
+            inputs[name] = example
+        elif example.is_floating_point():
+            inputs[name] = torch.randn(shape, generator=generator).to(example.dtype)
+        else:
+            high = int(example.max()) + 1
+            inputs[name] = torch.randint(high, shape, generator=generator).to(example.dtype)
+    return inputs
+
+
+def graph_error(path: Path, inputs: dict[str, Tensor], expected: tuple[Tensor, ...]) -> float:
+    """Runs an ONNX file in onnxruntime on the CPU; returns the largest relative error of its outputs."""
+    import numpy as np
+    import onnxruntime
+    import torch
+
+    from tunekit.diffusion.metrics import relative_error
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    types = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
+    feed = {}
+    for wanted in session.get_inputs():
+        value = inputs[wanted.name].numpy()
+        feed[wanted.name] = value.astype(types.get(wanted.type, value.dtype))
+    outputs = session.run(None, feed)
+    pairs = zip(outputs, expected, strict=True)
+    return max((relative_error(torch.from_numpy(got), want) for got, want in pairs), key=_nan_is_worst)
+
+
+def _nan_is_worst(error: float) -> float:
+    return math.inf if math.isnan(error) else error
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """A module's output as a tuple."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what the exporter says about its own insides; its errors are exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+PASS = ExportOnnx

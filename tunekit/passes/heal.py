@@ -1,0 +1,145 @@
+"""Trains a pruned or quantized model to give its parent's output again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from tunekit.passes.base import Context, Outcome, Pass
+
+if TYPE_CHECKING:
+    from tunekit.artifacts import Artifact
+
+
+class Heal(Pass):
+    """Trains the model for a short while to give the output of the model before the last step.
+
+    The loss is the squared error of the output and of each large block's hidden state against the parent's,
+    on the run's own pictures, or where it has none on pictures that the parent draws from the run's prompts.
+    Where training leaves the output farther away than it was, the weights stay as they were, and it is said.
+    """
+
+    kind: ClassVar[str] = "heal"
+    accepts: ClassVar[frozenset[str]] = frozenset({"torch"})
+
+    max_steps: int = Field(200, ge=1)
+    """Optimizer steps."""
+    lr: float = Field(1e-4, gt=0)
+    """Highest learning rate; it warms up over a twentieth of the steps and falls to zero as a cosine."""
+    batch_size: int = Field(8, ge=1)
+    """Samples per optimizer step."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Samples per forward; null means the whole batch at once."""
+    feature_weight: float = Field(1.0, ge=0)
+    """Weight of the blocks' hidden states; the output counts 1."""
+    optimizer: str = "adamw"
+    """Row of tunekit/optimizers.py."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic; the trained weights are fp32."""
+    pictures: int = Field(32, ge=1)
+    """Pictures the parent draws where the run has none of its own."""
+
+    def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
+        """Finds settings that contradict each other, a missing parent, and packed weights."""
+        from tunekit import optimizers
+        from tunekit.errors import ConfigError
+
+        if self.micro_batch is not None and self.micro_batch > self.batch_size:
+            return f"has a micro_batch larger than its batch_size ({self.batch_size})"
+        try:
+            optimizers.find(self.optimizer)
+        except ConfigError as error:
+            return error.message
+        changing = [step for step in earlier if step.changes_model and step.kind != "merge"]
+        if not changing:
+            return "has nothing to heal: no step before it changed the model (put it behind prune)"
+        if changing[-1].kind == "quantize":
+            return "comes after quantize, and packed weights cannot be trained; put it before"
+        return None
+
+    def run(self, artifact: Artifact, context: Context) -> Outcome:
+        """Measures, trains, measures again, saves.
+
+        Raises:
+            ConfigError: the run knows neither pictures nor prompts.
+            NonFiniteError: the loss is not finite.
+        """
+        from tunekit import families
+        from tunekit.config import TrainConfig
+        from tunekit.data.cache import Stream
+        from tunekit.data.examples import UNCONDITIONAL
+        from tunekit.structures import parameters
+        from tunekit.training.distill import Distillation, output_error
+        from tunekit.training.loop import train
+        from tunekit.training.run import build_optimizer
+
+        family = families.get(context.family)
+        origin = context.reference("parent")
+        assert origin is not None  # `problem` has seen to it
+        parent = family.load(origin.source)
+        pipeline = family.load(artifact.source)
+        denoiser, teacher = family.denoiser(pipeline), family.denoiser(parent)
+        settings = TrainConfig(
+            max_steps=self.max_steps,
+            lr=self.lr,
+            batch_size=self.batch_size,
+            optimizer=self.optimizer,
+            schedule="cosine",
+            warmup_steps=self.max_steps // 20,
+            weight_decay=0.0,
+            log_every=max(1, self.max_steps // 10),
+        )
+        drawn = context.examples(family, parent, origin, count=self.pictures, precision=self.precision)
+        with drawn as (examples, accelerator):
+            for module in (denoiser, teacher):
+                module.to(accelerator.device)
+            before = output_error(family, denoiser, teacher, examples)
+            context.say(f"learning from {examples.origin}")
+            batches = Stream(
+                examples.dataset,
+                examples.objective,
+                batch_size=self.batch_size,
+                micro_batch=self.micro_batch,
+                seed=context.seed,
+                caption_dropout=UNCONDITIONAL,
+            )
+            kept = {name: value.cpu().clone() for name, value in denoiser.state_dict().items()}
+            denoiser.train().requires_grad_(True)
+            result = train(
+                accelerator,
+                denoiser,
+                build_optimizer(settings, list(denoiser.parameters()), accelerator.device),
+                batches,
+                Distillation(family, denoiser, teacher, examples, self.feature_weight),
+                settings,
+                seed=context.seed,
+                say=context.say,
+                title="heal",
+            )
+            denoiser.eval().requires_grad_(False)
+            after = trained = output_error(family, denoiser, teacher, examples)
+            if trained > before:
+                denoiser.load_state_dict(kept)
+                after = before
+        note = f"learned from {examples.origin}"
+        if trained > before:
+            note += (
+                f"; training made the output worse ({before:.3g} -> {trained:.3g}), so the weights are as"
+                " before: lower lr, or leave heal out"
+            )
+        context.save(family, pipeline, artifact)
+        return Outcome(
+            metrics={
+                "parameters": parameters(denoiser),
+                "relative_error_before": before,
+                "relative_error": after,
+                "loss": result.loss,
+                "steps": result.step,
+            },
+            details={"note": note},
+        )
+
+
+PASS = Heal

@@ -1,0 +1,222 @@
+"""Removes whole channels, attention heads and groups from the denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from tunekit.passes.base import Context, Outcome, Pass
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from tunekit.artifacts import Artifact
+    from tunekit.data.examples import Examples
+    from tunekit.families.family import Family
+    from tunekit.structures import Structures
+
+Target = Literal["feed_forward", "heads", "resnet"]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+DRAWN = 32
+"""Pictures that are drawn at most where the run has none; more examples differ in noise and timestep."""
+
+
+class Prune(Pass):
+    """Removes whole feed-forward channels, attention heads and residual-block groups; shapes shrink.
+
+    Structures are ranked by how far the output moves when one is silenced, to first order (`taylor`, see
+    `tunekit.structures.Sensitivity` for the measure and its sources), per cost that leaves with it. What
+    is left computes exactly what the same model with those structures silenced computes.
+    """
+
+    kind: ClassVar[str] = "prune"
+    accepts: ClassVar[frozenset[str]] = frozenset({"torch"})
+
+    ratio: Share | dict[Target, Share] = 0.25
+    """Share of the targets' cost that leaves; or one share for each target."""
+    cost: Literal["parameters", "macs"] = "parameters"
+    """What `ratio` is a share of, and what importance is weighed against: parameters make the model small,
+    macs (multiply-adds) make it fast."""
+    targets: list[Target] = Field(["feed_forward", "heads", "resnet"], min_length=1)
+    """What may leave: feed-forward channels, attention heads, groups of residual blocks' inner channels."""
+    importance: Literal["taylor", "magnitude"] = "taylor"
+    """taylor measures on examples; magnitude looks at the weights only."""
+    spread: Literal["global", "uniform"] = "global"
+    """global takes the least important structures anywhere; uniform takes the same share of each block."""
+    floor: Share = 0.25
+    """Least share of a block's structures that stays, so that no block becomes a bottleneck."""
+    multiple: int = Field(16, ge=1)
+    """Channel counts stay multiples of this, because kernels compute in blocks of 8 or 16."""
+    keep: list[str] = []
+    """Paths of blocks that stay whole, such as `mid_block` or `up_blocks.-1` (the last one)."""
+    samples: int = Field(64, ge=1)
+    """Examples that importance is measured on."""
+
+    def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
+        """Finds settings that contradict each other, and packed weights."""
+        if isinstance(self.ratio, dict) and set(self.ratio) != set(self.targets):
+            return f"gives ratios for {', '.join(self.ratio)} but its targets are {', '.join(self.targets)}"
+        if any(step.kind == "quantize" for step in earlier):
+            return "comes after quantize, and channels cannot leave packed weights; put it before"
+        return None
+
+    def run(self, artifact: Artifact, context: Context) -> Outcome:
+        """Judges, removes, measures the damage, saves.
+
+        Raises:
+            ConfigError: there is nothing to judge by: neither pictures nor prompts are known.
+        """
+        import copy
+
+        from tunekit import families, structures
+        from tunekit.training.distill import output_error
+
+        family = families.get(context.family)
+        pipeline = family.load(artifact.source)
+        denoiser = family.denoiser(pipeline).requires_grad_(False)
+        parent = copy.deepcopy(denoiser)
+        before, macs_before = structures.parameters(denoiser), structures.macs(family, pipeline)
+        found = [
+            item for item in structures.find(denoiser, self.targets) if not self._kept(item.name, denoiser)
+        ]
+        with context.examples(family, pipeline, artifact, count=min(self.samples, DRAWN)) as (
+            examples,
+            accelerator,
+        ):
+            denoiser.to(accelerator.device)
+            if self.importance == "magnitude":
+                scores = structures.magnitudes(found)
+            else:
+                scores = self._sensitivity(found, family, denoiser, examples)
+            costs = (
+                structures.macs_each(found, family, pipeline)
+                if self.cost == "macs"
+                else [item.parameters for item in found]
+            )
+            table = self._remove(found, scores, costs)
+            error = output_error(family, denoiser, parent.to(accelerator.device), examples)
+        context.save(family, pipeline, artifact)
+        return Outcome(
+            metrics={
+                "parameters": structures.parameters(denoiser),
+                "parameters_before": before,
+                "macs": structures.macs(family, pipeline),
+                "macs_before": macs_before,
+                "relative_error": error,
+            },
+            details={"blocks": table, "note": f"judged on {examples.origin}"},
+        )
+
+    def _kept(self, name: str, denoiser: nn.Module) -> bool:
+        from tunekit.layers import under
+
+        return under(name, denoiser, self.keep)
+
+    def _sensitivity(
+        self, found: Sequence[Structures], family: Family, denoiser: nn.Module, examples: Examples
+    ) -> list[torch.Tensor]:
+        import torch
+
+        from tunekit.structures import Sensitivity
+
+        generator = torch.Generator().manual_seed(examples.seed)
+        device = next(denoiser.parameters()).device
+        with Sensitivity(found) as sensitivity:
+            for batch in examples.batches(self.samples, 4, purpose="importance"):
+                moved = batch.to(device)
+                noisy, _, _ = examples.objective.sample(moved.latents, moved.noise, moved.timesteps)
+                # The weights are frozen, so it is the input that gradients have to begin at.
+                output = family.denoise(denoiser, noisy.requires_grad_(), moved.timesteps, moved.conditioning)
+                sensitivity.add(output, generator)
+        return sensitivity.scores
+
+    def _remove(
+        self, found: Sequence[Structures], scores: Sequence[torch.Tensor], costs: Sequence[int]
+    ) -> list[dict[str, Any]]:
+        """Removes the least important structures; returns a row per block for the report."""
+        groups: list[tuple[list[int], float]] = (
+            [
+                ([i for i, item in enumerate(found) if item.target == target], share)
+                for target, share in self.ratio.items()
+            ]
+            if isinstance(self.ratio, dict)
+            else [(list(range(len(found))), self.ratio)]
+        )
+        if self.spread == "uniform":
+            groups = [([index], share) for indices, share in groups for index in indices]
+        stay = [item.count for item in found]
+        for indices, share in groups:
+            kept = choose(
+                [found[i] for i in indices],
+                [scores[i] for i in indices],
+                [costs[i] for i in indices],
+                share,
+                self.floor,
+                self.multiple,
+            )
+            for index, count in zip(indices, kept, strict=True):
+                stay[index] = count
+        rows = []
+        for item, score, count in zip(found, scores, stay, strict=True):
+            if count < item.count:
+                best = score.topk(count).indices.sort().values.tolist()
+                item.keep(best)
+            rows.append({"block": item.name, "what": item.target, "before": item.count, "after": count})
+        return rows
+
+
+def choose(
+    found: Sequence[Structures],
+    scores: Sequence[torch.Tensor],
+    costs: Sequence[int],
+    share: float,
+    floor: float,
+    multiple: int,
+) -> list[int]:
+    """How many structures of each block stay, so that about `share` of the cost of all leaves.
+
+    Args:
+        found: the blocks.
+        scores: importance of each structure of each block; compared per cost.
+        costs: of one structure of each block.
+        share: of the cost.
+        floor: least share of a block that stays.
+        multiple: channels that stay in a block are a multiple of it (heads are not rounded).
+    """
+    import math
+
+    import torch
+
+    if not found:
+        return []
+    total = sum(item.count * cost for item, cost in zip(found, costs, strict=True))
+    worth = torch.cat([score / cost for score, cost in zip(scores, costs, strict=True)])
+    owner = torch.cat([torch.full((item.count,), index) for index, item in enumerate(found)])
+    order = owner[worth.argsort(stable=True)]
+
+    def kept(removed: int) -> list[int]:
+        gone = torch.bincount(order[:removed], minlength=len(found)).tolist()
+        result = []
+        for item, count in zip(found, gone, strict=True):
+            block = 1 if item.target == "heads" else multiple // math.gcd(multiple, item.width)
+            least = max(1, math.ceil(item.count * floor))
+            rounded = math.ceil(max(item.count - count, least) / block) * block
+            result.append(min(rounded, item.count))
+        return result
+
+    def leaving(removed: int) -> int:
+        left = zip(found, costs, kept(removed), strict=True)
+        return sum((item.count - stays) * cost for item, cost, stays in left)
+
+    low, high = 0, len(order)
+    while low < high:  # the fewest that free enough: rounding up keeps some that rank low
+        middle = (low + high) // 2
+        low, high = (low, middle) if leaving(middle) >= share * total else (middle + 1, high)
+    return kept(low)
+
+
+PASS = Prune

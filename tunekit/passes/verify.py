@@ -1,0 +1,360 @@
+"""Is it still the same model? Components first, then the way from noise to latents, then the pictures.
+
+Everything is compared with a reference, on the same inputs and seeds:
+
+- each component, over several batch sizes, resolutions and timesteps: ||a - b|| / ||b||;
+- the latents after every step of the sampler, each side going its own way, so that small errors may add up;
+- the final pictures, before they are rounded to 8 bits: PSNR and SSIM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from tunekit.artifacts import PICTURES
+from tunekit.errors import ChainError, DeviceError, output_errors
+from tunekit.passes.base import Context, Outcome, Pass
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tunekit.artifacts import Artifact
+    from tunekit.runtime import Runtime
+
+PROMPTS = ("a red apple", "a smiling face", "a house", "a blue car")
+"""Drawn where the run states none."""
+AT_ONCE = 4
+Provider = Literal["cpu", "cuda", "tensorrt", "openvino"]
+
+
+class Verify(Pass):
+    """Compares the model with its reference: components, trajectory and pictures."""
+
+    kind: ClassVar[str] = "verify"
+    accepts: ClassVar[frozenset[str]] = frozenset({"torch", "onnx", "tensorrt"})
+    changes_model: ClassVar[bool] = False
+
+    against: Literal["parent", "first"] = "parent"
+    """parent: the model before the last step that changed it; first: the whole fine-tuned model, in torch."""
+    providers: list[Provider] | None = Field(None, min_length=1)
+    """Runtimes an ONNX model is meant for; each is checked. None: the one `tunekit generate` takes here."""
+    pictures: int = Field(4, ge=1, le=64)
+    """How many pictures are drawn; the run's prompts are taken in turn."""
+    steps: int = Field(20, ge=1)
+    """Denoiser steps of a picture."""
+    max_relative_error: float | None = Field(None, gt=0)
+    """Largest relative error that a component may have; None: it is only reported."""
+    min_psnr_db: float | None = None
+    """Lowest PSNR that a picture may have, in dB; None: it is only reported."""
+    min_ssim: float | None = Field(None, le=1)
+    """Lowest SSIM that a picture may have; None: it is only reported."""
+
+    def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
+        """Refuses what could only fail after the passes before it have run."""
+        if not any(step.changes_model for step in earlier):
+            return "has nothing to compare with; put it behind a pass that changes the model"
+        if self.providers and format != "onnx":
+            return f"sets providers, which have no effect on a model in {format}: they run ONNX files"
+        if format == "tensorrt" and not _gpu_answers():
+            return (
+                "would have to run TensorRT engines, but no NVIDIA GPU answers here; verify the ONNX model"
+                " instead (put it before build_tensorrt), or run the chain where the card is"
+            )
+        return None
+
+    def run(self, artifact: Artifact, context: Context) -> Outcome:
+        """Measures, writes the pictures of both sides, and fails where a threshold is missed.
+
+        Raises:
+            ChainError: there is no reference in this chain.
+        """
+        from tunekit.runtime import open_runtime
+
+        reference = context.reference(self.against)
+        if reference is None:
+            raise ChainError(
+                f"verify has no {self.against} model to compare with: there is only one whole model so far",
+                hint="put it behind a pass that changes a whole model, such as quantize or export_onnx",
+            )
+        prompts = list(islice(cycle(context.prompts or PROMPTS), self.pictures))
+        seeds = [context.seed + i for i in range(self.pictures)]
+
+        def draw(runtime: Runtime) -> _Drawn:
+            return _draw(runtime, prompts, seeds, self.steps, context)
+
+        runtime = open_runtime(reference, device=context.device)
+        name = describe(reference, runtime)
+        context.say(f"reference: {name}")
+        trials = _trials(runtime, prompts, context)
+        expected = [trial.run(runtime) for trial in trials]
+        wanted = draw(runtime)
+        runtime.close()
+        saved = _save(wanted.pixels, "reference", name, prompts, seeds, context)
+
+        sides = []
+        providers: Sequence[Provider | None] = self.providers or (None,)
+        for provider in providers:
+            runtime = open_runtime(artifact, device=context.device, provider=provider)
+            title = describe(artifact, runtime)
+            context.say(title)
+            found = draw(runtime)
+            got = [trial.run(runtime) for trial in trials]
+            sides.append(_compare(runtime.title, got, expected, found, wanted))
+            runtime.close()
+            saved += _save(found.pixels, provider or "candidate", title, prompts, seeds, context)
+        return self._outcome(name, trials, sides, saved)
+
+    def _outcome(
+        self, reference: str, trials: list[_Trial], sides: list[_Side], pictures: list[dict[str, Any]]
+    ) -> Outcome:
+        components = list(dict.fromkeys(trial.component for trial in trials))
+        names = ["relative error" if len(sides) == 1 else f"relative error, {side.title}" for side in sides]
+
+        def columns(values: Iterable[float]) -> dict[str, float]:
+            return dict(zip(names, values, strict=True))
+
+        metrics: dict[str, Any] = {
+            # Of several runtimes the worst counts: the file is meant for all of them.
+            "relative_error": _worst(error for side in sides for error in side.errors),
+            **{
+                f"relative_error_{component}": _worst(
+                    error
+                    for side in sides
+                    for error, trial in zip(side.errors, trials, strict=True)
+                    if trial.component == component
+                )
+                for component in components
+            },
+            "relative_error_trajectory": _worst(side.trajectory[-1] for side in sides),
+            "psnr_db": min(side.psnr_db for side in sides),
+            "psnr_db_worst": min(psnr for side in sides for psnr in side.psnrs),
+            "ssim": min(side.ssim for side in sides),
+            "ssim_worst": min(ssim for side in sides for ssim in side.ssims),
+        }
+        return Outcome(
+            metrics=metrics,
+            details={
+                "note": f"reference: {reference}; {self.pictures} pictures of {self.steps} steps",
+                "components": [
+                    {**trial.row, **columns(side.errors[i] for side in sides)}
+                    for i, trial in enumerate(trials)
+                ],
+                "trajectory": [
+                    {"step": i + 1, **columns(side.trajectory[i] for side in sides)}
+                    for i in range(len(sides[0].trajectory))
+                ],
+                "runtimes": [
+                    {"runtime": side.title, "psnr_db": side.psnr_db, "ssim": side.ssim} for side in sides
+                ],
+            },
+            pictures=pictures,
+            failure=self._failure(sides),
+        )
+
+    def _failure(self, sides: list[_Side]) -> str | None:
+        """Every threshold that was missed, and by which runtime. A value that is not finite misses always."""
+        missed = []
+        for side in sides:
+            error, psnr, ssim = _worst(side.errors), min(side.psnrs), min(side.ssims)
+            if not all(map(math.isfinite, (error, side.trajectory[-1], psnr, ssim))):
+                missed.append(f"{side.title} gives values that are not finite")
+                continue
+            if self.max_relative_error is not None and error > self.max_relative_error:
+                limit = self.max_relative_error
+                missed.append(f"{side.title}: relative error {error:.3g}, max_relative_error {limit:g}")
+            if self.min_psnr_db is not None and psnr < self.min_psnr_db:
+                missed.append(f"{side.title}: PSNR {psnr:.2f} dB, min_psnr_db {self.min_psnr_db:g}")
+            if self.min_ssim is not None and ssim < self.min_ssim:
+                missed.append(f"{side.title}: SSIM {ssim:.4f}, min_ssim {self.min_ssim:g}")
+        return "; ".join(missed) or None
+
+
+def describe(artifact: Artifact, runtime: Runtime) -> str:
+    """A model in a few words: the step that made it, or its folder or hub id; and what runs it."""
+    name = artifact.model_path.name if artifact.model_path else artifact.source
+    made_by = next((step.kind for step in artifact.lineage if step.artifact == name), name)
+    return f"{made_by} ({runtime.title})"
+
+
+# Components ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One component on one input, to be run by both sides."""
+
+    component: str
+    batch: int
+    size: tuple[int, int] | None
+    """Height and width in pixels; None for text."""
+    timestep: int | None
+    run: Callable[[Runtime], Tensor]
+
+    @property
+    def row(self) -> dict[str, Any]:
+        size = f"{self.size[0]} x {self.size[1]}" if self.size else ""
+        return {"component": self.component, "batch": self.batch, "pixels": size, "timestep": self.timestep}
+
+
+def _trials(reference: Runtime, prompts: list[str], context: Context) -> list[_Trial]:
+    """Three batch sizes, each with a resolution of its own and with an early, a middle and a late timestep.
+
+    Conditioning and pictures are those of the reference, so that a component is judged alone.
+    """
+    import torch
+
+    from tunekit.diffusion.sampling import initial_latents
+
+    default = reference.default_size
+    height, width = context.height or default[0], context.width or default[1]
+    multiple = reference.family.resolution_multiple(reference.pipeline)
+    half_height, half_width = (max(multiple, side // 2 // multiple * multiple) for side in (height, width))
+    last = int(reference.scheduler.config.num_train_timesteps) - 1
+    trials = []
+    sizes = ((height, width), (half_height, width), (half_height, half_width + multiple))
+    for batch, size in enumerate(sizes, start=1):
+        texts = [prompts[i % len(prompts)] for i in range(batch)]
+        trials.append(_Trial("text_encoder", batch, None, None, partial(_encode, prompts=texts)))
+        conditioning = reference.encode_prompt(texts)
+        latents = initial_latents(range(context.seed, context.seed + batch), reference.latent_shape(*size))
+        for timestep in (last, last // 2, last // 50):
+            given = (latents, torch.tensor(timestep), conditioning)
+            run = partial(_denoise, given=given)
+            trials.append(_Trial("denoiser", batch, size, timestep, run))
+        pixels = reference.decode(latents) * 2 - 1
+        trials.append(_Trial("vae_decoder", batch, size, None, partial(_decode, latents=latents)))
+        trials.append(_Trial("vae_encoder", batch, size, None, partial(_encode_image, pixels=pixels)))
+    return sorted(trials, key=lambda trial: trial.component)
+
+
+def _encode(side: Runtime, prompts: list[str]) -> Tensor:
+    import torch
+
+    return torch.cat([value.flatten() for _, value in sorted(side.encode_prompt(prompts).items())])
+
+
+def _denoise(side: Runtime, given: tuple[Tensor, Tensor, dict[str, Tensor]]) -> Tensor:
+    return side.denoise(*given)
+
+
+def _decode(side: Runtime, latents: Tensor) -> Tensor:
+    return side.decode(latents)
+
+
+def _encode_image(side: Runtime, pixels: Tensor) -> Tensor:
+    return side.encode_image(pixels)
+
+
+# Trajectory and pictures -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    trajectory: list[Tensor]
+    """Latents [N, C, h, w] after each step."""
+    pixels: Tensor
+    """[N, 3, H, W] in [0, 1]."""
+
+
+def _draw(runtime: Runtime, prompts: list[str], seeds: list[int], steps: int, context: Context) -> _Drawn:
+    import torch
+
+    from tunekit.runtime import generate_pixels
+
+    parts: list[list[Tensor]] = []
+    pixels = []
+    for start in range(0, len(prompts), AT_ONCE):
+        latents: list[Tensor] = []
+        drawn = generate_pixels(
+            runtime,
+            prompts[start : start + AT_ONCE],
+            seeds=seeds[start : start + AT_ONCE],
+            negative_prompt=context.negative_prompt,
+            steps=steps,
+            guidance=context.guidance,
+            height=context.height,
+            width=context.width,
+            on_step=lambda done, of, now, latents=latents: latents.append(now.clone()),  # type: ignore[misc]
+        )
+        parts.append(latents)
+        pixels.append(drawn)
+    return _Drawn([torch.cat(step) for step in zip(*parts, strict=True)], torch.cat(pixels))
+
+
+@dataclass(frozen=True)
+class _Side:
+    """What one runtime's answers came to."""
+
+    title: str
+    errors: list[float]
+    """Relative error per trial."""
+    trajectory: list[float]
+    """Relative error of the latents per step."""
+    psnr_db: float
+    """Of all pictures as one."""
+    psnrs: list[float]
+    """Per picture."""
+    ssim: float
+    ssims: list[float]
+
+
+def _compare(title: str, got: list[Tensor], expected: list[Tensor], found: _Drawn, wanted: _Drawn) -> _Side:
+    from tunekit.diffusion.metrics import psnr_db, relative_error, ssim
+
+    pairs = list(zip(found.pixels[:, None], wanted.pixels[:, None], strict=True))
+    ssims = [ssim(a, b) for a, b in pairs]
+    return _Side(
+        title=title,
+        errors=[relative_error(a, b) for a, b in zip(got, expected, strict=True)],
+        trajectory=[relative_error(a, b) for a, b in zip(found.trajectory, wanted.trajectory, strict=True)],
+        psnr_db=psnr_db(found.pixels, wanted.pixels),
+        psnrs=[psnr_db(a, b) for a, b in pairs],
+        ssim=sum(ssims) / len(ssims),
+        ssims=ssims,
+    )
+
+
+def _save(
+    pixels: Tensor, name: str, label: str, prompts: list[str], seeds: list[int], context: Context
+) -> list[dict[str, Any]]:
+    from tunekit.runtime import to_images
+
+    folder = context.folder / PICTURES
+    listed = []
+    with output_errors(folder):
+        folder.mkdir(exist_ok=True)
+        for index, image in enumerate(to_images(pixels.nan_to_num(0))):
+            file = folder / f"{name}-{index:02d}.png"
+            image.save(file)
+            entry = {
+                "file": f"{PICTURES}/{file.name}",
+                "label": label,
+                "prompt": prompts[index],
+                "seed": seeds[index],
+            }
+            listed.append(entry)
+    return listed
+
+
+def _worst(errors: Any) -> float:
+    """The largest; NaN counts as larger than anything."""
+    return max((float(error) for error in errors), key=lambda error: math.inf if math.isnan(error) else error)
+
+
+def _gpu_answers() -> bool:
+    from tunekit import hardware
+
+    try:
+        return hardware.probe("cuda").kind == "cuda"
+    except DeviceError:
+        return False
+
+
+PASS = Verify

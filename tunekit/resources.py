@@ -1,0 +1,55 @@
+"""Where the files that come with tunekit lie: recipes, configs, and the bundled model and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tunekit.errors import ModelError, did_you_mean
+
+PACKAGE = Path(__file__).resolve().parent
+ASSETS = PACKAGE / "assets"
+
+
+def _shipped(name: str) -> Path:
+    """The folder inside an installed wheel (`_recipes`), or its original in a checkout (`../recipes`)."""
+    packed = PACKAGE / f"_{name}"
+    return packed if packed.is_dir() else PACKAGE.parent / name
+
+
+def recipes_dir() -> Path:
+    """The folder of the recipes."""
+    return _shipped("recipes")
+
+
+def configs_dir() -> Path:
+    """The folder of the ready-made configs."""
+    return _shipped("configs")
+
+
+def builtin_names() -> list[str]:
+    """The bundled models and picture folders, as "builtin/..." names."""
+    # A model is a folder with model_index.json; `pictures/` holds one folder per set.
+    folders = [path.parent for path in ASSETS.glob("*/model_index.json")]
+    folders += [path for path in ASSETS.glob("pictures/*") if path.is_dir()]
+    return sorted(f"builtin/{path.relative_to(ASSETS).as_posix()}" for path in folders)
+
+
+def builtin(source: str) -> Path | None:
+    """Resolves a "builtin/..." name; None for any other text.
+
+    Raises:
+        ModelError: when nothing of that name is bundled.
+    """
+    if not source.startswith("builtin/"):
+        return None
+    path = (ASSETS / source.removeprefix("builtin/")).resolve()
+    if path.exists() and path != ASSETS and path.is_relative_to(ASSETS):
+        return path
+    names = builtin_names()
+    hint = did_you_mean(source, names) or f"bundled: {', '.join(names) or 'nothing'}"
+    raise ModelError(f'nothing is bundled under the name "{source}"', hint=hint)
+
+
+def resolve_path(text: str) -> Path:
+    """A path as the user wrote it (`~` expanded), or the place of a "builtin/..." name."""
+    return builtin(text) or Path(text).expanduser()

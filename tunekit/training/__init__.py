@@ -1,0 +1,1 @@
+"""The one training loop, its checkpoints, and what it writes down."""

@@ -1,0 +1,254 @@
+"""Resumable training state: whole or absent, and refused by a run that would learn something else.
+
+A checkpoint is `checkpoints/step-000200/` with
+
+    trainable.safetensors   every trained parameter by its name in the denoiser
+    optimizer.pt            the optimizer's state_dict
+    state.json              step, gradient scaler, figures so far, and what the run is (`identity`)
+
+There is no random state and no data position in it beside the step: every draw is a function of (seed, step)
+    or
+(seed, epoch, sample id), and the learning rate is a function of the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tunekit.artifacts import atomic_folder, clean_leftovers, remove_folder, write_json
+from tunekit.config import TrainingRunConfig
+from tunekit.data.images import Sample
+from tunekit.errors import ArtifactError, ResumeError, output_errors
+
+VERSION = 1
+_NAME = re.compile(r"step-(\d{6,})")
+_LOCK_SECONDS = 30.0
+
+FREE = (
+    "name",
+    "runs",
+    "recipe",
+    "optimize",
+    "preview",
+    "data.path",  # the pictures themselves are compared, see `identity`
+    "data.class_path",
+    "data.validation",
+    "data.cache",
+    "memory.device",
+    "memory.micro_batch",
+    "memory.gradient_checkpointing",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.validate_every",
+    "train.log_every",
+    "train.trackers",
+)
+"""Keys that do not change what is learned: they may differ between the lives of one run."""
+
+
+def identity(config: TrainingRunConfig, samples: Iterable[Sample]) -> dict[str, Any]:
+    """What must not change between the lives of a run: the keys that matter to learning, and the pictures.
+
+    With a constant schedule the learning rate does not depend on `train.max_steps`, so a run may be
+    prolonged.
+
+    Returns:
+        Dotted key -> JSON-able value.
+    """
+    flat = _flatten(config.model_dump(mode="json"))
+    free = [*FREE, "train.max_steps"] if config.train.schedule == "constant" else list(FREE)
+    kept = {
+        key: value
+        for key, value in flat.items()
+        if not any(key == name or key.startswith(name + ".") for name in free)
+    }
+    digest = hashlib.blake2b(digest_size=16)
+    for sample in samples:
+        digest.update(json.dumps([sample.id, sample.content, sample.caption]).encode())
+    return {**kept, "data (its pictures or captions)": digest.hexdigest()}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint read back."""
+
+    step: int
+    trainable: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    state: dict[str, Any]
+    """`state.json`: step, scaler, seconds, metrics ..."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Attributes:
+        folder: `runs/<name>/checkpoints`.
+        identity: what this run learns, see `identity`.
+        keep: how many of the newest stay.
+    """
+
+    folder: Path
+    identity: Mapping[str, Any]
+    keep: int = 2
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint."""
+        found = {
+            int(match[1]): path
+            for path in self.folder.glob("step-*")
+            if (match := _NAME.fullmatch(path.name))
+        }
+        whole = [step for step, path in found.items() if (path / "state.json").is_file()]
+        return found[max(whole)] if whole else None
+
+    def save(
+        self, trainable: Mapping[str, Tensor], optimizer: Mapping[str, Any], state: Mapping[str, Any]
+    ) -> Path:
+        """Write the checkpoint of `state["step"]`, then remove the oldest beyond `keep`.
+
+        Raises:
+            OutputError: it could not be written; nothing of it is left, older ones are untouched.
+        """
+        final = self.folder / f"step-{state['step']:06d}"
+        with atomic_folder(final) as folder:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trainable.items()}
+            save_file(tensors, folder / "trainable.safetensors")
+            with (folder / "optimizer.pt").open("wb") as file:  # torch's own writer hides why it failed
+                torch.save(dict(optimizer), file)
+            write_json(folder / "state.json", {"version": VERSION, **state, "identity": dict(self.identity)})
+        steps = sorted(path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name))
+        for old in [path for path in steps if path != final][: max(0, len(steps) - self.keep)]:
+            remove_folder(old)
+        return final
+
+    def check(self) -> None:
+        """Raise ResumeError if the newest checkpoint was made by a run that learns something else."""
+        path = self.newest()
+        if path is not None:
+            self._state(path)
+
+    def load(self) -> Saved | None:
+        """Read the newest whole checkpoint; None when there is none.
+
+        Raises:
+            ResumeError: it was made by a run that learns something else (names the keys), or it is damaged.
+        """
+        if not self.folder.is_dir():
+            return None
+        clean_leftovers(self.folder)
+        path = self.newest()
+        if path is None:
+            return None
+        state = self._state(path)
+        try:
+            trainable = load_file(path / "trainable.safetensors")
+            optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+            raise _damaged(path, error) from error
+        return Saved(int(state["step"]), trainable, optimizer, state)
+
+    def _state(self, path: Path) -> dict[str, Any]:
+        """`state.json`, once it is known to belong to this run."""
+        try:
+            state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            version, saved = state["version"], state["identity"]
+        except (OSError, ValueError, KeyError) as error:
+            raise _damaged(path, error) from error
+        if version != VERSION:
+            raise ResumeError(
+                f"in version {version} of the format, this tunekit reads {VERSION}", where=str(path)
+            )
+        compare_identities(saved, self.identity, path)
+        return state
+
+
+def _damaged(path: Path, error: Exception) -> ResumeError:
+    hint = "remove this folder to continue from the one before it"
+    return ResumeError(f"the checkpoint is damaged ({error})", where=str(path), hint=hint)
+
+
+def compare_identities(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """Refuse to continue `path`, made by a run that learned something else.
+
+    Raises:
+        ResumeError: naming the keys that differ.
+    """
+    changed = sorted(key for key in {*saved, *now} if saved.get(key) != now.get(key))
+    if not changed:
+        return
+    lines = "\n".join(f"  {key}: {_shown(saved, key)} then, {_shown(now, key)} now" for key in changed)
+    raise ResumeError(
+        f"cannot continue, the configuration has changed since:\n{lines}",
+        where=str(path),
+        hint="set it back, give the run another name (name=...), or remove its folder to start afresh",
+    )
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    value = values.get(key)
+    return f"{str(value)[:8]}..." if key.startswith("data (") else json.dumps(value)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+@contextmanager
+def only_writer(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Hold the run folder for this process, so that two runs of one name never write into each other.
+
+    The lock is the kernel's: it goes when the process does, however it ends.
+
+    Raises:
+        ArtifactError: another process still holds it after half a minute (one that was told to stop may be
+            saving).
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; runs there are on their honour
+        yield
+        return
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a")
+    with file:
+        until = time.monotonic() + _LOCK_SECONDS
+        waiting = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise ArtifactError(
+                        "another process is writing to this run folder",
+                        where=str(folder),
+                        hint="wait for it, stop it, or give this run another name (name=...)",
+                    ) from None
+                if not waiting:
+                    say(f"waiting for another process to leave {folder}")
+                    waiting = True
+                time.sleep(0.2)
+        yield

@@ -1,0 +1,171 @@
+"""What a run writes down while it trains: metrics.jsonl, TensorBoard if asked, and lines for who waits."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tunekit.artifacts import write_text
+from tunekit.errors import output_errors, require
+from tunekit.units import format_seconds
+
+_PLAIN_SECONDS = 15.0
+"""Without a terminal, a line at least this often."""
+
+
+class Tracker:
+    """Writes `metrics.jsonl`: one object per optimizer step.
+
+    `{"step", "loss", "lr", "grad_norm", "samples_per_second", "seconds"}`, with `"val_loss"` where validation
+    ran; step 0 is the untrained model. `seconds` counts all lives of the run.
+
+    Args:
+        path: `runs/<name>/metrics.jsonl`.
+        tensorboard: a folder for event files, or None.
+    """
+
+    def __init__(self, path: Path, *, tensorboard: Path | None = None) -> None:
+        self.path = path
+        self._writer: Any = None
+        self._tensorboard = tensorboard
+        if tensorboard is not None:
+            require("tensorboard", extra="trackers", why="train.trackers: [tensorboard] needs")
+
+    def rewind(self, step: int) -> None:
+        """Drop what a killed life wrote after `step`, so that no step is there twice."""
+        lines = read_metrics(self.path)
+        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step] if step else []
+        if self.path.exists() or kept:
+            write_text(self.path, "".join(kept))
+        if self._tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._tensorboard), purge_step=step + 1 if step else None)
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows; they survive the process, though not yet the machine (see `sync`)."""
+        if not rows:
+            return
+        with output_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+        if self._writer is not None:
+            for row in rows:
+                for name, value in row.items():
+                    if name != "step":
+                        self._writer.add_scalar(name, value, row["step"])
+
+    def sync(self) -> None:
+        """Make what was written survive the machine; called before a checkpoint refers to it."""
+        if self.path.exists():
+            with output_errors(self.path), self.path.open("rb") as file:
+                os.fsync(file.fileno())
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Close the TensorBoard writer."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line cut off by a kill is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+class Progress:
+    """Step, loss, samples/s and time left: one moving line on a terminal, plain lines elsewhere.
+
+    Args:
+        title: first word of each line.
+        total: steps in all.
+        start: steps done by earlier lives.
+        log_every: plain lines come every so many steps, or after 15 s.
+        say: takes plain lines; None means the console.
+        quiet: True on all processes but the main one.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        *,
+        start: int = 0,
+        log_every: int = 10,
+        say: Callable[[str], None] | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.title = title
+        self.total = total
+        self.log_every = log_every
+        self.quiet = quiet
+        self._say = say
+        self._bar: Any = None
+        self._last_line = time.monotonic()
+        self._last_step = start
+        if say is None and not quiet and sys.stdout.isatty():
+            from rich.progress import BarColumn, TextColumn
+            from rich.progress import Progress as Bar
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[figures]}"),
+            )
+            self._bar = Bar(*columns)
+            self._task = self._bar.add_task(title, total=total, completed=start, figures="")
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """Show a line of its own."""
+        if self.quiet:
+            return
+        if self._say is not None:
+            self._say(line)
+        elif self._bar is not None:
+            self._bar.console.print(line, highlight=False)
+        else:
+            print(line, flush=True)
+
+    def update(self, step: int, *, loss: float, samples_per_second: float, seconds_left: float) -> None:
+        """Show where the run is."""
+        if self.quiet:
+            return
+        figures = (
+            f"step {step}/{self.total}  loss {loss:.4f}  {samples_per_second:.3g} samples/s  "
+            f"{format_seconds(seconds_left)} left"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, figures=figures)
+            return
+        now = time.monotonic()
+        crossed = step // self.log_every > self._last_step // self.log_every
+        if crossed or step == self.total or now - self._last_line >= _PLAIN_SECONDS:
+            self._last_line, self._last_step = now, step
+            self.say(f"{self.title}: {figures}")
