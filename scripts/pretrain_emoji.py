@@ -38,7 +38,6 @@ import sys
 import tarfile
 import time
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads must not spi
 
 import numpy as np
 import torch
-import torch.multiprocessing
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
@@ -323,6 +321,8 @@ def run_vae(args: argparse.Namespace) -> None:
     pictures, _ = load_data(args.work)
     torch.manual_seed(args.seed)
     vae = make_vae().to(args.device, memory_format=torch.channels_last)
+    if args.device.type == "cpu":
+        hasten_group_norms(vae)
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=args.vae_lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True
     )
@@ -690,20 +690,21 @@ def timestep_plan(
     """How often each timestep is drawn, and the weight of its loss.
 
     The wanted weight of timestep t is min-SNR-``gamma`` for epsilon prediction, min(snr, gamma) / snr,
-    times a factor min(snr ** -0.5, ``tilt``): with small latents and few pictures it is in the strong
-    noise that the caption decides what is drawn, and the loss is smallest there.  Half of the weight
-    (its root) goes into the drawing and half into the loss, which keeps the gradient's variance low.
+    times a factor snr ** -0.5, held between 1 and ``tilt``: with small latents and few pictures it is
+    in the strong noise that the caption decides what is drawn, and the loss is smallest there.  Half of
+    the weight (its root) goes into the drawing and half into the loss, which keeps the gradient's
+    variance low.
 
     Args:
         alphas: Cumulative products of 1 - beta (T,), float32.
         gamma: Limit of min-SNR weighting.
-        tilt: Largest extra factor for strong noise; 1 turns it (almost) off.
+        tilt: Largest extra factor for strong noise; 1 turns it off.
 
     Returns:
         Cumulative probabilities (T,) and loss weights (T,) whose mean over drawn timesteps is 1.
     """
     snr = alphas / (1 - alphas)
-    wanted = snr.clamp(max=gamma) / snr * snr.rsqrt().clamp(max=tilt)
+    wanted = snr.clamp(max=gamma) / snr * snr.rsqrt().clamp(1.0, tilt)
     chance = wanted.sqrt() / wanted.sqrt().sum()
     weight = wanted / chance
     return chance.cumsum(0), weight / (chance * weight).sum()
@@ -725,118 +726,66 @@ def hasten_group_norms(module: torch.nn.Module) -> None:
             part.forward = types.MethodType(forward, part)
 
 
-class FlatTrainer:
-    """AdamW and EMA for modules whose weights lie in one flat buffer, worked on by several processes.
+class HalfTrainer:
+    """AdamW and EMA for a module that computes in bfloat16 while its float32 weights are kept aside.
 
-    Forward and backward pass run in bfloat16 (twice as fast as float32 on CPUs that have bfloat16
-    instructions) while the optimizer keeps float32 weights.  On a CPU, several processes of one thread
-    each, which meet three times per step, are much faster than one process of several threads, which
-    meet after every operation - above all where other jobs use the same cores.  All processes share
-    the buffers; each computes the gradients of its part of the batch and updates its share of the weights.
+    Forward and backward pass are two to four times as fast as in float32 on CPUs with bfloat16
+    instructions.
 
     Attributes:
-        names: Parameter names, ``module.parameter``, in the order of the buffers.
-        shared: The buffers: ``live`` (bfloat16), and ``master``, ``average``, ``moment1``, ``moment2``
-            (float32), each (P,) long; ``grads`` (workers, P) bfloat16; ``control`` (2 + workers,)
-            float64: progress, step, and each worker's share of the squared norm of the gradients.
+        kept: By name of the buffer and of the parameter, float32: ``master`` weights, their ``average``, and
+            AdamW's ``exp_avg`` and ``exp_avg_sq``. It is the part of a checkpoint that is the module's.
     """
 
-    def __init__(
-        self,
-        modules: dict[str, torch.nn.Module],
-        workers: int,
-        device: torch.device,
-        shared: dict[str, torch.Tensor] | None = None,
-    ) -> None:
-        named = {
-            f"{key}.{name}": p for key, module in modules.items() for name, p in module.named_parameters()
+    BUFFERS = ("master", "average", "exp_avg", "exp_avg_sq")
+
+    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+        self.decay = decay
+        masters = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self.kept = {
+            "master": masters,
+            "average": {name: w.clone() for name, w in masters.items()},
+            "exp_avg": {name: torch.zeros_like(w) for name, w in masters.items()},
+            "exp_avg_sq": {name: torch.zeros_like(w) for name, w in masters.items()},
         }
-        self.names = list(named)
-        self.shapes = {name: p.shape for name, p in named.items()}
-        count = sum(p.numel() for p in named.values())
-        if shared is None:
-            shared = {"live": torch.zeros(count, dtype=torch.bfloat16, device=device)}
-            shared |= {
-                k: torch.zeros(count, device=device) for k in ("master", "average", "moment1", "moment2")
+        module.to(torch.bfloat16)
+        self.live = list(module.parameters())
+        self.weights = [torch.nn.Parameter(w) for w in masters.values()]
+        self.optimizer = torch.optim.AdamW(self.weights, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        for name, weight in zip(masters, self.weights, strict=True):
+            self.optimizer.state[weight] = {
+                "step": torch.zeros((), device=weight.device),
+                "exp_avg": self.kept["exp_avg"][name],
+                "exp_avg_sq": self.kept["exp_avg_sq"][name],
             }
-            shared["grads"] = torch.zeros(workers, count, dtype=torch.bfloat16, device=device)
-            shared["control"] = torch.zeros(2 + workers, dtype=torch.float64)
-            for name, view in self.views(shared["master"]).items():
-                view.copy_(named[name].detach())
-            shared["average"].copy_(shared["master"])
-            shared["live"].copy_(shared["master"])
-            if workers > 1:
-                for buffer in shared.values():
-                    buffer.share_memory_()
-        self.shared = shared
 
-    def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The parameters by name as views into a flat buffer (P,); convolutions lie channels-last."""
-        views, start = {}, 0
-        for name in self.names:
-            shape = self.shapes[name]
-            part = flat[start : start + shape.numel()]
-            start += shape.numel()
-            if len(shape) == 4:
-                views[name] = part.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
-            else:
-                views[name] = part.view(shape)
-        return views
-
-    def attach(self, modules: dict[str, torch.nn.Module], rank: int, args: argparse.Namespace) -> None:
-        """Makes the modules' parameters views of the buffers and prepares this process's share."""
-        live, grads = self.views(self.shared["live"]), self.views(self.shared["grads"][rank])
-        for key, module in modules.items():
-            module.to(args.device, torch.bfloat16)
-            for name, parameter in module.named_parameters():
-                parameter.data = live[f"{key}.{name}"]
-                parameter.grad = grads[f"{key}.{name}"]
-        self.rank, self.decay = rank, args.ema
-        count, workers = len(self.shared["live"]), len(self.shared["grads"])
-        self.own = slice(count * rank // workers, count * (rank + 1) // workers)
-        self.weights = torch.nn.Parameter(self.shared["master"][self.own])
-        self.optimizer = torch.optim.AdamW(
-            [self.weights], lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-        )
-        self.optimizer.state[self.weights] = {
-            "step": torch.tensor(float(self.shared["control"][1]), device=args.device),
-            "exp_avg": self.shared["moment1"][self.own],
-            "exp_avg_sq": self.shared["moment2"][self.own],
-        }
-
-    def step(self, lr: float, done: int, meet: Callable[[], object]) -> None:
-        """One optimizer step of this process's share, after all processes have their gradients.
+    @torch.no_grad()
+    def step(self, lr: float, done: int) -> None:
+        """One step with the gradients that the module has now.
 
         Args:
             lr: Learning rate.
             done: Steps done before this one; the average follows faster in the beginning.
-            meet: Waits for the other processes.
         """
-        gradient = self.shared["grads"][:, self.own].float().mean(0)
-        self.shared["control"][2 + self.rank] = gradient.square().sum().item()
-        meet()  # now all have read all gradients, and all norms are there
-        self.shared["grads"][self.rank].zero_()
-        norm = math.sqrt(self.shared["control"][2:].sum().item())
-        self.weights.grad = gradient.mul_(min(1.0, 1.0 / (norm + 1e-6)))
+        for weight, live in zip(self.weights, self.live, strict=True):
+            weight.grad = live.grad.float()
+            live.grad = None
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
-        with torch.no_grad():
-            self.shared["live"][self.own].copy_(self.weights)
-            self.shared["average"][self.own].lerp_(
-                self.weights, 1 - min(self.decay, (1 + done) / (10 + done))
-            )
+        average = list(self.kept["average"].values())
+        torch._foreach_lerp_(average, list(self.weights), 1 - min(self.decay, (1 + done) / (10 + done)))
+        torch._foreach_copy_(self.live, self.weights)
 
-    def state(self) -> dict[str, Any]:
-        """All that a resumed run needs, by parameter name."""
-        kept = ("master", "average", "moment1", "moment2")
-        return {key: {name: v.clone() for name, v in self.views(self.shared[key]).items()} for key in kept}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Takes over a `state`."""
-        for key in ("master", "average", "moment1", "moment2"):
-            for name, view in self.views(self.shared[key]).items():
-                view.copy_(state[key][name])
-        self.shared["live"].copy_(self.shared["master"])
+    @torch.no_grad()
+    def load(self, kept: dict[str, dict[str, torch.Tensor]], done: int) -> None:
+        """Takes over what was ``kept`` in a checkpoint after ``done`` steps."""
+        for buffer in self.BUFFERS:
+            for name, tensor in self.kept[buffer].items():
+                tensor.copy_(kept[buffer][name])
+        for state in self.optimizer.state.values():
+            state["step"].fill_(done)
+        torch._foreach_copy_(self.live, self.weights)
 
 
 def run_unet(args: argparse.Namespace) -> None:
@@ -845,50 +794,13 @@ def run_unet(args: argparse.Namespace) -> None:
     The learning rate follows progress = max(step / steps, elapsed / deadline), so that it reaches 0
     in time even where the machine is slower than thought.  Both may be changed when resuming.
     """
-    state = load_checkpoint(args.work / "unet.ckpt", args.device)
+    device, path = args.device, args.work / "unet.ckpt"
+    state = load_checkpoint(path, device)
     if state is not None and progress_of(state["step"], state["elapsed"], args) >= 1:
         return
     torch.manual_seed(args.seed)
-    workers = args.workers or (1 if args.device.type == "cuda" else os.cpu_count() or 1)
-    if args.batch % workers:
-        raise SystemExit(f"--batch {args.batch} cannot be shared by {workers} workers: change one of the two")
-    trainer = FlatTrainer({"unet": make_unet()}, workers, args.device)
-    elapsed = 0.0
-    if state is not None:
-        trainer.load(state)
-        trainer.shared["control"][1], elapsed = state["step"], state["elapsed"]
-        LOG.info("unet: going on from step %d (%.1f min)", state["step"], elapsed / 60)
-        del state
-    context = torch.multiprocessing.get_context("spawn")
-    barrier = context.Barrier(workers)
-    common = (args, trainer.shared, barrier, elapsed)
-    helpers = [
-        context.Process(target=train_worker, args=(rank, *common), daemon=True) for rank in range(1, workers)
-    ]
-    for helper in helpers:
-        helper.start()
-    train_worker(0, *common)
-    for helper in helpers:
-        helper.join()
-
-
-def train_worker(
-    rank: int, args: argparse.Namespace, shared: dict[str, torch.Tensor], barrier: Any, elapsed: float
-) -> None:
-    """Trains on one part of every batch; worker 0 also keeps the time, logs and saves.
-
-    Args:
-        rank: Number of this worker.
-        args: The command line.
-        shared: Buffers of `FlatTrainer`.
-        barrier: Where the workers meet. A worker left alone gives up after an hour.
-        elapsed: Seconds of training before this run.
-    """
-    device, workers = args.device, len(shared["grads"])
-    if workers > 1:
-        torch.set_num_threads(1)
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
-    captions = json.loads((args.work / "data/captions.json").read_text())
+    _, captions = load_data(args.work)
     latents = load_checkpoint(args.work / "latents.pt")["latents"].to(device)
     ids, empty = token_ids(tokenizer, captions).to(device), token_ids(tokenizer, [""]).to(device)
     alphas = make_scheduler().alphas_cumprod
@@ -896,61 +808,49 @@ def train_worker(
     text = load_text_encoder(args.work, tokenizer).to(device)
     told = tell(text, ids).to(torch.bfloat16)  # the text encoder does not change any more
     told_nothing = tell(text, empty).to(torch.bfloat16)
-    unet = make_unet()
-    unet.set_attn_processor(AttnProcessor())  # same result; several times faster here than fused attention
+    unet = make_unet().to(device)
     if device.type == "cpu":
-        hasten_group_norms(unet)
-    modules = {"unet": unet}
-    trainer = FlatTrainer(modules, workers, device, shared)
-    trainer.attach(modules, rank, args)
-    part = slice(rank * args.batch // workers, (rank + 1) * args.batch // workers)
+        unet.set_attn_processor(AttnProcessor())  # same result, and here faster than fused attention
+    trainer = HalfTrainer(unet, args.ema)
+    step, elapsed = 0, 0.0
+    if state is not None:
+        trainer.load(state["kept"], state["step"])
+        step, elapsed = state["step"], state["elapsed"]
+        LOG.info("unet: going on from step %d (%.1f min)", step, elapsed / 60)
+        del state
     losses: collections.deque[float] = collections.deque(maxlen=100)
-    first = step = int(shared["control"][1])
-    last_save = before = time.monotonic()
-
-    def meet() -> None:
-        if workers > 1:
-            barrier.wait(timeout=3600)
-
+    first, last_save, before = step, time.monotonic(), time.monotonic()
     while True:
-        if rank == 0:
-            now = time.monotonic()
-            elapsed, before, seconds = elapsed + now - before, now, now - before
-            progress = progress_of(step, elapsed, args)
-            shared["control"][0] = progress
-            if step % 50 == 0 and losses:
-                loss, minutes = float(np.mean(losses)), elapsed / 60
-                message = "unet: step %d, progress %.1f %%, loss %.4f, %.3f s/step, %.1f min"
-                LOG.info(message, step, 100 * progress, loss, seconds, minutes)
-        meet()  # weights and progress are up to date
-        progress = shared["control"][0].item()
-        if rank == 0 and (progress >= 1 or time.monotonic() - last_save > args.save_every):
-            state = {**trainer.state(), "step": step, "elapsed": elapsed, "finished": progress >= 1}
-            state["batch"] = args.batch
-            save_checkpoint(args.work / "unet.ckpt", state)
-            last_save = time.monotonic()
+        now = time.monotonic()
+        elapsed, before, seconds = elapsed + now - before, now, now - before
+        progress = progress_of(step, elapsed, args)
+        if step % 50 == 0 and losses:
+            loss, minutes = float(np.mean(losses)), elapsed / 60
+            message = "unet: step %d, progress %.1f %%, loss %.4f, %.3f s/step, %.1f min"
+            LOG.info(message, step, 100 * progress, loss, seconds, minutes)
+        if progress >= 1 or now - last_save > args.save_every:
+            whole = {"kept": trainer.kept, "step": step, "elapsed": elapsed, "batch": args.batch}
+            save_checkpoint(path, {**whole, "finished": progress >= 1})
+            last_save = now
         if progress >= 1:
             break
-        source = step_generator(args.seed, 2, step)  # drawn for the whole batch: workers do not matter
-        chosen = batch_indices(args.seed + 2, step, args.batch, len(ids))[part]
-        noise = torch.randn(args.batch, *latents.shape[1:], generator=source)[part].to(device)
+        source = step_generator(args.seed, 2, step)
+        chosen = batch_indices(args.seed + 2, step, args.batch, len(ids)).to(device)
+        noise = torch.randn(args.batch, *latents.shape[1:], generator=source).to(device)
         ranks = (torch.arange(args.batch) + torch.rand(args.batch, generator=source)) / args.batch
-        ranks = ranks[torch.randperm(args.batch, generator=source)][part]  # stratified over the batch
-        drop = (torch.rand(args.batch, generator=source) < args.caption_dropout)[part].to(device)
+        ranks = ranks[torch.randperm(args.batch, generator=source)]  # stratified over the batch
+        drop = (torch.rand(args.batch, generator=source) < args.caption_dropout).to(device)
         t = torch.searchsorted(chances, ranks).clamp(max=TRAIN_TIMESTEPS - 1)
         alpha = alphas[t][:, None, None, None].to(device)
-        noisy = (alpha.sqrt() * latents[chosen.to(device)] + (1 - alpha).sqrt() * noise).to(torch.bfloat16)
-        noisy = noisy.contiguous(memory_format=torch.channels_last)
-        prompt = torch.where(drop[:, None, None], told_nothing, told[chosen.to(device)])
+        noisy = (alpha.sqrt() * latents[chosen] + (1 - alpha).sqrt() * noise).to(torch.bfloat16)
+        prompt = torch.where(drop[:, None, None], told_nothing, told[chosen])
         made = unet(noisy, t.to(device), prompt).sample.float()
         loss = ((made - noise).square().mean(dim=(1, 2, 3)) * weights[t].to(device)).mean()
         loss.backward()
         losses.append(loss.item())
-        meet()  # all gradients are there
-        trainer.step(args.lr * schedule(progress, step - first, args.warmup, args.hold), step, meet)
+        trainer.step(args.lr * schedule(progress, step - first, args.warmup, args.hold), step)
         step += 1
-    if rank == 0:
-        LOG.info("unet: done after %d steps in %.0f s", step, elapsed)
+    LOG.info("unet: done after %d steps in %.0f s", step, elapsed)
 
 
 def progress_of(step: int, elapsed: float, args: argparse.Namespace) -> float:
@@ -982,7 +882,7 @@ def load_pipeline(
         )
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     text, unet = load_text_encoder(work, tokenizer), make_unet()
-    unet.load_state_dict({name: state["average"][f"unet.{name}"] for name, _ in unet.named_parameters()})
+    unet.load_state_dict({name: state["kept"]["average"][name] for name, _ in unet.named_parameters()})
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(work / "vae"),
         text_encoder=text,
@@ -1323,28 +1223,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--phase", choices=["all", *PHASES], default="all", help="one phase alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    parser.add_argument(
-        "--workers", type=int, help="processes that share a batch (default: CPU cores; GPU: 1)"
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--save-every", type=float, default=300, metavar="SECONDS", help="time between checkpoints"
     )
     group = parser.add_argument_group("VAE")
-    group.add_argument("--vae-steps", type=int, default=1500)
-    group.add_argument("--vae-batch", type=int, default=8)
+    group.add_argument("--vae-steps", type=int, default=2000)
+    group.add_argument("--vae-batch", type=int, default=16)
     group.add_argument("--vae-lr", type=float, default=2e-3)
     group.add_argument("--vae-kl", type=float, default=1e-4, help="weight of the KL term, per latent value")
     group = parser.add_argument_group("text encoder")
-    group.add_argument("--text-steps", type=int, default=2000)
+    group.add_argument("--text-steps", type=int, default=4000)
     group.add_argument("--text-batch", type=int, default=128)
     group.add_argument("--text-lr", type=float, default=2.5e-3)
     group = parser.add_argument_group("U-Net")
-    group.add_argument("--steps", type=int, default=10000, help="horizon of the learning rate's decay")
+    group.add_argument("--steps", type=int, default=20000, help="horizon of the learning rate's decay")
     group.add_argument(
         "--deadline-minutes", type=float, help="end after this time of training, the decay hastened to fit"
     )
-    group.add_argument("--batch", type=int, default=48)
+    group.add_argument("--batch", type=int, default=32)
     group.add_argument("--lr", type=float, default=1e-3)
     group.add_argument("--warmup", type=int, default=200, metavar="STEPS")
     group.add_argument(

@@ -14,7 +14,7 @@ import pytest
 RECIPE = '''
 """Does what its config says."""
 
-import os, time
+import os, sys, time
 from pathlib import Path
 
 from tunekit.config import MemoryConfig, RunConfig
@@ -29,16 +29,21 @@ class Config(RunConfig):
     """Where."""
 
 
+def tell(line):
+    sys.stdout.write(line + "\\n")  # in one piece: processes share the pipe
+    sys.stdout.flush()
+
+
 def main(config, loaded):
     rank = int(os.environ.get("RANK", "0"))
-    print(f"rank {rank} of {os.environ.get('WORLD_SIZE', '1')} does {config.what}", flush=True)
+    tell(f"rank {rank} of {os.environ.get('WORLD_SIZE', '1')} does {config.what}")
     if config.what == "together":
         import torch
         from accelerate import Accelerator
 
         accelerator = Accelerator()
         total = accelerator.reduce(torch.ones(1))
-        print(f"sum {total.item():g} on {accelerator.device.type}", flush=True)
+        tell(f"sum {total.item():g} on {accelerator.device.type}")
         accelerator.end_training()
     if config.what == "data":
         raise DataError("no pictures", where="photos", hint="give some")

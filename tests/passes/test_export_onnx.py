@@ -119,7 +119,7 @@ def test_pruned_in_fp16(tiny_source: Path, tmp_path: Path) -> None:
         [{"prune": {"ratio": 0.3, "importance": "magnitude"}}, {"export_onnx": {"dtype": "fp16"}}]
     )
     source = open_artifact(tiny_source, family="sd15")
-    made = run_chain(chain, source, run_dir=tmp_path)
+    made = run_chain(chain, source, run_dir=tmp_path, prompts=["a cat"], height=32, width=32)
     assert made.path is not None
     assert made.step is not None
     print(made.step.metrics)
