@@ -41,8 +41,6 @@ import types
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads must not spin: cores may be shared
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -801,7 +799,8 @@ def run_unet(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
     _, captions = load_data(args.work)
-    latents = load_checkpoint(args.work / "latents.pt")["latents"].to(device)
+    # The plain layout: PyTorch's group norm is slow on channels-last tensors, which the VAE gave.
+    latents = load_checkpoint(args.work / "latents.pt")["latents"].to(device).contiguous()
     ids, empty = token_ids(tokenizer, captions).to(device), token_ids(tokenizer, [""]).to(device)
     alphas = make_scheduler().alphas_cumprod
     chances, weights = timestep_plan(alphas, tilt=args.noise_tilt)
