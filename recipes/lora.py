@@ -70,7 +70,7 @@ def fine_tune(config: Config, run: Run, scan: Scan, learned: dict[str, Any]) -> 
     """Load, encode, adapt, train, save."""
     from functools import partial
 
-    from tunekit import families
+    from tunekit import families, planning
     from tunekit.adapters import add_adapter
     from tunekit.data.cache import Encoder, Stream
     from tunekit.training.evaluation import previews, validation
@@ -79,6 +79,9 @@ def fine_tune(config: Config, run: Run, scan: Scan, learned: dict[str, Any]) -> 
 
     accelerator = run.accelerator
     family = families.get(config.model.family)
+    memory = planning.plan_run(
+        config, run.folder.path if run.main else None, accelerator.num_processes, run.say
+    )
     pipeline = load_base(config, family)
     objective = family.objective(pipeline, snr_gamma=config.train.snr_gamma)
     unweighted = family.objective(pipeline)  # for validation: comparable whatever is trained with
@@ -91,7 +94,7 @@ def fine_tune(config: Config, run: Run, scan: Scan, learned: dict[str, Any]) -> 
     encoder.release(keep_vae=bool(config.preview.prompts))
 
     denoiser = family.denoiser(pipeline)
-    prepare_denoiser(denoiser, config.memory, frozen=config.adapter is not None, device=accelerator.device)
+    prepare_denoiser(denoiser, memory, frozen=config.adapter is not None, device=accelerator.device)
     if config.adapter:
         add_adapter(denoiser, config.adapter, family.lora_targets, seed=config.seed)
     parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
@@ -100,7 +103,7 @@ def fine_tune(config: Config, run: Run, scan: Scan, learned: dict[str, Any]) -> 
         dataset,
         objective,
         batch_size=config.train.batch_size,
-        micro_batch=config.memory.micro_batch,
+        micro_batch=memory.micro_batch,
         seed=config.seed,
         caption_dropout=config.data.caption_dropout,
     )

@@ -45,7 +45,7 @@ class Config(RunConfig):
     def _effects(self) -> Config:
         if changed(self.preview, "every"):
             wrong("preview.every", "has no effect: there is no long training to look into")
-        for key in ("precision", "micro_batch", "gradient_checkpointing"):
+        for key in ("precision", "micro_batch", "gradient_checkpointing", "budget"):
             if changed(self.memory, key):
                 wrong(f"memory.{key}", "has no effect: each pass has its own, as heal: {precision: ...}")
         return self

@@ -101,7 +101,7 @@ def test_answers_at_once(config: Path, finished: RunFolder, arguments: list[str]
 
 def test_every_command_explains_itself(tunekit_command: Command):
     overview = tunekit_command("--help").stdout
-    for command in ("ls", "show", "check", "run", "generate", "bench", "report", "doctor", "cp"):
+    for command in ("ls", "show", "check", "plan", "run", "generate", "bench", "report", "doctor", "cp"):
         assert f" {command} " in overview
         assert f"Usage: tunekit {command}" in tunekit_command(command, "--help").stdout
 
@@ -409,3 +409,78 @@ def test_doctor_names_what_is_missing_and_the_line_that_installs_it(
     said = " ".join(capsys.readouterr().out.split())
     assert "peft pip install tunekit" in said
     assert 'openvino (run ONNX through OpenVINO) pip install "tunekit[openvino]"' in said
+
+
+# plan -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {"XDG_CACHE_HOME": str(tmp_path_factory.getbasetemp() / "cache")}
+
+
+def test_plan_for_a_card(config: Path, tunekit_command: Command, traces: dict[str, str]):
+    made = tunekit_command("plan", config, "--device", "rtx-3060", env=traces)
+    assert made.returncode == 0, made.stderr
+    assert "rtx-3060: fp32, micro-batch 1, nothing checkpointed" in made.stdout
+    assert "optimizer state" in made.stdout
+    content = json.loads(tunekit_command("plan", config, "--device", "3060", "--json", env=traces).stdout)
+    assert content["fits"] is True
+    assert content["device_bytes"] < content["budget_bytes"]
+    assert set(content["phases"]) == {"encode", "first_step", "step", "save"}
+
+
+def test_plan_for_all_cards_and_a_sweep(config: Path, tunekit_command: Command, traces: dict[str, str]):
+    made = tunekit_command(
+        "plan", config, "--sweep", "data.resolution=32,64", "train.batch_size=1,2", "--json", env=traces
+    )
+    plans = json.loads(made.stdout)
+    assert len(plans) == 4 * len({plan["device"] for plan in plans}) > 80
+    table = tunekit_command("plan", config, "--device", "all", "memory.precision=bf16", env=traces).stdout
+    assert "no bf16 there: needs memory.precision=fp16" in table
+    assert "h200" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "rtx-306"], 'there is no card "rtx-306" in the table; did you mean "rtx-3060"'),
+        (["--budget", "much"], '"much" is not a size'),
+        (["--budget", "1 MiB"], "are missing\nwhat helps most"),
+        (["--device", "cpu", "memory.budget=lots"], "memory.budget"),
+        (["--sweep", "data.resolution"], "sweeps nothing"),
+    ],
+)
+def test_plan_says_what_is_wrong(
+    config: Path, tunekit_command: Command, traces: dict[str, str], arguments: list[str], message: str
+):
+    made = tunekit_command("plan", config, *arguments, env=traces)
+    assert made.returncode == 2
+    assert message in made.stderr
+    assert "Traceback" not in made.stderr
+
+
+def test_families_that_are_planned_only(here: Path, tunekit_command: Command):
+    for command in ("check", "run"):
+        done = tunekit_command(command, "sdxl/lora", f"data.path={here}")
+        assert done.returncode == 2
+        assert 'the family "sdxl" can be planned (tunekit plan), but not be run yet' in done.stderr
+
+
+def test_a_run_is_planned_within_its_budget(
+    config: Path, pictures: Path, tunekit_command: Command, traces: dict[str, str]
+):
+    losses = []
+    for name, overrides in (("free", []), ("tight", ["memory.budget=11 MB"])):
+        batch = ["train.batch_size=4", "data.resolution=64"]
+        done = tunekit_command(
+            "run", config, f"data.path={pictures}", f"name={name}", *batch, *overrides, env=traces
+        )
+        assert done.returncode == 0, done.stderr
+        lines = Path("runs", name, "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)])
+    assert "plan: fp32, micro-batch" in done.stdout
+    plan = json.loads(Path("runs/tight/plan.json").read_text())
+    assert plan["levers"]
+    assert plan["device_bytes"] <= plan["budget_bytes"] == 11_000_000
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)

@@ -16,6 +16,7 @@ from tunekit.resources import PACKAGE
 LAYERS = [
     {"__main__"},
     {"cli"},
+    {"planning"},
     {"passes"},
     {"training"},
     {"memory", "data", "runtime"},

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from tunekit.artifacts import Artifact
     from tunekit.config import Loaded
+    from tunekit.memory.planner import Plan
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -196,10 +198,19 @@ def _model(loaded: Loaded) -> Artifact | None:
         ArtifactError, ModelError: nothing there.
     """
     from tunekit.artifacts import open_artifact
+    from tunekit.registry import FAMILIES
 
     model = getattr(loaded.config, "model", None)
     if model is None:
         return None
+    if model.family not in FAMILIES.names():
+        from tunekit import families
+
+        try:
+            families.get(model.family)
+        except ConfigError as error:
+            error.where = loaded.where("model.family")
+            raise
     try:
         return open_artifact(model.source, family=model.family)
     except (ArtifactError, ModelError) as error:
@@ -297,6 +308,96 @@ def run(
     recipe = recipe_path(loaded.config.recipe)
     code = launch(recipe, loaded.path, overrides or (), processes=processes, cpu=device == "cpu")
     raise typer.Exit(code)
+
+
+# plan -------------------------------------------------------------------------------------------------------
+
+
+@app.command("plan")
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    device: Annotated[
+        str | None, typer.Option(help='a card such as rtx-3060, "all", or what answers here: auto, cuda:1')
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help='memory that may be used: "8 GiB"')] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(metavar="a.b=c,d", help="plan each of these values; repeatable")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict a training's memory and find the fastest way that fits. No GPU, weights or network needed."""
+    from tunekit import planning
+    from tunekit.config import load
+
+    console = _console(stderr=True)
+    plans = []
+    for varied in planning.sweeps(overrides or [], sweep or []):
+        loaded = load(config, varied, stand_in="(not needed)")
+        found = planning.plan_config(
+            loaded,
+            device=device or ("all" if budget is None else None),
+            budget=budget,
+            say=lambda line: console.print(line, style="dim"),
+        )
+        plans.append((varied, found))
+    if as_json:
+        flat = [made.as_json() for _, found in plans for made in found]
+        _print_json(flat[0] if len(flat) == 1 else flat)
+        raise typer.Exit(0 if any(made.fits for _, found in plans for made in found) else 2)
+    out = _console()
+    for varied, found in plans:
+        out.print(f"\n{config} {' '.join(varied)}".rstrip(), style="bold")
+        if len(found) == 1:
+            _show_plan(out, found[0])
+            continue
+        shared = [note for note in found[0].notes if all(note in made.notes for made in found)]
+        for note in shared:
+            out.print(note, style="yellow")
+        out.print(_plans_table(found, shared))
+
+
+def _plans_table(plans: Sequence[Plan], known: Sequence[str]) -> Table:
+    from rich.text import Text
+
+    from tunekit.units import format_bytes
+
+    table = _table("card", "fits", "needs", "of", "step time", "plan")
+    for made in plans:
+        fits = Text("yes", "green") if made.fits else Text("no", "red")
+        time = f"x{made.relative_step_time:.2f}" if made.fits else "-"
+        table.add_row(
+            made.device,
+            fits,
+            format_bytes(made.device_bytes),
+            format_bytes(made.budget_bytes),
+            time,
+            "; ".join([made.words, *(note for note in made.notes if note not in known)]),
+        )
+    return table
+
+
+def _show_plan(console: Console, made: Plan) -> None:
+    from tunekit.units import format_bytes
+
+    console.print(f"{made.device}: {made.words}")
+    for note in made.notes:
+        console.print(note, style="yellow")
+    console.print(
+        f"needs {format_bytes(made.device_bytes)} of {format_bytes(made.budget_bytes)} in the phase"
+        f" {made.peak_phase}, context and headroom included; step time x{made.relative_step_time:.2f}"
+        " of the same job with all the memory it wants"
+    )
+    names = list(dict.fromkeys(name for found in made.phases.values() for name in found["ledger"]))
+    table = _table("phase", *names, "allocated", "reserved")
+    for phase, found in made.phases.items():
+        parts = [format_bytes(found["ledger"][name]) if name in found["ledger"] else "-" for name in names]
+        totals = (format_bytes(found[key]) for key in ("peak_allocated_bytes", "least_bytes"))
+        table.add_row(phase.replace("_", " "), *parts, *totals)
+    console.print(table)
+    for other in made.rejected:
+        levers = ", ".join(other["levers"]) or "nothing checkpointed"
+        console.print(f"rejected: {levers} (x{other['relative_step_time']:.2f}): {other['why']}", style="dim")
 
 
 # generate, bench, report ------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from pydantic_core import PydanticCustomError
 
 from tunekit import optimizers
 from tunekit.errors import ConfigError, TunekitError, did_you_mean
-from tunekit.registry import FAMILIES, load_recipe
+from tunekit.registry import BLUEPRINTS, FAMILIES, load_recipe
+from tunekit.units import parse_bytes
 from tunekit.yamlfile import REQUIRED, Key, Source, dotted, read
 
 S = TypeVar("S", bound=BaseModel)
@@ -83,7 +84,7 @@ class ModelConfig(Section):
     @field_validator("family")
     @classmethod
     def _known_family(cls, value: str) -> str:
-        names = FAMILIES.names()
+        names = sorted({*FAMILIES.names(), *BLUEPRINTS.names()})
         if value not in names:
             hint = did_you_mean(value, names) or f"known: {', '.join(names)}"
             _refuse(f'there is no family "{value}"; {hint}')
@@ -263,10 +264,23 @@ class MemoryConfig(Section):
     """Arithmetic of the denoiser; trained parameters stay fp32."""
     micro_batch: Positive | None = None
     """Samples per forward on one device; default batch_size / processes. Changes nothing that is learned."""
-    gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them."""
+    gradient_checkpointing: bool | list[str] = False
+    """Compute activations twice instead of keeping them: of all blocks, or of those named."""
+    budget: str | None = None
+    """Memory to stay within, "8 GiB", or auto for all that is free: then micro_batch and
+    gradient_checkpointing are planned (tunekit plan) where they are not set here. null plans nothing."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, xpu or mps."""
+
+    @field_validator("budget")
+    @classmethod
+    def _size(cls, value: str | None) -> str | None:
+        if value not in (None, "auto"):
+            try:
+                parse_bytes(str(value))
+            except ConfigError as error:
+                _refuse(f"{error.message}; {error.hint}, or auto")
+        return value
 
     @field_validator("device")
     @classmethod
@@ -542,7 +556,11 @@ class Loaded:
 
 
 def load(
-    path_or_name: str | Path, overrides: Sequence[str] = (), schema: type[RunConfig] | None = None
+    path_or_name: str | Path,
+    overrides: Sequence[str] = (),
+    schema: type[RunConfig] | None = None,
+    *,
+    stand_in: str | None = None,
 ) -> Loaded:
     """Reads and validates a config.
 
@@ -550,11 +568,16 @@ def load(
         path_or_name: a path, or a name under the ready-made configs ("sd15/lora").
         overrides: `a.b=c` each; the value is YAML.
         schema: the recipe's `Config`; found through `recipe:` if not given.
+        stand_in: taken for values that are required and not given, by those who do not need them (a plan
+            needs no pictures).
 
     Raises:
         ConfigError: one that lists everything that is wrong, each with file and line.
     """
     source = read(path_or_name, overrides)
+    if stand_in is not None:
+        for *path, last in _required(source.tree):
+            _get(source.tree, tuple(path))[1][last] = stand_in
     source.tree.setdefault("name", source.path.stem)
     return Loaded(validate(schema or _recipe_schema(source), source.tree, source.where), source)
 

@@ -65,6 +65,10 @@ class DeviceError(TunekitError):
     """A device or provider that does not answer."""
 
 
+class DoesNotFit(DeviceError):
+    """A job needs more memory than the device has, however it is arranged."""
+
+
 class MissingPackageError(TunekitError):
     """An optional package that is not installed."""
 

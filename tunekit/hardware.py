@@ -26,6 +26,10 @@ class DeviceFacts:
         compute_capability: NVIDIA's, (8, 6); None for others.
         supports_bf16: whether bf16 matrix products run at full speed.
         source: the maker's page.
+        half_flops: operations per second of dense 16-bit matrix products with float32 sums.
+        float32_flops: operations per second in float32.
+        has_fused_attention: whether torch has an attention kernel there that keeps no score matrix.
+        lacks: what does not run there, for messages.
     """
 
     name: str
@@ -36,6 +40,10 @@ class DeviceFacts:
     compute_capability: tuple[int, int] | None
     supports_bf16: bool
     source: str
+    half_flops: float = 1e12
+    float32_flops: float = 0.5e12
+    has_fused_attention: bool = True
+    lacks: tuple[str, ...] = ()
 
 
 _GEFORCE = "https://www.nvidia.com/en-us/geforce/graphics-cards/compare/"
@@ -49,39 +57,62 @@ _INTEL_B580 = (
 )
 
 
-def _nvidia(name: str, title: str, gib: int, gb_s: int, sm: tuple[int, int], source: str) -> DeviceFacts:
+def _nvidia(
+    name: str,
+    title: str,
+    gib: int,
+    gb_s: int,
+    sm: tuple[int, int],
+    tflops: tuple[float, float],
+    source: str,
+) -> DeviceFacts:
     # bf16 came with Ampere. Capabilities: https://developer.nvidia.com/cuda-gpus
-    return DeviceFacts(name, title, "cuda", gib * GIB, gb_s * 1e9, sm, sm >= (8, 0), source)
+    half, full = tflops
+    bf16 = sm >= (8, 0)
+    return DeviceFacts(
+        name,
+        title,
+        "cuda",
+        gib * GIB,
+        gb_s * 1e9,
+        sm,
+        bf16,
+        source,
+        half * 1e12,
+        full * 1e12,
+        lacks=() if bf16 else ("bf16", "flash attention"),
+    )
 
 
 TABLE: dict[str, DeviceFacts] = {
     facts.name: facts
     for facts in (
-        _nvidia("rtx-2060-12gb", "GeForce RTX 2060 12 GB", 12, 336, (7, 5), _GEFORCE),
-        _nvidia("rtx-3060", "GeForce RTX 3060 12 GB", 12, 360, (8, 6), _GEFORCE),
-        _nvidia("rtx-3090", "GeForce RTX 3090", 24, 936, (8, 6), _GEFORCE),
-        _nvidia("rtx-4060-ti-16gb", "GeForce RTX 4060 Ti 16 GB", 16, 288, (8, 9), _GEFORCE),
-        _nvidia("rtx-4070", "GeForce RTX 4070", 12, 504, (8, 9), _GEFORCE),
-        _nvidia("rtx-4070-ti", "GeForce RTX 4070 Ti", 12, 504, (8, 9), _GEFORCE),
-        _nvidia("rtx-4080", "GeForce RTX 4080", 16, 716, (8, 9), _GEFORCE),
-        _nvidia("rtx-4090", "GeForce RTX 4090", 24, 1008, (8, 9), _GEFORCE),
-        _nvidia("rtx-5070-ti", "GeForce RTX 5070 Ti", 16, 896, (12, 0), _GEFORCE),
-        _nvidia("rtx-5090", "GeForce RTX 5090", 32, 1792, (12, 0), _GEFORCE),
+        _nvidia("rtx-2060-12gb", "GeForce RTX 2060 12 GB", 12, 336, (7, 5), (28.7, 7.2), _GEFORCE),
+        _nvidia("rtx-3060", "GeForce RTX 3060 12 GB", 12, 360, (8, 6), (25.5, 12.7), _GEFORCE),
+        _nvidia("rtx-3090", "GeForce RTX 3090", 24, 936, (8, 6), (71, 35.6), _GEFORCE),
+        _nvidia("rtx-4060-ti-16gb", "GeForce RTX 4060 Ti 16 GB", 16, 288, (8, 9), (44.1, 22.1), _GEFORCE),
+        _nvidia("rtx-4070", "GeForce RTX 4070", 12, 504, (8, 9), (58.3, 29.1), _GEFORCE),
+        _nvidia("rtx-4070-ti", "GeForce RTX 4070 Ti", 12, 504, (8, 9), (80.2, 40.1), _GEFORCE),
+        _nvidia("rtx-4080", "GeForce RTX 4080", 16, 716, (8, 9), (97.5, 48.7), _GEFORCE),
+        _nvidia("rtx-4090", "GeForce RTX 4090", 24, 1008, (8, 9), (165.2, 82.6), _GEFORCE),
+        _nvidia("rtx-5070-ti", "GeForce RTX 5070 Ti", 16, 896, (12, 0), (87.9, 43.9), _GEFORCE),
+        _nvidia("rtx-5090", "GeForce RTX 5090", 32, 1792, (12, 0), (209.5, 104.8), _GEFORCE),
         _nvidia(
             "rtx-a6000",
             "RTX A6000",
             48,
             768,
             (8, 6),
+            (154.8, 38.7),
             "https://www.nvidia.com/en-us/products/workstations/rtx-a6000/",
         ),
-        _nvidia("t4", "Tesla T4", 16, 320, (7, 5), _CENTER + "tesla-t4/"),
-        _nvidia("l4", "L4", 24, 300, (8, 9), _CENTER + "l4/"),
-        _nvidia("l40s", "L40S", 48, 864, (8, 9), _CENTER + "l40s/"),
-        _nvidia("a100-40gb", "A100 40 GB", 40, 1555, (8, 0), _CENTER + "a100/"),
-        _nvidia("a100-80gb", "A100 80 GB PCIe", 80, 1935, (8, 0), _CENTER + "a100/"),
-        _nvidia("h100", "H100 SXM", 80, 3350, (9, 0), _CENTER + "h100/"),
-        _nvidia("h200", "H200 SXM", 141, 4800, (9, 0), _CENTER + "h200/"),
+        _nvidia("t4", "Tesla T4", 16, 320, (7, 5), (65, 8.1), _CENTER + "tesla-t4/"),
+        _nvidia("l4", "L4", 24, 300, (8, 9), (121, 30.3), _CENTER + "l4/"),
+        _nvidia("l40s", "L40S", 48, 864, (8, 9), (362, 91.6), _CENTER + "l40s/"),
+        _nvidia("a100-40gb", "A100 40 GB", 40, 1555, (8, 0), (312, 19.5), _CENTER + "a100/"),
+        _nvidia("a100-80gb", "A100 80 GB PCIe", 80, 1935, (8, 0), (312, 19.5), _CENTER + "a100/"),
+        _nvidia("h100", "H100 SXM", 80, 3350, (9, 0), (989, 66.9), _CENTER + "h100/"),
+        _nvidia("h200", "H200 SXM", 141, 4800, (9, 0), (989, 66.9), _CENTER + "h200/"),
         DeviceFacts(
             "radeon-pro-w6800",
             "Radeon PRO W6800",
@@ -91,6 +122,10 @@ TABLE: dict[str, DeviceFacts] = {
             None,
             False,  # RDNA 2 has no matrix cores
             _AMD + "workstations/radeon-pro/w6800.html",
+            35.7e12,
+            17.8e12,
+            has_fused_attention=False,  # https://github.com/ROCm/aotriton names no gfx1030
+            lacks=("bf16", "fused attention", "bitsandbytes"),
         ),
         DeviceFacts(
             "rx-7900-xtx",
@@ -101,9 +136,25 @@ TABLE: dict[str, DeviceFacts] = {
             None,
             True,
             _AMD + "desktops/radeon/7000-series/amd-radeon-rx-7900xtx.html",
+            122.8e12,
+            61.4e12,
         ),
-        DeviceFacts("arc-b580", "Arc B580", "xpu", 12 * GIB, 456e9, None, True, _INTEL_B580),
-        DeviceFacts("apple-m2", "Apple M2, 24 GB", "mps", 24 * GIB, 100e9, None, True, _APPLE_M2),
+        DeviceFacts(
+            "arc-b580", "Arc B580", "xpu", 12 * GIB, 456e9, None, True, _INTEL_B580, 116.5e12, 13.7e12
+        ),
+        DeviceFacts(
+            "apple-m2",
+            "Apple M2, 24 GB",
+            "mps",
+            24 * GIB,
+            100e9,
+            None,
+            True,
+            _APPLE_M2,
+            7.2e12,
+            3.6e12,
+            lacks=("bitsandbytes",),
+        ),
         DeviceFacts(
             "cpu",
             "this machine's processor",

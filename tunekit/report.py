@@ -432,7 +432,7 @@ def _curve(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     low, high = min(loss for _, loss in every), max(loss for _, loss in every)
     last = max(step for step, _ in every)
     margin = (high - low) * 0.08 or 0.01
-    low, high = low - margin, high + margin
+    low, high = max(low - margin, min(low, 0.0)), high + margin  # a loss is not below zero
     width, height, left, bottom = 1000, 260, 58, 26
 
     def at(step: float, loss: float) -> tuple[float, float]:

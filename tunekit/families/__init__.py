@@ -5,19 +5,48 @@ from __future__ import annotations
 from pathlib import Path
 
 from tunekit import registry
-from tunekit.errors import ModelError
+from tunekit.errors import ConfigError, ModelError
+from tunekit.families.blueprint import Blueprint
 from tunekit.families.family import Conditioning, ExportComponent, Family, FamilyFacts
 from tunekit.registry import Registry
 from tunekit.resources import builtin
 
-__all__ = ["FAMILIES", "Conditioning", "ExportComponent", "Family", "FamilyFacts", "detect", "get"]
+__all__ = [
+    "BLUEPRINTS",
+    "FAMILIES",
+    "Blueprint",
+    "Conditioning",
+    "ExportComponent",
+    "Family",
+    "FamilyFacts",
+    "blueprint_of",
+    "detect",
+    "get",
+]
 
 FAMILIES: Registry[Family] = registry.FAMILIES
+BLUEPRINTS: Registry[Blueprint] = registry.BLUEPRINTS
 
 
 def get(name: str) -> Family:
     """Return the family called `name`; an unknown one is a ConfigError with the nearest name."""
+    if name in BLUEPRINTS.names() and name not in FAMILIES.names():
+        raise ConfigError(
+            f'the family "{name}" can be planned (tunekit plan), but not be run yet',
+            hint=f"families that run: {', '.join(FAMILIES.names())}",
+        )
     return FAMILIES.get(name)
+
+
+def blueprint_of(name: str, source: str) -> Blueprint:
+    """What the base `source` of a family is made of, without its weights.
+
+    Raises:
+        ConfigError: the family has no blueprint, or no tiny version.
+        ModelError: a folder that is not what it should be.
+    """
+    blueprint = BLUEPRINTS.get(name)
+    return blueprint.like(get(name).tiny()) if source == "tiny" else blueprint.sized(source)
 
 
 def detect(source: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tunekit.diffusion.objectives import Objective
 from tunekit.errors import ConfigError
-from tunekit.families import loading, tiny
+from tunekit.families import blueprint, loading, tiny
 from tunekit.families.family import Conditioning, ExportComponent, FamilyFacts, Pipeline
 
 if TYPE_CHECKING:
@@ -306,3 +306,28 @@ def _example(*shape: int, like: nn.Module) -> Tensor:
 
 
 FAMILY = SD15()
+
+
+def _inputs(family: blueprint.Blueprint, batch: int, height: int, width: int) -> blueprint.Inputs:
+    config = family.denoiser.config
+    return {
+        "sample": blueprint.meta(batch, config.get("in_channels", 4), height, width),
+        "timestep": blueprint.meta(batch, dtype=torch.int64),
+        "encoder_hidden_states": blueprint.meta(batch, family.tokens[0], config["cross_attention_dim"]),
+    }
+
+
+# https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5, the config.json of each folder
+BLUEPRINT = blueprint.Blueprint(
+    name=SD15.name,
+    title="Stable Diffusion 1.5",
+    default_source=SD15.facts.default_source,
+    lora_targets=SD15.lora_targets,
+    denoiser=blueprint.Part(
+        "unet", "diffusers:UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768}
+    ),
+    vae=blueprint.vae(4),
+    encoders=(blueprint.clip("text_encoder", 768, 12, 12),),
+    tokens=(77,),
+    inputs=_inputs,
+)

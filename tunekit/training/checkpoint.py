@@ -49,6 +49,7 @@ FREE = (
     "data.validation",
     "data.cache",
     "memory.device",
+    "memory.budget",
     "memory.micro_batch",
     "memory.gradient_checkpointing",
     "train.checkpoint_every",

@@ -17,7 +17,8 @@ from tunekit.adapters import save_adapter
 from tunekit.artifacts import Artifact, Metric, RunFolder, Step, atomic_folder, clean_leftovers, write_text
 from tunekit.config import DataConfig, DreamboothData, MemoryConfig, TrainConfig, TrainingRunConfig, dump_yaml
 from tunekit.errors import ConfigError, DeviceError
-from tunekit.families.family import DTYPES, Family, Pipeline
+from tunekit.families.family import Family, Pipeline
+from tunekit.memory.levers import apply_levers
 from tunekit.training.checkpoint import Checkpoints, compare_identities, only_writer
 from tunekit.training.loop import Result
 from tunekit.training.tracking import Tracker
@@ -73,13 +74,7 @@ def prepare_denoiser(
         frozen: it will carry an adapter, so its own weights may be kept in `memory.precision`; weights that
             are trained stay float32.
     """
-    denoiser.requires_grad_(not frozen)
-    if memory.gradient_checkpointing:
-        # diffusers' default is the non-reentrant kind; the reentrant one gives no gradients behind frozen
-        # inputs.
-        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-    if frozen and memory.precision != "fp32":
-        denoiser.to(DTYPES[memory.precision])
+    apply_levers(denoiser, memory.precision, memory.gradient_checkpointing, frozen=frozen)
     return denoiser.to(device)
 
 

@@ -1,0 +1,392 @@
+"""Follows every byte of a training step from birth to death, on tensors that have no data.
+
+A `Tracer` is a dispatch mode: each operator's results are looked at, a storage not seen before is born, and
+a weak reference tells when it dies. On the meta device that needs neither a GPU nor weights, and takes a
+second or two for a real U-Net; on CPU tensors the same tracer follows a real step.
+
+What a plain run on meta tensors would get wrong is put right by `target`:
+
+- attention on meta tensors takes the mathematical path, which keeps the score matrix; the fused kernels of
+  the target keep the log-sum-exp only;
+- autocast does nothing to meta tensors (`_Autocast`);
+- some CUDA kernels need room that no tensor shows (`workspace_bytes`);
+- the CUDA allocator hands out multiples of 512 bytes.
+
+Each operator's arithmetic and traffic are counted along, for a roofline estimate of its time.
+
+    with Tracer(CUDA) as tracer:
+        tracer.label(denoiser.parameters(), "base weights")
+        with tracer.phase("forward"):
+            ...
+    trace = tracer.trace()
+    peak = trace.peak()          # bytes, phase and the ledger at that moment
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+Attention = Callable[..., Tensor]
+
+ACTIVATIONS, WORKSPACE = "activations", "workspace"
+ROOM = -1
+"""Number of the storage in events of room that an operator takes and gives back."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The device that a trace is for.
+
+    Attributes:
+        name: "cuda" or "cpu".
+        alignment: the allocator hands out multiples of this many bytes.
+        attention: what `scaled_dot_product_attention` does there: "flash", "efficient", "cpu" or "math".
+        convolution_room: room of a convolution over a window, as a multiple of input + output + weight bytes;
+            cuDNN changes the layout of all three for the kernels that it likes best.
+    """
+
+    name: str
+    alignment: int
+    attention: str
+    convolution_room: float
+
+
+CUDA = Target("cuda", alignment=512, attention="flash", convolution_room=1.0)
+CPU = Target("cpu", alignment=1, attention="cpu", convolution_room=0.0)
+
+
+class Event(NamedTuple):
+    """A storage is born (`size` > 0) or dies (< 0)."""
+
+    storage: int
+    size: int
+    phase: str
+    place: int
+    """2 i + 1 while the i-th checkpointing unit runs, forward or backward; 2 i before it, going forward."""
+
+
+class Work(NamedTuple):
+    """What one operator does."""
+
+    phase: str
+    place: int
+    flops: int
+    """Multiplications and additions of matrix products and convolutions; 0 for others."""
+    traffic: int
+    """Bytes read and written."""
+    half: bool
+    """Whether it computes in 16 bits."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment of most bytes.
+
+    Attributes:
+        size: bytes that live tensors hold then.
+        phase: where it is.
+        ledger: category -> bytes; they add up to `size`.
+    """
+
+    size: int
+    phase: str
+    ledger: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What happened, in order.
+
+    Attributes:
+        events: births and deaths.
+        categories: storage number -> what it turned out to be.
+        work: of each operator.
+    """
+
+    events: Sequence[Event]
+    categories: dict[int, str]
+    work: Sequence[Work] = ()
+
+    def peak(self, phase: str | None = None) -> Peak:
+        """The peak of the whole trace, or of one phase.
+
+        Raises:
+            KeyError: nothing was traced in that phase.
+        """
+        live = best = 0
+        at = -1
+        for index, event in enumerate(self.events):
+            live += event.size
+            if (phase is None or event.phase == phase) and (live > best or at < 0):
+                best, at = live, index
+        if at < 0:
+            raise KeyError(phase)
+        ledger: dict[str, int] = {}
+        for event in self.events[: at + 1]:
+            name = WORKSPACE if event.storage == ROOM else self.categories[event.storage]
+            ledger[name] = ledger.get(name, 0) + event.size
+        return Peak(best, self.events[at].phase, {name: size for name, size in ledger.items() if size})
+
+    def phases(self) -> list[str]:
+        """Names in order of appearance."""
+        return list(dict.fromkeys(event.phase for event in self.events))
+
+
+@dataclass
+class Tracer(TorchDispatchMode):
+    """Records births and deaths of storages while it is entered. Not reentrant.
+
+    Attributes:
+        target: whose behaviour is recorded; tensors on the meta device and on the CPU are followed alike.
+        autocast: what `torch.autocast` lowers to there; None leaves types alone.
+        place: for `Event.place`; set by whoever knows where the step is.
+    """
+
+    target: Target
+    autocast: torch.dtype | None = None
+    events: list[Event] = field(default_factory=list)
+    categories: dict[int, str] = field(default_factory=dict)
+    work: list[Work] = field(default_factory=list)
+    place: int = 0
+    _live: dict[int, tuple[int, weakref.ref[Any]]] = field(default_factory=dict)
+    _sizes: dict[int, int] = field(default_factory=dict)
+    _phase: str = "start"
+    _stack: ExitStack = field(default_factory=ExitStack)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._casts = _Autocast(self.autocast) if self.autocast else None
+
+    __hash__ = object.__hash__
+
+    def __enter__(self) -> Tracer:
+        # Garbage that waits for the collector would count as alive at a moment that differs from run to run.
+        gc.collect()
+        gc.disable()
+        self._stack.callback(gc.enable)
+        self._stack.enter_context(attention_of(self.target))
+        if self._casts:
+            self._stack.enter_context(self._casts.on())
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._stack.close()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Names what happens in the block."""
+        before, self._phase = self._phase, name
+        if self._casts:
+            self._casts.keeps = name.endswith("forward")
+        try:
+            yield
+        finally:
+            self._phase = before
+            if self._casts:
+                self._casts.keeps = False
+                self._casts.forget()
+
+    def label(self, tensors: Iterable[Tensor], category: str) -> None:
+        """Says what tensors are; those not seen before are born now (weights, inputs)."""
+        for tensor in tensors:
+            self._see(tensor)
+            number, _ = self._live[tensor.untyped_storage()._cdata]
+            self.categories[number] = category
+
+    def trace(self) -> Trace:
+        """What was recorded so far."""
+        return Trace(tuple(self.events), dict(self.categories), tuple(self.work))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs the operator, then looks at what it made."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        for item in tree_iter(result):
+            if isinstance(item, Tensor):
+                self._see(item)
+        self._count(func, args, kwargs, result)
+        if self.target.name != "cpu" and (room := workspace_bytes(func, args, result, self.target)):
+            room = self._rounded(room)
+            self.events += [
+                Event(ROOM, room, self._phase, self.place),
+                Event(ROOM, -room, self._phase, self.place),
+            ]
+        return result
+
+    def _count(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
+        """Notes an operator's work; views do none."""
+        if func.is_view or not isinstance(result, Tensor | tuple | list):
+            return
+        tensors = [t for t in tree_iter((args, result)) if isinstance(t, Tensor)]
+        count = flop_registry.get(func.overloadpacket)
+        flops = count(*args, **kwargs, out_val=result) if count else 0
+        half = any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
+        self.work.append(Work(self._phase, self.place, int(flops), sum(map(_bytes, tensors)), half))
+
+    def _rounded(self, size: int) -> int:
+        return -(-size // self.target.alignment) * self.target.alignment
+
+    def _see(self, tensor: Tensor) -> None:
+        if tensor.layout is not torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._live.get(key)
+        if known is not None and known[1]() is not None:
+            return
+        number = len(self._sizes)
+        size = self._sizes[number] = self._rounded(storage.nbytes())
+        self.categories[number] = ACTIVATIONS
+
+        def dies(_: object) -> None:
+            self.events.append(Event(number, -size, self._phase, self.place))
+            if self._live.get(key, (None,))[0] == number:
+                del self._live[key]
+
+        self._live[key] = (number, weakref.ref(storage, dies))
+        self.events.append(Event(number, size, self._phase, self.place))
+
+
+# What the target does otherwise -----------------------------------------------------------------------------
+
+
+@contextmanager
+def attention_of(target: Target) -> Iterator[None]:
+    """Lets `scaled_dot_product_attention` on meta tensors take the target's kernel; others are left alone.
+
+    It is put in place of the function, not a function mode: those are off during the backward pass, where
+    checkpointed blocks are computed again and must take the same path.
+    """
+    own: Attention = torch.nn.functional.scaled_dot_product_attention
+
+    def chosen(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        kind = attention_kind(target, query, attn_mask)
+        if query.device.type != "meta" or kind == "math":
+            return own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if kind == "cpu":
+            return aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+            )[0]
+        if kind == "flash":
+            return aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, scale=scale
+            )[0]
+        needs_gradient = any(item.requires_grad for item in (query, key, value))
+        return aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, scale=scale
+        )[0]
+
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", chosen):
+        yield
+
+
+class _Autocast:
+    """Does to meta tensors what `torch.autocast("cuda", low)` does to CUDA tensors.
+
+    Matrix products, convolutions and attention compute in `low`, norms and losses in float32
+    (aten/src/ATen/autocast_mode.h). A trained float32 weight is cast once per forward pass; a checkpointed
+    block that is computed again during the backward pass casts anew.
+    """
+
+    LOW = ("linear", "conv2d", "scaled_dot_product_attention")
+    FLOAT32 = ("group_norm", "layer_norm", "rms_norm", "mse_loss", "softmax")
+
+    def __init__(self, low: torch.dtype) -> None:
+        self.low = low
+        self.keeps = False
+        self._kept: dict[int, Tensor] = {}
+
+    def forget(self) -> None:
+        self._kept.clear()
+
+    def lowered(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            return value
+        if not (self.keeps and value.is_leaf and value.requires_grad):
+            return value.to(self.low)
+        if id(value) not in self._kept:
+            self._kept[id(value)] = value.to(self.low)
+        return self._kept[id(value)]
+
+    def raised(self, value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.dtype == self.low else value
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Puts the casting functions in place of torch's."""
+        functional = torch.nn.functional
+        with ExitStack() as stack:
+            for cast, names in ((self.lowered, self.LOW), (self.raised, self.FLOAT32)):
+                for name in names:
+                    made = _casting(getattr(functional, name), cast)
+                    stack.enter_context(mock.patch.object(functional, name, made))
+            yield
+            self.forget()
+
+
+def _casting(function: Callable[..., Any], cast: Callable[[Any], Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*map(cast, args), **{key: cast(value) for key, value in kwargs.items()})
+
+    return call
+
+
+def attention_kind(target: Target, query: Tensor, mask: Tensor | None) -> str:
+    """Which attention kernel the target takes: flash has neither masks nor float32 nor heads above 256."""
+    if target.attention == "flash" and (
+        mask is not None or query.dtype == torch.float32 or query.shape[-1] > 256
+    ):
+        return "efficient"
+    return target.attention
+
+
+def workspace_bytes(func: Any, args: Sequence[Any], result: Any, target: Target) -> int:
+    """Room that an operator's CUDA kernel takes beside its inputs and outputs, in bytes.
+
+    - Convolutions over a window: cuDNN's copies in the layout of its fastest kernels.
+    - Backward of flash attention: dQ is summed in float32, [B, S rounded up to 128, H, D rounded up to 32]
+      (flash_bwd_launch_template.h of https://github.com/Dao-AILab/flash-attention).
+    """
+    packet = func.overloadpacket if hasattr(func, "overloadpacket") else func
+    if packet is aten.convolution:
+        taken, weight = args[0], args[1]
+        if weight[0, 0].numel() > 1:
+            return int(target.convolution_room * (_bytes(taken) + _bytes(weight) + _bytes(result)))
+    elif packet is aten.convolution_backward:
+        gradient, taken, weight = args[0], args[1], args[2]
+        if weight[0, 0].numel() > 1:
+            return int(target.convolution_room * (_bytes(gradient) + _bytes(taken) + _bytes(weight)))
+    elif packet is aten._scaled_dot_product_flash_attention_backward:
+        batch, heads, length, width = args[1].shape
+        return batch * (-(-length // 128) * 128) * heads * (-(-width // 32) * 32) * 4
+    return 0
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
