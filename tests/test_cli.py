@@ -424,7 +424,9 @@ def test_plan_for_a_card(config: Path, tunekit_command: Command, traces: dict[st
     assert made.returncode == 0, made.stderr
     assert "rtx-3060: fp32, micro-batch 1, nothing checkpointed" in made.stdout
     assert "optimizer state" in made.stdout
-    content = json.loads(tunekit_command("plan", config, "--device", "3060", "--json", env=traces).stdout)
+    asked = ("--device", "3060", "--json", "--picture", "step.svg")
+    content = json.loads(tunekit_command("plan", config, *asked, env=traces).stdout)
+    assert ">optimizer state<" in Path("step.svg").read_text()
     assert content["fits"] is True
     assert content["device_bytes"] < content["budget_bytes"]
     assert set(content["phases"]) == {"encode", "first_step", "step", "save"}
@@ -449,6 +451,7 @@ def test_plan_for_all_cards_and_a_sweep(config: Path, tunekit_command: Command, 
         (["--budget", "1 MiB"], "are missing\nwhat helps most"),
         (["--device", "cpu", "memory.budget=lots"], "memory.budget"),
         (["--sweep", "data.resolution"], "sweeps nothing"),
+        (["--picture", "all.svg"], "give an .html file"),
     ],
 )
 def test_plan_says_what_is_wrong(
@@ -480,6 +483,7 @@ def test_a_run_is_planned_within_its_budget(
         lines = Path("runs", name, "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)])
     assert "plan: fp32, micro-batch" in done.stdout
+    assert "Memory of a step, as planned" in Path("runs/tight/report.html").read_text()
     plan = json.loads(Path("runs/tight/plan.json").read_text())
     assert plan["levers"]
     assert plan["device_bytes"] <= plan["budget_bytes"] == 11_000_000

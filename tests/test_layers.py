@@ -39,6 +39,7 @@ WITHOUT_TORCH = [
     "hardware",
     "optimizers",
     "launch",
+    "planning",
     *(f"passes.{name}" for name in PASSES.names()),
 ]
 

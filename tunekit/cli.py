@@ -324,6 +324,9 @@ def plan(
     sweep: Annotated[
         list[str] | None, typer.Option(metavar="a.b=c,d", help="plan each of these values; repeatable")
     ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="draw the memory of a step into this .svg or .html file")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict a training's memory and find the fastest way that fits. No GPU, weights or network needed."""
@@ -341,6 +344,16 @@ def plan(
             say=lambda line: console.print(line, style="dim"),
         )
         plans.append((varied, found))
+    if picture is not None:
+        from tunekit.artifacts import write_text
+        from tunekit.memory.picture import draw
+
+        drawings = [draw(made) for _, found in plans for made in found]
+        if picture.suffix == ".svg" and len(drawings) > 1:
+            raise ConfigError(
+                f"{len(drawings)} plans do not go into one .svg", where="--picture", hint="give an .html file"
+            )
+        console.print(f"picture: {write_text(picture, chr(10).join(drawings))}", style="dim")
     if as_json:
         flat = [made.as_json() for _, found in plans for made in found]
         _print_json(flat[0] if len(flat) == 1 else flat)
@@ -389,11 +402,12 @@ def _show_plan(console: Console, made: Plan) -> None:
         " of the same job with all the memory it wants"
     )
     names = list(dict.fromkeys(name for found in made.phases.values() for name in found["ledger"]))
-    table = _table("phase", *names, "allocated", "reserved")
-    for phase, found in made.phases.items():
-        parts = [format_bytes(found["ledger"][name]) if name in found["ledger"] else "-" for name in names]
-        totals = (format_bytes(found[key]) for key in ("peak_allocated_bytes", "least_bytes"))
-        table.add_row(phase.replace("_", " "), *parts, *totals)
+    table = _table("", *(phase.replace("_", " ") for phase in made.phases))
+    for name in names:
+        sizes = (found["ledger"].get(name) for found in made.phases.values())
+        table.add_row(name, *("-" if size is None else format_bytes(size) for size in sizes))
+    for key, label in (("peak_allocated_bytes", "allocated"), ("least_bytes", "reserved")):
+        table.add_row(label, *(format_bytes(found[key]) for found in made.phases.values()), style="bold")
     console.print(table)
     for other in made.rejected:
         levers = ", ".join(other["levers"]) or "nothing checkpointed"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunekit import hardware
-from tunekit.artifacts import write_json
+from tunekit.artifacts import write_json, write_text
 from tunekit.config import Loaded, MemoryConfig, TrainingRunConfig
 from tunekit.errors import ConfigError
 from tunekit.units import format_bytes, parse_bytes
@@ -115,6 +115,7 @@ def plan_run(
     memory = config.memory
     if memory.budget is None:
         return memory
+    from tunekit.memory.picture import draw
     from tunekit.memory.planner import advice, refuse
 
     budget = None if memory.budget == "auto" else parse_bytes(memory.budget)
@@ -131,6 +132,7 @@ def plan_run(
     )
     if folder is not None:
         write_json(folder / "plan.json", made.as_json())
+        write_text(folder / "plan.svg", draw(made))
     blocks = list(made.checkpointed_blocks)
     return memory.model_copy(update={"micro_batch": made.micro_batch, "gradient_checkpointing": blocks})
 

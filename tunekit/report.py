@@ -182,6 +182,7 @@ def _page(run: RunFolder, content: Mapping[str, Any]) -> str:
         rendering="auto",
         tiles=_tiles(content, models, figures),
         before_after=_before_after(run),
+        plan=_plan(run),
         curve={**curve, "svg": Markup(curve["svg"])} if curve else None,  # noqa: S704 - made here, of numbers
         rows=[_table_row(row, figures) for row in models],
         table_notes=_notes(models, chain),
@@ -190,6 +191,22 @@ def _page(run: RunFolder, content: Mapping[str, Any]) -> str:
         config=run.config.read_text(encoding="utf-8") if run.config.exists() else "",
         footer="Made by tunekit from the run's artifact.json files. For programs: report.json.",
     )
+
+
+def _plan(run: RunFolder) -> dict[str, Any] | None:
+    """What was planned before the training, and the picture of it."""
+    from markupsafe import Markup
+
+    path, picture = run.path / "plan.json", run.path / "plan.svg"
+    if not path.is_file() or not picture.is_file():
+        return None
+    plan = json.loads(path.read_text(encoding="utf-8"))
+    words = ", ".join(plan["levers"]) or "nothing had to be saved"
+    note = (
+        f"On {plan['device']}: {words}; predicted {format_bytes(plan['device_bytes'])} of"
+        f" {format_bytes(plan['budget_bytes'])}, most in the phase {plan['peak_phase'].replace('_', ' ')}."
+    )
+    return {"note": note, "svg": Markup(picture.read_text(encoding="utf-8"))}  # noqa: S704 - made by us
 
 
 def _subtitle(content: Mapping[str, Any]) -> str:

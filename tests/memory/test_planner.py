@@ -55,8 +55,8 @@ def test_the_cheapest_units_are_chosen(seed: int) -> None:
     count = 9
     kept = [draw.randrange(50, 400) for _ in range(count)]  # in all below 4096: nothing is rounded
     small = [size // draw.randrange(3, 20) for size in kept]
-    keeping = Costs([""] * count, kept, [k + draw.randrange(150) for k in [*kept, 50]], [], {})
-    twice = Costs([""] * count, small, [k + 50 for k in keeping.need[:-1]] + keeping.need[-1:], [], {})
+    keeping = Costs([""] * count, kept, [k + draw.randrange(150) for k in [*kept, 50]], [], 1, {})
+    twice = Costs([""] * count, small, [k + 50 for k in keeping.need[:-1]] + keeping.need[-1:], [], 1, {})
     seconds = [draw.uniform(1, 10) for _ in range(count)]
     for budget in (sum(kept) // 4, sum(kept) // 2, int(sum(kept) * 0.8), sum(kept) * 2):
         found = choose_units(keeping, twice, seconds, budget)
@@ -111,6 +111,18 @@ def test_plans_are_the_same_each_time_and_traces_are_made_once(job: Job, planner
     again = Planner(job, batch_size=4, cache=planner.cache, say=said.append)
     assert again.plan("large", room(10**12)) == planner.plan("large", room(10**12))
     assert said == []
+
+
+def test_a_smaller_micro_batch_costs_launches_only(job: Job, planner: Planner) -> None:
+    """Without launch costs, four forwards of one sample take as long as one of four."""
+    times = []
+    for size in (4, 1):
+        one = replace(planner, micro_batch=size)
+        costs = one._costs(CPU, size, False)
+        rows = [row for row in costs.work if row[0] != "optimizer"]
+        flops = sum(row[2] * row[5] for row in rows) / costs.passes
+        times.append(flops * (4 // size))
+    assert times[0] == pytest.approx(times[1], rel=0.01)
 
 
 def test_pins_are_kept(job: Job) -> None:

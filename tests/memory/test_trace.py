@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,13 +16,12 @@ from torch import Tensor, nn
 
 from tunekit import families
 from tunekit.adapters import add_adapter
-from tunekit.config import AdapterConfig, TrainConfig
+from tunekit.config import AdapterConfig
 from tunekit.families.blueprint import Blueprint
 from tunekit.memory.job import Job, trace_encode, trace_preview, trace_step
 from tunekit.memory.levers import apply_levers, checkpoint_units, trained
 from tunekit.memory.trace import CPU, CUDA, Tracer
-from tunekit.optimizers import build
-from tunekit.training.loop import train, weighted_mse
+from tunekit.training.loop import weighted_mse
 
 ADAPTER = AdapterConfig(rank=4, alpha=4)
 SIZE = (64, 64)
@@ -30,8 +32,23 @@ def tiny() -> Blueprint:
     return families.blueprint_of("sd15", "tiny")
 
 
+@pytest.fixture(scope="module")
+def script() -> Any:
+    """scripts/measure_memory.py, which reads the allocator's own record."""
+    path = Path(__file__).resolve().parents[2] / "scripts" / "measure_memory.py"
+    spec = importlib.util.spec_from_file_location("measure_memory", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 @dataclass
 class Rows:
+    """A micro-batch as the recipes have it."""
+
     ids: Sequence[str]
     latents: Tensor
     noise: Tensor
@@ -42,96 +59,67 @@ class Rows:
         return self
 
 
-@dataclass
-class Same:
-    """The same samples in each step."""
+@pytest.fixture(scope="module")
+def measure(script: Any) -> Callable[..., int]:
+    """`measure(job, micro_batch, accumulation, checkpointed)`: bytes of a run of the family's own code."""
 
-    batch_size: int
-    rows: list[Rows]
-
-    def step(self, step: int, rank: int, processes: int) -> list[Rows]:
-        return self.rows
-
-
-def measured(job: Job, micro_batch: int, accumulation: int, checkpointed: Any) -> int:
-    """Peak of bytes that the CPU allocator has handed out during two steps of the real loop."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
-
-    family = families.get("sd15")
-    pipeline = family.tiny()
-    denoiser, objective = family.denoiser(pipeline), family.objective(pipeline)
-    apply_levers(denoiser, job.precision, checkpointed, frozen=job.adapter is not None)
-    if job.adapter:
-        add_adapter(denoiser, job.adapter, family.lora_targets)
-    h, w = job.latents(job.size)
-    tokens, width = job.blueprint.tokens[0], int(job.blueprint.denoiser.config["cross_attention_dim"])
-    rows = [
-        Rows(
+    def run(job: Job, micro_batch: int, accumulation: int, checkpointed: Any) -> int:
+        family = families.get("sd15")
+        pipeline = family.tiny()
+        denoiser, objective = family.denoiser(pipeline), family.objective(pipeline)
+        apply_levers(denoiser, job.precision, checkpointed, frozen=job.adapter is not None)
+        if job.adapter:
+            add_adapter(denoiser, job.adapter, family.lora_targets)
+        h, w = job.latents(job.size)
+        tokens, width = job.blueprint.tokens[0], int(job.blueprint.denoiser.config["cross_attention_dim"])
+        rows = Rows(
             ["x"] * micro_batch,
             torch.randn(micro_batch, 4, h, w),
             torch.randn(micro_batch, 4, h, w),
             torch.zeros(micro_batch, dtype=torch.long),
             torch.randn(micro_batch, tokens, width),
         )
-        for _ in range(accumulation)
-    ]
 
-    def loss(model: nn.Module, batch: Rows) -> Tensor:
-        noisy, target, weight = objective.sample(batch.latents, batch.noise, batch.timesteps)
-        known = {"encoder_hidden_states": batch.told}
-        return weighted_mse(family.denoise(model, noisy, batch.timesteps, known), target, weight)
+        def loss(model: nn.Module, batch: Rows) -> Tensor:
+            noisy, target, weight = objective.sample(batch.latents, batch.noise, batch.timesteps)
+            known = {"encoder_hidden_states": batch.told}
+            return weighted_mse(family.denoise(model, noisy, batch.timesteps, known), target, weight)
 
-    optimizer = build(job.optimizer, trained(denoiser), lr=1e-4)
-    static = sum(t.numel() * t.element_size() for t in (*denoiser.parameters(), *denoiser.buffers()))
-    inputs = sum(t.numel() * t.element_size() for t in (rows[0].latents, rows[0].noise, rows[0].told))
-    settings = TrainConfig(max_steps=2, lr=1e-4, batch_size=micro_batch * accumulation)
-    try:
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profiler:
-            train(
-                Accelerator(cpu=True),
-                denoiser,
-                optimizer,
-                Same(micro_batch * accumulation, rows),
-                loss,
-                settings,
-                say=lambda line: None,
-            )
-    finally:
-        GradientState._reset_state()
-        AcceleratorState._reset_state(reset_partial_state=True)
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return static + inputs + peak
+        batches = script.Same(micro_batch * accumulation, [rows] * accumulation)
+        given = sum(t.numel() * t.element_size() for t in (rows.latents, rows.noise, rows.told))
+        found: int = script.measured(job, denoiser, batches, loss, "cpu")["allocated"]
+        return found + given
+
+    return run
 
 
 @pytest.mark.parametrize("adapter", [ADAPTER, None], ids=["adapter", "all weights"])
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize(("micro_batch", "accumulation"), [(1, 1), (2, 2), (8, 1)])
 def test_prediction_equals_a_real_run_on_the_cpu(
-    tiny: Blueprint, adapter: AdapterConfig | None, checkpointed: bool, micro_batch: int, accumulation: int
+    tiny: Blueprint,
+    measure: Callable[..., int],
+    adapter: AdapterConfig | None,
+    checkpointed: bool,
+    micro_batch: int,
+    accumulation: int,
 ) -> None:
     job = Job(tiny, adapter, size=SIZE)
     traced = trace_step(
         job, CPU, micro_batch=micro_batch, accumulation=accumulation, checkpointed=checkpointed
     )
     predicted = traced.trace.peak().size
-    real = measured(job, micro_batch, accumulation, checkpointed)
+    real = measure(job, micro_batch, accumulation, checkpointed)
     print(f"predicted {predicted:,}, measured {real:,} bytes: {predicted / real - 1:+.2%}")
     assert abs(predicted / real - 1) < 0.01
 
 
-def test_a_part_of_the_units(tiny: Blueprint) -> None:
+def test_a_part_of_the_units(tiny: Blueprint, measure: Callable[..., int]) -> None:
     job = Job(tiny, ADAPTER, size=SIZE)
     units = trace_step(job, CPU, micro_batch=4).units
     chosen = units[:3] + units[-2:]
     predicted = trace_step(job, CPU, micro_batch=4, checkpointed=chosen).trace.peak().size
-    real = measured(job, 4, 1, chosen)
+    real = measure(job, 4, 1, chosen)
     print(f"{len(chosen)} of {len(units)} units: {predicted / real - 1:+.2%}")
     assert abs(predicted / real - 1) < 0.01
 
@@ -205,6 +193,22 @@ def test_previews_and_encoding(tiny: Blueprint) -> None:
     assert preview.peak("preview decode").ledger["VAE"] > 0
     assert preview.peak().ledger["optimizer state"] >= 1_000_000
     assert trace_encode(job, CUDA).peak("encode").ledger["text encoders"] > 0
+
+
+def test_the_measuring_script(script: Any, tiny: Blueprint) -> None:
+    """The same on other rows: what scripts/measure_memory.py writes into benchmarks/."""
+    row = script.compare(Job(tiny, ADAPTER, size=SIZE), 3, 2, True, "cpu")
+    assert abs(row["error_allocated"]) < 0.01
+    assert row["measured_allocated_bytes"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_prediction_on_a_gpu(script: Any, precision: str) -> None:
+    sd15 = families.BLUEPRINTS.get("sd15")
+    row = script.compare(Job(sd15, ADAPTER, precision=precision, size=(512, 512)), 1, 1, False, "cuda")
+    assert abs(row["error_allocated"]) < 0.05
+    assert abs(row["error_reserved"]) < 0.08
 
 
 def test_a_storage_is_born_once_and_dies_once() -> None:

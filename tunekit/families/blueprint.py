@@ -37,11 +37,11 @@ class Part:
     config: Mapping[str, Any]
     precision: str = "fp32"
 
-    def build(self) -> nn.Module:
-        """Makes the network on the meta device."""
+    def build(self, device: str = "meta") -> nn.Module:
+        """Makes the network: on the meta device without data, elsewhere with random weights."""
         module_name, class_name = self.classes.split(":")
         made = getattr(importlib.import_module(module_name), class_name)
-        with torch.device("meta"):
+        with torch.device(device):
             if module_name == "transformers":
                 module: nn.Module = made(made.config_class(**self.config))
             else:

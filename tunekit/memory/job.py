@@ -114,8 +114,6 @@ def trace_step(
     micro_batch: int,
     accumulation: int = 1,
     checkpointed: bool | Collection[str] = False,
-    denoiser: nn.Module | None = None,
-    device: str = "meta",
 ) -> StepTrace:
     """Follows two optimizer steps.
 
@@ -124,19 +122,13 @@ def trace_step(
         micro_batch: samples per forward.
         accumulation: forwards per optimizer step; beyond the second nothing new is held.
         checkpointed: see `levers.checkpoint_units`.
-        denoiser: made anew without data if None; a real one is followed as it is.
-        device: of the inputs, "meta", or "cpu" for a real denoiser there.
     """
-    denoiser = denoiser or job.blueprint.denoiser.build()
-    apply_levers(denoiser, job.precision, False, frozen=job.adapter is not None)
-    if job.adapter:
-        add_adapter(denoiser, job.adapter, job.blueprint.lora_targets)
-    denoiser.train()
+    denoiser = adapted(job)
     parameters = trained(denoiser)
-    optimizer = optimizers.build(job.optimizer, parameters, lr=1e-4, device=device)
+    optimizer = optimizers.build(job.optimizer, parameters, lr=1e-4, device="meta")
     tracer = Tracer(target, autocast=job.autocast)
     units = _watch_units(denoiser, checkpointed, tracer)
-    batch = _on(job.blueprint.inputs(job.blueprint, micro_batch, *job.latents(job.size)), device)
+    batch = job.blueprint.inputs(job.blueprint, micro_batch, *job.latents(job.size))
     with tracer:
         tracer.label([p for p in denoiser.parameters() if not p.requires_grad], WEIGHTS)
         tracer.label(denoiser.buffers(), WEIGHTS)
@@ -155,9 +147,18 @@ def trace_step(
                 if job.max_grad_norm:
                     torch.nn.utils.clip_grad_norm_(parameters, job.max_grad_norm)
                 optimizer.step()
-                tracer.label(_state(optimizer, device), STATE)
+                tracer.label(_state(optimizer), STATE)
                 optimizer.zero_grad(set_to_none=True)
     return StepTrace(tracer.trace(), tuple(units))
+
+
+def adapted(job: Job, device: str = "meta", checkpointed: bool | Collection[str] = False) -> nn.Module:
+    """The denoiser as it is trained: adapter and levers on it; with random weights on a real device."""
+    denoiser = job.blueprint.denoiser.build(device)
+    apply_levers(denoiser, job.precision, checkpointed, frozen=job.adapter is not None)
+    if job.adapter:
+        add_adapter(denoiser, job.adapter, job.blueprint.lora_targets)
+    return denoiser.to(device).train()
 
 
 def _loss(denoiser: nn.Module, batch: Inputs, tracer: Tracer) -> Tensor:
@@ -243,20 +244,11 @@ def _watch_units(denoiser: nn.Module, checkpointed: bool | Collection[str], trac
     return units
 
 
-def _state(optimizer: torch.optim.Optimizer, device: str) -> Iterator[Tensor]:
+def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     for state in optimizer.state.values():
         for value in state.values():
-            if isinstance(value, Tensor) and value.device.type == device:
+            if isinstance(value, Tensor) and value.device.type == "meta":
                 yield value
-
-
-def _on(inputs: Inputs, device: str) -> Inputs:
-    def move(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: move(item) for key, item in value.items()}
-        return value if device == "meta" else torch.zeros_like(value, device=device)
-
-    return {key: move(value) for key, value in inputs.items()}
 
 
 def _after(one: Trace, other: Trace) -> Trace:

@@ -29,10 +29,12 @@ from tunekit.hardware import DeviceFacts
 from tunekit.memory import job as jobs
 from tunekit.memory.allocator import least_capacity
 from tunekit.memory.job import Job
-from tunekit.memory.trace import CPU, CUDA, Target, Trace
+from tunekit.memory.trace import CPU, CUDA, ROOM, WORKSPACE, Target, Trace
 from tunekit.units import format_bytes
 
 VERSION = 1
+TRACES = 3
+"""Version of the cached traces: raise it when `Costs`, or what a trace counts, changes."""
 GIB = 2**30
 CONTEXT = round(0.45 * GIB)
 """What a CUDA context and its libraries hold outside the allocator, where it cannot be measured."""
@@ -43,6 +45,8 @@ LEVELS = 4096
 """Steps of the saved bytes in the dynamic program."""
 EFFICIENCY, BANDWIDTH_EFFICIENCY, LAUNCH_SECONDS = 0.45, 0.8, 4e-6
 """Of the roofline: share of the peak arithmetic and bandwidth that kernels reach, and the least they take."""
+SECOND_STEP = ("forward", "backward", "optimizer")
+MOMENTS = 160
 PHASES = ("encode", "first_step", "step", "preview", "save")
 
 Row = tuple[str, int, int, int, bool, int]
@@ -64,18 +68,22 @@ class Costs:
         need: [units + 1] most bytes while the step is at a unit, without what the units before it keep; the
             last one is the loss.
         work: of the second step.
+        passes: forward and backward passes in it.
         phases: of "first_step", "step" and "save".
+        moments: the second step in `MOMENTS` parts: [phase, ledger at the part's peak].
     """
 
     units: list[str]
     kept: list[int]
     need: list[int]
     work: list[Row]
+    passes: int
     phases: dict[str, Phase]
+    moments: list[tuple[str, dict[str, int]]] = field(default_factory=list)
 
 
-def costs(traced: jobs.StepTrace, target: Target) -> Costs:
-    """Reduces a trace to what planning needs."""
+def costs(traced: jobs.StepTrace, target: Target, passes: int = 1) -> Costs:
+    """Reduces a trace, of as many forward and backward passes per step, to what planning needs."""
     events = traced.trace.events
     count = len(traced.units)
     born: dict[int, tuple[int, int]] = {}
@@ -97,11 +105,33 @@ def costs(traced: jobs.StepTrace, target: Target) -> Costs:
             need[at] = max(need[at], live - before[at])
     phases = {
         "first_step": phase_of(traced.trace, ("first forward", "first backward", "first optimizer"), target),
-        "step": phase_of(traced.trace, ("forward", "backward", "optimizer"), target),
+        "step": phase_of(traced.trace, SECOND_STEP, target),
         "save": _at_rest(traced.trace),
     }
     counted = Counter(work for work in traced.trace.work if not work.phase.startswith("first "))
-    return Costs(list(traced.units), kept, need, [(*work, times) for work, times in counted.items()], phases)
+    work = [(*one, times) for one, times in counted.items()]
+    return Costs(list(traced.units), kept, need, work, passes, phases, _moments(traced.trace))
+
+
+def _moments(trace: Trace) -> list[tuple[str, dict[str, int]]]:
+    """What is there during the second step, part by part."""
+    inside = [index for index, event in enumerate(trace.events) if event.phase in SECOND_STEP]
+    part = max(1, -(-len(inside) // MOMENTS))
+    ends = dict.fromkeys(inside[part - 1 :: part])
+    ledger: Counter[str] = Counter()
+    live = 0
+    best: tuple[int, str, dict[str, int]] | None = None
+    found = []
+    for index, event in enumerate(trace.events):
+        name = WORKSPACE if event.storage == ROOM else trace.categories[event.storage]
+        ledger[name] += event.size
+        live += event.size
+        if event.phase in SECOND_STEP and (best is None or live > best[0]):
+            best = (live, event.phase, {key: size for key, size in ledger.items() if size})
+        if index in ends and best is not None:
+            found.append(best[1:])
+            best = None
+    return found
 
 
 def phase_of(trace: Trace, names: Sequence[str], target: Target) -> Phase:
@@ -284,7 +314,8 @@ class Plan:
     relative_step_time: float
     notes: tuple[str, ...] = ()
     rejected: tuple[dict[str, Any], ...] = ()
-    room: Room | None = field(default=None, repr=False, compare=False)
+    moments: tuple[tuple[str, dict[str, int]], ...] = field(default=(), repr=False)
+    """One step, for a picture: see `Costs.moments`."""
 
     @property
     def peak_phase(self) -> str:
@@ -438,7 +469,7 @@ class Planner:
         for row in keeping.work:
             if row[0] == "forward" and row[1] % 2:
                 rows[row[1] // 2].append(row)
-        return [room.speed.seconds(found) for found in rows]
+        return [room.speed.seconds(found) / keeping.passes for found in rows]
 
     def _time(self, room: Room, size: int, chosen: Collection[str], keeping: Costs) -> float:
         """Predicted seconds of an optimizer step."""
@@ -449,7 +480,8 @@ class Planner:
             for name, seconds in zip(keeping.units, self._unit_seconds(room, keeping), strict=True)
             if name in chosen
         )
-        return (room.speed.seconds(passes) + twice) * (self.batch_size // size) + room.speed.seconds(once)
+        one = room.speed.seconds(passes) / keeping.passes + twice
+        return one * (self.batch_size // size) + room.speed.seconds(once)
 
     def _check(self, name: str, room: Room, size: int, chosen: tuple[str, ...], ratio: float) -> Plan:
         """The plan as it would run, traced and replayed."""
@@ -474,7 +506,7 @@ class Planner:
             phases=phases,
             device_bytes=need,
             relative_step_time=ratio,
-            room=room,
+            moments=tuple(whole.moments),
         )
 
     def _rejected(self, room: Room, size: int, units: tuple[str, ...], ratio: float) -> dict[str, Any]:
@@ -508,6 +540,7 @@ class Planner:
                         checkpointed=checkpointed,
                     ),
                     target,
+                    min(accumulation, 2),
                 )
             )
 
@@ -518,7 +551,9 @@ class Planner:
             found["kept"],
             found["need"],
             [tuple(row) for row in found["work"]],  # type: ignore[misc]
+            found["passes"],
             found["phases"],
+            [(phase, ledger) for phase, ledger in found["moments"]],
         )
 
     def _encode(self, room: Room) -> Phase:
@@ -576,7 +611,7 @@ def _described(job: Job) -> list[Any]:
     parts = [[part.classes, dict(part.config), part.precision] for part in family.parts]
     adapter = job.adapter.model_dump(mode="json") if job.adapter else None
     own = [job.optimizer, job.precision, job.size, job.max_grad_norm, job.preview, job.guided]
-    return [VERSION, versions, family.name, parts, list(family.tokens), adapter, own]
+    return [TRACES, versions, family.name, parts, list(family.tokens), adapter, own]
 
 
 def _digest(value: Any) -> str:
