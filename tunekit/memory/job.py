@@ -146,7 +146,7 @@ def trace_step(
             with tracer.phase(f"{first}optimizer"):
                 if job.max_grad_norm:
                     torch.nn.utils.clip_grad_norm_(parameters, job.max_grad_norm)
-                optimizer.step()
+                _update(optimizer, fused=target.name in optimizers.find(job.optimizer).fused_on)
                 tracer.label(_state(optimizer), STATE)
                 optimizer.zero_grad(set_to_none=True)
     return StepTrace(tracer.trace(), tuple(units))
@@ -242,6 +242,39 @@ def _watch_units(denoiser: nn.Module, checkpointed: bool | Collection[str], trac
 
     checkpoint_units(denoiser, checkpointed, on_unit=on_unit)
     return units
+
+
+@torch.no_grad()
+def _update(optimizer: torch.optim.Optimizer, *, fused: bool) -> None:
+    """One optimizer step; by AdamW's fused kernel, which torch refuses to meta tensors, if there is one."""
+    if not fused:
+        optimizer.step()
+        return
+    for group in optimizer.param_groups:
+        learned = [p for p in group["params"] if p.grad is not None]
+        for parameter in learned:
+            state = optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), device="meta")
+                state["exp_avg"], state["exp_avg_sq"] = (
+                    torch.zeros_like(parameter),
+                    torch.zeros_like(parameter),
+                )
+        beta1, beta2 = group["betas"]
+        torch._fused_adamw_(
+            learned,
+            [p.grad for p in learned],
+            *([optimizer.state[p][name] for p in learned] for name in ("exp_avg", "exp_avg_sq")),
+            [],
+            [optimizer.state[p]["step"] for p in learned],
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -33,7 +33,7 @@ from tunekit.memory.trace import CPU, CUDA, ROOM, WORKSPACE, Target, Trace
 from tunekit.units import format_bytes
 
 VERSION = 1
-TRACES = 3
+TRACES = 4
 """Version of the cached traces: raise it when `Costs`, or what a trace counts, changes."""
 GIB = 2**30
 CONTEXT = round(0.45 * GIB)
