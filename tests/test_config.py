@@ -117,6 +117,10 @@ def test_wrong_keys_and_values(config: Path, override: str, expected: str):
     ("overrides", "expected"),
     [
         (["train.warmup_steps=100"], "train.warmup_steps: the warm-up never ends"),
+        (
+            ["memory.budget=auto", "memory.gradient_checkpointing=[mid_block]"],
+            "memory.gradient_checkpointing: names blocks, and with memory.budget the planner chooses them",
+        ),
         (["memory.micro_batch=2"], "memory.micro_batch: must not be larger than train.batch_size (1)"),
         (["preview.every=10"], "preview.every: has no effect: preview.prompts is empty"),
         (["preview.guidance=3"], "preview.guidance: has no effect: preview.prompts is empty"),

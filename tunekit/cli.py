@@ -354,10 +354,11 @@ def plan(
                 f"{len(drawings)} plans do not go into one .svg", where="--picture", hint="give an .html file"
             )
         console.print(f"picture: {write_text(picture, chr(10).join(drawings))}", style="dim")
+    code = 0 if any(made.fits for _, found in plans for made in found) else 2
     if as_json:
         flat = [made.as_json() for _, found in plans for made in found]
         _print_json(flat[0] if len(flat) == 1 else flat)
-        raise typer.Exit(0 if any(made.fits for _, found in plans for made in found) else 2)
+        raise typer.Exit(code)
     out = _console()
     for varied, found in plans:
         out.print(f"\n{config} {' '.join(varied)}".rstrip(), style="bold")
@@ -368,6 +369,7 @@ def plan(
         for note in shared:
             out.print(note, style="yellow")
         out.print(_plans_table(found, shared))
+    raise typer.Exit(code)
 
 
 def _plans_table(plans: Sequence[Plan], known: Sequence[str]) -> Table:

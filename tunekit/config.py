@@ -272,6 +272,15 @@ class MemoryConfig(Section):
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, xpu or mps."""
 
+    @model_validator(mode="after")
+    def _one_decides(self) -> MemoryConfig:
+        if self.budget is not None and not isinstance(self.gradient_checkpointing, bool):
+            wrong(
+                "gradient_checkpointing",
+                "names blocks, and with memory.budget the planner chooses them; leave one of the two out",
+            )
+        return self
+
     @field_validator("budget")
     @classmethod
     def _size(cls, value: str | None) -> str | None:

@@ -26,7 +26,9 @@ class DeviceFacts:
         compute_capability: NVIDIA's, (8, 6); None for others.
         supports_bf16: whether bf16 matrix products run at full speed.
         source: the maker's page.
-        half_flops: operations per second of dense 16-bit matrix products with float32 sums.
+        half_flops: operations per second of dense 16-bit matrix products with float32 sums. Together with
+            float32_flops it only ranks plans on one card; GeForce figures stand in NVIDIA's architecture
+            papers, not on the product page that `source` names.
         float32_flops: operations per second in float32.
         has_fused_attention: whether torch has an attention kernel there that keeps no score matrix.
         lacks: what does not run there, for messages.

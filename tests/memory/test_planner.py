@@ -131,6 +131,15 @@ def test_pins_are_kept(job: Job) -> None:
     assert len(plan.checkpointed_blocks) == plan.blocks
 
 
+@pytest.mark.parametrize(("pinned", "micro_batch", "accumulation"), [(3, 3, 2), (9, 4, 1)])
+def test_pins_that_do_not_divide_the_batch(
+    job: Job, pinned: int, micro_batch: int, accumulation: int
+) -> None:
+    plan = Planner(job, batch_size=4, micro_batch=pinned).plan("large", room(10**12))
+    assert (plan.micro_batch, plan.accumulation) == (micro_batch, accumulation)
+    assert plan.phases["step"]["peak_allocated_bytes"] > 0
+
+
 def test_nothing_fits(planner: Planner) -> None:
     plan = planner.plan("small", room(1_000_000))
     assert not plan.fits

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tunekit import families
 from tunekit.adapters import add_adapter
 from tunekit.config import AdapterConfig
+from tunekit.errors import ConfigError
 from tunekit.families.blueprint import Blueprint
 from tunekit.memory.job import Job, trace_encode, trace_preview, trace_step
 from tunekit.memory.levers import apply_levers, checkpoint_units, trained
@@ -135,6 +136,13 @@ def test_checkpointed_units_change_no_gradient(tiny: Blueprint) -> None:
         module(*inputs, return_dict=False)[0].square().mean().backward()
     for (name, one), two in zip(denoiser.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(one.grad, two.grad), name
+
+
+def test_an_unknown_unit_is_refused() -> None:
+    family = families.get("sd15")
+    with pytest.raises(ConfigError, match=r'no block "mid_block.resnets.7"\n?') as error:
+        apply_levers(family.denoiser(family.tiny()), "fp32", ["mid_block.resnets.7"], frozen=True)
+    assert 'did you mean "mid_block.resnets' in str(error.value)
 
 
 def test_random_units_draw_the_same_twice(tiny: Blueprint) -> None:

@@ -7,8 +7,10 @@ from functools import cache
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
+from tunekit.errors import ConfigError, did_you_mean
 from tunekit.families.family import DTYPES
 
 OnUnit = Callable[[str, Callable[[], Any]], Any]
@@ -44,15 +46,25 @@ def checkpoint_units(
         denoiser: a diffusers model.
         chosen: True for all, False for none, or the module paths of units.
         on_unit: runs each unit, for observers.
+
+    Raises:
+        ConfigError: a path that is no module of the denoiser.
     """
     if chosen is False and on_unit is None:
         return
     names = {module: name for name, module in denoiser.named_modules()}
+    known = set(names.values())
+    if not isinstance(chosen, bool) and (unknown := sorted(set(chosen) - known)):
+        raise ConfigError(
+            f'the denoiser has no block "{unknown[0]}"',
+            where="memory.gradient_checkpointing",
+            hint=did_you_mean(unknown[0], known) or "tunekit plan --json names blocks: checkpointed_blocks",
+        )
 
     @cache  # asked at the first step, when the adapter is there
     def draws() -> bool:
         """Whether the random state must be the same the second time; reading it costs."""
-        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in denoiser.modules())
+        return any(isinstance(module, _DropoutNd) and module.p > 0 for module in denoiser.modules())
 
     def run(module: nn.Module, *args: Any) -> Any:
         name = names[module]

@@ -400,7 +400,8 @@ class Planner:
 
     def plan(self, name: str, room: Room) -> Plan:
         """The fastest plan that fits; if none does, the smallest, with `fits` False."""
-        sizes = [self.micro_batch] if self.micro_batch else divisors(self.batch_size)
+        # A pinned micro-batch may be more than this process's share of the batch.
+        sizes = [min(self.micro_batch, self.batch_size)] if self.micro_batch else divisors(self.batch_size)
         reference = self._time(room, sizes[0], (), self._costs(room.target, sizes[0], False))
         if not self.checkpointing:  # nothing is faster than the largest micro-batch with all kept
             plan = self._check(name, room, sizes[0], (), 1.0)
@@ -444,6 +445,10 @@ class Planner:
         fits = smallest.device_bytes <= room.total
         return replace(smallest, fits=fits, relative_step_time=ratio, rejected=tuple(rejected[:6]))
 
+    def _accumulation(self, size: int) -> int:
+        """Forwards per optimizer step; the last may be shorter."""
+        return -(-self.batch_size // size)
+
     def _all(self, room: Room, size: int) -> tuple[str, ...]:
         return () if self.checkpointing is False else tuple(self._costs(room.target, size, True).units)
 
@@ -481,7 +486,7 @@ class Planner:
             if name in chosen
         )
         one = room.speed.seconds(passes) / keeping.passes + twice
-        return one * (self.batch_size // size) + room.speed.seconds(once)
+        return one * self._accumulation(size) + room.speed.seconds(once)
 
     def _check(self, name: str, room: Room, size: int, chosen: tuple[str, ...], ratio: float) -> Plan:
         """The plan as it would run, traced and replayed."""
@@ -498,7 +503,7 @@ class Planner:
             budget_bytes=room.total,
             fits=need <= room.total,
             micro_batch=size,
-            accumulation=self.batch_size // size,
+            accumulation=self._accumulation(size),
             precision=self.job.precision,
             optimizer=self.job.optimizer,
             checkpointed_blocks=chosen,
@@ -510,7 +515,7 @@ class Planner:
         )
 
     def _rejected(self, room: Room, size: int, units: tuple[str, ...], ratio: float) -> dict[str, Any]:
-        accumulation = self.batch_size // size
+        accumulation = self._accumulation(size)
         return {
             "levers": [
                 f"micro-batch {size} x {accumulation}",
@@ -529,7 +534,7 @@ class Planner:
 
         def make() -> dict[str, Any]:
             self.say(f"tracing a step of micro-batch {size}")
-            accumulation = self.batch_size // size
+            accumulation = self._accumulation(size)
             return asdict(
                 costs(
                     jobs.trace_step(
