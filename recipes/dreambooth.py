@@ -30,6 +30,7 @@ class Config(TrainingRunConfig):
 
 def main(config: Config, loaded: Loaded) -> None:
     """From a config to an adapter (or a model), its optimized versions and a report."""
+    from tunekit import planning
     from tunekit.data.images import scan_data
     from tunekit.passes.base import check_chain, parse_chain, run_chain
     from tunekit.report import write as write_report
@@ -42,10 +43,13 @@ def main(config: Config, loaded: Loaded) -> None:
     scan = scan_data(config.data)
     scan.check()
 
+    # Memory is decided before anything is loaded: from here on nothing under `memory:` is open.
+    config, plan = planning.settle(config)
     with open_run(config) as run:
         learned = identity(config, scan.samples)
-        if run.begin(config, learned):
-            fine_tune(config, run, scan, learned)
+        if run.begin(loaded.config, learned, plan):
+            with planning.replanning(config):
+                fine_tune(config, run, scan, learned)
         artifact = run.close()  # the processes part here; the main one goes on alone
         if artifact is None:
             return
@@ -73,20 +77,16 @@ def fine_tune(config: Config, run: Run, scan: Scan, learned: dict[str, Any]) -> 
     """Load, encode, adapt, train, save."""
     from functools import partial
 
-    from tunekit import families, planning
-    from tunekit.adapters import add_adapter
+    from tunekit import families
     from tunekit.data.cache import Encoder, Stream
     from tunekit.data.dreambooth import class_folder, class_pictures
     from tunekit.runtime import generate, torch_runtime
     from tunekit.training.evaluation import previews
     from tunekit.training.loop import train, weighted_mse
-    from tunekit.training.run import build_optimizer, load_base, prepare_denoiser
+    from tunekit.training.run import build_optimizer, fit_denoiser, load_base
 
     accelerator = run.accelerator
     family = families.get(config.model.family)
-    memory = planning.plan_run(
-        config, run.folder.path if run.main else None, accelerator.num_processes, run.say
-    )
     pipeline = load_base(config, family)
     objective = family.objective(pipeline, snr_gamma=config.train.snr_gamma)
     size = (config.preview.height or config.data.resolution, config.preview.width or config.data.resolution)
@@ -104,7 +104,16 @@ def fine_tune(config: Config, run: Run, scan: Scan, learned: dict[str, Any]) -> 
             width=config.data.resolution,
         )
 
-    encoder = Encoder(family, pipeline, cache=run.cache(config.data), accelerator=accelerator, say=run.say)
+    run.watch(pipeline)
+    encoder = Encoder(
+        family,
+        pipeline,
+        cache=run.cache(config.data),
+        accelerator=accelerator,
+        captions_on_host=bool(config.memory.encode_on_host),
+        measured=partial(run.meter.phase, "encode"),
+        say=run.say,
+    )
     prior = None
     if config.data.class_prompt is not None:
         folder = class_folder(config.data, run.folder.path, model=config.model, seed=config.seed)
@@ -116,17 +125,16 @@ def fine_tune(config: Config, run: Run, scan: Scan, learned: dict[str, Any]) -> 
     prompts = encoder.conditioning([*config.preview.prompts, config.preview.negative_prompt])
     encoder.release(keep_vae=bool(config.preview.prompts))
 
-    denoiser = family.denoiser(pipeline)
-    prepare_denoiser(denoiser, memory, frozen=config.adapter is not None, device=accelerator.device)
-    if config.adapter:
-        add_adapter(denoiser, config.adapter, family.lora_targets, seed=config.seed)
-    parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(config.train, parameters, accelerator.device)
+    fitted = fit_denoiser(config, family, pipeline, accelerator.device)
+    optimizer = build_optimizer(
+        config.train, fitted.parameters.values(), accelerator.device, in_backward=fitted.optimizer_in_backward
+    )
+    run.watch(pipeline, fitted, optimizer)
     batches = Stream(
         dataset,
         objective,
         batch_size=config.train.batch_size,
-        micro_batch=memory.micro_batch,
+        micro_batch=config.memory.micro_batch,
         seed=config.seed,
         prior=prior,
         prior_weight=config.data.prior_weight,
@@ -139,20 +147,30 @@ def fine_tune(config: Config, run: Run, scan: Scan, learned: dict[str, Any]) -> 
 
     result = train(
         accelerator,
-        denoiser,
+        fitted.module,
         optimizer,
         batches,
         loss,
         config.train,
+        fitted=fitted,
+        meter=run.meter,
         seed=config.seed,
         tracker=run.tracker(config.train),
         checkpoints=run.checkpoints(learned, config.train),
         preview=previews(
-            pipeline, family, config.preview, prompts, run.folder.previews, size, accelerator.device
+            pipeline,
+            family,
+            config.preview,
+            prompts,
+            run.folder.previews,
+            size,
+            accelerator.device,
+            tiled=bool(config.memory.vae_tiling),
+            meter=run.meter,
         ),
         preview_every=config.preview.every,
     )
-    run.save(config, family, pipeline, result, learned, sum(parameter.numel() for parameter in parameters))
+    run.save(config, family, pipeline, result, learned, sum(p.numel() for p in fitted.parameters.values()))
 
 
 if __name__ == "__main__":

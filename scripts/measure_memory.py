@@ -4,9 +4,10 @@
     python scripts/measure_memory.py                  # on the CPU: tiny and bundled models, a minute
     python scripts/measure_memory.py --device cuda    # SD 1.5 at 512 px and SDXL at 1024 px, random weights
 
-Two optimizer steps run through the training loop. On the CPU the allocator's own record is read (not the size
-of the process), on a GPU `max_memory_allocated` and `max_memory_reserved`. A grid, then ten configurations
-drawn at random, so that nobody chose them.
+A few optimizer steps run through the training loop, with each lever; a picture and a caption are encoded, a
+preview is drawn. On the CPU the allocator's own record is read (not the size of the process), on a GPU
+`max_memory_allocated` and `max_memory_reserved`. A grid, then ten configurations drawn at random, so that
+nobody chose them.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ from tunekit import families, hardware
 from tunekit.config import AdapterConfig, TrainConfig
 from tunekit.families.blueprint import Blueprint
 from tunekit.memory.allocator import replay
-from tunekit.memory.job import Job, adapted, trace_step
-from tunekit.memory.levers import trained
+from tunekit.memory.job import Job, adapted, trace_encode, trace_preview, trace_step
+from tunekit.memory.levers import Fitted, Levers, autocast_of, step_in_backward
+from tunekit.memory.measure import Measured, Meter
 from tunekit.memory.trace import CPU, CUDA
 from tunekit.optimizers import build
 from tunekit.training.loop import train, weighted_mse
@@ -54,16 +56,44 @@ class Rows:
         return self
 
 
-@dataclass(frozen=True)
+@dataclass
 class Same:
     """The same micro-batches in each step."""
 
     batch_size: int
     rows: Sequence[Rows]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that the rows hold."""
+        held = [(rows.noise, *rows.inputs.values()) for rows in self.rows]
+        return [item for one in held for item in one if isinstance(item, Tensor)]
+
     def step(self, step: int, rank: int, processes: int) -> Sequence[Rows]:
         """See `training.loop.Batches`."""
         return self.rows
+
+
+@dataclass
+class Timed(Same):
+    """Also times the steps on a GPU; the first three warm up."""
+
+    started: float = 0.0
+    seconds: float = 0.0
+
+    def step(self, step: int, rank: int, processes: int) -> Sequence[Rows]:
+        """Waits for the step before."""
+        if step in (3, 7):
+            torch.cuda.synchronize()
+        if step == 3:
+            self.started = time.perf_counter()
+        elif step == 7:
+            self.seconds = (time.perf_counter() - self.started) / 4
+        return self.rows
+
+
+def quiet(line: str) -> None:
+    """Says nothing."""
 
 
 def real(value: Any, device: str) -> Any:
@@ -81,105 +111,219 @@ def loss(model: nn.Module, batch: Rows) -> Tensor:
     return weighted_mse(made, batch.noise, torch.ones(len(made), device=made.device))
 
 
+def fixed(denoiser: Fitted) -> list[Tensor]:
+    """What is on the device before a step: weights and masters, without what stays on the host."""
+    host = {id(tensor) for tensor in denoiser.host.tensors} if denoiser.host else set()
+    module = denoiser.module
+    own = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in host]
+    return [*own, *denoiser.parameters.values()]
+
+
 def measured(
-    job: Job,
-    denoiser: nn.Module,
-    batches: Same,
-    loss: Callable[[nn.Module, Any], Tensor],
-    device: str,
-) -> dict[str, Any]:
-    """Peak of two optimizer steps in bytes, `allocated` and `reserved` (None on the CPU), and seconds."""
+    job: Job, fitted: Fitted, batches: Same, loss: Callable[[nn.Module, Any], Tensor], device: str
+) -> tuple[Measured, float]:
+    """Peak of two optimizer steps, and seconds of a later one (of both on the CPU)."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
-    optimizer = build(job.optimizer, trained(denoiser), lr=1e-4, device=device)
-    settings = TrainConfig(max_steps=2, lr=1e-4, batch_size=batches.batch_size)
-    mixed = "no" if job.precision == "fp32" else job.precision
-
-    def steps() -> None:
-        accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed)
-        train(accelerator, denoiser, optimizer, batches, loss, settings, say=lambda line: None)
-
-    started = time.perf_counter()
+    in_backward = fitted.optimizer_in_backward
+    optimizer = build(
+        job.optimizer, fitted.parameters.values(), lr=1e-4, device=device, per_parameter=in_backward
+    )
+    if in_backward:
+        step_in_backward(optimizer)
+    settings = TrainConfig(
+        max_steps=2 if device == "cpu" else 8,
+        lr=1e-4,
+        batch_size=batches.batch_size,
+        max_grad_norm=job.max_grad_norm,
+        log_every=1000,
+    )
+    meter = Meter(torch.device(device), lambda: [*fixed(fitted), *batches.tensors])
+    rows = list(batches.rows)
     try:
-        if device == "cpu":
-            return {"allocated": _peak_on_the_cpu(steps, denoiser), "reserved": None, "seconds": None}
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        steps()
-        torch.cuda.synchronize()
-        return {
-            "allocated": torch.cuda.max_memory_allocated(),
-            "reserved": torch.cuda.max_memory_reserved(),
-            "seconds": (time.perf_counter() - started) / 2,
-        }
+        accelerator = Accelerator(
+            cpu=device == "cpu", mixed_precision=autocast_of(job.precision, job.adapter)
+        )
+        if device != "cpu":
+            torch.cuda.empty_cache()
+            batches = Timed(batches.batch_size, rows)
+        with meter.phase("step"):
+            train(accelerator, fitted.module, optimizer, batches, loss, settings, fitted=fitted, say=quiet)
+        seconds = batches.seconds if isinstance(batches, Timed) else 0.0
+        return meter.measured["step"], seconds
     finally:
         GradientState._reset_state()
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _peak_on_the_cpu(steps: Callable[[], None], denoiser: nn.Module) -> int:
-    there = sum(t.numel() * t.element_size() for t in (*denoiser.parameters(), *denoiser.buffers()))
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
-        steps()
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return there + peak
-
-
-def compare(
-    job: Job, micro_batch: int, accumulation: int, checkpointed: bool | Collection[str], device: str
-) -> dict[str, Any]:
+def compare(job: Job, micro_batch: int, accumulation: int, levers: Levers, device: str) -> dict[str, Any]:
     """One configuration, predicted and measured."""
     target = CPU if device == "cpu" else CUDA
-    traced = trace_step(
-        job, target, micro_batch=micro_batch, accumulation=accumulation, checkpointed=checkpointed
-    ).trace
+    traced = trace_step(job, target, levers, micro_batch=micro_batch, accumulation=accumulation).trace
     predicted = traced.peak().size
     reserved = max(replay(traced.events).values()) if device != "cpu" else None
     torch.manual_seed(0)
-    denoiser = adapted(job, device, checkpointed)
+    fitted = adapted(job, levers, device)
     inputs = real(job.blueprint.inputs(job.blueprint, micro_batch, *job.latents(job.size)), device)
     rows = Rows(["x"] * micro_batch, inputs, torch.zeros_like(next(iter(inputs.values()))))
-    found = measured(job, denoiser, Same(micro_batch * accumulation, [rows] * accumulation), loss, device)
-    if device == "cpu":  # they were there before the record began
-        given = [rows.noise, *(t for t in inputs.values() if isinstance(t, Tensor))]
-        found["allocated"] += sum(t.numel() * t.element_size() for t in given)
-    del denoiser, inputs, rows
+    batches = Same(micro_batch * accumulation, [rows] * accumulation)
+    found, seconds = measured(job, fitted, batches, loss, device)
+    del fitted, inputs, rows, batches
     gc.collect()
+    units = levers.checkpointed if isinstance(levers.checkpointed, bool) else len(levers.checkpointed)
     row = {
         "model": job.blueprint.name,
-        "trains": "adapter" if job.adapter else "all weights",
+        "phase": "step",
+        "trains": job.adapter.kind if job.adapter else "all weights",
         "size": job.size[0],
         "precision": job.precision,
-        "optimizer": job.optimizer,
+        "base": levers.base,
+        "optimizer": job.optimizer + (" in backward" if levers.optimizer_in_backward else ""),
         "micro_batch": micro_batch,
         "accumulation": accumulation,
-        "checkpointed": checkpointed if isinstance(checkpointed, bool) else len(checkpointed),
-        "predicted_allocated_bytes": predicted,
-        "predicted_reserved_bytes": reserved,
-        "measured_allocated_bytes": found["allocated"],
-        "measured_reserved_bytes": found["reserved"],
-        "seconds_per_step": found["seconds"],
-        "error_allocated": round(predicted / found["allocated"] - 1, 5),
-        "error_reserved": round(reserved / found["reserved"] - 1, 5) if reserved else None,
+        "checkpointed": units,
+        "attention_kept": bool(levers.keep_attention),
+        "offloaded": bool(levers.offloaded),
+        "seconds_per_step": seconds or None,
+        **errors_of(predicted, reserved, found),
     }
     print(json.dumps(row), flush=True)
     return row
 
 
-def space(device: str) -> list[tuple[Blueprint, int, str]]:
-    """Model, side of the pictures, and precision of what is measured."""
+def compare_phase(job: Job, phase: str, device: str) -> dict[str, Any]:
+    """Encoding a picture and a caption, or drawing a preview: predicted and measured."""
+    target = CPU if device == "cpu" else CUDA
+    family = job.blueprint
+    on = torch.device(device)
+    vae = family.vae.build(device)
+    if phase == "encode":
+        predicted = trace_encode(job, target)
+        encoders = [part.build(device if device == "cpu" else "cpu") for part in family.encoders]
+        denoiser = family.denoiser.build("cpu")
+        there = [vae, *encoders, denoiser] if device == "cpu" else [vae]
+        meter = Meter(on, lambda: [t for m in there for t in (*m.parameters(), *m.buffers())])
+        with meter.phase(phase, again=True), torch.no_grad():
+            told = vae.encode(torch.zeros(1, 3, *job.size, device=device)).latent_dist
+            del told
+        if device != "cpu":
+            vae.to("cpu")
+            encoders = [encoder.to(device) for encoder in encoders]
+        with meter.phase(phase, again=True), torch.no_grad():
+            for encoder, tokens in zip(encoders, family.tokens, strict=True):
+                said = encoder(torch.zeros(1, tokens, dtype=torch.long, device=device))
+                del said
+    else:
+        predicted = trace_preview(job, target)
+        fitted = adapted(job, Levers(job.precision), device)
+        network = fitted.module.eval()
+        meter = Meter(on, lambda: [*network.parameters(), *network.buffers(), *vae.parameters()])
+        height, width = job.latents(job.preview or job.size)
+        channels = int(family.vae.config.get("latent_channels", 4))
+        with meter.phase(phase, again=True), torch.no_grad():
+            rows = real(family.inputs(family, 2, height, width), device)
+            made = network(**rows, return_dict=False)[0].float()
+            del made, rows
+        with meter.phase(phase, again=True), torch.no_grad():
+            pixels = vae.decode(torch.zeros(1, channels, height, width, device=device)).sample
+            pixels = (pixels.float() / 2 + 0.5).clamp(0, 1)
+            del pixels
+    reserved = max(replay(predicted.events).values()) if device != "cpu" else None
+    row = {
+        "model": family.name,
+        "phase": phase,
+        "size": job.size[0],
+        "precision": job.precision,
+        **errors_of(predicted.peak().size, reserved, meter.measured[phase]),
+    }
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def errors_of(predicted: int, reserved: int | None, found: Measured) -> dict[str, Any]:
+    """The figures of a row."""
+    allocated, kept = found["peak_allocated_bytes"], found["peak_reserved_bytes"]
+    assert allocated is not None
+    return {
+        "predicted_allocated_bytes": predicted,
+        "predicted_reserved_bytes": reserved,
+        "measured_allocated_bytes": allocated,
+        "measured_reserved_bytes": kept,
+        "error_allocated": round(predicted / allocated - 1, 5),
+        "error_reserved": round(reserved / kept - 1, 5) if reserved and kept else None,
+    }
+
+
+def space(device: str) -> list[tuple[Blueprint, int]]:
+    """Models and sides of pictures that are measured."""
     if device == "cpu":
         tiny, bundled = (families.blueprint_of("sd15", name) for name in ("tiny", "builtin/emoji-64"))
-        return [(tiny, 64, "fp32"), (tiny, 128, "fp32"), (bundled, 64, "fp32")]
-    made = [families.BLUEPRINTS.get(name) for name in ("sd15", "sdxl")]
-    return [(made[0], 512, "bf16"), (made[0], 512, "fp32"), (made[1], 1024, "bf16")]
+        return [(tiny, 64), (tiny, 128), (bundled, 64), (tiny_sdxl(), 64)]
+    return [(families.BLUEPRINTS.get("sd15"), 512), (families.BLUEPRINTS.get("sdxl"), 1024)]
+
+
+def tiny_sdxl() -> Blueprint:
+    """SDXL's shape with few channels."""
+    whole = families.BLUEPRINTS.get("sdxl")
+    small = {
+        "sample_size": 8,
+        "block_out_channels": (32, 64, 64),
+        "transformer_layers_per_block": (1, 1, 2),
+        "attention_head_dim": (2, 4, 4),
+        "norm_num_groups": 8,
+        "cross_attention_dim": 2048,
+    }
+    denoiser = replace(whole.denoiser, config={**whole.denoiser.config, **small})
+    return replace(whole, denoiser=denoiser)
+
+
+ADAPTER = AdapterConfig(rank=16, alpha=16, targets=["to_q", "to_k", "to_v", "to_out.0"])
+
+
+def grid(device: str) -> Iterator[dict[str, Any]]:
+    """Every combination that matters of model, what is trained, batch, precision, base and checkpointing."""
+    for (model, side), learns, size in itertools.product(space(device), (ADAPTER, None), (1, 4)):
+        large = model.name == "sdxl" and device != "cpu"
+        if learns is None and large and size > 1:
+            continue  # more than one H100
+        precision = "fp32" if device == "cpu" and learns is None else "bf16"
+        for optimizer in ("adamw",) if learns else ("adamw", "adamw8bit"):
+            job = Job(model, learns, optimizer, precision, (side, side))
+            units = trace_step(job, CPU, micro_batch=1).units
+            for twice in (False, units[: len(units) // 2], True):
+                yield compare(job, size, 1, Levers(precision, checkpointed=twice), device)
+            if learns:
+                yield compare(job, size, 1, Levers(precision, checkpointed=True, keep_attention=True), device)
+                for base in ("int8", "nf4"):
+                    yield compare(job, size, 1, Levers(precision, base, True), device)
+                yield compare(job, size, 1, Levers(precision, "same", True, False, units), device)
+            elif size == 1:
+                lone = replace(job, max_grad_norm=None)
+                in_backward = Levers(precision, checkpointed=True, optimizer_in_backward=True)
+                yield compare(lone, size, 1, in_backward, device)
+        if learns and size == 1:
+            job = Job(model, learns, "adamw", "bf16", (side, side), preview=(side, side))
+            for phase in ("encode", "preview"):
+                yield compare_phase(job, phase, device)
+
+
+def drawn(device: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Ten configurations that nobody chose."""
+    draw = random.Random(seed)
+    for _ in range(10):
+        model, side = draw.choice(space(device))
+        learns = draw.choice(
+            [ADAPTER, AdapterConfig(rank=8, alpha=8), AdapterConfig(kind="dora", rank=4, alpha=4)]
+        )
+        precision = draw.choice(["fp32", "bf16"])
+        job = Job(model, learns, draw.choice(["adamw", "adamw8bit"]), precision, (side, side))
+        size, accumulation = draw.choice([1, 2, 3, 6]), draw.choice([1, 2, 4])
+        units = trace_step(job, CPU, micro_batch=1).units
+        twice = tuple(name for name in units if draw.random() < 0.5)
+        kept = tuple(name for name in twice if draw.random() < 0.5)
+        base = draw.choice(["same", "int8", "nf4"])
+        yield compare(job, size, accumulation, Levers(precision, base, twice, kept), device)
 
 
 def main() -> None:
@@ -188,42 +332,24 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the random configurations")
     args = parser.parse_args()
-    device = args.device
-    adapter = AdapterConfig(rank=16, alpha=16, targets=["to_q", "to_k", "to_v", "to_out.0"])
-
-    def job(model: Blueprint, side: int, precision: str, learns: AdapterConfig | None, how: str) -> Job:
-        return Job(model, learns, how, precision, (side, side))
-
-    grid = []
-    for (model, side, precision), learns, size, twice in itertools.product(
-        space(device), (adapter, None), (1, 4), (False, True)
-    ):
-        if device == "cpu" or learns is not None or model.name == "sd15":
-            grid.append(compare(job(model, side, precision, learns, "adamw"), size, 1, twice, device))
-    draw = random.Random(args.seed)
-    drawn = []
-    for _ in range(10):
-        model, side, precision = draw.choice(space(device))
-        learns = draw.choice(
-            [adapter, AdapterConfig(rank=8, alpha=8), AdapterConfig(kind="dora", rank=4, alpha=4)]
-        )
-        chosen = job(model, side, precision, learns, draw.choice(["adamw", "adamw8bit"]))
-        size, accumulation = draw.choice([1, 2, 3, 6]), draw.choice([1, 2, 4])
-        units = trace_step(chosen, CPU, micro_batch=1).units
-        twice = tuple(name for name in units if draw.random() < 0.5)
-        drawn.append(compare(chosen, size, accumulation, twice, device))
-    errors = [row["error_allocated"] for row in (*grid, *drawn)]
+    rows = {"grid": list(grid(args.device)), "drawn_at_random": list(drawn(args.device, args.seed))}
+    both = [row for part in rows.values() for row in part]
+    errors = {}
+    for kind in ("allocated", "reserved"):
+        found = [row[f"error_{kind}"] for row in both if row[f"error_{kind}"] is not None]
+        if found:
+            errors[f"error_{kind}"] = {"least": min(found), "most": max(found)}
+            print(f"errors of {kind}: {min(found):+.2%} to {max(found):+.2%} in {len(found)} configurations")
     content = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": hardware.probe(device).title,
+        "device": hardware.probe(args.device).title,
         "versions": {module.__name__: module.__version__ for module in (torch, diffusers, peft)},
-        "error_allocated": {"least": min(errors), "most": max(errors)},
-        "grid": grid,
-        "drawn_at_random": drawn,
+        **errors,
+        **rows,
     }
-    file = ROOT / f"benchmarks/memory_{device.partition(':')[0]}.json"
+    file = ROOT / f"benchmarks/memory_{args.device.partition(':')[0]}.json"
     file.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"{file}: errors of allocated {min(errors):+.2%} to {max(errors):+.2%}")
+    print(file)
 
 
 if __name__ == "__main__":

@@ -150,9 +150,25 @@ def test_prior_options_without_a_class(config: Path, key: str):
     )
 
 
+def test_the_optimizer_is_auto_unless_named(config: Path):
+    assert load("mine.yaml", [], Lora).config.train.optimizer == "auto"
+    for name in ("auto", "adamw", "adamw8bit", "paged_adamw8bit", "adafactor"):
+        assert load("mine.yaml", [f"train.optimizer={name}"], Lora).config.train.optimizer == name
+
+
+@pytest.mark.parametrize("key", ["betas=[0.8, 0.9]", "eps=1e-6"])
+def test_options_the_optimizer_does_not_take(config: Path, key: str):
+    expected = f"train.{key.partition('=')[0]}: has no effect: adafactor does not take it"
+    assert f"command line: {expected}" in complaint("train.optimizer=adafactor", f"train.{key}")
+    load("mine.yaml", ["train.optimizer=adafactor", "train.weight_decay=0.1"], Lora)
+    load("mine.yaml", ["train.optimizer=adamw8bit", f"train.{key}"], Lora)
+    load("mine.yaml", [f"train.{key}"], Lora)
+
+
 def test_a_default_written_out_is_no_error(config: Path):
     loaded = load("mine.yaml", ["preview.guidance=7.5"], Lora)
     assert loaded.config.preview.guidance == 7.5
+    load("mine.yaml", ["train.optimizer=adafactor", "train.betas=[0.9, 0.999]"], Lora)
 
 
 def test_required_values(config: Path):

@@ -40,6 +40,7 @@ WITHOUT_TORCH = [
     "optimizers",
     "launch",
     "planning",
+    "memory.plan",
     *(f"passes.{name}" for name in PASSES.names()),
 ]
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from tunekit.artifacts import Artifact
     from tunekit.config import Loaded
-    from tunekit.memory.planner import Plan
+    from tunekit.memory.plan import Plan
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -184,8 +184,9 @@ class TrainConfig(Section):
     """Highest learning rate."""
     batch_size: Positive = 1
     """Samples per optimizer step, over all processes."""
-    optimizer: str = "adamw"
-    """A row of tunekit/optimizers.py: adamw or adamw8bit."""
+    optimizer: str = "auto"
+    """A row of tunekit/optimizers.py: adamw, adamw8bit, paged_adamw8bit or adafactor; auto is adamw, unless
+    memory is planned and only another one fits."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Decay of the optimizer's moments."""
     eps: float = Field(1e-8, gt=0)
@@ -215,9 +216,10 @@ class TrainConfig(Section):
     @classmethod
     def _known_optimizer(cls, value: str) -> str:
         try:
-            return optimizers.find(value).name
+            optimizers.find(value)
         except ConfigError as error:
             _refuse(error.message)
+        return value  # "auto" stays: find has adamw for it
 
     @model_validator(mode="after")
     def _effects(self) -> TrainConfig:
@@ -225,6 +227,9 @@ class TrainConfig(Section):
             wrong(
                 "warmup_steps", f"the warm-up never ends: it must be less than max_steps ({self.max_steps})"
             )
+        takes = optimizers.find(self.optimizer).takes
+        unused = [key for key in optimizers.SHARED if key not in takes]
+        no_effect(self, unused, f"{self.optimizer} does not take it")
         return self
 
 
@@ -260,25 +265,60 @@ class PreviewConfig(Section):
 class MemoryConfig(Section):
     """What fits where."""
 
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the denoiser; trained parameters stay fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the denoiser; trained parameters stay fp32. auto is bf16 where the device has it, fp16 on
+    older GPUs, fp32 on the CPU."""
+    base_precision: Literal["same", "int8", "nf4"] | None = None
+    """Frozen weights of the linear layers in the blocks: same as precision, or packed (nf4 needs
+    bitsandbytes). null leaves it to the planner, and is same without one."""
     micro_batch: Positive | None = None
     """Samples per forward on one device; default batch_size / processes. Changes nothing that is learned."""
-    gradient_checkpointing: bool | list[str] = False
-    """Compute activations twice instead of keeping them: of all blocks, or of those named."""
+    gradient_checkpointing: bool | list[str] | None = None
+    """Compute activations twice instead of keeping them: of all blocks, or of those named. null leaves it to
+    the planner, and is false without one."""
+    keep_attention: bool | list[str] | None = None
+    """Of the checkpointed blocks, all or those named keep what their attentions returned: a little more
+    memory, a little less work. null leaves it to the planner."""
+    offload: bool | list[str] | None = None
+    """Keep frozen weights of checkpointed blocks in host memory and copy them when they are needed: those
+    named, or with true as many as the planner finds necessary. null lets the planner decide whether."""
+    optimizer_in_backward: bool | None = None
+    """Update each parameter as soon as its gradient is there, so that all gradients are never held. Only
+    where all weights are trained, without accumulation and without train.max_grad_norm. null leaves it to
+    the planner."""
+    encode_on_host: bool | None = None
+    """Run the text encoders on the CPU. null lets the planner decide, and is false without one."""
+    vae_tiling: bool | None = None
+    """Decode previews in tiles, which can show at their seams. null lets the planner decide."""
+    approximate: Literal["never", "if_needed", "if_faster"] = "if_needed"
+    """Whether the planner may choose what changes a little what is learned: packed base weights and 8-bit
+    optimizer state. if_needed: only if nothing exact fits."""
     budget: str | None = None
-    """Memory to stay within, "8 GiB", or auto for all that is free: then micro_batch and
-    gradient_checkpointing are planned (tunekit plan) where they are not set here. null plans nothing."""
+    """Memory to stay within, "8 GiB", or auto for all that is free: then what is not set here is planned
+    (tunekit plan). null plans nothing."""
+    on_oom: Literal["stop", "replan"] = "stop"
+    """When memory runs out in spite of a plan: stop after a checkpoint, or plan again for less memory and go
+    on from it."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, xpu or mps."""
 
     @model_validator(mode="after")
     def _one_decides(self) -> MemoryConfig:
-        if self.budget is not None and not isinstance(self.gradient_checkpointing, bool):
-            wrong(
-                "gradient_checkpointing",
-                "names blocks, and with memory.budget the planner chooses them; leave one of the two out",
-            )
+        if self.budget is not None:
+            for key in ("gradient_checkpointing", "keep_attention", "offload"):
+                if isinstance(getattr(self, key), list):
+                    wrong(
+                        key,
+                        "names blocks, and with memory.budget the planner chooses them;"
+                        " leave one of the two out",
+                    )
+            return self
+        no_effect(self, ("approximate", "on_oom"), "nothing is planned without memory.budget")
+        if not self.gradient_checkpointing:
+            because = "no block is checkpointed (memory.gradient_checkpointing)"
+            no_effect(self, (key for key in ("keep_attention", "offload") if getattr(self, key)), because)
+        if self.offload is True:
+            wrong("offload", "true lets the planner choose the blocks: set memory.budget too, or name them")
         return self
 
     @field_validator("budget")
@@ -342,6 +382,29 @@ class TrainingRunConfig(RunConfig):
                 "train.validate_every",
                 "has no effect: there are no held-out pictures without data.validation",
             )
+        frozen_only = "needs a frozen base: all weights are trained with adapter=null"
+        if self.adapter is None and memory.base_precision in ("int8", "nf4"):
+            wrong("memory.base_precision", frozen_only)
+        if self.adapter is None and memory.offload:
+            wrong("memory.offload", frozen_only)
+        if memory.optimizer_in_backward:
+            key = "memory.optimizer_in_backward"
+            if self.adapter is not None:
+                wrong(key, "saves nothing with an adapter, whose gradients are small")
+            if train.max_grad_norm is not None:
+                wrong(
+                    key,
+                    "contradicts train.max_grad_norm: the norm of all gradients is known only when all are"
+                    " there; set train.max_grad_norm to null, or leave this out",
+                )
+            if (memory.micro_batch or train.batch_size) < train.batch_size:
+                wrong(
+                    key,
+                    "contradicts memory.micro_batch: gradients of several forwards are summed before they"
+                    " are used",
+                )
+            if memory.precision == "fp16":
+                wrong(key, "does not go with fp16, whose gradients are unscaled all at once")
         if memory.micro_batch is not None and memory.micro_batch > train.batch_size:
             wrong("memory.micro_batch", f"must not be larger than train.batch_size ({train.batch_size})")
         if preview.every is not None and preview.every > train.max_steps:

@@ -69,6 +69,14 @@ class DoesNotFit(DeviceError):
     """A job needs more memory than the device has, however it is arranged."""
 
 
+class OutOfMemory(TunekitError):
+    """Memory ran out while training."""
+
+    exit_code = 1
+    replan = False
+    """Whether the run can be started again, with a plan for less memory."""
+
+
 class MissingPackageError(TunekitError):
     """An optional package that is not installed."""
 

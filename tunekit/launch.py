@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from types import FrameType
 from typing import TypeVar
 
 from tunekit.config import Loaded, RunConfig, load
-from tunekit.errors import ConfigError, Interrupted, TunekitError
+from tunekit.errors import ConfigError, Interrupted, OutOfMemory, TunekitError
 from tunekit.quiet import DEBUG, quiet_libraries, report_error
 
 C = TypeVar("C", bound=RunConfig)
@@ -56,7 +57,8 @@ def run_recipe(main: Callable[[C, Loaded], None], schema: type[C]) -> None:
         if named != recipe:
             message = f'this config is for the recipe "{named}", not "{recipe}"'
             raise ConfigError(message, where=loaded.where("recipe"))
-        main(loaded.config, loaded)
+        while not _done(main, loaded):
+            pass
     except TunekitError as error:
         if debug:
             raise
@@ -74,6 +76,19 @@ def run_recipe(main: Callable[[C, Loaded], None], schema: type[C]) -> None:
             traceback.print_exc()
         _leave(reason or 1)
     _record("code", 0)
+
+
+def _done(main: Callable[[C, Loaded], None], loaded: Loaded) -> bool:
+    """Runs a recipe; False if memory ran out, and it wants to be started again with another plan."""
+    try:
+        main(loaded.config, loaded)
+        return True
+    except OutOfMemory as error:
+        if not error.replan:
+            raise
+        print(f"{error.message}; plans again, for less memory", flush=True)
+    gc.collect()  # what the attempt held went with its frames
+    return False
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

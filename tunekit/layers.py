@@ -7,7 +7,7 @@ beside the weights states what differs, module by module, so the folder loads ag
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,13 @@ _SIZES: dict[type[nn.Module], tuple[str, str]] = {
 
 
 # Quantized layers -------------------------------------------------------------------------------------------
+
+
+def autocast_type(kind: str) -> torch.dtype | None:
+    """What autocast lowers to on a device type; None where it is off."""
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 class _InputOnly(torch.autograd.Function):
@@ -94,7 +101,7 @@ class _Quantized(nn.Module):
         if self.scheme == "nf4":
             return _unpack_nf4(self.packed, self.scale, self.shape, dtype)
         if self.scheme == "int8":
-            return (self.packed.to(torch.float32) * self.scale).to(dtype).view(self.shape)
+            return (self.packed * self.scale).to(dtype).view(self.shape)
         low, high = (self.packed & 15).to(torch.int8) - 8, (self.packed >> 4).to(torch.int8) - 8
         rows, groups = self.scale.shape
         values = torch.stack([low, high], dim=-1).view(rows, groups, self.group)
@@ -102,9 +109,9 @@ class _Quantized(nn.Module):
         return floats.view(rows, -1)[:, : _product(self.shape[1:])].reshape(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+        lower = autocast_type(x.device.type)
+        if lower is not None:
+            x = x.to(lower)
         if torch.is_grad_enabled() and x.requires_grad:
             y: Tensor = _InputOnly.apply(x, self)
         else:
@@ -166,6 +173,8 @@ class QuantConv2d(_Quantized, nn.Conv2d):
 def quantize_layer(layer: nn.Module, scheme: Scheme, group: int = 32) -> QuantLinear | QuantConv2d:
     """A quantized layer that stands for `layer` (nn.Linear or nn.Conv2d with floating weights)."""
     quantized = _empty_quantized(layer, scheme, group)
+    if quantized.packed.is_meta:
+        return quantized
     weight = layer.weight.detach().to(torch.float32).flatten(1)  # type: ignore[union-attr, operator]
     pack = {"int8": _pack_int8, "int4": _pack_int4, "nf4": _pack_nf4}[scheme]
     packed, scale = pack(weight, group)
@@ -204,11 +213,19 @@ def can_quantize(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear)
 
 
-def quantize(module: nn.Module, scheme: Scheme, *, group: int = 32, keep: Iterable[str] = ()) -> list[str]:
+def quantize(
+    module: nn.Module,
+    scheme: Scheme,
+    *,
+    group: int = 32,
+    keep: Iterable[str] = (),
+    only: Collection[str] | None = None,
+) -> list[str]:
     """Quantizes every Linear and Conv2d below `module` in place but what `keep` names; returns their names.
 
     Args:
         keep: dotted paths, see `under`.
+        only: names of layers; None for all.
 
     Raises:
         MissingPackageError: nf4 without bitsandbytes.
@@ -217,7 +234,7 @@ def quantize(module: nn.Module, scheme: Scheme, *, group: int = 32, keep: Iterab
     layers = [
         (name, layer)
         for name, layer in module.named_modules()
-        if can_quantize(layer) and not under(name, module, kept)
+        if can_quantize(layer) and not under(name, module, kept) and (only is None or name in only)
     ]
     for name, layer in layers:
         _replace(module, name, quantize_layer(layer, scheme, group))
@@ -303,6 +320,9 @@ def _pack_nf4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def _unpack_nf4(packed: Tensor, scale: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if packed.is_meta:  # so that memory can be planned without bitsandbytes
+        values = torch.empty(scale.numel() * NF4_BLOCK, dtype=dtype, device="meta")
+        return values[: _product(shape)].view(shape)
     functional = require("bitsandbytes.functional", extra="quant", why="a model in nf4 needs")
     # One row per block: bitsandbytes 0.50's CPU kernel is wrong for rows that are no multiple of the block.
     blocks = torch.Size((scale.numel(), NF4_BLOCK))
@@ -310,7 +330,7 @@ def _unpack_nf4(packed: Tensor, scale: Tensor, shape: tuple[int, ...], dtype: to
     state = functional.QuantState(
         scale, shape=blocks, code=code, blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype
     )
-    values: Tensor = functional.dequantize_4bit(packed, state)
+    values = functional.dequantize_4bit(packed, state)
     return values.view(-1)[: _product(shape)].view(shape)
 
 

@@ -1,22 +1,37 @@
-"""`tunekit plan`: from a config to plans for a card, for what is here, or for every card of the table."""
+"""`tunekit plan`: from a config to plans for a card, for what is here, or for every card of the table.
+
+`settle` does the same for a run, and writes the plan into its config.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from tunekit import hardware
-from tunekit.artifacts import write_json, write_text
-from tunekit.config import Loaded, MemoryConfig, TrainingRunConfig
-from tunekit.errors import ConfigError
-from tunekit.units import format_bytes, parse_bytes
+from tunekit import hardware, optimizers
+from tunekit.artifacts import Artifact, RunFolder, write_json
+from tunekit.config import Loaded, TrainingRunConfig
+from tunekit.errors import ConfigError, DeviceError, OutOfMemory
+from tunekit.resources import PACKAGE, builtin
+from tunekit.units import parse_bytes
 
 if TYPE_CHECKING:
-    from tunekit.memory.planner import Plan, Planner, Room
+    from tunekit.memory.plan import Plan
+    from tunekit.memory.planner import Planner, Room
 
+C = TypeVar("C", bound=TrainingRunConfig)
+SHRINK, ATTEMPTS = 0.85, 3
+"""When memory runs out in spite of a plan: the next may need this share of it, and so often."""
+DATA = {"path": True, "cache": True, "validation": True}
+"""Keys of `data:` that a plan does not follow from."""
 HERE = ("auto", "cpu", "cuda", "xpu", "mps")
 
 
@@ -64,11 +79,9 @@ def plan_config(
 
     Raises:
         ConfigError: a recipe that trains nothing, or a budget that is none.
-        DeviceError: an unknown card.
+        DeviceError: an unknown card, or one that lacks what the config asks for.
         DoesNotFit: the one card that was asked for does not do; says what would help.
     """
-    from tunekit.memory.planner import advice, refuse
-
     config = loaded.config
     if not isinstance(config, TrainingRunConfig):
         raise ConfigError(
@@ -76,124 +89,281 @@ def plan_config(
             where=loaded.where("recipe"),
         )
     size = parse_bytes(budget) if budget is not None else None
-    if device == "all":
-        plans = []
-        for facts in hardware.TABLE.values():
-            if facts.memory_bytes is None:
-                continue
-            planner, room, notes = _for_card(config, facts, size, say)
-            plans.append(replace(planner.plan(facts.name, room), notes=notes))
-        return plans
     if device is None or device.partition(":")[0] in HERE:
-        planner, room, notes = _here(config, device, size, say)
-        name = device or f"a card of {budget}"
-    else:
+        return [_planned(config, _here(config, device, size), device or f"a card of {budget}", say)]
+    if device != "all":
         facts = hardware.find(device, where="--device")
-        planner, room, notes = _for_card(config, facts, size, say)
-        name = facts.name
-    made = replace(planner.plan(name, room), notes=notes)
-    if not made.fits:
-        raise refuse(made, advice(planner, made, room, list(hardware.TABLE.values())))
-    return [made]
+        _refuse_what_it_lacks(config, facts, loaded)
+        return [_known(config, facts, size, say, strict=True)]
+    cards = [facts for facts in hardware.TABLE.values() if facts.memory_bytes is not None]
+    return [_known(config, facts, size, say, strict=False) for facts in cards]
 
 
-def plan_run(
-    config: TrainingRunConfig, folder: Path | None, processes: int, say: Callable[[str], None]
-) -> MemoryConfig:
-    """Plans a run for the device it is on, where `memory.budget` asks for it.
+def settle(config: C) -> tuple[C, Plan | None]:
+    """What a run does on the device it is on: a config with nothing left to be decided, and the plan.
 
-    Args:
-        folder: of the run, for plan.json; None on processes that do not write.
-        processes: that share the batch and, on the CPU, the memory.
-
-    Returns:
-        The memory section with micro_batch and gradient_checkpointing decided.
+    Precision and optimizer are made definite; where `memory.budget` asks for it, the rest of `memory:` is
+    planned for what is free. A run that was begun keeps what it was planned with as far as it changes what is
+    learned.
 
     Raises:
+        DeviceError: the device is not there.
         DoesNotFit: before anything is loaded.
     """
-    memory = config.memory
-    if memory.budget is None:
-        return memory
-    from tunekit.memory.picture import draw
-    from tunekit.memory.planner import advice, refuse
-
+    memory, train = config.memory, config.train
+    precision = memory.precision
+    if precision == "auto":
+        found = hardware.probe(memory.device)
+        precision = _best(found.kind, found.supports_bf16)
+    optimizer = optimizers.find(train.optimizer).name
+    begun = _begun(config.run_dir)
+    if begun and memory.budget is not None:
+        if train.optimizer == optimizers.AUTO:
+            optimizer = begun["optimizer"]
+        kept = {"optimizer_in_backward": begun["optimizer_in_backward"]}
+        if memory.base_precision is None:
+            packed = begun["base_precision"] != begun["precision"]
+            kept["base_precision"] = begun["base_precision"] if packed else "same"
+        memory = memory.model_copy(update=kept)
+    memory = memory.model_copy(update={"precision": precision})
+    pinned = train.model_copy(update={"optimizer": optimizer})
+    if memory.budget is None or _is_trained(config):
+        return config.model_copy(update={"memory": memory, "train": pinned}), None
+    asked = pinned if begun or train.optimizer != optimizers.AUTO else train
+    open_config = config.model_copy(update={"memory": memory, "train": asked})
     budget = None if memory.budget == "auto" else parse_bytes(memory.budget)
-    planner, room, _ = _here(config, memory.device, budget, lambda line: None)
-    if room.context == 0:
-        room = replace(room, total=room.total // processes)
-    planner = replace(planner, batch_size=-(-planner.batch_size // processes))
-    made = planner.plan(room.title, room)
-    if not made.fits:
-        raise refuse(made, advice(planner, made, room, list(hardware.TABLE.values())))
-    say(
-        f"plan: {made.words}; needs {format_bytes(made.device_bytes)} of {format_bytes(made.budget_bytes)}"
-        f" (most in the phase {made.peak_phase}), step time x{made.relative_step_time:.2f}"
-    )
-    if folder is not None:
-        write_json(folder / "plan.json", made.as_json())
-        write_text(folder / "plan.svg", draw(made))
-    blocks = list(made.checkpointed_blocks)
-    return memory.model_copy(update={"micro_batch": made.micro_batch, "gradient_checkpointing": blocks})
+    lost = min((int(one["budget_bytes"]) for one in begun.get("ran_out", ())), default=None)
+    if lost is not None:
+        budget = min(budget or lost, lost)
+    place = _here(config, memory.device, budget)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    made = _planned(open_config, place, place.title, lambda line: None, processes=processes)
+    settled = memory.model_copy(update=made.memory())
+    pinned = train.model_copy(update={"optimizer": made.optimizer})
+    return config.model_copy(update={"memory": settled, "train": pinned}), made
 
 
-def _for_card(
-    config: TrainingRunConfig, facts: hardware.DeviceFacts, budget: int | None, say: Callable[[str], None]
-) -> tuple[Planner, Room, tuple[str, ...]]:
-    from tunekit.memory.planner import room_of
+@contextmanager
+def replanning(config: TrainingRunConfig) -> Iterator[None]:
+    """Where a run trains: when memory runs out in spite of a plan, the next plan shall ask for less.
 
+    Raises:
+        OutOfMemory: its `replan` says whether to start again at once (`memory.on_oom=replan`).
+    """
+    from tunekit.training.loop import is_out_of_memory
+
+    try:
+        yield
+        return
+    except OutOfMemory as error:
+        short = error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        text = str(error).strip().partition("\n")[0]
+        short = OutOfMemory(f"memory ran out ({text})", hint="memory.budget=auto plans a run that fits")
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # others may wait for this process
+    plan = _begun(config.run_dir, always=True)
+    if config.memory.budget is not None and plan and alone:
+        known = plan.get("ran_out", [])
+        less = {"budget_bytes": round(int(plan["device_bytes"]) * SHRINK), "why": short.message}
+        write_json(config.run_dir / "plan.json", {**plan, "ran_out": [*known, less]})
+        short.replan = config.memory.on_oom == "replan" and len(known) < ATTEMPTS
+    raise short.with_traceback(None) from None
+
+
+def _begun(run_dir: Path, *, always: bool = False) -> dict[str, Any]:
+    """The plan.json of a run that has learned something already; empty without."""
+    run = RunFolder(run_dir)
+    if not always and not run.trained() and not any(run.checkpoints.glob("step-*")):
+        return {}
+    try:
+        content: dict[str, Any] = json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if "optimizer_in_backward" in content else {}
+
+
+def _is_trained(config: TrainingRunConfig) -> bool:
+    """Whether the run has nothing left to train, so that only its passes follow."""
+    path = RunFolder(config.run_dir).trained()
+    if path is None:
+        return False
+    return int(Artifact.load(path).lineage[-1].details.get("step", 0)) >= config.train.max_steps
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a job shall fit, before torch is imported.
+
+    Attributes:
+        title: for people.
+        facts: a card of the table, or the nearest to what is here.
+        total: bytes that may be used, None for all of the card.
+        precision: what arithmetic it can.
+        on_cpu, host_bytes, why_less: see `planner.Room`.
+    """
+
+    title: str
+    facts: hardware.DeviceFacts
+    total: int | None
+    precision: str
+    on_cpu: bool = False
+    host_bytes: int | None = None
+    why_less: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def _known(
+    config: TrainingRunConfig,
+    facts: hardware.DeviceFacts,
+    budget: int | None,
+    say: Callable[[str], None],
+    *,
+    strict: bool,
+) -> Plan:
+    """The plan for a card of the table; the second time without importing torch."""
     precision, notes = config.memory.precision, []
-    if precision == "bf16" and not facts.supports_bf16:
-        precision = "fp16" if facts.kind == "cuda" else "fp32"
-        notes.append(f"no bf16 there: needs memory.precision={precision}")
-    elif precision == "fp16" and facts.kind in ("cpu", "mps"):
-        precision = "fp32"
+    usable = _best(facts.kind, facts.supports_bf16)
+    if precision == "auto":
+        precision = usable
+    elif precision == "bf16" and not facts.supports_bf16:
+        precision = usable
+        notes.append(f"no bf16 there: needs memory.precision={usable}")
+    elif precision == "fp16" and usable == "fp32":
+        precision = usable
         notes.append("no fp16 training there: needs memory.precision=fp32")
-    planner, more = _planner(config, precision, say)
-    return planner, room_of(facts, budget=budget), (*notes, *more)
+    place = _Place(facts.title, facts, budget, precision, notes=tuple(notes))
+    return _planned(config, place, facts.name, say, strict=strict)
 
 
-def _here(
-    config: TrainingRunConfig, device: str | None, budget: int | None, say: Callable[[str], None]
-) -> tuple[Planner, Room, tuple[str, ...]]:
-    from tunekit.memory.planner import CONTEXT, Room, Speed, room_of
-    from tunekit.memory.trace import CPU, CUDA
+def _planned(
+    config: TrainingRunConfig,
+    place: _Place,
+    name: str,
+    say: Callable[[str], None],
+    *,
+    processes: int = 1,
+    strict: bool = True,
+) -> Plan:
+    """A plan, made once.
 
-    planner, notes = _planner(config, config.memory.precision, say)
+    Raises:
+        DoesNotFit: with `strict`.
+    """
+    from tunekit.memory.plan import Plan, refuse
+
+    file = _cache() / "plans" / f"{_digest(config, place, name, processes)}.json"
+    try:
+        return Plan.load(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    from tunekit.memory.planner import advice
+
+    planner, room, notes = _planner(config, place, processes, say)
+    made = replace(planner.plan(name, room), notes=(*place.notes, *notes))
+    if made.fits or not strict:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, made.dump())
+        return made
+    raise refuse(made, advice(planner, made, room, list(hardware.TABLE.values())), room.why_less)
+
+
+def _digest(config: TrainingRunConfig, place: _Place, name: str, processes: int) -> str:
+    """Of all that a plan follows from: the config, the sizes of a local model, the device, and the code."""
+    parts: list[Any] = [
+        config.model_dump(
+            mode="json", exclude={"name": True, "runs": True, "seed": True, "optimize": True, "data": DATA}
+        ),
+        asdict(place),
+        name,
+        processes,
+        [metadata.version(package) for package in ("torch", "diffusers", "peft", "transformers")],
+    ]
+    model = builtin(config.model.source) or Path(config.model.source).expanduser()
+    sources = [*sorted(model.glob("*/config.json"))] if model.is_dir() else []
+    for part in ("memory", "families"):
+        sources += sorted((PACKAGE / part).glob("*.py"))
+    sources += [PACKAGE / f"{part}.py" for part in ("planning", "layers", "adapters", "optimizers")]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _cache() -> Path:
+    """Where plans and traces are kept between calls: `tunekit` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunekit"
+
+
+def _refuse_what_it_lacks(config: TrainingRunConfig, facts: hardware.DeviceFacts, loaded: Loaded) -> None:
+    """Errors for what was set and the card cannot do."""
+    needs = []
+    if config.memory.base_precision == "nf4":
+        needs.append(("memory.base_precision", "nf4 needs bitsandbytes"))
+    if optimizers.find(config.train.optimizer).extra:
+        needs.append(("train.optimizer", f"{config.train.optimizer} needs bitsandbytes"))
+    if "bitsandbytes" in facts.lacks and needs:
+        key, what = needs[0]
+        raise DeviceError(
+            f"{what}, which does not run on {facts.title}",
+            where=loaded.where(key),
+            hint="leave it out; int8 and adafactor run everywhere",
+        )
+
+
+def _here(config: TrainingRunConfig, device: str | None, budget: int | None) -> _Place:
+    """The device that answers here; None is a nameless card."""
     if device is None:
         facts = replace(hardware.find("rtx-3060"), title="a card", memory_bytes=budget)
-        return planner, replace(room_of(facts), total=budget or 0), notes
+        asked = config.memory.precision
+        return _Place("a card", facts, budget, "bf16" if asked == "auto" else asked)
     found = hardware.probe(device)
-    known = next((card for card in hardware.TABLE.values() if card.title in found.title), None)
-    speed = (
-        Speed(known.half_flops, known.float32_flops, known.bandwidth_bytes_s or 50e9)
-        if known
-        else Speed(1e12, 0.5e12, 50e9)
+    facts = next(
+        (card for card in hardware.TABLE.values() if card.title in found.title),
+        replace(hardware.find("cpu"), kind=found.kind, title=found.title),
     )
+    precision = config.memory.precision
+    if precision == "auto":
+        precision = _best(found.kind, found.supports_bf16)
     total = min(budget, found.free_bytes) if budget else found.free_bytes
     on_cpu = found.kind == "cpu"
-    return planner, Room(found.title, total, 0 if on_cpu else CONTEXT, CPU if on_cpu else CUDA, speed), notes
+    host = None if on_cpu else hardware.probe("cpu").free_bytes
+    return _Place(found.title, facts, total, precision, on_cpu, host, found.note)
+
+
+def _best(kind: str, supports_bf16: bool) -> Literal["fp32", "bf16", "fp16"]:
+    """What `memory.precision=auto` is on a device."""
+    if kind in ("cpu", "mps"):
+        return "fp32"
+    return "bf16" if supports_bf16 else "fp16"
 
 
 def _planner(
-    config: TrainingRunConfig, precision: str, say: Callable[[str], None]
-) -> tuple[Planner, tuple[str, ...]]:
+    config: TrainingRunConfig, place: _Place, processes: int, say: Callable[[str], None]
+) -> tuple[Planner, Room, tuple[str, ...]]:
     from tunekit.memory.job import job_of
-    from tunekit.memory.planner import Planner, trace_cache
+    from tunekit.memory.planner import Planner, room_of
     from tunekit.registry import FAMILIES
 
     data = getattr(config, "data")  # noqa: B009 - each training recipe declares its own
-    job = job_of(config.model, data, config.adapter, config.train, config.preview, precision)
+    job = job_of(config.model, data, config.adapter, config.train, config.preview, place.precision)
     rows = 2 if getattr(data, "class_prompt", None) else 1  # a class picture comes with each
     memory = config.memory
+    if processes > 1 and memory.optimizer_in_backward is None:
+        memory = memory.model_copy(update={"optimizer_in_backward": False})
     planner = Planner(
         job,
-        batch_size=config.train.batch_size * rows,
-        micro_batch=memory.micro_batch,
-        checkpointing=True if memory.gradient_checkpointing is True else None,
-        cache=trace_cache(),
+        batch_size=-(-config.train.batch_size * rows // processes),
+        memory=memory,
+        may_change_optimizer=config.train.optimizer == optimizers.AUTO,
+        cache=_cache() / "traces",
         say=say,
     )
+    room = room_of(place.facts, budget=place.total, real=place.host_bytes is not None or place.on_cpu)
+    if place.on_cpu:
+        room = replace(room, total=room.total // processes)
+    room = replace(room, title=place.title, host_bytes=place.host_bytes, why_less=place.why_less)
     notes = []
     if job.blueprint.assumed:
         notes.append(
@@ -201,4 +371,4 @@ def _planner(
         )
     if config.model.family not in FAMILIES.names():
         notes.append(f"{job.blueprint.title} can be planned, not run yet")
-    return planner, tuple(notes)
+    return planner, room, tuple(notes)

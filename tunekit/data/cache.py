@@ -20,6 +20,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -85,9 +86,12 @@ class Encoder:
 
     Args:
         family: of the pipeline.
-        pipeline: its encoders are moved to the accelerator's device, in float32 (an fp16 VAE overflows).
+        pipeline: its VAE, then its text encoders visit the accelerator's device, in float32 (an fp16 VAE
+            overflows).
         cache: folder of encoded files; shared by all runs.
         accelerator: processes share the work.
+        captions_on_host: the text encoders stay on the CPU.
+        measured: gives a context that measures one encoding; `again` for the first of its kind.
         say: takes progress lines (main process only).
     """
 
@@ -98,9 +102,13 @@ class Encoder:
         *,
         cache: Path,
         accelerator: Accelerator,
+        captions_on_host: bool = False,
+        measured: Callable[..., AbstractContextManager[None]] | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         self.family = family
+        self.captions_on_host = captions_on_host
+        self.measured = measured
         self.pipeline = pipeline
         self.cache = cache
         self.accelerator = accelerator
@@ -114,8 +122,6 @@ class Encoder:
         self._text = _digest(
             *(_hash_module(module) for module in modules[1:]), *(_vocabulary(t) for t in tokenizers)
         )
-        for module in modules:
-            module.to(accelerator.device)
 
     def dataset(
         self, samples: Sequence[Sample], data: DataConfig | DreamboothData, *, seed: int, fixed: bool = False
@@ -145,7 +151,7 @@ class Encoder:
             for sample, transforms, paths in zip(samples, variants, files, strict=True)
             for transform, file in zip(transforms, paths, strict=True)
         ]
-        self._fill(jobs, "picture")
+        self._fill(jobs, "picture", [self.pipeline.vae])
         captions = self.prompts(["", *(sample.caption for sample in samples)])
         shapes = [transforms[0].size for transforms in variants]
         return CachedDataset(list(samples), shapes, files, captions)
@@ -158,9 +164,9 @@ class Encoder:
             / f"{_digest(VERSION, self.family.name, self._text, prompt)}.safetensors"
             for prompt in prompts
         }
-        self._fill(
-            [(file, partial(self._encode_prompt, prompt)) for prompt, file in files.items()], "caption"
-        )
+        jobs = [(file, partial(self._encode_prompt, prompt)) for prompt, file in files.items()]
+        encoders = [getattr(self.pipeline, name) for _, name in self.family.facts.encoders]
+        self._fill(jobs, "caption", [] if self.captions_on_host else encoders)
         return files
 
     def conditioning(self, prompts: Iterable[str]) -> dict[str, Conditioning]:
@@ -208,16 +214,26 @@ class Encoder:
                 )
         return {name: value[0].float() for name, value in conditioning.items()}
 
-    def _fill(self, jobs: Sequence[tuple[Path, Callable[[], dict[str, Tensor]]]], what: str) -> None:
-        """Make the files that are missing, split over the processes."""
+    def _fill(
+        self,
+        jobs: Sequence[tuple[Path, Callable[[], dict[str, Tensor]]]],
+        what: str,
+        modules: Sequence[nn.Module],
+    ) -> None:
+        """Make the files that are missing, split over the processes, while `modules` visit the device."""
         missing = [(path, make) for path, make in dict(jobs).items() if not path.exists()]
         self.accelerator.wait_for_everyone()  # nobody writes before everyone has looked
         if missing and self.accelerator.is_main_process:
             self.say(f"encoding {len(missing)} {what}{'s' if len(missing) > 1 else ''}")
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         said = time.monotonic()
-        for done, (path, make) in enumerate(missing[rank::processes], start=1):
-            _save(path, make())
+        mine = missing[rank::processes]
+        for module in modules if mine else ():
+            module.to(self.accelerator.device)
+        for done, (path, make) in enumerate(mine, start=1):
+            with self.measured(again=done == 1) if self.measured else nullcontext():
+                tensors = make()
+            _save(path, tensors)
             if self.accelerator.is_main_process and time.monotonic() - said > _SAY_SECONDS:
                 self.say(f"encoding {what}s: {min(done * processes, len(missing))}/{len(missing)}")
                 said = time.monotonic()
@@ -225,6 +241,10 @@ class Encoder:
         for path, make in missing:  # another machine's disk may not be this one's
             if not path.exists():
                 _save(path, make())
+        for module in modules:
+            module.to("cpu")
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 class CachedDataset:

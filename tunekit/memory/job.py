@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tunekit import optimizers
-from tunekit.adapters import add_adapter
 from tunekit.config import (
     AdapterConfig,
     DataConfig,
@@ -22,14 +21,21 @@ from tunekit.config import (
 from tunekit.families import blueprint_of
 from tunekit.families.blueprint import Blueprint, Inputs, meta
 from tunekit.families.family import DTYPES
-from tunekit.memory.levers import apply_levers, checkpoint_units, trained
+from tunekit.memory.levers import Fitted, Levers, OnUnit, autocast_of, fit, step_in_backward, tile_vae
 from tunekit.memory.trace import Target, Trace, Tracer
 
 WEIGHTS, ADAPTER, GRADIENTS, STATE = "base weights", "adapter", "gradients", "optimizer state"
+MASTERS = "adapter in float32"
+"""What the optimizer updates, where the adapter itself is in 16 bits."""
 TRAINED = "weights"
 """All weights, where they are trained themselves."""
-STAYS = (WEIGHTS, ADAPTER, TRAINED, STATE)
+VAE, ENCODERS = "VAE", "text encoders"
+VISITORS = "visiting weights"
+"""Copies of weights that stay in host memory."""
+STAYS = (WEIGHTS, ADAPTER, MASTERS, TRAINED, STATE)
 """What is there between two steps."""
+PAGED = 100_000
+"""Elements from which a paged optimizer keeps state in host memory (bitsandbytes/optim/optimizer.py)."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,9 @@ class Job:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """What the denoiser's arithmetic is lowered to."""
-        return None if self.precision == "fp32" else DTYPES[self.precision]
+        """What the denoiser's arithmetic is lowered to, operator by operator."""
+        name = autocast_of(self.precision, self.adapter)
+        return None if name == "no" else DTYPES[name]
 
     def latents(self, size: tuple[int, int]) -> tuple[int, int]:
         """(h, w) of the latents of a picture."""
@@ -85,7 +92,7 @@ def job_of(
     return Job(
         blueprint_of(model.family, model.source),
         adapter,
-        train.optimizer,
+        optimizers.find(train.optimizer).name,
         precision,
         (side, side),
         train.max_grad_norm,
@@ -101,38 +108,70 @@ class StepTrace:
     Attributes:
         trace: phases "first forward", "first backward", "first optimizer", then the same without "first".
         units: module paths of the checkpointing units, in the order in which they run.
+        weights: unit -> bytes of its frozen weights.
     """
 
     trace: Trace
     units: tuple[str, ...]
+    weights: Mapping[str, int] = field(default_factory=dict)
 
 
 def trace_step(
     job: Job,
     target: Target,
+    levers: Levers | None = None,
     *,
     micro_batch: int,
     accumulation: int = 1,
-    checkpointed: bool | Collection[str] = False,
 ) -> StepTrace:
     """Follows two optimizer steps.
 
     Args:
         target: whose allocations are predicted.
+        levers: default none, at the job's precision.
         micro_batch: samples per forward.
         accumulation: forwards per optimizer step; beyond the second nothing new is held.
-        checkpointed: see `levers.checkpoint_units`.
     """
-    denoiser = adapted(job)
-    parameters = trained(denoiser)
-    optimizer = optimizers.build(job.optimizer, parameters, lr=1e-4, device="meta")
+    levers = levers or Levers(job.precision)
+    facts = optimizers.find(job.optimizer)
     tracer = Tracer(target, autocast=job.autocast)
-    units = _watch_units(denoiser, checkpointed, tracer)
+    units, on_unit = _unit_watcher(tracer)
+    fitted = adapted(job, levers, on_unit=on_unit)
+    denoiser, parameters = fitted.module, list(fitted.parameters.values())
+    host = {id(tensor) for tensor in fitted.host.tensors} if fitted.host else set()
+    if fitted.host:
+        fitted.host.watch = lambda copies: tracer.label(copies, VISITORS)
+    fitted.watch = lambda gradient: tracer.label([gradient], GRADIENTS)
+    if levers.optimizer_in_backward:
+        for parameter in parameters:  # before the hook that frees it
+            parameter.register_post_accumulate_grad_hook(lambda p: tracer.label([p.grad], GRADIENTS))
+    optimizer = optimizers.build(
+        "adamw8bit" if facts.paged else job.optimizer,  # paged state cannot be made without its device
+        parameters,
+        lr=1e-4,
+        device="meta",
+        per_parameter=levers.optimizer_in_backward,
+    )
+    fused = target.name in facts.fused_on
+
+    def update(optimizer: torch.optim.Optimizer) -> None:
+        _update(optimizer, fused=fused)
+        state = list(_state(optimizer))
+        hosted = [t for t in state if facts.paged and target.name != "cpu" and t.numel() >= PAGED]
+        tracer.host(hosted)
+        large = {id(tensor) for tensor in hosted}
+        tracer.label([tensor for tensor in state if id(tensor) not in large], STATE)
+
+    if levers.optimizer_in_backward:
+        step_in_backward(optimizer, update)
     batch = job.blueprint.inputs(job.blueprint, micro_batch, *job.latents(job.size))
     with tracer:
-        tracer.label([p for p in denoiser.parameters() if not p.requires_grad], WEIGHTS)
-        tracer.label(denoiser.buffers(), WEIGHTS)
-        tracer.label(parameters, ADAPTER if job.adapter else TRAINED)
+        frozen = [p for p in (*denoiser.parameters(), *denoiser.buffers()) if not p.requires_grad]
+        tracer.label([tensor for tensor in frozen if id(tensor) not in host], WEIGHTS)
+        learned = [p for p in denoiser.parameters() if p.requires_grad]
+        tracer.label(learned, ADAPTER if job.adapter else TRAINED)
+        if fitted.has_masters:
+            tracer.label(parameters, MASTERS)
         for first in ("first ", ""):
             for _ in range(min(accumulation, 2)):
                 tracer.place = 0
@@ -146,19 +185,32 @@ def trace_step(
             with tracer.phase(f"{first}optimizer"):
                 if job.max_grad_norm:
                     torch.nn.utils.clip_grad_norm_(parameters, job.max_grad_norm)
-                _update(optimizer, fused=target.name in optimizers.find(job.optimizer).fused_on)
-                tracer.label(_state(optimizer), STATE)
+                if not levers.optimizer_in_backward:
+                    update(optimizer)
+                    fitted.write_back()
                 optimizer.zero_grad(set_to_none=True)
-    return StepTrace(tracer.trace(), tuple(units))
+    return StepTrace(tracer.trace(), tuple(units), {name: _frozen_bytes(denoiser, name) for name in units})
 
 
-def adapted(job: Job, device: str = "meta", checkpointed: bool | Collection[str] = False) -> nn.Module:
+def _frozen_bytes(denoiser: nn.Module, unit: str) -> int:
+    module = denoiser.get_submodule(unit)
+    frozen = [t for t in (*module.parameters(), *module.buffers()) if not t.requires_grad]
+    return sum(tensor.numel() * tensor.element_size() for tensor in frozen)
+
+
+def adapted(job: Job, levers: Levers, device: str = "meta", on_unit: OnUnit | None = None) -> Fitted:
     """The denoiser as it is trained: adapter and levers on it; with random weights on a real device."""
-    denoiser = job.blueprint.denoiser.build(device)
-    apply_levers(denoiser, job.precision, checkpointed, frozen=job.adapter is not None)
-    if job.adapter:
-        add_adapter(denoiser, job.adapter, job.blueprint.lora_targets)
-    return denoiser.to(device).train()
+    host = "meta" if device == "meta" else "cpu"
+    fitted = fit(
+        job.blueprint.denoiser.build(host),
+        job.adapter,
+        job.blueprint.lora_targets,
+        levers,
+        device=device,
+        on_unit=on_unit,
+    )
+    fitted.module.train()
+    return fitted
 
 
 def _loss(denoiser: nn.Module, batch: Inputs, tracer: Tracer) -> Tensor:
@@ -173,31 +225,42 @@ def _loss(denoiser: nn.Module, batch: Inputs, tracer: Tracer) -> Tensor:
     return squared.flatten(1).mean(1).sum()
 
 
-def trace_preview(job: Job, target: Target, *, held: int) -> Trace:
+def trace_preview(
+    job: Job, target: Target, levers: Levers | None = None, *, held: int = 0, tiled: bool = False
+) -> Trace:
     """Follows one preview: a call of the denoiser, then the VAE's decoder in float32.
 
     Args:
-        held: bytes of the trained weights and optimizer state that stay meanwhile, beside the base's.
+        held: bytes that stay meanwhile beside the denoiser: masters and optimizer state.
+        tiled: see `levers.tile_vae`.
     """
     if job.preview is None:
         raise ValueError("this job draws no previews")
-    denoiser = job.blueprint.denoiser.build()
-    apply_levers(denoiser, job.precision, False, frozen=job.adapter is not None)
+    fitted = adapted(job, levers or Levers(job.precision))
+    denoiser = fitted.module.eval()
+    host = {id(tensor) for tensor in fitted.host.tensors} if fitted.host else set()
+    there = [p for p in (*denoiser.parameters(), *denoiser.buffers()) if id(p) not in host]
     vae = job.blueprint.vae.build()
+    if tiled:
+        tile_vae(vae, factor=job.blueprint.vae_factor)
     height, width = job.latents(job.preview)
-    with Tracer(target, autocast=job.autocast) as tracer, torch.no_grad():
-        tracer.label(denoiser.parameters(), WEIGHTS)
-        kept = [meta(held, dtype=torch.uint8)] if held else []
+    kept = [meta(held, dtype=torch.uint8)] if held else []
+
+    def begin(tracer: Tracer) -> None:
+        tracer.label(there, WEIGHTS)
         tracer.label(kept, STATE)
-        tracer.label(vae.parameters(), "VAE")
+        tracer.label((*vae.parameters(), *vae.buffers()), VAE)
+        if fitted.host:
+            fitted.host.watch = lambda copies: tracer.label(copies, VISITORS)
+
+    with Tracer(target, autocast=job.autocast) as tracer, torch.no_grad():
+        begin(tracer)
         with tracer.phase("preview forward"):
             rows = job.blueprint.inputs(job.blueprint, 2 if job.guided else 1, height, width)
             made = denoiser(**rows, return_dict=False)[0].float()
             del made, rows
     with Tracer(target) as decoder, torch.no_grad():
-        decoder.label(denoiser.parameters(), WEIGHTS)
-        decoder.label(kept, STATE)
-        decoder.label(vae.parameters(), "VAE")
+        begin(decoder)
         with decoder.phase("preview decode"):
             channels = int(job.blueprint.vae.config.get("latent_channels", 4))
             pixels = vae.decode(meta(1, channels, height, width)).sample
@@ -206,25 +269,46 @@ def trace_preview(job: Job, target: Target, *, held: int) -> Trace:
     return _after(tracer.trace(), decoder.trace())
 
 
-def trace_encode(job: Job, target: Target) -> Trace:
-    """Follows the encoding of a caption and a picture, with all encoders on the device."""
-    vae = job.blueprint.vae.build()
-    encoders = [part.build().to(DTYPES[part.precision]) for part in job.blueprint.encoders]
+def trace_encode(job: Job, target: Target, *, captions_on_host: bool = False) -> Trace:
+    """Follows the encoding of a picture, then of a caption, each with its own networks on the device.
+
+    On the CPU nothing leaves: the whole pipeline is there all the time, in float32.
+
+    Args:
+        captions_on_host: the text encoders run on the CPU.
+    """
+    family = job.blueprint
+    everything = target.name == "cpu"
+    vae = family.vae.build()
+    encoders = [part.build().to(DTYPES["fp32" if everything else part.precision]) for part in family.encoders]
+    there = [*family.denoiser.build().parameters()] if everything else []
+
+    def begin(tracer: Tracer, *, pictures: bool) -> None:
+        tracer.label(there, WEIGHTS)
+        if pictures or everything:
+            tracer.label((*vae.parameters(), *vae.buffers()), VAE)
+        if not pictures or everything:
+            for encoder in encoders:
+                tracer.label((*encoder.parameters(), *encoder.buffers()), ENCODERS)
+
     with Tracer(target) as tracer, torch.no_grad():
-        tracer.label(vae.parameters(), "VAE")
-        for encoder in encoders:
-            tracer.label(encoder.parameters(), "text encoders")
+        begin(tracer, pictures=True)
         with tracer.phase("encode"):
             moments = vae.encode(meta(1, 3, *job.size)).latent_dist
             del moments
-            for encoder, tokens in zip(encoders, job.blueprint.tokens, strict=True):
+    if captions_on_host:
+        return tracer.trace()
+    with Tracer(target) as second, torch.no_grad():
+        begin(second, pictures=False)
+        with second.phase("encode"):
+            for encoder, tokens in zip(encoders, family.tokens, strict=True):
                 told = encoder(meta(1, tokens, dtype=torch.int64))
                 del told
-    return tracer.trace()
+    return _after(tracer.trace(), second.trace())
 
 
-def _watch_units(denoiser: nn.Module, checkpointed: bool | Collection[str], tracer: Tracer) -> list[str]:
-    """Tells the tracer which unit's forward or backward pass runs; returns the units as they come up."""
+def _unit_watcher(tracer: Tracer) -> tuple[list[str], OnUnit]:
+    """What tells the tracer which unit's forward or backward pass runs, and the units as they come up."""
     units: list[str] = []
 
     def on_unit(name: str, run: Callable[[], Any]) -> Any:
@@ -240,16 +324,22 @@ def _watch_units(denoiser: nn.Module, checkpointed: bool | Collection[str], trac
                 tensor.register_hook(lambda _: setattr(tracer, "place", 2 * number + 1))
         return made
 
-    checkpoint_units(denoiser, checkpointed, on_unit=on_unit)
-    return units
+    return units, on_unit
+
+
+def _update(optimizer: torch.optim.Optimizer, *, fused: bool) -> None:
+    """One optimizer step on meta tensors, which some classes do not take."""
+    if isinstance(optimizer, torch.optim.Adafactor):
+        _update_adafactor(optimizer)
+    elif fused:
+        _update_fused(optimizer)
+    else:
+        optimizer.step()
 
 
 @torch.no_grad()
-def _update(optimizer: torch.optim.Optimizer, *, fused: bool) -> None:
-    """One optimizer step; by AdamW's fused kernel, which torch refuses to meta tensors, if there is one."""
-    if not fused:
-        optimizer.step()
-        return
+def _update_fused(optimizer: torch.optim.Optimizer) -> None:
+    """AdamW's fused kernel."""
     for group in optimizer.param_groups:
         learned = [p for p in group["params"] if p.grad is not None]
         for parameter in learned:
@@ -275,6 +365,33 @@ def _update(optimizer: torch.optim.Optimizer, *, fused: bool) -> None:
             amsgrad=False,
             maximize=False,
         )
+
+
+@torch.no_grad()
+def _update_adafactor(optimizer: torch.optim.Optimizer) -> None:
+    """Adafactor, tensor by tensor, without the scalars that it reads back (torch/optim/_adafactor.py)."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            state = optimizer.state[parameter]
+            if gradient.dim() > 1:
+                if not state:
+                    rows, columns = [*gradient.shape[:-1], 1], [*gradient.shape[:-2], 1, gradient.shape[-1]]
+                    state["row_var"] = gradient.new_zeros(rows)
+                    state["col_var"] = gradient.new_zeros(columns)
+                state["row_var"].lerp_(gradient.norm(dim=-1, keepdim=True).square_(), 0.5)
+                state["col_var"].lerp_(gradient.norm(dim=-2, keepdim=True).square_(), 0.5)
+                update = state["row_var"] @ state["col_var"]
+                update.div_(state["row_var"].mean(dim=-2, keepdim=True))
+            else:
+                if not state:
+                    state["variance"] = torch.zeros_like(gradient)
+                state["variance"].lerp_(gradient.square(), 0.5)
+                update = state["variance"].clone()
+            update.clamp_(min=1e-30).rsqrt_().mul_(gradient)
+            parameter.add_(update)
 
 
 def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -1,41 +1,252 @@
-"""What saves memory: how each lever is put on a denoiser, the same way while planning and while training."""
+"""What saves memory: how each lever is put on a denoiser, the same way while planning and while training.
+
+`fit` does it all: quantized base, checkpointing per unit, weights that stay on the host, the adapter, and
+float32 master copies. What it returns is what the loop trains. A trace runs the same function on tensors
+without data, so nothing can be planned that is not applied.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from functools import cache
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from tunekit import layers
+from tunekit.adapters import add_adapter
+from tunekit.config import AdapterConfig, MemoryConfig
 from tunekit.errors import ConfigError, did_you_mean
 from tunekit.families.family import DTYPES
 
 OnUnit = Callable[[str, Callable[[], Any]], Any]
 """Called for each unit with its module path and what runs it."""
+Units = bool | Collection[str]
+"""Module paths of units; True for all, False for none."""
+
+aten = torch.ops.aten
+ATTENTION = [
+    getattr(aten, name).default
+    for name in (
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_fused_attention_overrideable",
+    )
+    if hasattr(aten, name)
+]
+"""The fused kernels that `scaled_dot_product_attention` chooses from."""
 
 
-def apply_levers(
-    denoiser: nn.Module, precision: str, checkpointed: bool | Collection[str], *, frozen: bool
-) -> nn.Module:
-    """Sets what is trained, the type of frozen weights, and which units are computed twice.
+@dataclass(frozen=True)
+class Levers:
+    """How a denoiser is made to fit.
+
+    Attributes:
+        precision: "fp32", "bf16" or "fp16" arithmetic; frozen weights are kept in it.
+        base: "same" as `precision`, or "int8" or "nf4" for the frozen linear layers of the blocks.
+        checkpointed: units that are computed twice.
+        keep_attention: of those, the ones that keep the outputs of their attentions.
+        offloaded: of those, the ones whose frozen weights stay in host memory.
+        optimizer_in_backward: each parameter is updated, and its gradient freed, as soon as it is there.
+    """
+
+    precision: str = "fp32"
+    base: str = "same"
+    checkpointed: Units = False
+    keep_attention: Units = False
+    offloaded: Units = False
+    optimizer_in_backward: bool = False
+
+    @classmethod
+    def of(cls, memory: MemoryConfig) -> Levers:
+        """Those of a `memory:` section in which nothing is left to a planner."""
+        return cls(
+            memory.precision,
+            memory.base_precision or "same",
+            memory.gradient_checkpointing or False,
+            memory.keep_attention or False,
+            memory.offload or False,
+            bool(memory.optimizer_in_backward),
+        )
+
+
+def has_masters(precision: str, adapter: AdapterConfig | None) -> bool:
+    """Whether what is trained computes in 16 bits, and the optimizer works on float32 copies of it.
+
+    bf16 adapters do: autocast instead would keep activations of norms and products in float32 as well. fp16
+    needs autocast and a gradient scaler, and all weights would need a second copy of themselves.
+    """
+    return precision == "bf16" and adapter is not None
+
+
+def autocast_of(precision: str, adapter: AdapterConfig | None) -> str:
+    """Accelerate's `mixed_precision`: "no", "bf16" or "fp16"."""
+    return "no" if precision == "fp32" or has_masters(precision, adapter) else precision
+
+
+@dataclass
+class Fitted:
+    """A denoiser that is ready to be trained.
+
+    Attributes:
+        module: the denoiser.
+        parameters: name -> what the optimizer updates, float32: the module's own parameters, or copies.
+    """
+
+    module: nn.Module
+    parameters: dict[str, nn.Parameter]
+    host: HostWeights | None = None
+    optimizer_in_backward: bool = False
+    watch: Callable[[Tensor], None] = lambda gradient: None
+    """Told of each gradient that is summed on a master, for observers."""
+    _working: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    def hold_masters(self, dtype: torch.dtype) -> None:
+        """Lets the module compute with `dtype` copies; gradients are summed in float32 on the originals."""
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            master = nn.Parameter(parameter.detach().clone())
+            parameter.data = parameter.data.to(dtype)
+            parameter.register_post_accumulate_grad_hook(partial(self._sum_on, master))
+            self.parameters[name], self._working[name] = master, parameter
+
+    def _sum_on(self, master: nn.Parameter, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            return
+        self.watch(gradient)
+        if master.grad is None:
+            master.grad = gradient.to(master.dtype)
+        else:
+            master.grad += gradient
+
+    def write_back(self) -> None:
+        """After an update: the module's copies follow the masters."""
+        if self._working:
+            with torch.no_grad():
+                masters = [self.parameters[name] for name in self._working]
+                torch._foreach_copy_(list(self._working.values()), masters)
+
+    def finish(self) -> None:
+        """After training: the module holds the float32 masters themselves."""
+        for name, parameter in self._working.items():
+            parameter.data = self.parameters[name].data
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether DDP cannot take the module: its gradients or weights are somewhere else."""
+        return self.has_masters or self.host is not None
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether `parameters` are copies."""
+        return bool(self._working)
+
+
+def fit(
+    denoiser: nn.Module,
+    adapter: AdapterConfig | None,
+    targets: Collection[str],
+    levers: Levers,
+    *,
+    device: torch.device | str = "meta",
+    seed: int = 0,
+    on_unit: OnUnit | None = None,
+) -> Fitted:
+    """Makes a float32 denoiser what is trained, on the device.
 
     Args:
-        precision: of `memory.precision`; frozen weights are kept in it, trained ones stay float32.
-        checkpointed: see `checkpoint_units`.
-        frozen: the denoiser will carry an adapter.
+        adapter: None trains all weights; they stay float32.
+        targets: the family's adapter targets.
+        device: where it is trained.
+        seed: of the adapter's initial weights.
+        on_unit: runs each checkpointing unit, for observers.
+
+    Raises:
+        ConfigError: a lever that names no unit, or that needs a frozen base.
+        AdapterError: see `adapters.add_adapter`.
+        MissingPackageError: nf4 without bitsandbytes.
     """
-    denoiser.requires_grad_(not frozen)
-    checkpoint_units(denoiser, checkpointed)
-    if frozen and precision != "fp32":
-        denoiser.to(DTYPES[precision])
-    return denoiser
+    denoiser.requires_grad_(adapter is None)
+    if adapter is None and (levers.base != "same" or levers.offloaded):
+        key = "base_precision" if levers.base != "same" else "offload"
+        raise ConfigError(
+            "needs a frozen base: it cannot be used where all weights are trained",
+            where=f"memory.{key}",
+            hint="train an adapter, or leave it out",
+        )
+    if levers.base != "same":
+        quantize_base(denoiser, levers.base)
+    if adapter is not None and levers.precision != "fp32":
+        denoiser.to(DTYPES[levers.precision])
+    if adapter is not None:
+        add_adapter(denoiser, adapter, list(targets), seed=seed)
+    host = _host_weights(denoiser, levers, torch.device(device))
+    checkpoint_units(denoiser, levers.checkpointed, keep_attention=levers.keep_attention, on_unit=on_unit)
+    _place(denoiser, device, host)
+    learned = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+    fitted = Fitted(denoiser, learned, host, levers.optimizer_in_backward)
+    if has_masters(levers.precision, adapter):
+        dtype = DTYPES[levers.precision]
+        fitted.hold_masters(dtype)
+        denoiser.register_forward_pre_hook(partial(_lowered, dtype), with_kwargs=True)
+        denoiser.register_forward_hook(_raised)
+    return fitted
+
+
+def _lowered(dtype: torch.dtype, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def lower(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(map(lower, args)), {
+        key: {k: lower(v) for k, v in value.items()} if isinstance(value, dict) else lower(value)
+        for key, value in kwargs.items()
+    }
+
+
+def _raised(module: nn.Module, args: Any, made: Any) -> Any:
+    return tuple(item.float() for item in made) if isinstance(made, tuple) else made
+
+
+# The base ---------------------------------------------------------------------------------------------------
+
+
+def quantize_base(denoiser: nn.Module, scheme: str) -> list[str]:
+    """Packs the weights of the linear layers that stand in lists of blocks; returns their names.
+
+    Embeddings, the layers before and after the blocks, and convolutions keep their type: they are few or
+    sensitive. A packed layer keeps nothing for the backward pass; its weight is unpacked there again.
+
+    Raises:
+        MissingPackageError: nf4 without bitsandbytes.
+    """
+    names = [
+        name
+        for name, layer in denoiser.named_modules()
+        if isinstance(layer, nn.Linear) and any(part.isdigit() for part in name.split("."))
+    ]
+    inside = [name for name in names if ".lora_" not in name]
+    layers.quantize(denoiser, scheme, only=inside)  # type: ignore[arg-type]
+    return inside
+
+
+# Checkpointing ----------------------------------------------------------------------------------------------
 
 
 def checkpoint_units(
-    denoiser: nn.Module, chosen: bool | Collection[str], *, on_unit: OnUnit | None = None
+    denoiser: nn.Module,
+    chosen: Units,
+    *,
+    keep_attention: Units = False,
+    on_unit: OnUnit | None = None,
 ) -> None:
     """Lets the chosen units keep their input only and compute the rest again in the backward pass.
 
@@ -45,21 +256,36 @@ def checkpoint_units(
     Args:
         denoiser: a diffusers model.
         chosen: True for all, False for none, or the module paths of units.
+        keep_attention: of those, units that keep what their fused attention kernels returned.
         on_unit: runs each unit, for observers.
 
     Raises:
-        ConfigError: a path that is no module of the denoiser.
+        ConfigError: a path that is no unit of the denoiser.
     """
     if chosen is False and on_unit is None:
         return
     names = {module: name for name, module in denoiser.named_modules()}
-    known = set(names.values())
-    if not isinstance(chosen, bool) and (unknown := sorted(set(chosen) - known)):
-        raise ConfigError(
-            f'the denoiser has no block "{unknown[0]}"',
-            where="memory.gradient_checkpointing",
-            hint=did_you_mean(unknown[0], known) or "tunekit plan --json names blocks: checkpointed_blocks",
-        )
+    named = {"gradient_checkpointing": chosen, "keep_attention": keep_attention}
+
+    def check(known: Collection[str], wrong: str) -> None:
+        for key, wanted in named.items():
+            if not isinstance(wanted, bool) and (unknown := sorted(set(wanted) - set(known))):
+                raise ConfigError(
+                    wrong.format(unknown[0]),
+                    where=f"memory.{key}",
+                    hint=did_you_mean(unknown[0], known)
+                    or "tunekit plan --json names blocks: checkpointed_blocks",
+                )
+
+    check(names.values(), 'the denoiser has no block "{}"')
+    run_so_far: list[str] = []
+
+    def check_units(*_: Any) -> None:
+        """After the first forward pass, when all units have run."""
+        first.remove()
+        check(run_so_far, '"{}" is a part of the denoiser that cannot be checkpointed by itself')
+
+    first = denoiser.register_forward_hook(check_units)
 
     @cache  # asked at the first step, when the adapter is there
     def draws() -> bool:
@@ -68,17 +294,194 @@ def checkpoint_units(
 
     def run(module: nn.Module, *args: Any) -> Any:
         name = names[module]
+        if first.id in denoiser._forward_hooks:
+            run_so_far.append(name)
 
         def once() -> Any:
-            if chosen is True or (chosen is not False and name in chosen):
-                return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=draws())
-            return module(*args)
+            if not _has(chosen, name):
+                return module(*args)
+            more: dict[str, Any] = {}
+            if _has(keep_attention, name):
+                more["context_fn"] = partial(create_selective_checkpoint_contexts, ATTENTION)
+            return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=draws(), **more)
 
         return on_unit(name, once) if on_unit else once()
 
     denoiser.enable_gradient_checkpointing(run)  # type: ignore[operator]
 
 
-def trained(denoiser: nn.Module) -> list[nn.Parameter]:
-    """The parameters that learn."""
-    return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+def _has(chosen: Units, name: str) -> bool:
+    return chosen if isinstance(chosen, bool) else name in chosen
+
+
+# Weights on the host ----------------------------------------------------------------------------------------
+
+
+def _host_weights(denoiser: nn.Module, levers: Levers, device: torch.device) -> HostWeights | None:
+    if levers.offloaded is False:
+        return None
+    if levers.offloaded is True:
+        raise ConfigError(
+            "true lets the planner choose the blocks, and there is none",
+            where="memory.offload",
+            hint="set memory.budget, or name the blocks",
+        )
+    if more := [name for name in levers.offloaded if not _has(levers.checkpointed, name)]:
+        raise ConfigError(
+            f'the block "{more[0]}" is not checkpointed, so its weights would have to stay on the device',
+            where="memory.offload",
+            hint="name it under memory.gradient_checkpointing too",
+        )
+    known = dict(denoiser.named_modules())
+    if unknown := [name for name in levers.offloaded if name not in known]:
+        raise ConfigError(
+            f'the denoiser has no block "{unknown[0]}"',
+            where="memory.offload",
+            hint=did_you_mean(unknown[0], known),
+        )
+    return HostWeights({name: known[name] for name in levers.offloaded}, device)
+
+
+class HostWeights:
+    """Frozen weights of checkpointed units that stay in host memory and visit the device.
+
+    A unit's weights are copied when it runs, forward and when it is computed again in the backward pass; the
+    next unit's copies are begun meanwhile, on a stream of their own, from page-locked memory.
+
+    Attributes:
+        watch: told of every set of copies that is made, for observers.
+    """
+
+    def __init__(self, units: Mapping[str, nn.Module], device: torch.device) -> None:
+        self.device = device
+        self.watch: Callable[[Iterable[Tensor]], None] = lambda tensors: None
+        self._order: list[str] = []
+        self._coming: dict[str, tuple[dict[str, Tensor], Any]] = {}
+        self._inside: set[str] = set()
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._host: dict[str, dict[str, Tensor]] = {}
+        for name, unit in units.items():
+            frozen = {key: p for key, p in unit.named_parameters() if not p.requires_grad}
+            self._host[name] = {**frozen, **dict(unit.named_buffers())}
+            unit.forward = partial(self._run, name, unit, unit.forward)  # type: ignore[method-assign]
+        if self._stream is not None:
+            for tensor in self.tensors:
+                tensor.data = tensor.data.pin_memory()
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        """All that stays on the host."""
+        for held in self._host.values():
+            yield from held.values()
+
+    def _run(self, name: str, unit: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs a unit with copies of its weights; they live as long as autograd needs them."""
+        if name in self._inside:
+            return forward(*args, **kwargs)
+        weights = self._fetch(name)
+        if name not in self._order:
+            self._order.append(name)
+        backward = torch._C._current_graph_task_id() != -1
+        at = self._order.index(name) + (-1 if backward else 1)
+        if 0 <= at < len(self._order):
+            self._coming[self._order[at]] = self._copy(self._order[at])
+        self._inside.add(name)
+        try:
+            return functional_call(unit, weights, args, kwargs)
+        finally:
+            self._inside.remove(name)
+
+    def _fetch(self, name: str) -> dict[str, Tensor]:
+        weights, ready = self._coming.pop(name, None) or self._copy(name)
+        self._coming.clear()  # where the direction changes, one was fetched in vain
+        if ready is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(ready)
+            for tensor in weights.values():
+                tensor.record_stream(current)
+        return weights
+
+    def _copy(self, name: str) -> tuple[dict[str, Tensor], Any]:
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            copies = {
+                key: torch.empty_like(tensor, device=self.device, requires_grad=False).copy_(
+                    tensor, non_blocking=True
+                )
+                for key, tensor in self._host[name].items()
+            }
+        self.watch(copies.values())
+        return copies, self._stream.record_event() if self._stream is not None else None
+
+
+def _place(denoiser: nn.Module, device: torch.device | str, host: HostWeights | None) -> None:
+    """Moves the denoiser to the device, but for what stays on the host."""
+    if host is None:
+        denoiser.to(device)
+        return
+    stays = {id(tensor) for tensor in host.tensors}
+    for tensor in (*denoiser.parameters(), *denoiser.buffers()):
+        if id(tensor) not in stays:
+            tensor.data = tensor.data.to(device)
+
+
+# The optimizer ----------------------------------------------------------------------------------------------
+
+
+def step_in_backward(
+    optimizer: torch.optim.Optimizer, step: Callable[[torch.optim.Optimizer], Any] | None = None
+) -> None:
+    """Updates each parameter when its gradient is complete, and frees the gradient.
+
+    The sum of all gradients is never there, so their global norm cannot be clipped, and each step has one
+    backward pass.
+
+    Args:
+        optimizer: with one group per parameter (`optimizers.build(per_parameter=True)`).
+        step: makes the update; default `optimizer.step()`.
+    """
+
+    def update(group: dict[str, Any], parameter: Tensor) -> None:
+        groups, optimizer.param_groups = optimizer.param_groups, [group]
+        try:
+            step(optimizer) if step else optimizer.step()
+        finally:
+            optimizer.param_groups = groups
+        parameter.grad = None
+
+    for group in optimizer.param_groups:
+        (parameter,) = group["params"]
+        parameter.register_post_accumulate_grad_hook(partial(update, group))
+
+
+def settings(levers: Levers) -> Mapping[str, Any]:
+    """As keys of a `memory:` section."""
+
+    def units(chosen: Units) -> bool | list[str]:
+        return chosen if isinstance(chosen, bool) else list(chosen)
+
+    return {
+        "precision": levers.precision,
+        "base_precision": levers.base,
+        "gradient_checkpointing": units(levers.checkpointed),
+        "keep_attention": units(levers.keep_attention),
+        "offload": units(levers.offloaded),
+        "optimizer_in_backward": levers.optimizer_in_backward,
+    }
+
+
+# Previews ---------------------------------------------------------------------------------------------------
+
+TILE = 256
+"""Side of a tile in pixels."""
+
+
+def tile_vae(vae: Any, *, factor: int) -> None:
+    """Lets an AutoencoderKL decode in overlapping tiles of `TILE` pixels.
+
+    Args:
+        factor: pixels per latent.
+    """
+    vae.enable_tiling()
+    # By default a tile is as large as the pictures that the VAE was trained on: the whole.
+    vae.tile_sample_min_size = TILE
+    vae.tile_latent_min_size = TILE // factor

@@ -5,13 +5,16 @@ from __future__ import annotations
 from html import escape
 from itertools import groupby
 
-from tunekit.memory.planner import Plan
+from tunekit.memory.plan import Plan
 from tunekit.units import format_bytes
 
 COLOURS = {
     "base weights": "#4c6a92",
     "weights": "#4c6a92",
+    "VAE": "#6d7f9c",
+    "visiting weights": "#7d97bb",
     "adapter": "#2f9e8f",
+    "adapter in float32": "#5bb8ab",
     "optimizer state": "#8e6bbf",
     "inputs": "#9aa3b2",
     "gradients": "#c9803d",

@@ -1,39 +1,43 @@
 """How to train a job on a device: the fastest way that fits, decided before a weight is loaded.
 
-1. The training step is traced with no unit checkpointed and with all of them (`job.trace_step`); that gives
-   for each unit what it keeps either way, what it needs while it runs, and how long running it twice takes.
-2. For each micro-batch, `choose_units` finds the cheapest set of units to checkpoint that fits: exactly, by
+1. The training step is traced with no unit checkpointed, with all of them, and with all of them but their
+   attentions (`job.trace_step`); that gives for each unit what it keeps, what it needs while it runs, and how
+   long running it twice takes.
+2. For each micro-batch, `choose_units` finds the cheapest choice for every unit that fits: exactly, by
    dynamic programming.
 3. The fastest plan by the roofline of the device is traced as it would run, replayed through the allocator,
    and believed only then; otherwise the budget is tightened by what was missing, and 2 repeats.
 
-Nothing here changes what is learned: micro-batch, accumulation and checkpointing do not.
+What changes nothing that is learned is tried first: micro-batch, accumulation, checkpointing, an optimizer in
+the backward pass, weights in host memory. Only then come packed base weights and 8-bit optimizer state.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tunekit.artifacts import write_json
-from tunekit.errors import DoesNotFit
+from tunekit.config import MemoryConfig
 from tunekit.hardware import DeviceFacts
 from tunekit.memory import job as jobs
 from tunekit.memory.allocator import least_capacity
 from tunekit.memory.job import Job
+from tunekit.memory.levers import Levers
+from tunekit.memory.plan import PHASES, Phase, Plan
 from tunekit.memory.trace import CPU, CUDA, ROOM, WORKSPACE, Target, Trace
 from tunekit.units import format_bytes
 
-VERSION = 1
-TRACES = 4
+TRACES = 5
 """Version of the cached traces: raise it when `Costs`, or what a trace counts, changes."""
 GIB = 2**30
 CONTEXT = round(0.45 * GIB)
@@ -45,14 +49,19 @@ LEVELS = 4096
 """Steps of the saved bytes in the dynamic program."""
 EFFICIENCY, BANDWIDTH_EFFICIENCY, LAUNCH_SECONDS = 0.45, 0.8, 4e-6
 """Of the roofline: share of the peak arithmetic and bandwidth that kernels reach, and the least they take."""
+DISPATCH_SECONDS = 1.6e-5
+"""What an operator costs more in a unit that keeps its attention: each passes through Python, twice
+(scripts/measure_dispatch.py)."""
+HOST_LINK = 12e9
+"""Bytes per second from page-locked host memory: PCIe 3 with 16 lanes, PCIe 4 with 8."""
+PATIENCE = 2.0
+"""Weights in host memory come after approximations where they make a step longer than this."""
 SECOND_STEP = ("forward", "backward", "optimizer")
 MOMENTS = 160
-PHASES = ("encode", "first_step", "step", "preview", "save")
+REJECTED = 6
 
 Row = tuple[str, int, int, int, bool, int]
 """Phase, place, flops, traffic, half, how often: `trace.Work`, counted."""
-Phase = dict[str, Any]
-"""`{"peak_allocated_bytes", "least_bytes", "ledger"}`."""
 
 
 # Costs ------------------------------------------------------------------------------------------------------
@@ -71,6 +80,7 @@ class Costs:
         passes: forward and backward passes in it.
         phases: of "first_step", "step" and "save".
         moments: the second step in `MOMENTS` parts: [phase, ledger at the part's peak].
+        weights: unit -> bytes of its frozen weights.
     """
 
     units: list[str]
@@ -80,6 +90,15 @@ class Costs:
     passes: int
     phases: dict[str, Phase]
     moments: list[tuple[str, dict[str, int]]] = field(default_factory=list)
+    weights: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, content: dict[str, Any]) -> Costs:
+        """From the fields as they come out of JSON."""
+        found = dict(content)
+        found["work"] = [tuple(row) for row in content["work"]]
+        found["moments"] = [(phase, ledger) for phase, ledger in content["moments"]]
+        return cls(**found)
 
 
 def costs(traced: jobs.StepTrace, target: Target, passes: int = 1) -> Costs:
@@ -110,7 +129,8 @@ def costs(traced: jobs.StepTrace, target: Target, passes: int = 1) -> Costs:
     }
     counted = Counter(work for work in traced.trace.work if not work.phase.startswith("first "))
     work = [(*one, times) for one, times in counted.items()]
-    return Costs(list(traced.units), kept, need, work, passes, phases, _moments(traced.trace))
+    moments, weights = _moments(traced.trace), dict(traced.weights)
+    return Costs(list(traced.units), kept, need, work, passes, phases, moments, weights)
 
 
 def _moments(trace: Trace) -> list[tuple[str, dict[str, int]]]:
@@ -187,56 +207,61 @@ class Speed:
 
 
 def choose_units(
-    keeping: Costs, checkpointing: Costs, seconds: Sequence[float], budget: int
+    keeping: Costs, others: Sequence[tuple[Costs, Sequence[float]]], budget: int
 ) -> tuple[list[int], float] | None:
-    """The cheapest set of units to compute twice, so that no moment of the step needs more than `budget`.
+    """The cheapest choice for each unit, so that no moment of the step needs more than `budget`.
 
     Units in forward order; state: bytes saved by the units so far, rounded down to 1/4096 of all that can
-    be. Before unit i the units of 0..i-1 keep what they keep, so unit i fits if
+    be. Before unit i the units of 0..i-1 keep what they keep, so a choice for unit i fits if
 
-        kept(0..i-1, all kept) - saved + need(i) <= budget.
+        kept(0..i-1, all kept) - saved + need(i, choice) <= budget.
 
     Args:
-        keeping: of the trace without checkpoints.
-        checkpointing: of the trace with all of them.
-        seconds: what checkpointing each unit costs.
+        keeping: of the trace in which units keep everything: choice 0.
+        others: of traces in which all units save something, and what that costs each unit in seconds:
+            choices 1, 2 ...
         budget: bytes of tensors.
 
     Returns:
-        Numbers of the chosen units and their cost in seconds; None if no set fits.
+        The choice for each unit, and their cost in seconds; None if nothing fits.
     """
-    count = len(seconds)
-    saving = [max(0, a - b) for a, b in zip(keeping.kept, checkpointing.kept, strict=True)]
-    quantum = max(1, -(-sum(saving) // (LEVELS - 1)))
+    count = len(keeping.units)
+    saving = [
+        [max(0, kept - other) for kept, other in zip(keeping.kept, costs.kept, strict=True)]
+        for costs, _ in others
+    ]
+    most = sum(max((one[unit] for one in saving), default=0) for unit in range(count))
+    quantum = max(1, -(-most // (LEVELS - 1)))
     best = np.full(LEVELS, np.inf)
     best[0] = 0.0
     level = np.arange(LEVELS)
-    choices = np.zeros((count, LEVELS), dtype=bool)
+    choices = np.zeros((count, LEVELS), dtype=np.int8)
     before = 0
     for unit in range(count):
-        made = np.full(LEVELS, np.inf)
         room = level * quantum + budget - before
-        plain = np.where(room >= keeping.need[unit], best, np.inf)
-        np.copyto(made, plain)
-        if saving[unit] > 0:
-            step = saving[unit] // quantum
-            twice = np.where(room >= checkpointing.need[unit], best, np.inf) + seconds[unit]
+        made = np.where(room >= keeping.need[unit], best, np.inf)
+        for number, (costs, seconds) in enumerate(others, start=1):
+            step = saving[number - 1][unit] // quantum
+            if step == 0:
+                continue
+            changed = np.where(room >= costs.need[unit], best, np.inf) + seconds[unit]
             shifted = np.full(LEVELS, np.inf)
-            shifted[step:] = twice[: LEVELS - step]
-            choices[unit] = shifted < made
+            shifted[step:] = changed[: LEVELS - step]
+            choices[unit] = np.where(shifted < made, number, choices[unit])
             made = np.minimum(made, shifted)
         best = made
         before += keeping.kept[unit]
-    fits = level * quantum + budget - before >= max(keeping.need[count], checkpointing.need[count])
-    best = np.where(fits, best, np.inf)
+    end = max(costs.need[count] for costs in (keeping, *(costs for costs, _ in others)))
+    best = np.where(level * quantum + budget - before >= end, best, np.inf)
     at = int(best.argmin())
     if not np.isfinite(best[at]):
         return None
     cost, chosen = float(best[at]), []
     for unit in reversed(range(count)):
-        if choices[unit, at]:
-            chosen.append(unit)
-            at -= saving[unit] // quantum
+        number = int(choices[unit, at])
+        chosen.append(number)
+        if number:
+            at -= saving[number - 1][unit] // quantum
     return chosen[::-1], cost
 
 
@@ -253,6 +278,10 @@ class Room:
         context: bytes that are used beside torch's allocator.
         target: how kernels there allocate.
         speed: its roofline.
+        lacks: what does not run there, see `DeviceFacts.lacks`.
+        host_bytes: free memory of the host, for weights that stay there; None if it is not known.
+        has_host: whether the host has a memory of its own.
+        why_less: why `total` is less than the device has.
     """
 
     title: str
@@ -260,6 +289,10 @@ class Room:
     context: int
     target: Target
     speed: Speed
+    lacks: tuple[str, ...] = ()
+    host_bytes: int | None = None
+    has_host: bool = True
+    why_less: str = ""
 
     def needed(self, least: int) -> int:
         """Bytes of the device for an allocator that needs `least`, with headroom."""
@@ -275,106 +308,56 @@ class Room:
         return max(0, round((self.total - self.context - HEADROOM) / (1 + HEADROOM_SHARE)))
 
 
-def room_of(facts: DeviceFacts, *, budget: int | None = None) -> Room:
+def room_of(facts: DeviceFacts, *, budget: int | None = None, real: bool = False) -> Room:
     """A card of the table, empty, or as much of it as `budget` bytes.
 
     A card shows a little less than its nominal memory (23.68 GiB of 24 on an RTX 4090).
+
+    Args:
+        real: `budget` is what a device offers, not a wish.
     """
     own = round((facts.memory_bytes or 0) * 0.985)
     speed = Speed(facts.half_flops, facts.float32_flops, facts.bandwidth_bytes_s or 50e9)
     if facts.kind == "cpu":
-        return Room(facts.title, budget or own, 0, CPU, speed)
+        return Room(facts.title, budget or own, 0, CPU, speed, has_host=False)
     attention = CUDA.attention
     if facts.kind == "cuda" and facts.compute_capability and facts.compute_capability < (8, 0):
         attention = "efficient"  # flash attention began with Ampere
     elif not facts.has_fused_attention:
         attention = "math"
-    total = min(budget, own) if budget else own
-    return Room(facts.title, total, CONTEXT, replace(CUDA, attention=attention), speed)
+    total = budget if budget and (real or not own) else min(budget or own, own)
+    target = replace(CUDA, attention=attention)
+    has_host = facts.kind != "mps"  # one memory for both
+    return Room(facts.title, total, CONTEXT, target, speed, facts.lacks, has_host=has_host)
 
 
 # The plan --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A decision. `as_json` is `plan.json`."""
+@dataclass(frozen=True, order=True)
+class Way:
+    """What is the same for all units.
 
-    device: str
-    budget_bytes: int
-    fits: bool
-    micro_batch: int
-    accumulation: int
-    precision: str
+    Attributes:
+        rank: how far it is from exact: 0 is; 1 int8 base or 8-bit optimizer state; 2 nf4 base.
+        base: "same", "int8" or "nf4".
+        optimizer: a row of `optimizers`.
+        in_backward: whether parameters are updated during the backward pass.
+    """
+
+    rank: int
+    base: str
     optimizer: str
-    checkpointed_blocks: tuple[str, ...]
-    blocks: int
-    phases: dict[str, Phase]
-    device_bytes: int
-    relative_step_time: float
-    notes: tuple[str, ...] = ()
-    rejected: tuple[dict[str, Any], ...] = ()
-    moments: tuple[tuple[str, dict[str, int]], ...] = field(default=(), repr=False)
-    """One step, for a picture: see `Costs.moments`."""
+    in_backward: bool
 
-    @property
-    def peak_phase(self) -> str:
-        """Phase that needs most."""
-        return max(self.phases, key=lambda name: int(self.phases[name]["least_bytes"]))
 
-    @property
-    def levers(self) -> list[str]:
-        """What was done to make it fit, in words."""
-        made = []
-        if self.accumulation > 1:
-            made.append(f"micro-batch {self.micro_batch} x {self.accumulation}")
-        if self.checkpointed_blocks:
-            made.append(f"{len(self.checkpointed_blocks)} of {self.blocks} blocks checkpointed")
-        return made
-
-    @property
-    def words(self) -> str:
-        """The plan in a line: "bf16, micro-batch 1 x 4, 34 of 86 blocks checkpointed"."""
-        batch = f"micro-batch {self.micro_batch}" + (
-            f" x {self.accumulation}" if self.accumulation > 1 else ""
-        )
-        blocks = (
-            f"{len(self.checkpointed_blocks)} of {self.blocks} blocks checkpointed"
-            if self.checkpointed_blocks
-            else "nothing checkpointed"
-        )
-        return f"{self.precision}, {batch}, {blocks}"
-
-    def as_json(self) -> dict[str, Any]:
-        """The content of `plan.json`."""
-        phases = {
-            name: {
-                "peak_allocated_bytes": found["peak_allocated_bytes"],
-                "peak_reserved_bytes": found["least_bytes"],
-                "ledger": found["ledger"],
-            }
-            for name, found in self.phases.items()
-        }
-        return {
-            "version": VERSION,
-            "device": self.device,
-            "budget_bytes": self.budget_bytes,
-            "fits": self.fits,
-            "phases": phases,
-            "peak_phase": self.peak_phase,
-            "device_bytes": self.device_bytes,
-            "micro_batch": self.micro_batch,
-            "accumulation": self.accumulation,
-            "precision": self.precision,
-            "base_precision": self.precision,
-            "optimizer": self.optimizer,
-            "checkpointed_blocks": list(self.checkpointed_blocks),
-            "blocks": self.blocks,
-            "levers": self.levers,
-            "relative_step_time": round(self.relative_step_time, 4),
-            "notes": list(self.notes),
-            "rejected": list(self.rejected),
-        }
+@dataclass
+class _Candidate:
+    seconds: float
+    way: Way
+    size: int
+    levers: Levers
+    estimate: int
 
 
 @dataclass
@@ -384,120 +367,270 @@ class Planner:
     Attributes:
         job: what is trained.
         batch_size: samples per optimizer step on one device.
-        micro_batch: pinned, or None.
-        checkpointing: pinned to all (True) or none (False), or None.
+        memory: what of it is decided already.
+        may_change_optimizer: whether 8-bit optimizer state may be chosen.
         cache: folder of traces; None keeps them in memory only.
         say: takes progress lines.
     """
 
     job: Job
     batch_size: int
-    micro_batch: int | None = None
-    checkpointing: bool | None = None
+    memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(budget="auto"))
+    may_change_optimizer: bool = False
     cache: Path | None = None
     say: Callable[[str], None] = lambda line: None
     _known: dict[str, Any] = field(default_factory=dict)
 
     def plan(self, name: str, room: Room) -> Plan:
         """The fastest plan that fits; if none does, the smallest, with `fits` False."""
-        # A pinned micro-batch may be more than this process's share of the batch.
-        sizes = [min(self.micro_batch, self.batch_size)] if self.micro_batch else divisors(self.batch_size)
-        reference = self._time(room, sizes[0], (), self._costs(room.target, sizes[0], False))
-        if not self.checkpointing:  # nothing is faster than the largest micro-batch with all kept
-            plan = self._check(name, room, sizes[0], (), 1.0)
-            if plan.device_bytes <= room.total:
-                return plan
-        budgets = dict.fromkeys(sizes, room.budget)
+        tiers = self._ways(room)
+        first = tiers[0][0]
+        largest = self._sizes(first)[0]
+        free = self._levers(first)
+        reference = self._time(room, first, largest, free)
         rejected: list[dict[str, Any]] = []
-        for _ in range(TRIES * len(sizes)):
-            candidates = []
-            for size in sizes:
-                found = self._choose(room, size, budgets[size])
-                if found is not None:
-                    candidates.append((found[1], -size, found[0]))
-            if not candidates:
+        tried: list[Plan] = []
+        if not self.memory.gradient_checkpointing and not self.memory.offload:
+            plan = self._check(name, room, first, largest, free, 1.0)
+            if plan.fits:  # nothing is faster than the largest micro-batch with all kept
+                return plan
+            tried.append(plan)
+        if self.memory.approximate == "if_faster":
+            tiers = [[way for ways in tiers for way in ways]]
+        late: list[Plan] = []
+        for ways in tiers:
+            found = self._search(name, room, ways, reference, rejected, tried)
+            if found is not None:
+                for plan in late:
+                    rejected.append(_rejected(plan, "slower, though exact"))
+                return replace(found, rejected=tuple(rejected[-REJECTED:]))
+            if self._hopeless(tried):
                 break
-            seconds, size, chosen = min(candidates)
-            plan = self._check(name, room, -size, chosen, seconds / reference)
-            if plan.device_bytes <= room.total:
-                others = [
-                    self._rejected(room, -other, units, time / reference)
-                    for time, other, units in sorted(candidates)
-                    if other != size
-                ]
-                return replace(plan, rejected=(*rejected, *others)[:6])
-            over = plan.device_bytes - room.total
-            rejected.append(
-                {
-                    "levers": plan.levers,
-                    "device_bytes": plan.device_bytes,
-                    "relative_step_time": round(plan.relative_step_time, 4),
-                    "why": f"{format_bytes(over)} too much in the phase {plan.peak_phase}",
-                }
+            found = self._offload(name, room, ways[0], reference, tried)
+            if found is not None:
+                if found.relative_step_time <= PATIENCE or self.memory.offload:
+                    return replace(found, rejected=tuple(rejected[-REJECTED:]))
+                late.append(found)
+        if late:
+            return replace(late[0], rejected=tuple(rejected[-REJECTED:]))
+        last = tiers[-1][-1]
+        size = self._sizes(last)[-1]
+        levers = self._levers(last, checkpointed=True)
+        tried.append(
+            self._check(name, room, last, size, levers, self._time(room, last, size, levers) / reference)
+        )
+        smallest = min(tried, key=lambda plan: plan.device_bytes)
+        return replace(smallest, rejected=tuple(rejected[-REJECTED:]))
+
+    def _ways(self, room: Room) -> list[list[Way]]:
+        """What may be chosen, the exact ways first; those of one rank together."""
+        memory, adapter = self.memory, self.job.adapter is not None
+        allowed = memory.approximate != "never"
+        has_nf4 = "bitsandbytes" not in room.lacks
+        bases = [memory.base_precision or "same"]
+        if memory.base_precision is None and adapter and allowed:
+            bases += ["int8", *(["nf4"] if has_nf4 else [])]
+        optimizers = [self.job.optimizer]
+        if self.may_change_optimizer and not adapter and allowed and has_nf4:
+            optimizers.append("adamw8bit")  # an adapter's state is small, and the 8-bit kernels are slower
+        backward = [bool(memory.optimizer_in_backward)]
+        free = not adapter and self.job.max_grad_norm is None and self.job.precision != "fp16"
+        if memory.optimizer_in_backward is None and free:
+            backward.append(True)
+        rank = {"same": 0, "int8": 1, "nf4": 2}
+        ways = [
+            Way(
+                0 if base == memory.base_precision else rank[base] + (optimizer != self.job.optimizer),
+                base,
+                optimizer,
+                late,
             )
-            if plan.peak_phase not in ("step", "first_step"):
-                break  # no arrangement of the step helps
-            budgets[-size] -= max(round(over * 1.05), 16 * 2**20)
-        smallest = self._check(name, room, sizes[-1], self._all(room, sizes[-1]), 0.0)
-        units = self._all(room, sizes[-1])
-        own = self._costs(room.target, sizes[-1], bool(units))
-        ratio = self._time(room, sizes[-1], units, own) / reference
-        fits = smallest.device_bytes <= room.total
-        return replace(smallest, fits=fits, relative_step_time=ratio, rejected=tuple(rejected[:6]))
+            for base in bases
+            for optimizer in optimizers
+            for late in backward
+        ]
+        return [[way for way in ways if way.rank == one] for one in sorted({way.rank for way in ways})]
+
+    def _sizes(self, way: Way) -> list[int]:
+        """Micro-batches, largest first."""
+        if self.memory.micro_batch:
+            # A pinned micro-batch may be more than this process's share of the batch.
+            return [min(self.memory.micro_batch, self.batch_size)]
+        return [self.batch_size] if way.in_backward else divisors(self.batch_size)
+
+    def _levers(
+        self,
+        way: Way,
+        checkpointed: bool | Collection[str] = False,
+        keep_attention: bool | Collection[str] = False,
+        offloaded: bool | Collection[str] = False,
+    ) -> Levers:
+        return Levers(self.job.precision, way.base, checkpointed, keep_attention, offloaded, way.in_backward)
+
+    def _search(
+        self,
+        name: str,
+        room: Room,
+        ways: Sequence[Way],
+        reference: float,
+        rejected: list[dict[str, Any]],
+        tried: list[Plan],
+    ) -> Plan | None:
+        """The fastest plan among `ways` that fits in `room`."""
+        pairs = [(way, size) for way in ways for size in self._sizes(way)]
+        budgets = dict.fromkeys(pairs, room.budget)
+        for _ in range(TRIES * len(pairs)):
+            candidates = [
+                found for pair in pairs if (found := self._choose(room, *pair, budgets[pair])) is not None
+            ]
+            if not candidates:
+                return None
+            best = min(candidates, key=lambda found: (found.seconds, found.way, -found.size))
+            ratio = best.seconds / reference
+            plan = self._check(name, room, best.way, best.size, best.levers, ratio)
+            if plan.fits:
+                others = sorted(candidates, key=lambda found: found.seconds)
+                rejected += [
+                    self._slower(room, found, found.seconds / reference)
+                    for found in others[:REJECTED]
+                    if found is not best
+                ]
+                return plan
+            tried.append(plan)
+            over = plan.device_bytes - room.total
+            rejected.append(_rejected(plan, f"{format_bytes(over)} too much in the phase {plan.peak_phase}"))
+            if self._hopeless(tried):
+                return None
+            budgets[best.way, best.size] -= max(round(over * 1.05), 16 * 2**20)
+        return None
+
+    def _hopeless(self, tried: Sequence[Plan]) -> bool:
+        """Whether no arrangement of the step can help."""
+        return bool(tried) and tried[-1].peak_phase in ("encode", "preview") and not tried[-1].fits
+
+    def _choose(self, room: Room, way: Way, size: int, budget: int) -> _Candidate | None:
+        """The cheapest units to checkpoint at a micro-batch."""
+        keeping = self._costs(room.target, way, size, self._levers(way))
+        fits = keeping.phases["step"]["peak_allocated_bytes"] <= budget
+
+        def candidate(levers: Levers, estimate: int) -> _Candidate:
+            return _Candidate(self._time(room, way, size, levers), way, size, levers, estimate)
+
+        pinned = self.memory.gradient_checkpointing
+        if pinned is False or (pinned is None and fits):
+            return candidate(self._levers(way), keeping.phases["step"]["least_bytes"]) if fits else None
+        states = [self._levers(way, True)]
+        if self.memory.keep_attention is not False:
+            states.append(self._levers(way, True, True))
+        if self.memory.keep_attention:
+            states = states[1:]
+        if pinned:
+            for levers in reversed(states):  # the faster first
+                costs = self._costs(room.target, way, size, levers)
+                if costs.phases["step"]["peak_allocated_bytes"] <= budget:
+                    return candidate(levers, costs.phases["step"]["least_bytes"])
+            return None
+        others = []
+        for levers in states:
+            costs = self._costs(room.target, way, size, levers)
+            others.append((costs, self._unit_seconds(room, keeping, costs, levers)))
+        found = choose_units(keeping, others, budget)
+        if found is None:
+            return None
+        chosen, _ = found
+        named = zip(keeping.units, chosen, strict=True)
+        twice = {name: states[number - 1] for name, number in named if number}
+        kept = tuple(name for name, levers in twice.items() if levers.keep_attention)
+        return candidate(self._levers(way, tuple(twice), kept), 0)
+
+    def _offload(self, name: str, room: Room, way: Way, reference: float, tried: list[Plan]) -> Plan | None:
+        """The plan with the fewest weights in host memory that fits."""
+        allowed = self.memory.offload is None or self.memory.offload is True
+        if self.job.adapter is None or not room.has_host or not room.context or not allowed:
+            return None
+        for size in self._sizes(way):
+            all_twice = self._levers(way, True)
+            costs = self._costs(room.target, way, size, all_twice)
+            weights = [costs.weights[unit] for unit in costs.units]
+            # Two units visit at a time.
+            over = costs.phases["step"]["peak_allocated_bytes"] + 2 * max(weights) - room.budget
+            count = 1
+            while count <= len(weights):
+                chosen = _spread(len(weights), count)
+                if sum(weights[index] for index in chosen) < over and count < len(weights):
+                    count += 1
+                    continue
+                units = tuple(costs.units[index] for index in chosen)
+                levers = self._levers(way, tuple(costs.units), False, units)
+                ratio = self._time(room, way, size, levers) / reference
+                plan = self._check(name, room, way, size, levers, ratio)
+                if plan.fits and plan.host_bytes <= (room.host_bytes or plan.host_bytes):
+                    return plan
+                tried.append(replace(plan, fits=False))
+                count += max(1, len(weights) // 10)
+        return None
 
     def _accumulation(self, size: int) -> int:
         """Forwards per optimizer step; the last may be shorter."""
         return -(-self.batch_size // size)
 
-    def _all(self, room: Room, size: int) -> tuple[str, ...]:
-        return () if self.checkpointing is False else tuple(self._costs(room.target, size, True).units)
+    def _unit_seconds(self, room: Room, keeping: Costs, other: Costs, levers: Levers) -> list[float]:
+        """What each unit takes longer in a forward and backward pass than in the trace that keeps all."""
+        slow = DISPATCH_SECONDS if levers.keep_attention else 0.0
 
-    def _choose(self, room: Room, size: int, budget: int) -> tuple[tuple[str, ...], float] | None:
-        """The cheapest units to checkpoint at a micro-batch, and the seconds of an optimizer step."""
-        keeping = self._costs(room.target, size, False)
-        if self.checkpointing is False:
-            fits = keeping.phases["step"]["peak_allocated_bytes"] <= budget
-            return ((), self._time(room, size, (), keeping)) if fits else None
-        checkpointing = self._costs(room.target, size, True)
-        if self.checkpointing:
-            fits = checkpointing.phases["step"]["peak_allocated_bytes"] <= budget
-            chosen: tuple[str, ...] = tuple(keeping.units)
-            return (chosen, self._time(room, size, chosen, keeping)) if fits else None
-        found = choose_units(keeping, checkpointing, self._unit_seconds(room, keeping), budget)
-        if found is None:
-            return None
-        names = tuple(keeping.units[number] for number in found[0])
-        return names, self._time(room, size, names, keeping)
+        def per_unit(costs: Costs) -> list[float]:
+            rows: list[list[Row]] = [[] for _ in costs.units]
+            for row in costs.work:
+                if row[0] in ("forward", "backward") and row[1] % 2:
+                    rows[row[1] // 2].append(row)
+            return [room.speed.seconds(found) / costs.passes for found in rows]
 
-    def _unit_seconds(self, room: Room, keeping: Costs) -> list[float]:
-        rows: list[list[Row]] = [[] for _ in keeping.units]
-        for row in keeping.work:
-            if row[0] == "forward" and row[1] % 2:
-                rows[row[1] // 2].append(row)
-        return [room.speed.seconds(found) / keeping.passes for found in rows]
+        operators: Counter[int] = Counter()
+        for phase, place, *_, times in keeping.work:
+            if phase == "forward" and place % 2:
+                operators[place // 2] += times
+        return [
+            max(0.0, after - before) + slow * 2 * operators[unit] / keeping.passes
+            for unit, (before, after) in enumerate(zip(per_unit(keeping), per_unit(other), strict=True))
+        ]
 
-    def _time(self, room: Room, size: int, chosen: Collection[str], keeping: Costs) -> float:
+    def _time(self, room: Room, way: Way, size: int, levers: Levers) -> float:
         """Predicted seconds of an optimizer step."""
+        keeping = self._costs(room.target, way, size, self._levers(way))
         passes = [row for row in keeping.work if row[0] != "optimizer"]
         once = [row for row in keeping.work if row[0] == "optimizer"]
-        twice = sum(
-            seconds
-            for name, seconds in zip(keeping.units, self._unit_seconds(room, keeping), strict=True)
-            if name in chosen
-        )
-        one = room.speed.seconds(passes) / keeping.passes + twice
+        more = 0.0
+        for kept in (False, True):
+            twice = _units(levers.checkpointed, keeping.units)
+            attention = _units(levers.keep_attention, keeping.units) & twice
+            chosen = attention if kept else twice - attention
+            if chosen:
+                state = self._levers(way, True, kept)
+                costs = self._costs(room.target, way, size, state)
+                seconds = self._unit_seconds(room, keeping, costs, state)
+                more += sum(one for name, one in zip(keeping.units, seconds, strict=True) if name in chosen)
+        one = room.speed.seconds(passes) / keeping.passes + more
+        if levers.offloaded:
+            # A unit's weights visit twice, meanwhile others compute.
+            visits = 2 * sum(keeping.weights[name] for name in _units(levers.offloaded, keeping.units))
+            one = max(one, visits / HOST_LINK)
         return one * self._accumulation(size) + room.speed.seconds(once)
 
-    def _check(self, name: str, room: Room, size: int, chosen: tuple[str, ...], ratio: float) -> Plan:
+    def _check(self, name: str, room: Room, way: Way, size: int, levers: Levers, ratio: float) -> Plan:
         """The plan as it would run, traced and replayed."""
-        whole = self._costs(room.target, size, chosen)
-        phases = {"encode": self._encode(room), **whole.phases}
+        whole = self._costs(room.target, way, size, levers)
+        on_host, encode = self._encode(room)
+        phases = {"encode": encode, **whole.phases}
+        tiled = bool(self.memory.vae_tiling)
         if self.job.preview is not None:
-            held = whole.phases["save"]["ledger"]
-            more = sum(held.get(part, 0) for part in (jobs.ADAPTER, jobs.STATE))
-            phases["preview"] = self._preview(room.target, more)
+            ledger = whole.phases["save"]["ledger"]
+            held = sum(ledger.get(part, 0) for part in (jobs.MASTERS, jobs.STATE))
+            tiled, phases["preview"] = self._preview(room, levers, held)
         phases = {key: phases[key] for key in PHASES if key in phases}
         need = room.needed(max(int(found["least_bytes"]) for found in phases.values()))
+        twice = _units(levers.checkpointed, whole.units)
+        kept = _units(levers.keep_attention, whole.units) & twice
+        away = _units(levers.offloaded, whole.units)
         return Plan(
             device=name,
             budget_bytes=room.total,
@@ -505,8 +638,15 @@ class Planner:
             micro_batch=size,
             accumulation=self._accumulation(size),
             precision=self.job.precision,
-            optimizer=self.job.optimizer,
-            checkpointed_blocks=chosen,
+            base_precision=self.job.precision if way.base == "same" else way.base,
+            optimizer=way.optimizer,
+            optimizer_in_backward=way.in_backward,
+            checkpointed_blocks=tuple(unit for unit in whole.units if unit in twice),
+            attention_kept_blocks=tuple(unit for unit in whole.units if unit in kept),
+            offloaded_blocks=tuple(unit for unit in whole.units if unit in away),
+            host_bytes=sum(whole.weights[unit] for unit in away),
+            encode_on_host=on_host,
+            vae_tiling=tiled,
             blocks=len(whole.units),
             phases=phases,
             device_bytes=need,
@@ -514,68 +654,87 @@ class Planner:
             moments=tuple(whole.moments),
         )
 
-    def _rejected(self, room: Room, size: int, units: tuple[str, ...], ratio: float) -> dict[str, Any]:
-        accumulation = self._accumulation(size)
+    def _slower(self, room: Room, found: _Candidate, ratio: float) -> dict[str, Any]:
+        accumulation = self._accumulation(found.size)
+        units = found.levers.checkpointed
+        levers = [] if found.way.base == "same" else [f"{found.way.base} base"]
+        if accumulation > 1:
+            levers.append(f"micro-batch {found.size} x {accumulation}")
+        if units:
+            levers.append("all blocks checkpointed" if units is True else f"{len(units)} blocks checkpointed")
+        if found.way.in_backward:
+            levers.append("optimizer in backward")
+        need = room.needed(found.estimate) if found.estimate else None
         return {
-            "levers": [
-                f"micro-batch {size} x {accumulation}",
-                *([f"{len(units)} blocks checkpointed"] if units else []),
-            ],
-            "device_bytes": None,
+            "levers": levers,
+            "device_bytes": need,
             "relative_step_time": round(ratio, 4),
-            "why": "slower",
+            "why": "not faster",
         }
 
     # Traces, made once
 
-    def _costs(self, target: Target, size: int, checkpointed: bool | tuple[str, ...]) -> Costs:
-        if checkpointed == ():
-            checkpointed = False
+    def _costs(self, target: Target, way: Way, size: int, levers: Levers) -> Costs:
+        levers = replace(
+            levers,
+            checkpointed=levers.checkpointed or False,
+            keep_attention=levers.keep_attention or False,
+            offloaded=levers.offloaded or False,
+        )
+        job = replace(self.job, optimizer=way.optimizer)
+        several = self.batch_size > size
 
         def make() -> dict[str, Any]:
-            self.say(f"tracing a step of micro-batch {size}")
-            accumulation = self._accumulation(size)
-            return asdict(
-                costs(
-                    jobs.trace_step(
-                        self.job,
-                        target,
-                        micro_batch=size,
-                        accumulation=accumulation,
-                        checkpointed=checkpointed,
-                    ),
-                    target,
-                    min(accumulation, 2),
-                )
+            self.say(
+                f"tracing a step of micro-batch {size}" + ("" if way.base == "same" else f", {way.base} base")
             )
+            accumulation = self._accumulation(size)
+            traced = jobs.trace_step(job, target, levers, micro_batch=size, accumulation=accumulation)
+            return asdict(costs(traced, target, min(accumulation, 2)))
 
-        several = self.batch_size > size
-        found = self._made(["step", asdict(target), size, several, checkpointed], make)
-        return Costs(
-            found["units"],
-            found["kept"],
-            found["need"],
-            [tuple(row) for row in found["work"]],  # type: ignore[misc]
-            found["passes"],
-            found["phases"],
-            [(phase, ledger) for phase, ledger in found["moments"]],
-        )
+        key = ["step", asdict(target), size, several, asdict(levers)]
+        return Costs.load(self._made(key, make, job))
 
-    def _encode(self, room: Room) -> Phase:
-        def make() -> Phase:
-            return phase_of(jobs.trace_encode(self.job, room.target), ("encode",), room.target)
+    def _encode(self, room: Room) -> tuple[bool, Phase]:
+        """Whether captions are encoded on the CPU, and the phase."""
 
-        return self._made(["encode", asdict(room.target)], make)
+        def phase(on_host: bool) -> Phase:
+            def make() -> Phase:
+                traced = jobs.trace_encode(self.job, room.target, captions_on_host=on_host)
+                return phase_of(traced, ("encode",), room.target)
 
-    def _preview(self, target: Target, held: int) -> Phase:
-        def make() -> Phase:
-            traced = jobs.trace_preview(self.job, target, held=held)
-            return phase_of(traced, ("preview forward", "preview decode"), target)
+            return self._made(["encode", asdict(room.target), on_host], make, self.job)
 
-        return self._made(["preview", asdict(target), held], make)
+        pinned = self.memory.encode_on_host
+        if pinned is None and room.context:
+            found = phase(on_host=False)
+            if room.needed(found["least_bytes"]) <= room.total or not room.has_host:
+                return False, found
+        on_host = bool(pinned is None and room.context) or bool(pinned)
+        return on_host, phase(on_host)
 
-    def _made(self, what: list[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        key = _digest([what, _described(self.job)])
+    def _preview(self, room: Room, levers: Levers, held: int) -> tuple[bool, Phase]:
+        """Whether previews are decoded in tiles, and the phase."""
+        plain = replace(levers, checkpointed=False, keep_attention=False, optimizer_in_backward=False)
+        if levers.offloaded:
+            plain = replace(plain, checkpointed=levers.offloaded)
+
+        def phase(tiled: bool) -> Phase:
+            def make() -> Phase:
+                traced = jobs.trace_preview(self.job, room.target, plain, held=held, tiled=tiled)
+                return phase_of(traced, ("preview forward", "preview decode"), room.target)
+
+            return self._made(["preview", asdict(room.target), asdict(plain), held, tiled], make, self.job)
+
+        if self.memory.vae_tiling is not None:
+            return self.memory.vae_tiling, phase(self.memory.vae_tiling)
+        found = phase(tiled=False)
+        if room.needed(found["least_bytes"]) <= room.total:
+            return False, found
+        return True, phase(tiled=True)
+
+    def _made(self, what: list[Any], make: Callable[[], dict[str, Any]], job: Job) -> dict[str, Any]:
+        key = digest([what, _described(job)])
         if key not in self._known:
             file = self.cache / f"{key}.json" if self.cache else None
             if file and file.is_file():
@@ -597,45 +756,52 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(number, 0, -1) if number % size == 0]
 
 
-def trace_cache() -> Path:
-    """Where traces are kept between calls: `tunekit/traces` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunekit" / "traces"
+def _units(chosen: bool | Collection[str], units: Sequence[str]) -> set[str]:
+    return set(units) if chosen is True else set(chosen or ())
+
+
+def _spread(number: int, count: int) -> list[int]:
+    """`count` of the first `number` integers, evenly spread: others compute while one's weights come."""
+    return sorted({index * number // count for index in range(count)})
+
+
+def _rejected(plan: Plan, why: str) -> dict[str, Any]:
+    return {
+        "levers": plan.levers,
+        "device_bytes": plan.device_bytes,
+        "relative_step_time": round(plan.relative_step_time, 4),
+        "why": why,
+    }
 
 
 def _described(job: Job) -> list[Any]:
     """Everything that can change a trace."""
-    import diffusers
-    import peft
-    import torch
-    import transformers
-
-    import tunekit
-
-    versions = [module.__version__ for module in (tunekit, torch, diffusers, peft, transformers)]
     family = job.blueprint
     parts = [[part.classes, dict(part.config), part.precision] for part in family.parts]
     adapter = job.adapter.model_dump(mode="json") if job.adapter else None
     own = [job.optimizer, job.precision, job.size, job.max_grad_norm, job.preview, job.guided]
-    return [TRACES, versions, family.name, parts, list(family.tokens), adapter, own]
+    return [
+        TRACES,
+        versions(),
+        family.name,
+        parts,
+        list(family.tokens),
+        list(family.lora_targets),
+        adapter,
+        own,
+    ]
 
 
-def _digest(value: Any) -> str:
+@cache
+def versions() -> dict[str, str]:
+    """Of the packages whose code a trace runs."""
+    names = ("tunekit", "torch", "diffusers", "peft", "transformers")
+    return {name: metadata.version(name) for name in names}
+
+
+def digest(value: Any) -> str:
+    """Of any JSON-able value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:24]
-
-
-def refuse(plan: Plan, advice: str) -> DoesNotFit:
-    """The error for a plan that does not fit."""
-    missing = plan.device_bytes - plan.budget_bytes
-    worst = plan.phases[plan.peak_phase]
-    parts = ", ".join(
-        f"{name} {format_bytes(size)}" for name, size in sorted(worst["ledger"].items(), key=lambda x: -x[1])
-    )
-    return DoesNotFit(
-        f"it needs {format_bytes(plan.device_bytes)} in the phase {plan.peak_phase} even with {plan.words}"
-        f" ({parts}), and {plan.device} has {format_bytes(plan.budget_bytes)}:"
-        f" {format_bytes(missing)} are missing",
-        hint=advice,
-    )
 
 
 def advice(planner: Planner, plan: Plan, room: Room, cards: Sequence[DeviceFacts]) -> str:
@@ -651,15 +817,27 @@ def advice(planner: Planner, plan: Plan, room: Room, cards: Sequence[DeviceFacts
     def change(text: str, **fields: Any) -> None:
         changes.append((text, replace(planner, job=replace(job, **fields), _known={})))
 
-    if planner.checkpointing is False or planner.micro_batch:
-        changes.append(
-            ("leave memory.gradient_checkpointing and memory.micro_batch to the planner",
-             replace(planner, checkpointing=None, micro_batch=None))
-        )  # fmt: skip
+    pinned = planner.memory.model_copy(
+        update=dict.fromkeys(
+            ("micro_batch", "gradient_checkpointing", "keep_attention", "base_precision", "offload",
+             "optimizer_in_backward", "encode_on_host", "vae_tiling")
+        )
+    )  # fmt: skip
+    if pinned != planner.memory:
+        changes.append(("leave what is set under memory: to the planner", replace(planner, memory=pinned)))
+    if planner.memory.approximate == "never":
+        allowed = planner.memory.model_copy(update={"approximate": "if_needed"})
+        changes.append(("memory.approximate=if_needed", replace(planner, memory=allowed)))
+    if full and job.max_grad_norm is not None and job.precision != "fp16":
+        change(
+            "train.max_grad_norm=null, which lets the optimizer work in the backward pass", max_grad_norm=None
+        )
+    if full:
+        change("train.optimizer=adafactor, at another learning rate", optimizer="adafactor")
     if job.precision == "fp32" and room.context:
         change("memory.precision=bf16", precision="bf16")
-    if full and job.optimizer == "adamw":
-        change("train.optimizer=adamw8bit", optimizer="adamw8bit")
+    if full and job.optimizer == "adamw" and not planner.may_change_optimizer:
+        change("train.optimizer=auto", optimizer="adamw8bit")
     if job.preview is not None and plan.peak_phase == "preview":
         change("no previews (preview.prompts=[])", preview=None)
     if min(job.size) >= 512:

@@ -29,6 +29,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -38,10 +39,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from tunekit import layers
+
 aten = torch.ops.aten
 Attention = Callable[..., Tensor]
 
 ACTIVATIONS, WORKSPACE = "activations", "workspace"
+HOST = "host memory"
+"""Category of what does not count."""
 ROOM = -1
 """Number of the storage in events of room that an operator takes and gives back."""
 
@@ -169,6 +174,7 @@ class Tracer(TorchDispatchMode):
     def __post_init__(self) -> None:
         super().__init__()
         self._casts = _Autocast(self.autocast) if self.autocast else None
+        self._known = _KNOWN.setdefault(self.target, {})
 
     __hash__ = object.__hash__
 
@@ -208,37 +214,54 @@ class Tracer(TorchDispatchMode):
             number, _ = self._live[tensor.untyped_storage()._cdata]
             self.categories[number] = category
 
+    def host(self, tensors: Iterable[Tensor]) -> None:
+        """Says that tensors are not on the device: their births and deaths are left out."""
+        self.label(tensors, HOST)
+
     def trace(self) -> Trace:
         """What was recorded so far."""
-        return Trace(tuple(self.events), dict(self.categories), tuple(self.work))
+        events = self.events
+        if HOST in self.categories.values():
+            events = [e for e in events if e.storage == ROOM or self.categories[e.storage] != HOST]
+        return Trace(tuple(events), dict(self.categories), tuple(self.work))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs the operator, then looks at what it made."""
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        for item in tree_iter(result):
+        key = _key(func, args, kwargs)
+        known = self._known.get(key) if key is not None else None
+        result = known.made() if known is not None else func(*args, **kwargs)
+        for item in result if isinstance(result, tuple | list) else (result,):
             if isinstance(item, Tensor):
                 self._see(item)
-        self._count(func, args, kwargs, result)
-        if self.target.name != "cpu" and (room := workspace_bytes(func, args, result, self.target)):
-            room = self._rounded(room)
+        if known is None:
+            shapes = None if key is None else _shapes(args, kwargs, result)
+            known = _Known(*self._work(func, args, kwargs, result), shapes)
+            if shapes is not None:
+                self._known[key] = known
+        if known.traffic:
+            self.work.append(Work(self._phase, self.place, known.flops, known.traffic, known.half))
+        if known.room:
             self.events += [
-                Event(ROOM, room, self._phase, self.place),
-                Event(ROOM, -room, self._phase, self.place),
+                Event(ROOM, known.room, self._phase, self.place),
+                Event(ROOM, -known.room, self._phase, self.place),
             ]
         return result
 
-    def _count(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
-        """Notes an operator's work; views do none."""
+    def _work(
+        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any
+    ) -> tuple[int, int, bool, int]:
+        """An operator's flops, traffic, whether it computes in 16 bits, and hidden room; views do none."""
         if func.is_view or not isinstance(result, Tensor | tuple | list):
-            return
+            return 0, 0, False, 0
         tensors = [t for t in tree_iter((args, result)) if isinstance(t, Tensor)]
         count = flop_registry.get(func.overloadpacket)
         flops = count(*args, **kwargs, out_val=result) if count else 0
         half = any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
-        self.work.append(Work(self._phase, self.place, int(flops), sum(map(_bytes, tensors)), half))
+        room = workspace_bytes(func, args, result, self.target) if self.target.name != "cpu" else 0
+        return int(flops), sum(map(_bytes, tensors)), half, self._rounded(room)
 
     def _rounded(self, size: int) -> int:
         return -(-size // self.target.alignment) * self.target.alignment
@@ -262,6 +285,86 @@ class Tracer(TorchDispatchMode):
 
         self._live[key] = (number, weakref.ref(storage, dies))
         self.events.append(Event(number, size, self._phase, self.place))
+
+
+# Operators seen before --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What an operator did: on tensors of the same shapes it does it again."""
+
+    flops: int
+    traffic: int
+    half: bool
+    room: int
+    shapes: tuple[Any, ...] | None
+    """(shape, strides, type) of each fresh result, or another value as it is; None: not fresh."""
+
+    def made(self) -> Any:
+        """The results again. torch's own kernels for meta tensors are written in Python and slower by far."""
+        assert self.shapes is not None
+        made = [
+            torch.empty_strided(one[0], one[1], dtype=one[2], device="meta")
+            if isinstance(one, tuple)
+            else one
+            for one in self.shapes
+        ]
+        return made[0] if len(made) == 1 else tuple(made)
+
+
+_KNOWN: dict[Target, dict[Any, _Known]] = {}
+"""Of this process: the next trace of the same job asks almost nothing anew."""
+
+
+@cache
+def _is_fresh(func: Any) -> bool:
+    """Whether an operator neither changes its arguments nor returns parts of them, by its schema."""
+    schema = func._schema
+    return not func.is_view and all(item.alias_info is None for item in (*schema.arguments, *schema.returns))
+
+
+def _key(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """What shapes of results depend on: the operator, and shapes or values of its arguments. None: ask it."""
+    if not _is_fresh(func):
+        return None
+    parts: list[Any] = [func]
+    for item in (*args, *kwargs.items()):
+        if not _describe(item, parts):
+            return None
+    return tuple(parts)
+
+
+def _describe(item: Any, parts: list[Any]) -> bool:
+    if isinstance(item, Tensor):
+        if item.device.type != "meta":
+            return False
+        parts += (item.shape, item.stride(), item.dtype)
+    elif isinstance(item, list | tuple):
+        parts.append(len(item))
+        return all(_describe(one, parts) for one in item)
+    elif item is None or isinstance(
+        item, int | float | str | torch.dtype | torch.device | torch.memory_format
+    ):
+        parts.append((type(item), item))
+    else:
+        return False
+    return True
+
+
+def _shapes(args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> tuple[Any, ...] | None:
+    given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+    found: list[Any] = []
+    for item in result if isinstance(result, tuple) else (result,):
+        if isinstance(item, Tensor):
+            if item.device.type != "meta" or item.untyped_storage()._cdata in given:
+                return None
+            found.append((item.shape, item.stride(), item.dtype))
+        elif item is None or isinstance(item, int | float):
+            found.append(item)
+        else:
+            return None
+    return tuple(found)
 
 
 # What the target does otherwise -----------------------------------------------------------------------------
@@ -346,6 +449,7 @@ class _Autocast:
                 for name in names:
                     made = _casting(getattr(functional, name), cast)
                     stack.enter_context(mock.patch.object(functional, name, made))
+            stack.enter_context(mock.patch.object(layers, "autocast_type", return_value=self.low))
             yield
             self.forget()
 

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tunekit import optimizers
 from tunekit.artifacts import atomic_folder, clean_leftovers, remove_folder, write_json
 from tunekit.config import TrainingRunConfig
 from tunekit.data.images import Sample
@@ -52,6 +53,12 @@ FREE = (
     "memory.budget",
     "memory.micro_batch",
     "memory.gradient_checkpointing",
+    "memory.keep_attention",
+    "memory.offload",
+    "memory.encode_on_host",
+    "memory.vae_tiling",
+    "memory.approximate",  # what was chosen is compared, not what might have been
+    "memory.on_oom",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.validate_every",
@@ -77,6 +84,11 @@ def identity(config: TrainingRunConfig, samples: Iterable[Sample]) -> dict[str, 
         for key, value in flat.items()
         if not any(key == name or key.startswith(name + ".") for name in free)
     }
+    for key, usual in (("memory.base_precision", "same"), ("memory.optimizer_in_backward", False)):
+        kept[key] = kept.get(key) or usual
+        if kept[key] == usual:
+            del kept[key]  # as in runs from before there was a choice
+    kept["train.optimizer"] = optimizers.find(config.train.optimizer).name
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
         digest.update(json.dumps([sample.id, sample.content, sample.caption]).encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from tunekit.data.cache import Batch, CachedDataset
 from tunekit.diffusion.objectives import Objective
 from tunekit.diffusion.sampling import initial_latents, sample
 from tunekit.families.family import Conditioning, Family, Pipeline
+from tunekit.memory.levers import tile_vae
+from tunekit.memory.measure import Meter
 from tunekit.runtime import to_images
 
 if TYPE_CHECKING:
@@ -69,6 +72,9 @@ def previews(
     folder: Path,
     size: tuple[int, int],
     device: torch.device,
+    *,
+    tiled: bool = False,
+    meter: Meter | None = None,
 ) -> Callable[[nn.Module, int], None] | None:
     """Make the function that draws the prompts into `folder/step-000200/00-<prompt>.png`; None without any.
 
@@ -79,9 +85,14 @@ def previews(
         folder: `runs/<name>/previews`.
         size: (height, width) in pixels.
         device: where the denoiser is; the VAE visits it to decode.
+        tiled: decode in tiles (`levers.tile_vae`).
+        meter: measures the phase "preview".
     """
     if not config.prompts:
         return None
+    meter = meter or Meter(device, active=False)
+    if tiled:
+        tile_vae(pipeline.vae, factor=2 ** (len(pipeline.vae.config.block_out_channels) - 1))
     shape = family.latent_shape(pipeline, *size)
 
     def draw(model: nn.Module, step: int) -> None:
@@ -92,17 +103,20 @@ def previews(
             pipeline.vae.to(device)
             for index, prompt in enumerate(config.prompts):
                 seeds = [config.seed + index]
-                latents = sample(
-                    denoise,
-                    pipeline.scheduler,
-                    initial_latents(seeds, shape).to(device),
-                    _on(device, encoded[prompt]),
-                    _on(device, encoded[config.negative_prompt]),
-                    steps=config.steps,
-                    guidance=config.guidance,
-                    seeds=seeds,
-                )
-                picture = to_images(family.decode(pipeline, latents))[0]
+                # Once the optimizer has its state; of the pictures one is enough.
+                with meter.phase("preview", again=True) if step and not index else nullcontext():
+                    latents = sample(
+                        denoise,
+                        pipeline.scheduler,
+                        initial_latents(seeds, shape).to(device),
+                        _on(device, encoded[prompt]),
+                        _on(device, encoded[config.negative_prompt]),
+                        steps=config.steps,
+                        guidance=config.guidance,
+                        seeds=seeds,
+                    )
+                    pixels = family.decode(pipeline, latents)
+                picture = to_images(pixels)[0]
                 picture.save(made / preview_name(index, prompt))
             pipeline.vae.to("cpu")
 

@@ -36,7 +36,9 @@ from torch import Tensor, nn
 
 from tunekit.config import TrainConfig
 from tunekit.diffusion.noise import stable_seed
-from tunekit.errors import Interrupted, NonFiniteError, ResumeError
+from tunekit.errors import Interrupted, NonFiniteError, OutOfMemory, ResumeError
+from tunekit.memory.levers import Fitted
+from tunekit.memory.measure import Meter
 from tunekit.training.checkpoint import Checkpoints, Saved
 from tunekit.training.tracking import Progress, Tracker
 
@@ -93,6 +95,8 @@ def train(
     loss: Loss,
     settings: TrainConfig,
     *,
+    fitted: Fitted | None = None,
+    meter: Meter | None = None,
     seed: int = 0,
     tracker: Tracker | None = None,
     checkpoints: Checkpoints | None = None,
@@ -108,15 +112,18 @@ def train(
         accelerator: its device, processes and mixed precision are used; accumulation is the loop's own, so
             leave `gradient_accumulation_steps` at 1.
         module: the denoiser, already on the accelerator's device; parameters with `requires_grad` are trained
-            and must be float32. It is wrapped here (DDP, autocast); the loss receives the wrapped one,
-            `module` itself is trained.
-        optimizer: built over the trainable parameters of `module` (`optimizers.build`). Its learning rate is
-            set every step from `settings` (a pure function of the step), so pass no scheduler.
+            and must be float32, unless `fitted` has copies that are. It is wrapped here (DDP, autocast); the
+            loss receives the wrapped one, `module` itself is trained.
+        optimizer: built over the trainable parameters of `module`, or those of `fitted` (`optimizers.build`).
+            Its learning rate is set every step from `settings` (a pure function of the step), so pass no
+            scheduler.
         batches: see `Batches`.
         loss: `(model, batch) -> [rows]`. Rows are summed, so a row's weight belongs inside the loss.
         settings: reads max_steps, lr, schedule, warmup_steps, max_grad_norm, checkpoint_every,
             keep_checkpoints, validate_every and log_every. A pass builds its own: `TrainConfig(max_steps=200,
             lr=1e-4, batch_size=4)`.
+        fitted: what `memory.levers.fit` made of `module`; None for a module without levers.
+        meter: measures the phases "first_step" and "step".
         seed: seeds torch's global generator before each forward (dropout).
         tracker: writes metrics.jsonl (and TensorBoard); None keeps nothing on disk.
         checkpoints: where resumable state goes; None neither saves nor resumes, and leaves signals alone.
@@ -132,6 +139,7 @@ def train(
             stays.
         ResumeError: the checkpoint found was made by another config.
         OutputError: a checkpoint could not be written; nothing half-written is left looking whole.
+        OutOfMemory: with `checkpoints`, one of the last whole step was written first where that was possible.
         Interrupted: SIGINT or SIGTERM came (only with `checkpoints`); a checkpoint was written first.
     """
     return _Training(
@@ -141,6 +149,8 @@ def train(
         batches=batches,
         loss=loss,
         settings=settings,
+        fitted=fitted,
+        meter=meter or Meter(accelerator.device, active=False),
         seed=seed,
         tracker=tracker if accelerator.is_main_process else None,
         checkpoints=checkpoints,
@@ -176,6 +186,8 @@ class _Training:
     batches: Batches
     loss: Loss
     settings: TrainConfig
+    fitted: Fitted | None
+    meter: Meter
     seed: int
     tracker: Tracker | None
     checkpoints: Checkpoints | None
@@ -191,18 +203,31 @@ class _Training:
     figures: dict[str, float] = field(default_factory=dict)
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=50))
     pending: list[_Pending] = field(default_factory=list)
+    whole: int | None = 0
+    """Steps done; None while parameters are being updated."""
     working: float = 0.0
     """Seconds this life has spent on steps alone, up to the last judgement."""
 
     def run(self) -> Result:
         """Resume, train, finish."""
-        self.parameters = {name: item for name, item in self.module.named_parameters() if item.requires_grad}
+        own = {name: item for name, item in self.module.named_parameters() if item.requires_grad}
+        self.parameters = self.fitted.parameters if self.fitted else own
+        self.in_backward = self.fitted is not None and self.fitted.optimizer_in_backward
         wrong = [name for name, item in self.parameters.items() if item.dtype != torch.float32]
         if wrong or not self.parameters:
             raise TypeError(f"not float32: {wrong[:3]}" if wrong else "nothing to train")
         self.at_once = _judged_at_once(self.accelerator.device)
         self._resume()
-        self.model, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)
+        # The small gradients of an adapter are summed over processes here: DDP would look for those of the
+        # module, not of float32 copies, and would move weights that stay on the host.
+        self.reduces = self.fitted is not None and self.fitted.stands_alone
+        if self.reduces:
+            self.model = self.accelerator.prepare_model(
+                self.module, device_placement=False, evaluation_mode=True
+            )
+            self.optimizer = self.accelerator.prepare(self.optimizer)
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)
         self.bare = self.accelerator.unwrap_model(self.model)  # under autocast still, but not DDP
         self.begun = self.window = time.perf_counter()
         total = self.settings.max_steps
@@ -226,7 +251,13 @@ class _Training:
                     self._look(0, [])
                 for step in range(self.start + 1, total + 1):
                     self._step(step)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._ran_out(error)
             finally:
+                if self.fitted:
+                    self.fitted.finish()
                 if self.tracker:
                     self.tracker.close()
                 self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -239,10 +270,13 @@ class _Training:
         saved = self.checkpoints.load() if self.checkpoints else None
         if saved is not None:
             _restore(saved, self.parameters, self.optimizer, self.accelerator, self.settings.max_steps)
+            if self.fitted:
+                self.fitted.write_back()
             self.start = saved.step
             self.seconds_before = float(saved.state["seconds"])
             self.figures.update(saved.state["metrics"])
             self.recent.extend(saved.state["recent"])
+        self.whole = self.start
         if self.tracker:
             self.tracker.rewind(self.start)
         self.accelerator.wait_for_everyone()  # all have read the checkpoint before one may prune it
@@ -251,10 +285,8 @@ class _Training:
         """One optimizer step, and whatever is due after it."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, step - 1)
-        self.pending.append(self._gradients(step))
-        rows, stop = self._judge() if self.at_once else ([], False)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with self.meter.phase("first_step" if step == self.start + 1 else "step"):
+            rows, stop = self._update(step)
         end = step == self.settings.max_steps
         saving = self.checkpoints is not None and (end or _due(step, self.settings.checkpoint_every))
         looking = end or _due(step, self.settings.validate_every) or _due(step, self.preview_every)
@@ -277,6 +309,20 @@ class _Training:
             if stop:
                 raise self.signals.interrupted(step, self.settings.max_steps)
 
+    def _update(self, step: int) -> tuple[list[dict[str, Any]], bool]:
+        """Gradients and the update; what was judged before it, if it was."""
+        if self.in_backward:
+            self.whole = None
+        self.pending.append(self._gradients(step))
+        judged = self._judge() if self.at_once else ([], False)
+        self.whole = None
+        self.optimizer.step()
+        if self.fitted:
+            self.fitted.write_back()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.whole = step
+        return judged
+
     def _gradients(self, step: int) -> _Pending:
         """Add up the gradients of this step over micro-batches and processes, clipped."""
         accelerator = self.accelerator
@@ -294,6 +340,8 @@ class _Training:
                 accelerator.backward(share * processes)
             total += share.detach()
             values.append(rows.detach())
+        if self.reduces and processes > 1:
+            _average([p.grad for p in self.parameters.values() if p.grad is not None], accelerator)
         norm = accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm or math.inf)
         told = torch.full_like(total, float(self.signals.told is not None))
         shared = torch.stack([total, told])
@@ -316,7 +364,7 @@ class _Training:
                 self._refuse(item, mean, norm)
             self.recent.append(mean)
             row = {"step": item.step, "loss": mean, "lr": item.lr}
-            if math.isfinite(norm):  # JSON has no infinity
+            if math.isfinite(norm) and not self.in_backward:  # JSON has no infinity
                 row["grad_norm"] = norm
             rows.append({**row, "samples_per_second": rate, "seconds": round(self._seconds(), 3)})
         if scaler and scaler.get_scale() < 1:
@@ -344,6 +392,25 @@ class _Training:
             f"step {item.step}: {what}; samples: {shown}",
             hint=f"{kept}; look at these pictures, lower train.lr, or use memory.precision=fp32",
         )
+
+    def _ran_out(self, error: RuntimeError) -> NoReturn:
+        """Saves what is whole, if it can be, and says so."""
+        self.optimizer.zero_grad(set_to_none=True)
+        kept = "there was no checkpoint yet"
+        if self.checkpoints:
+            alone = self.accelerator.num_processes == 1  # the others may wait for this process for ever
+            if alone and self.whole is not None and self.whole > self.start:
+                self._judge()
+                self._save(self.whole)
+            newest = self.checkpoints.newest()
+            kept = f"goes on from {newest.name} when started again" if newest else kept
+        text = str(error).strip().partition("\n")[0]
+        raise OutOfMemory(
+            f"memory ran out after step {self.whole if self.whole is not None else 'an unfinished one'}"
+            f" of {self.settings.max_steps} ({text}); {kept}",
+            hint="memory.budget=auto plans a run that fits, and memory.on_oom=replan goes on by itself;"
+            " or lower memory.micro_batch, or set memory.gradient_checkpointing=true",
+        ) from error
 
     def _look(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Validate and preview where they are due, and write the rows down."""
@@ -414,6 +481,20 @@ def learning_rate(settings: TrainConfig, step: int) -> float:
     done = (step - warmup) / (total - warmup)
     share = 1 - done if settings.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return settings.lr * share
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the allocator of CPU tensors, had nothing left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _average(gradients: Sequence[Tensor], accelerator: Accelerator) -> None:
+    """Replaces gradients by their mean over the processes."""
+    flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+    start = 0
+    for gradient in gradients:
+        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+        start += gradient.numel()
 
 
 def _judged_at_once(device: torch.device) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,21 +15,47 @@ from torch import nn
 
 from tunekit import hardware, optimizers
 from tunekit.adapters import save_adapter
-from tunekit.artifacts import Artifact, Metric, RunFolder, Step, atomic_folder, clean_leftovers, write_text
-from tunekit.config import DataConfig, DreamboothData, MemoryConfig, TrainConfig, TrainingRunConfig, dump_yaml
+from tunekit.artifacts import (
+    Artifact,
+    Metric,
+    RunFolder,
+    Step,
+    atomic_folder,
+    clean_leftovers,
+    write_json,
+    write_text,
+)
+from tunekit.config import (
+    AdapterConfig,
+    DataConfig,
+    DreamboothData,
+    MemoryConfig,
+    TrainConfig,
+    TrainingRunConfig,
+    dump_yaml,
+)
 from tunekit.errors import ConfigError, DeviceError
 from tunekit.families.family import Family, Pipeline
-from tunekit.memory.levers import apply_levers
+from tunekit.memory.levers import Fitted, Levers, autocast_of, fit, step_in_backward
+from tunekit.memory.measure import Meter
+from tunekit.memory.picture import draw
+from tunekit.memory.plan import Plan
 from tunekit.training.checkpoint import Checkpoints, compare_identities, only_writer
 from tunekit.training.loop import Result
 from tunekit.training.tracking import Tracker
+from tunekit.units import format_bytes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def open_accelerator(memory: MemoryConfig, batch_size: int) -> Accelerator:
+def open_accelerator(
+    memory: MemoryConfig, batch_size: int, adapter: AdapterConfig | None = None
+) -> Accelerator:
     """Make the accelerator for `memory.device` and `memory.precision`.
+
+    Args:
+        adapter: what is trained, which decides whether autocast is needed (`levers.autocast_of`).
 
     Raises:
         DeviceError: the device is not there, or cannot compute in that precision.
@@ -45,8 +72,13 @@ def open_accelerator(memory: MemoryConfig, batch_size: int) -> Accelerator:
         )
     if device.torch_device.startswith("cuda"):
         torch.cuda.set_device(device.index)
-    mixed = "no" if memory.precision == "fp32" else memory.precision
+    mixed = autocast_of(memory.precision, adapter)
     accelerator = Accelerator(cpu=device.kind == "cpu", mixed_precision=mixed)
+    if accelerator.num_processes > 1 and memory.optimizer_in_backward:
+        raise ConfigError(
+            f"memory.optimizer_in_backward works in one process, and there are {accelerator.num_processes}",
+            hint="gradients of all processes are summed before an update; leave it out",
+        )
     if accelerator.num_processes > batch_size:
         raise ConfigError(
             f"train.batch_size={batch_size} is too little for {accelerator.num_processes} processes",
@@ -65,24 +97,33 @@ def close_accelerator(accelerator: Accelerator) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def prepare_denoiser(
-    denoiser: nn.Module, memory: MemoryConfig, *, frozen: bool, device: torch.device
-) -> nn.Module:
-    """Put the denoiser on the device with the memory levers applied.
+def fit_denoiser(
+    config: TrainingRunConfig, family: Family, pipeline: Pipeline, device: torch.device
+) -> Fitted:
+    """Put the denoiser on the device as it is trained, with its adapter and the memory levers.
 
-    Args:
-        frozen: it will carry an adapter, so its own weights may be kept in `memory.precision`; weights that
-            are trained stay float32.
+    Raises:
+        ConfigError, AdapterError, MissingPackageError: see `levers.fit`.
     """
-    apply_levers(denoiser, memory.precision, memory.gradient_checkpointing, frozen=frozen)
-    return denoiser.to(device)
+    return fit(
+        family.denoiser(pipeline),
+        config.adapter,
+        family.lora_targets,
+        Levers.of(config.memory),
+        device=device,
+        seed=config.seed,
+    )
 
 
 def build_optimizer(
-    train: TrainConfig, parameters: Sequence[nn.Parameter], device: torch.device
+    train: TrainConfig, parameters: Iterable[nn.Parameter], device: torch.device, *, in_backward: bool = False
 ) -> torch.optim.Optimizer:
-    """Make the optimizer of a `train:` section."""
-    return optimizers.build(
+    """Make the optimizer of a `train:` section.
+
+    Args:
+        in_backward: see `levers.step_in_backward`.
+    """
+    optimizer = optimizers.build(
         train.optimizer,
         parameters,
         lr=train.lr,
@@ -90,7 +131,11 @@ def build_optimizer(
         eps=train.eps,
         weight_decay=train.weight_decay,
         device=str(device),
+        per_parameter=in_backward,
     )
+    if in_backward:
+        step_in_backward(optimizer)
+    return optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +146,8 @@ class Run:
     accelerator: Accelerator
     main: bool
     """Whether this is the process that writes."""
+    meter: Meter
+    """Measures what was planned, phase by phase."""
 
     def say(self, line: str) -> None:
         """Print on the main process."""
@@ -120,8 +167,19 @@ class Run:
         events = self.folder.path / "tensorboard" if "tensorboard" in train.trackers else None
         return Tracker(self.folder.metrics, tensorboard=events)
 
-    def begin(self, config: TrainingRunConfig, identity: Mapping[str, Any]) -> bool:
-        """Whether there is something to train; writes config.yaml once it is known to fit what is there.
+    def watch(
+        self, pipeline: Pipeline, fitted: Fitted | None = None, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        """Tell the meter what is in memory from now on."""
+        self.meter.there = partial(_in_memory, pipeline, fitted, optimizer)
+
+    def begin(self, config: TrainingRunConfig, identity: Mapping[str, Any], plan: Plan | None = None) -> bool:
+        """Whether there is something to train; writes config.yaml and plan.json once they fit what is there.
+
+        Args:
+            config: as it was given.
+            identity: of what is learned, see `checkpoint.identity`.
+            plan: None where nothing was planned.
 
         Raises:
             ResumeError: what is there was made by another configuration; names the keys.
@@ -134,10 +192,29 @@ class Run:
         self.accelerator.wait_for_everyone()
         if self.main:
             write_text(self.folder.config, dump_yaml(config))
+            if plan is not None:
+                self._write_plan(plan)
         if details and int(details["step"]) >= config.train.max_steps:
             self.say(f"training is finished ({details['step']} steps): {trained}")
             return False
         return True
+
+    def _write_plan(self, plan: Plan) -> None:
+        self.meter.active = True
+        file = self.folder.path / "plan.json"
+        content = plan.as_json()
+        if file.is_file():  # what went wrong in this run's earlier lives stays known
+            before = json.loads(file.read_text(encoding="utf-8"))
+            content |= {key: before[key] for key in ("ran_out",) if key in before}
+        write_json(file, content)
+        write_text(self.folder.path / "plan.svg", draw(plan))
+        self.say(
+            f"plan: {plan.words}; needs {format_bytes(plan.device_bytes)} of"
+            f" {format_bytes(plan.budget_bytes)} (most in the phase {plan.peak_phase}),"
+            f" step time x{plan.relative_step_time:.2f}"
+        )
+        if plan.approximates:
+            self.say(f"plan: {' and '.join(plan.approximates)}: changes a little what is learned")
 
     def close(self) -> Artifact | None:
         """Leave accelerate; the main process gets what was trained and goes on as an ordinary single one.
@@ -170,6 +247,20 @@ class Run:
         """
         if not self.main:
             return
+        with self.meter.phase("save"):
+            self._save(config, family, pipeline, result, identity, parameters)
+        if self.meter.active:
+            self.meter.write(self.folder.path / "plan.json")
+
+    def _save(
+        self,
+        config: TrainingRunConfig,
+        family: Family,
+        pipeline: Pipeline,
+        result: Result,
+        identity: Mapping[str, Any],
+        parameters: int,
+    ) -> None:
         final = self.folder.adapter if config.adapter else self.folder.model
         metrics: dict[str, Metric] = {
             "steps": result.step,
@@ -214,8 +305,21 @@ class Run:
         self.say(f"saved {final}")
 
 
+def _in_memory(
+    pipeline: Pipeline, fitted: Fitted | None, optimizer: torch.optim.Optimizer | None
+) -> Iterator[torch.Tensor]:
+    host = {id(tensor) for tensor in fitted.host.tensors} if fitted and fitted.host else set()
+    for module in pipeline.components.values():
+        if isinstance(module, nn.Module):
+            yield from (t for t in (*module.parameters(), *module.buffers()) if id(t) not in host)
+    if fitted:
+        yield from fitted.parameters.values()
+    for state in optimizer.state.values() if optimizer else ():
+        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
 def load_base(config: TrainingRunConfig, family: Family) -> Pipeline:
-    """Load the base model in float32; what may be narrower is narrowed later (`prepare_denoiser`)."""
+    """Load the base model in float32; what may be narrower is narrowed later (`fit_denoiser`)."""
     model = config.model
     return family.load(
         model.source, revision=model.revision, variant=model.variant, allow_pickle=model.allow_pickle
@@ -231,8 +335,9 @@ def open_run(config: TrainingRunConfig) -> Iterator[Run]:
         ArtifactError: another process is writing to this run.
         OutputError: the folder cannot be written.
     """
-    accelerator = open_accelerator(config.memory, config.train.batch_size)
-    run = Run(RunFolder(config.run_dir), accelerator, accelerator.is_main_process)
+    accelerator = open_accelerator(config.memory, config.train.batch_size, config.adapter)
+    meter = Meter(accelerator.device, active=False)
+    run = Run(RunFolder(config.run_dir), accelerator, accelerator.is_main_process, meter)
     if not run.main:
         accelerator.wait_for_everyone()
         yield run
