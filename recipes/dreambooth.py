@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tunekit.config import DreamboothData, Loaded, TrainingRunConfig
+from tunekit.config import CLASS_BATCH, DreamboothData, Loaded, TrainingRunConfig
 from tunekit.launch import run_recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL.Image import Image
     from torch import Tensor, nn
 
     from tunekit.data.cache import Batch
@@ -94,15 +97,21 @@ def fine_tune(config: Config, run: Run, scan: Scan, learned: dict[str, Any]) -> 
     def drawing() -> Draw:
         pipeline.to(accelerator.device)
         runtime = torch_runtime(family, pipeline, device=str(accelerator.device))
-        return partial(
-            generate,
-            runtime,
-            [str(config.data.class_prompt)],
-            steps=config.data.class_steps,
-            guidance=config.data.class_guidance,
-            height=config.data.resolution,
-            width=config.data.resolution,
-        )
+
+        def draw(*, seeds: Sequence[int]) -> list[Image]:
+            with run.meter.phase("class_pictures"):
+                return generate(
+                    runtime,
+                    [str(config.data.class_prompt)],
+                    seeds=seeds,
+                    steps=config.data.class_steps,
+                    guidance=config.data.class_guidance,
+                    height=config.data.resolution,
+                    width=config.data.resolution,
+                    batch=config.memory.class_batch or CLASS_BATCH,
+                )
+
+        return draw
 
     run.watch(pipeline)
     encoder = Encoder(
@@ -120,6 +129,7 @@ def fine_tune(config: Config, run: Run, scan: Scan, learned: dict[str, Any]) -> 
         pictures = class_pictures(
             config.data, folder, drawing, seed=config.seed, accelerator=accelerator, say=run.say
         )
+        pipeline.to("cpu")  # from here on each network visits the device alone
         prior = encoder.dataset(pictures, config.data, seed=config.seed)
     dataset = encoder.dataset(scan.samples, config.data, seed=config.seed)
     prompts = encoder.conditioning([*config.preview.prompts, config.preview.negative_prompt])

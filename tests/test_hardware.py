@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from tunekit import hardware
 from tunekit.errors import DeviceError
-from tunekit.hardware import TABLE, find, peak_memory, probe
+from tunekit.hardware import GIB, TABLE, amd_has_bf16, find, peak_memory, probe, usable_bytes, why_less
 
 
 @pytest.mark.parametrize("facts", TABLE.values(), ids=list(TABLE))
@@ -18,6 +20,16 @@ def test_rows_are_whole(facts: hardware.DeviceFacts):
         assert facts.bandwidth_bytes_s and 5e10 < facts.bandwidth_bytes_s < 1e13
     if facts.compute_capability:
         assert facts.supports_bf16 == (facts.compute_capability >= (8, 0))
+    assert set(facts.lacks) <= {"bf16", "flash attention", "fused attention", "bitsandbytes"}
+    assert ("bf16" in facts.lacks) == (not facts.supports_bf16)
+    assert ("fused attention" in facts.lacks) == (not facts.has_fused_attention)
+
+
+@pytest.mark.parametrize("facts", [facts for facts in TABLE.values() if "GeForce" in facts.title])
+def test_geforce_halves_float32_sums(facts: hardware.DeviceFacts):
+    """The rate with FP16 sums, or the sparse one, would be twice that."""
+    times = 4 if facts.compute_capability == (7, 5) else 2
+    assert facts.half_flops == pytest.approx(times * facts.float32_flops, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +76,112 @@ def test_probe_refuses(requested: str, message: str):
         probe(requested)
 
 
+@pytest.mark.parametrize(
+    ("free", "fraction", "reserved", "usable"),
+    [
+        (23, 1.0, 0, 23),
+        (20, 1.0, 3, 20),  # what is ours already is not free
+        (23, 0.5, 0, 12),
+        (20, 0.5, 3, 9),
+        (5, 0.5, 0, 5),  # others leave less than the cap
+        (10, 0.5, 13, 0),  # capped after it took more
+    ],
+)
+def test_usable_bytes(free: int, fraction: float, reserved: int, usable: int):
+    assert usable_bytes(free * GIB, 24 * GIB, fraction, reserved * GIB) == usable * GIB
+
+
+@pytest.mark.parametrize(
+    ("name", "free", "fraction", "reserved", "note"),
+    [
+        ("NVIDIA GeForce RTX 4090", 24, 1.0, 0, ""),
+        ("NVIDIA GeForce RTX 4090", 21.7, 1.0, 0, ""),  # a desktop
+        ("NVIDIA GeForce RTX 4090", 12.8, 1.0, 0, "other programs hold 11.2 GiB of 24.0 GiB"),
+        ("NVIDIA GeForce RTX 4090", 12.8, 1.0, 11, ""),  # it is this process
+        ("NVIDIA GeForce RTX 4090", 24, 0.49998, 0, "capped at 50 % of the card by the process"),
+        ("NVIDIA GeForce RTX 4090", 24, 0.9999, 0, ""),
+        ("NVIDIA A30 MIG 4g.24gb", 24, 1.0, 0, "a MIG slice"),
+        (
+            "NVIDIA A30 MIG 4g.24gb",
+            6,
+            0.25,
+            0,
+            "a MIG slice; capped at 25 % of the card by the process; "
+            "other programs hold 18.0 GiB of 24.0 GiB",
+        ),
+    ],
+)
+def test_why_less(name: str, free: float, fraction: float, reserved: int, note: str):
+    assert why_less(name, round(free * GIB), 24 * GIB, fraction, reserved * GIB) == note
+
+
+@pytest.mark.parametrize(
+    ("arch", "bf16"),
+    [
+        ("gfx906:sramecc+:xnack-", False),
+        ("gfx90a:sramecc+:xnack-", True),
+        ("gfx942", True),
+        ("gfx1030", False),
+        ("gfx1100", True),
+        ("gfx1201", True),
+    ],
+)
+def test_amd_has_bf16(arch: str, bf16: bool):
+    assert amd_has_bf16(arch) is bf16
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch):
+    """Gives torch a card of 24 GiB, 22 of them free, where this process has reserved 1."""
+    import torch
+
+    def make(fraction: float | None = 1.0, hip: str | None = None, **properties: object) -> None:
+        facts = {"name": "a card", "major": 8, "gcnArchName": "", **properties}
+
+        def share(index: int) -> float:
+            if fraction is None:
+                raise RuntimeError("does not yet support getMemoryFraction")
+            return fraction
+
+        monkeypatch.setattr(torch.version, "hip", hip)
+        for name, answer in {
+            "is_available": lambda: True,
+            "device_count": lambda: 1,
+            "get_device_properties": lambda index: SimpleNamespace(**facts),
+            "mem_get_info": lambda index: (22 * GIB, 24 * GIB),
+            "memory_reserved": lambda index: GIB,
+            "get_per_process_memory_fraction": share,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("fraction", "free", "note"),
+    [(1.0, 22, ""), (None, 22, ""), (0.5, 11, "capped at 50 % of the card by the process")],
+)
+def test_probe_counts_a_cap(card, fraction: float | None, free: int, note: str):
+    card(fraction)
+    device = probe("cuda")
+    assert (device.total_bytes, device.free_bytes, device.note) == (24 * GIB, free * GIB, note)
+
+
+@pytest.mark.parametrize(
+    ("kind", "made", "bf16"),
+    [
+        ("cuda", {"major": 7}, False),
+        ("cuda", {"major": 12}, True),
+        ("rocm", {"hip": "7.2", "major": 10, "gcnArchName": "gfx1030"}, False),
+        ("rocm", {"hip": "7.2", "major": 11, "gcnArchName": "gfx1100"}, True),
+    ],
+)
+def test_probe_knows_bf16(card, kind: str, made: dict[str, object], bf16: bool):
+    card(**made)
+    device = probe("cuda:0")
+    assert (device.kind, device.supports_bf16) == (kind, bf16)
+
+
 def test_container_limit_counts(monkeypatch: pytest.MonkeyPatch):
     limits = {"/sys/fs/cgroup/memory.max": 2**20, "/sys/fs/cgroup/memory.current": 2**18}
     monkeypatch.setattr(hardware, "_read_int", limits.get)
@@ -102,3 +220,40 @@ def test_probe_gpu():
     device = probe()
     assert device.kind in {"cuda", "rocm"}
     assert 0 < device.free_bytes <= device.total_bytes
+
+
+@pytest.mark.gpu
+def test_probe_gpu_sees_its_cap():
+    import torch
+
+    torch.cuda.set_per_process_memory_fraction(0.25, 0)
+    try:
+        device = probe("cuda:0")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
+    assert device.free_bytes <= device.total_bytes / 4
+    assert "capped at 25 %" in device.note
+
+
+@pytest.mark.parametrize(
+    ("title", "gib", "card"),
+    [
+        ("NVIDIA GeForce RTX 3060", 12, "rtx-3060"),
+        ("NVIDIA GeForce RTX 4070 Ti", 12, "rtx-4070-ti"),
+        ("NVIDIA GeForce RTX 4070", 12, "rtx-4070"),
+        ("NVIDIA L40S", 45, "l40s"),
+        ("NVIDIA L4", 23, "l4"),
+        ("Tesla T4", 15, "t4"),
+        ("NVIDIA A100-SXM4-40GB", 40, "a100-40gb"),
+        ("NVIDIA A100 80GB PCIe", 80, "a100-80gb"),
+        ("NVIDIA H100 80GB HBM3", 79, "h100"),
+        ("AMD Radeon RX 7900 XTX", 24, "rx-7900-xtx"),
+        ("Intel(R) Arc(TM) B580 Graphics", 12, "arc-b580"),
+        ("NVIDIA GeForce GTX 1650", 4, None),
+        ("Intel(R) Xeon(R) Processor", 24, None),
+    ],
+)
+def test_cards_are_recognized_by_what_torch_calls_them(title: str, gib: int, card: str | None) -> None:
+    device = hardware.Device("cuda", 0, "cuda:0", title, gib * 2**30, gib * 2**30, True)
+    found = hardware.resembling(device)
+    assert (found.name if found else None) == card

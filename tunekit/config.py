@@ -21,6 +21,8 @@ from tunekit.units import parse_bytes
 from tunekit.yamlfile import REQUIRED, Key, Source, dotted, read
 
 S = TypeVar("S", bound=BaseModel)
+CLASS_BATCH = 4
+"""Class pictures drawn at once where there is room."""
 
 
 # Sections --------------------------------------------------------------------------------------------------
@@ -290,6 +292,8 @@ class MemoryConfig(Section):
     """Run the text encoders on the CPU. null lets the planner decide, and is false without one."""
     vae_tiling: bool | None = None
     """Decode previews in tiles, which can show at their seams. null lets the planner decide."""
+    class_batch: Positive | None = None
+    """Class pictures drawn at once. null leaves it to the planner, and is 4 without one."""
     approximate: Literal["never", "if_needed", "if_faster"] = "if_needed"
     """Whether the planner may choose what changes a little what is learned: packed base weights and 8-bit
     optimizer state. if_needed: only if nothing exact fits."""
@@ -382,6 +386,8 @@ class TrainingRunConfig(RunConfig):
                 "train.validate_every",
                 "has no effect: there are no held-out pictures without data.validation",
             )
+        if memory.class_batch is not None and not getattr(getattr(self, "data", None), "class_prompt", None):
+            wrong("memory.class_batch", "has no effect: no class pictures are drawn")
         frozen_only = "needs a frozen base: all weights are trained with adapter=null"
         if self.adapter is None and memory.base_precision in ("int8", "nf4"):
             wrong("memory.base_precision", frozen_only)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tunekit.errors import DeviceError, did_you_mean
+from tunekit.units import format_bytes
 
 GIB = 2**30
 
@@ -21,17 +24,19 @@ class DeviceFacts:
     Attributes:
         name: "rtx-3060".
         kind: "cuda", "rocm", "xpu", "mps" or "cpu".
-        memory_bytes: memory of the card; None where it is the machine's own.
+        memory_bytes: memory of the card, less what error correction takes where that is on at first; None
+            where it is the machine's own.
         bandwidth_bytes_s: memory bandwidth.
         compute_capability: NVIDIA's, (8, 6); None for others.
         supports_bf16: whether bf16 matrix products run at full speed.
-        source: the maker's page.
+        source: the maker's page or paper.
         half_flops: operations per second of dense 16-bit matrix products with float32 sums. Together with
-            float32_flops it only ranks plans on one card; GeForce figures stand in NVIDIA's architecture
-            papers, not on the product page that `source` names.
-        float32_flops: operations per second in float32.
-        has_fused_attention: whether torch has an attention kernel there that keeps no score matrix.
-        lacks: what does not run there, for messages.
+            float32_flops it only ranks plans on one card.
+        float32_flops: operations per second in float32, without the matrix cores.
+        has_fused_attention: whether torch has an attention kernel there, backward too, that keeps no score
+            matrix.
+        lacks: what does not run there, for messages: "bf16", "flash attention" (another fused kernel does),
+            "fused attention" (none does), "bitsandbytes".
     """
 
     name: str
@@ -48,7 +53,19 @@ class DeviceFacts:
     lacks: tuple[str, ...] = ()
 
 
-_GEFORCE = "https://www.nvidia.com/en-us/geforce/graphics-cards/compare/"
+# NVIDIA's architecture papers call half_flops "Peak FP16 Tensor TFLOPS with FP32 Accumulate". On GeForce that
+# is half the rate with FP16 sums: four times float32's on Turing, twice on Ampere, Ada and Blackwell. Checked
+# against quotations of the papers: 3090, A6000, 4090, 5090. The other GeForce rows are cores x boost clock x
+# that rate.
+_TURING = (
+    "https://images.nvidia.com/aem-dam/en-zz/Solutions/design-visualization/technologies/turing-architecture/"
+    "NVIDIA-Turing-Architecture-Whitepaper.pdf"
+)
+_AMPERE = "https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf"
+_ADA = "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
+_BLACKWELL = (
+    "https://images.nvidia.com/aem-dam/Solutions/geforce/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf"
+)
 _CENTER = "https://www.nvidia.com/en-us/data-center/"
 _AMD = "https://www.amd.com/en/products/graphics/"
 _APPLE_M2 = (
@@ -62,20 +79,20 @@ _INTEL_B580 = (
 def _nvidia(
     name: str,
     title: str,
-    gib: int,
+    gib: float,
     gb_s: int,
     sm: tuple[int, int],
     tflops: tuple[float, float],
     source: str,
 ) -> DeviceFacts:
-    # bf16 came with Ampere. Capabilities: https://developer.nvidia.com/cuda-gpus
+    # bf16 and torch's flash attention begin with Ampere. Capabilities: https://developer.nvidia.com/cuda-gpus
     half, full = tflops
     bf16 = sm >= (8, 0)
     return DeviceFacts(
         name,
         title,
         "cuda",
-        gib * GIB,
+        round(gib * GIB),
         gb_s * 1e9,
         sm,
         bf16,
@@ -89,32 +106,31 @@ def _nvidia(
 TABLE: dict[str, DeviceFacts] = {
     facts.name: facts
     for facts in (
-        _nvidia("rtx-2060-12gb", "GeForce RTX 2060 12 GB", 12, 336, (7, 5), (28.7, 7.2), _GEFORCE),
-        _nvidia("rtx-3060", "GeForce RTX 3060 12 GB", 12, 360, (8, 6), (25.5, 12.7), _GEFORCE),
-        _nvidia("rtx-3090", "GeForce RTX 3090", 24, 936, (8, 6), (71, 35.6), _GEFORCE),
-        _nvidia("rtx-4060-ti-16gb", "GeForce RTX 4060 Ti 16 GB", 16, 288, (8, 9), (44.1, 22.1), _GEFORCE),
-        _nvidia("rtx-4070", "GeForce RTX 4070", 12, 504, (8, 9), (58.3, 29.1), _GEFORCE),
-        _nvidia("rtx-4070-ti", "GeForce RTX 4070 Ti", 12, 504, (8, 9), (80.2, 40.1), _GEFORCE),
-        _nvidia("rtx-4080", "GeForce RTX 4080", 16, 716, (8, 9), (97.5, 48.7), _GEFORCE),
-        _nvidia("rtx-4090", "GeForce RTX 4090", 24, 1008, (8, 9), (165.2, 82.6), _GEFORCE),
-        _nvidia("rtx-5070-ti", "GeForce RTX 5070 Ti", 16, 896, (12, 0), (87.9, 43.9), _GEFORCE),
-        _nvidia("rtx-5090", "GeForce RTX 5090", 32, 1792, (12, 0), (209.5, 104.8), _GEFORCE),
-        _nvidia(
-            "rtx-a6000",
-            "RTX A6000",
-            48,
-            768,
-            (8, 6),
-            (154.8, 38.7),
-            "https://www.nvidia.com/en-us/products/workstations/rtx-a6000/",
-        ),
-        _nvidia("t4", "Tesla T4", 16, 320, (7, 5), (65, 8.1), _CENTER + "tesla-t4/"),
-        _nvidia("l4", "L4", 24, 300, (8, 9), (121, 30.3), _CENTER + "l4/"),
-        _nvidia("l40s", "L40S", 48, 864, (8, 9), (362, 91.6), _CENTER + "l40s/"),
+        _nvidia("rtx-2060-12gb", "GeForce RTX 2060 12 GB", 12, 336, (7, 5), (28.7, 7.2), _TURING),
+        _nvidia("rtx-3060", "GeForce RTX 3060 12 GB", 12, 360, (8, 6), (25.5, 12.7), _AMPERE),
+        _nvidia("rtx-3090", "GeForce RTX 3090", 24, 936, (8, 6), (71, 35.6), _AMPERE),
+        _nvidia("rtx-4060-ti-16gb", "GeForce RTX 4060 Ti 16 GB", 16, 288, (8, 9), (44.1, 22.1), _ADA),
+        _nvidia("rtx-4070", "GeForce RTX 4070", 12, 504, (8, 9), (58.3, 29.1), _ADA),
+        _nvidia("rtx-4070-ti", "GeForce RTX 4070 Ti", 12, 504, (8, 9), (80.2, 40.1), _ADA),
+        _nvidia("rtx-4080", "GeForce RTX 4080", 16, 717, (8, 9), (97.5, 48.7), _ADA),
+        _nvidia("rtx-4090", "GeForce RTX 4090", 24, 1008, (8, 9), (165.2, 82.6), _ADA),
+        _nvidia("rtx-5070-ti", "GeForce RTX 5070 Ti", 16, 896, (12, 0), (87.9, 43.9), _BLACKWELL),
+        _nvidia("rtx-5090", "GeForce RTX 5090", 32, 1792, (12, 0), (209.5, 104.8), _BLACKWELL),
+        # Not GeForce: float32 sums cost nothing there. Datasheets print the sparse rate too, twice these. T4,
+        # L4 and L40S come with error correction on, which takes 1/16: nvidia-smi shows 15360, 23034 and 46068
+        # MiB.
+        _nvidia("rtx-a6000", "RTX A6000", 48, 768, (8, 6), (154.8, 38.7), _AMPERE),
+        _nvidia("t4", "Tesla T4", 15, 320, (7, 5), (65, 8.1), _CENTER + "tesla-t4/"),
+        _nvidia("l4", "L4", 22.5, 300, (8, 9), (121, 30.3), _CENTER + "l4/"),
+        _nvidia("l40s", "L40S", 45, 864, (8, 9), (362, 91.6), _CENTER + "l40s/"),
         _nvidia("a100-40gb", "A100 40 GB", 40, 1555, (8, 0), (312, 19.5), _CENTER + "a100/"),
         _nvidia("a100-80gb", "A100 80 GB PCIe", 80, 1935, (8, 0), (312, 19.5), _CENTER + "a100/"),
         _nvidia("h100", "H100 SXM", 80, 3350, (9, 0), (989, 66.9), _CENTER + "h100/"),
         _nvidia("h200", "H200 SXM", 141, 4800, (9, 0), (989, 66.9), _CENTER + "h200/"),
+        # Fused attention on AMD is https://github.com/ROCm/aotriton, with gfx1100, without gfx1030 (W6800).
+        # bitsandbytes 0.50 has gfx1100, but gfx1030 only for ROCm 7.14; torch 2.13's wheels are for 7.2:
+        # https://huggingface.co/docs/bitsandbytes/main/installation
+        # Not checked: operations of the W6800, here those of 60 compute units at 2.32 GHz.
         DeviceFacts(
             "radeon-pro-w6800",
             "Radeon PRO W6800",
@@ -124,9 +140,9 @@ TABLE: dict[str, DeviceFacts] = {
             None,
             False,  # RDNA 2 has no matrix cores
             _AMD + "workstations/radeon-pro/w6800.html",
-            35.7e12,
+            35.6e12,
             17.8e12,
-            has_fused_attention=False,  # https://github.com/ROCm/aotriton names no gfx1030
+            has_fused_attention=False,
             lacks=("bf16", "fused attention", "bitsandbytes"),
         ),
         DeviceFacts(
@@ -141,9 +157,14 @@ TABLE: dict[str, DeviceFacts] = {
             122.8e12,
             61.4e12,
         ),
+        # Both rates at 2.67 GHz, Intel's graphics clock; its 233 TOPS are int8 at the highest clock. Flash
+        # attention is there on Linux, in 16 bit without a mask: https://github.com/pytorch/pytorch/pull/167057
         DeviceFacts(
-            "arc-b580", "Arc B580", "xpu", 12 * GIB, 456e9, None, True, _INTEL_B580, 116.5e12, 13.7e12
+            "arc-b580", "Arc B580", "xpu", 12 * GIB, 456e9, None, True, _INTEL_B580, 109.4e12, 13.7e12
         ),
+        # 16 bit is as fast as float32 on the M1: https://github.com/philipturner/metal-benchmarks
+        # Not checked: the M2. No fused attention has a backward: https://github.com/pytorch/pytorch/issues/179294
+        # Of bitsandbytes, 0.50 brought nf4; the 8-bit optimizers do not run.
         DeviceFacts(
             "apple-m2",
             "Apple M2, 24 GB",
@@ -153,10 +174,12 @@ TABLE: dict[str, DeviceFacts] = {
             None,
             True,
             _APPLE_M2,
-            7.2e12,
             3.6e12,
-            lacks=("bitsandbytes",),
+            3.6e12,
+            has_fused_attention=False,
+            lacks=("fused attention", "bitsandbytes"),
         ),
+        # Its operations are a guess: processors differ too much.
         DeviceFacts(
             "cpu",
             "this machine's processor",
@@ -189,6 +212,25 @@ def find(name: str, *, where: str | None = None) -> DeviceFacts:
     )
 
 
+_NOT_IN_NAMES = {"geforce", "tesla", "gb", "sxm", "pcie", "6", "8", "12", "16", "24", "40", "80", "processor"}
+"""Words by which the table tells cards apart and drivers do not, or not always."""
+
+
+def resembling(device: Device) -> DeviceFacts | None:
+    """The card of the table that a device is, by the words of its name, then its memory; None if none is."""
+
+    def words(title: str) -> set[str]:
+        return set(re.findall(r"[a-z0-9]+", title.lower())) - _NOT_IN_NAMES
+
+    there = words(device.title)
+    found = [card for card in TABLE.values() if words(card.title) and words(card.title) <= there]
+
+    def nearness(card: DeviceFacts) -> tuple[int, int]:
+        return len(words(card.title)), -abs((card.memory_bytes or 0) - device.total_bytes)
+
+    return max(found, key=nearness, default=None)
+
+
 @dataclass(frozen=True)
 class Device:
     """The device a run is on.
@@ -197,7 +239,8 @@ class Device:
         kind: "cuda", "rocm", "xpu", "mps" or "cpu".
         torch_device: what torch calls it, "cuda:0" (also for ROCm).
         total_bytes: memory of the device, or of this container.
-        free_bytes: what other programs leave of it now.
+        free_bytes: what this process may still take of it now.
+        note: why that is less than the card has, in a few words; "" where little is missing.
     """
 
     kind: str
@@ -207,6 +250,54 @@ class Device:
     total_bytes: int
     free_bytes: int
     supports_bf16: bool
+    note: str = ""
+
+
+def usable_bytes(free: int, total: int, fraction: float, reserved: int) -> int:
+    """What a process may still take of a card.
+
+    Args:
+        free: what nobody holds.
+        total: memory of the card.
+        fraction: share of `total` that the process may hold in all.
+        reserved: what its allocator holds already.
+    """
+    return max(0, min(free, int(fraction * total) - reserved))
+
+
+def why_less(name: str, free: int, total: int, fraction: float = 1.0, reserved: int = 0) -> str:
+    """Why a process gets less than a card has, in a few words; "" where little is missing.
+
+    Args:
+        name: what the driver calls the card; "MIG" in it is a slice of one.
+        free: see `usable_bytes`, as for the rest.
+    """
+    reasons = []
+    if "MIG" in name:
+        reasons.append("a MIG slice")
+    percent = round(fraction * 100)
+    if percent < 100:
+        reasons.append(f"capped at {percent} % of the card by the process")
+    others = total - free - reserved
+    if others > total / 10:  # below are the context of the process itself and a desktop
+        reasons.append(f"other programs hold {format_bytes(others)} of {format_bytes(total)}")
+    return "; ".join(reasons)
+
+
+def amd_has_bf16(arch: str) -> bool:
+    """Whether an AMD chip, "gfx1030", multiplies matrices in bf16; torch says yes of every one.
+
+    In data centers that came with gfx908, elsewhere with gfx11 (RDNA 3).
+    """
+    return not arch.startswith(("gfx8", "gfx900", "gfx902", "gfx906", "gfx90c", "gfx10"))
+
+
+def _fraction(backend: Any, index: int) -> float:
+    """The share of a card that this process may hold, as a call or PYTORCH_ALLOC_CONF set it."""
+    try:
+        return float(backend.get_per_process_memory_fraction(index))
+    except (AttributeError, RuntimeError):  # an older torch; an allocator of another make
+        return 1.0
 
 
 def _read_int(path: str) -> int | None:
@@ -280,17 +371,28 @@ def probe(requested: str = "auto") -> Device:
         properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         real = "rocm" if torch.version.hip else "cuda"
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Device(real, index, f"cuda:{index}", properties.name, total, free, bf16)
+        # torch.cuda.is_bf16_supported asks the current device, not this one.
+        bf16 = amd_has_bf16(properties.gcnArchName) if real == "rocm" else properties.major >= 8
+        held = (_fraction(torch.cuda, index), torch.cuda.memory_reserved(index))
+        note = why_less(properties.name, free, total, *held)
+        usable = usable_bytes(free, total, *held)
+        return Device(real, index, f"cuda:{index}", properties.name, total, usable, bf16, note)
     if kind == "xpu" and xpu is not None:
         properties = xpu.get_device_properties(index)
-        total = int(properties.total_memory)
-        return Device(
-            "xpu", index, f"xpu:{index}", properties.name, total, total - xpu.memory_reserved(index), True
-        )
+        held = (_fraction(xpu, index), xpu.memory_reserved(index))
+        try:
+            free, total = xpu.mem_get_info(index)
+        except (AttributeError, RuntimeError):  # some drivers do not know
+            total = int(properties.total_memory)
+            free = total - held[1]
+        note = why_less(properties.name, free, total, *held)
+        usable = usable_bytes(free, total, *held)
+        return Device("xpu", index, f"xpu:{index}", properties.name, total, usable, True, note)
     total, free = _machine_memory()
     if kind == "mps":
-        return Device("mps", 0, "mps", "Apple GPU", int(torch.mps.recommended_max_memory()), free, True)
+        total = int(torch.mps.recommended_max_memory())  # Metal lets a process have no more
+        usable = usable_bytes(free, total, 1.0, torch.mps.driver_allocated_memory())
+        return Device("mps", 0, "mps", "Apple GPU", total, usable, True)
     return Device("cpu", 0, "cpu", _processor(), total, free, True)
 
 

@@ -101,7 +101,8 @@ class _Quantized(nn.Module):
         if self.scheme == "nf4":
             return _unpack_nf4(self.packed, self.scale, self.shape, dtype)
         if self.scheme == "int8":
-            return (self.packed * self.scale).to(dtype).view(self.shape)
+            # In place: on the CPU a product of int8 and float32 would make a float32 copy of the former too.
+            return self.packed.to(self.scale.dtype).mul_(self.scale).to(dtype).view(self.shape)
         low, high = (self.packed & 15).to(torch.int8) - 8, (self.packed >> 4).to(torch.int8) - 8
         rows, groups = self.scale.shape
         values = torch.stack([low, high], dim=-1).view(rows, groups, self.group)

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -20,7 +19,7 @@ from tunekit import hardware, optimizers
 from tunekit.artifacts import Artifact, RunFolder, write_json
 from tunekit.config import Loaded, TrainingRunConfig
 from tunekit.errors import ConfigError, DeviceError, OutOfMemory
-from tunekit.resources import PACKAGE, builtin
+from tunekit.resources import builtin
 from tunekit.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -271,6 +270,8 @@ def _planned(
 
 def _digest(config: TrainingRunConfig, place: _Place, name: str, processes: int) -> str:
     """Of all that a plan follows from: the config, the sizes of a local model, the device, and the code."""
+    from tunekit.memory.plan import code, versions
+
     parts: list[Any] = [
         config.model_dump(
             mode="json", exclude={"name": True, "runs": True, "seed": True, "optimize": True, "data": DATA}
@@ -278,13 +279,11 @@ def _digest(config: TrainingRunConfig, place: _Place, name: str, processes: int)
         asdict(place),
         name,
         processes,
-        [metadata.version(package) for package in ("torch", "diffusers", "peft", "transformers")],
+        versions(),
+        code(),
     ]
     model = builtin(config.model.source) or Path(config.model.source).expanduser()
-    sources = [*sorted(model.glob("*/config.json"))] if model.is_dir() else []
-    for part in ("memory", "families"):
-        sources += sorted((PACKAGE / part).glob("*.py"))
-    sources += [PACKAGE / f"{part}.py" for part in ("planning", "layers", "adapters", "optimizers")]
+    sources = sorted(model.glob("*/config.json")) if model.is_dir() else []
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     for source in sources:
         digest.update(source.read_bytes())
@@ -319,9 +318,12 @@ def _here(config: TrainingRunConfig, device: str | None, budget: int | None) -> 
         asked = config.memory.precision
         return _Place("a card", facts, budget, "bf16" if asked == "auto" else asked)
     found = hardware.probe(device)
-    facts = next(
-        (card for card in hardware.TABLE.values() if card.title in found.title),
-        replace(hardware.find("cpu"), kind=found.kind, title=found.title),
+    facts = hardware.resembling(found) or replace(
+        hardware.find("cpu"),
+        kind=found.kind,
+        title=found.title,
+        supports_bf16=found.supports_bf16,
+        compute_capability=None if found.supports_bf16 or found.kind != "cuda" else (7, 5),
     )
     precision = config.memory.precision
     if precision == "auto":

@@ -206,7 +206,23 @@ def _plan(run: RunFolder) -> dict[str, Any] | None:
         f"On {plan['device']}: {words}; predicted {format_bytes(plan['device_bytes'])} of"
         f" {format_bytes(plan['budget_bytes'])}, most in the phase {plan['peak_phase'].replace('_', ' ')}."
     )
-    return {"note": note, "svg": Markup(picture.read_text(encoding="utf-8"))}  # noqa: S704 - made by us
+    rows = [_plan_row(name, phase) for name, phase in plan["phases"].items()]
+    if plan.get("ran_out"):
+        note += f" Memory ran out {len(plan['ran_out'])} times before, and less was planned each time."
+    svg = Markup(picture.read_text(encoding="utf-8"))  # noqa: S704 - made by us
+    return {"note": note, "svg": svg, "rows": rows}
+
+
+def _plan_row(name: str, phase: Mapping[str, Any]) -> dict[str, str]:
+    """Predicted beside measured, of what tensors hold and of what the allocator took."""
+    measured, error = phase.get("measured", {}), phase.get("error", {})
+    row = {"phase": name.replace("_", " ")}
+    for kind in ("allocated", "reserved"):
+        size = measured.get(f"peak_{kind}_bytes")
+        row[kind] = format_bytes(phase[f"peak_{kind}_bytes"])
+        row[f"{kind}_measured"] = format_bytes(size) if size else "-"
+        row[f"{kind}_error"] = f"{error[kind]:+.1%}" if kind in error else "-"
+    return row
 
 
 def _subtitle(content: Mapping[str, Any]) -> str:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,49 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from tunekit import families
-from tunekit.adapters import add_adapter
 from tunekit.config import AdapterConfig
 from tunekit.errors import ConfigError
 from tunekit.families.blueprint import Blueprint
 from tunekit.memory.job import Job, trace_encode, trace_preview, trace_step
-from tunekit.memory.levers import apply_levers, checkpoint_units, trained
+from tunekit.memory.levers import Levers, checkpoint_units, fit
 from tunekit.memory.trace import CPU, CUDA, Tracer
 from tunekit.training.loop import weighted_mse
 
 ADAPTER = AdapterConfig(rank=4, alpha=4)
 SIZE = (64, 64)
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Blueprint:
-    return families.blueprint_of("sd15", "tiny")
-
-
-@pytest.fixture(scope="module")
-def script() -> Any:
-    """scripts/measure_memory.py, which reads the allocator's own record."""
-    path = Path(__file__).resolve().parents[2] / "scripts" / "measure_memory.py"
-    spec = importlib.util.spec_from_file_location("measure_memory", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@dataclass
-class Rows:
-    """A micro-batch as the recipes have it."""
-
-    ids: Sequence[str]
-    latents: Tensor
-    noise: Tensor
-    timesteps: Tensor
-    told: Tensor
-
-    def to(self, device: torch.device) -> Rows:
-        return self
 
 
 @pytest.fixture(scope="module")
@@ -67,29 +31,27 @@ def measure(script: Any) -> Callable[..., int]:
     def run(job: Job, micro_batch: int, accumulation: int, checkpointed: Any) -> int:
         family = families.get("sd15")
         pipeline = family.tiny()
-        denoiser, objective = family.denoiser(pipeline), family.objective(pipeline)
-        apply_levers(denoiser, job.precision, checkpointed, frozen=job.adapter is not None)
-        if job.adapter:
-            add_adapter(denoiser, job.adapter, family.lora_targets)
+        objective = family.objective(pipeline)
+        levers = Levers(job.precision, checkpointed=checkpointed)
+        fitted = fit(family.denoiser(pipeline), job.adapter, family.lora_targets, levers, device="cpu")
         h, w = job.latents(job.size)
         tokens, width = job.blueprint.tokens[0], int(job.blueprint.denoiser.config["cross_attention_dim"])
-        rows = Rows(
-            ["x"] * micro_batch,
-            torch.randn(micro_batch, 4, h, w),
-            torch.randn(micro_batch, 4, h, w),
-            torch.zeros(micro_batch, dtype=torch.long),
-            torch.randn(micro_batch, tokens, width),
-        )
+        inputs = {
+            "latents": torch.randn(micro_batch, 4, h, w),
+            "timesteps": torch.zeros(micro_batch, dtype=torch.long),
+            "told": torch.randn(micro_batch, tokens, width),
+        }
+        rows = script.Rows(["x"] * micro_batch, inputs, torch.randn(micro_batch, 4, h, w))
 
-        def loss(model: nn.Module, batch: Rows) -> Tensor:
-            noisy, target, weight = objective.sample(batch.latents, batch.noise, batch.timesteps)
-            known = {"encoder_hidden_states": batch.told}
-            return weighted_mse(family.denoise(model, noisy, batch.timesteps, known), target, weight)
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            timesteps = batch.inputs["timesteps"]
+            noisy, target, weight = objective.sample(batch.inputs["latents"], batch.noise, timesteps)
+            known = {"encoder_hidden_states": batch.inputs["told"]}
+            return weighted_mse(family.denoise(model, noisy, timesteps, known), target, weight)
 
         batches = script.Same(micro_batch * accumulation, [rows] * accumulation)
-        given = sum(t.numel() * t.element_size() for t in (rows.latents, rows.noise, rows.told))
-        found: int = script.measured(job, denoiser, batches, loss, "cpu")["allocated"]
-        return found + given
+        found, _ = script.measured(job, fitted, batches, loss, "cpu")
+        return int(found["peak_allocated_bytes"])
 
     return run
 
@@ -106,9 +68,8 @@ def test_prediction_equals_a_real_run_on_the_cpu(
     accumulation: int,
 ) -> None:
     job = Job(tiny, adapter, size=SIZE)
-    traced = trace_step(
-        job, CPU, micro_batch=micro_batch, accumulation=accumulation, checkpointed=checkpointed
-    )
+    levers = Levers(checkpointed=checkpointed)
+    traced = trace_step(job, CPU, levers, micro_batch=micro_batch, accumulation=accumulation)
     predicted = traced.trace.peak().size
     real = measure(job, micro_batch, accumulation, checkpointed)
     print(f"predicted {predicted:,}, measured {real:,} bytes: {predicted / real - 1:+.2%}")
@@ -119,7 +80,7 @@ def test_a_part_of_the_units(tiny: Blueprint, measure: Callable[..., int]) -> No
     job = Job(tiny, ADAPTER, size=SIZE)
     units = trace_step(job, CPU, micro_batch=4).units
     chosen = units[:3] + units[-2:]
-    predicted = trace_step(job, CPU, micro_batch=4, checkpointed=chosen).trace.peak().size
+    predicted = trace_step(job, CPU, Levers(checkpointed=chosen), micro_batch=4).trace.peak().size
     real = measure(job, 4, 1, chosen)
     print(f"{len(chosen)} of {len(units)} units: {predicted / real - 1:+.2%}")
     assert abs(predicted / real - 1) < 0.01
@@ -129,8 +90,8 @@ def test_checkpointed_units_change_no_gradient(tiny: Blueprint) -> None:
     family = families.get("sd15")
     denoiser = family.denoiser(family.tiny()).train()
     other = copy.deepcopy(denoiser)
-    names = [name for name, module in denoiser.named_modules() if type(module).__name__ == "ResnetBlock2D"]
-    checkpoint_units(other, names[::2])
+    units = trace_step(Job(tiny, None, size=SIZE), CPU, micro_batch=1).units
+    checkpoint_units(other, units[::2])
     inputs = torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), torch.randn(2, 48, 32)
     for module in (denoiser, other):
         module(*inputs, return_dict=False)[0].square().mean().backward()
@@ -140,22 +101,43 @@ def test_checkpointed_units_change_no_gradient(tiny: Blueprint) -> None:
 
 def test_an_unknown_unit_is_refused() -> None:
     family = families.get("sd15")
+    levers = Levers(checkpointed=["mid_block.resnets.7"])
     with pytest.raises(ConfigError, match=r'no block "mid_block.resnets.7"\n?') as error:
-        apply_levers(family.denoiser(family.tiny()), "fp32", ["mid_block.resnets.7"], frozen=True)
+        fit(family.denoiser(family.tiny()), ADAPTER, family.lora_targets, levers, device="cpu")
     assert 'did you mean "mid_block.resnets' in str(error.value)
+    assert error.value.where == "memory.gradient_checkpointing"
 
 
-def test_random_units_draw_the_same_twice(tiny: Blueprint) -> None:
+@pytest.mark.parametrize("key", ["checkpointed", "keep_attention"])
+def test_a_part_that_is_no_unit_is_refused_after_the_first_forward(key: str) -> None:
+    """Only a forward pass tells which modules are units."""
     family = families.get("sd15")
+    levers = Levers(**{"checkpointed": True, key: ["conv_in"]})
+    fitted = fit(family.denoiser(family.tiny()), ADAPTER, family.lora_targets, levers, device="cpu")
+    inputs = torch.ones(1, 4, 16, 16), torch.tensor([500]), torch.ones(1, 48, 32)
+    with pytest.raises(
+        ConfigError, match=r'"conv_in" is a part of the denoiser that cannot be checkpointed by itself'
+    ) as error:
+        fitted.module.train()(*inputs, return_dict=False)
+    where = "gradient_checkpointing" if key == "checkpointed" else key
+    assert error.value.where == f"memory.{where}"
+    with pytest.raises(ConfigError, match="cannot be checkpointed by itself"):
+        trace_step(Job(families.blueprint_of("sd15", "tiny"), ADAPTER, size=SIZE), CPU, levers, micro_batch=1)
+
+
+def test_random_units_draw_the_same_twice() -> None:
+    family = families.get("sd15")
+    dropping = AdapterConfig(rank=4, alpha=4, dropout=0.5)
     gradients = []
     for checkpointed in (False, True):
-        denoiser = apply_levers(family.denoiser(family.tiny()), "fp32", checkpointed, frozen=True)
-        add_adapter(denoiser, AdapterConfig(rank=4, alpha=4, dropout=0.5), family.lora_targets)
-        denoiser.train()
+        levers = Levers(checkpointed=checkpointed)
+        fitted = fit(family.denoiser(family.tiny()), dropping, family.lora_targets, levers, device="cpu")
+        fitted.module.train()
         torch.manual_seed(0)
         inputs = torch.ones(1, 4, 16, 16), torch.tensor([500]), torch.ones(1, 48, 32)
-        denoiser(*inputs, return_dict=False)[0].square().mean().backward()
-        gradients.append([parameter.grad for parameter in trained(denoiser)])
+        fitted.module(*inputs, return_dict=False)[0].square().mean().backward()
+        gradients.append([parameter.grad for parameter in fitted.parameters.values()])
+    assert gradients[0]
     assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
 
 
@@ -186,12 +168,21 @@ def test_attention_keeps_no_score_matrix_unless_the_card_has_no_kernel(tiny: Blu
     assert mathematical > 1.5 * flash
 
 
-def test_autocast_keeps_less_than_float32(tiny: Blueprint) -> None:
+@pytest.mark.parametrize(
+    ("adapter", "precision"),
+    [(ADAPTER, "bf16"), (ADAPTER, "fp16"), (None, "bf16")],
+    ids=["float32 masters", "autocast", "autocast of all weights"],
+)
+def test_sixteen_bits_keep_less_than_float32(
+    tiny: Blueprint, adapter: AdapterConfig | None, precision: str
+) -> None:
     full, half = (
-        trace_step(Job(tiny, ADAPTER, precision=name, size=SIZE), CUDA, micro_batch=4).trace.peak().size
-        for name in ("fp32", "bf16")
+        trace_step(Job(tiny, adapter, precision=name, size=SIZE), CUDA, micro_batch=4).trace.peak()
+        for name in ("fp32", precision)
     )
-    assert half < 0.8 * full
+    print(f"activations x {half.ledger['activations'] / full.ledger['activations']:.2f}")
+    assert half.ledger["activations"] < 0.8 * full.ledger["activations"]
+    assert half.size < 0.85 * full.size
 
 
 def test_previews_and_encoding(tiny: Blueprint) -> None:
@@ -200,12 +191,18 @@ def test_previews_and_encoding(tiny: Blueprint) -> None:
     assert preview.phases() == ["start", "preview forward", "preview decode"]
     assert preview.peak("preview decode").ledger["VAE"] > 0
     assert preview.peak().ledger["optimizer state"] >= 1_000_000
-    assert trace_encode(job, CUDA).peak("encode").ledger["text encoders"] > 0
+    at_once = trace_encode(job, CPU).peak("encode").ledger
+    assert {"base weights", "VAE", "text encoders"} <= set(at_once)
+    one_by_one = trace_encode(job, CUDA)
+    assert "base weights" not in one_by_one.categories.values()
+    assert {"VAE", "text encoders"} <= set(one_by_one.categories.values())
+    assert not {"VAE", "text encoders"} <= set(one_by_one.peak("encode").ledger)
+    assert "text encoders" not in trace_encode(job, CUDA, captions_on_host=True).categories.values()
 
 
 def test_the_measuring_script(script: Any, tiny: Blueprint) -> None:
     """The same on other rows: what scripts/measure_memory.py writes into benchmarks/."""
-    row = script.compare(Job(tiny, ADAPTER, size=SIZE), 3, 2, True, "cpu")
+    row = script.compare(Job(tiny, ADAPTER, size=SIZE), 3, 2, Levers(checkpointed=True), "cpu")
     assert abs(row["error_allocated"]) < 0.01
     assert row["measured_allocated_bytes"] > 0
 
@@ -214,7 +211,8 @@ def test_the_measuring_script(script: Any, tiny: Blueprint) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_prediction_on_a_gpu(script: Any, precision: str) -> None:
     sd15 = families.BLUEPRINTS.get("sd15")
-    row = script.compare(Job(sd15, ADAPTER, precision=precision, size=(512, 512)), 1, 1, False, "cuda")
+    job = Job(sd15, ADAPTER, precision=precision, size=(512, 512))
+    row = script.compare(job, 1, 1, Levers(precision), "cuda")
     assert abs(row["error_allocated"]) < 0.05
     assert abs(row["error_reserved"]) < 0.08
 

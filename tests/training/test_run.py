@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from tunekit import families
-from tunekit.adapters import add_adapter
-from tunekit.config import AdapterConfig, MemoryConfig
+from tunekit.config import AdapterConfig, MemoryConfig, ModelConfig, TrainConfig, TrainingRunConfig
 from tunekit.errors import DeviceError
-from tunekit.training.run import close_accelerator, open_accelerator, prepare_denoiser
+from tunekit.memory.levers import Fitted
+from tunekit.training.run import close_accelerator, fit_denoiser, open_accelerator
 
 FAMILY = families.get("sd15")
+ADAPTER = AdapterConfig(rank=2, alpha=2.0)
 
 
 @pytest.fixture(autouse=True)
@@ -25,14 +27,30 @@ def clean_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def fitted(pipeline: Any, memory: MemoryConfig, adapter: AdapterConfig | None, seed: int = 0) -> Fitted:
+    config = TrainingRunConfig(
+        recipe="lora",
+        seed=seed,
+        model=ModelConfig(family="sd15", source="tiny"),
+        adapter=adapter,
+        train=TrainConfig(max_steps=2, lr=1e-2),
+        memory=memory,
+    )
+    return fit_denoiser(config, FAMILY, pipeline, torch.device("cpu"))
+
+
 def test_fp16_on_the_cpu_is_an_error() -> None:
     with pytest.raises(DeviceError, match=r"memory\.precision=fp16 needs a GPU.*\n.*bf16"):
         open_accelerator(MemoryConfig(precision="fp16", device="cpu"), 4)
 
 
-def test_precisions_follow_each_other_in_one_process() -> None:
-    for precision, expected in (("bf16", "bf16"), ("fp32", "no")):
-        accelerator = open_accelerator(MemoryConfig(precision=precision, device="cpu"), 4)
+@pytest.mark.parametrize(
+    ("adapter", "mixed"), [(ADAPTER, "no"), (None, "bf16")], ids=["float32 masters", "autocast"]
+)
+def test_precisions_follow_each_other_in_one_process(adapter: AdapterConfig | None, mixed: str) -> None:
+    """A bf16 adapter has float32 masters and needs no autocast; all weights in bf16 do."""
+    for precision, expected in (("bf16", mixed), ("fp32", "no")):
+        accelerator = open_accelerator(MemoryConfig(precision=precision, device="cpu"), 4, adapter)
         assert accelerator.mixed_precision == expected
         assert accelerator.device.type == "cpu"
         close_accelerator(accelerator)
@@ -46,14 +64,18 @@ def test_every_adapter_tensor_moves(kind: str, checkpointing: bool, precision: s
     """Behind frozen inputs the reentrant kind of checkpointing would give no gradients at all."""
     pipeline = FAMILY.tiny()
     memory = MemoryConfig(precision=precision, gradient_checkpointing=checkpointing, device="cpu")
-    accelerator = open_accelerator(memory, 2)
-    denoiser = prepare_denoiser(FAMILY.denoiser(pipeline), memory, frozen=True, device=accelerator.device)
-    assert next(denoiser.parameters()).dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
-    named = add_adapter(denoiser, AdapterConfig(kind=kind, rank=2, alpha=2.0), FAMILY.lora_targets)
-    assert all(parameter.dtype == torch.float32 for _, parameter in named)
-    before = {name: parameter.detach().clone() for name, parameter in named}
-    optimizer = torch.optim.AdamW([parameter for _, parameter in named], lr=1e-2, weight_decay=0)
-    model, optimizer = accelerator.prepare(denoiser, optimizer)
+    adapter = AdapterConfig(kind=kind, rank=2, alpha=2.0)
+    accelerator = open_accelerator(memory, 2, adapter)
+    made = fitted(pipeline, memory, adapter)
+    low = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert {parameter.dtype for parameter in made.module.parameters()} == {low}
+    assert all(parameter.dtype == torch.float32 for parameter in made.parameters.values())
+    assert made.has_masters == (precision == "bf16")
+    learned = {name for name, parameter in made.module.named_parameters() if parameter.requires_grad}
+    assert learned == set(made.parameters)
+    before = {name: parameter.detach().clone() for name, parameter in made.parameters.items()}
+    optimizer = torch.optim.AdamW(made.parameters.values(), lr=1e-2, weight_decay=0)
+    model, optimizer = accelerator.prepare(made.module, optimizer)
     model.train()
     generator = torch.Generator().manual_seed(0)
     conditioning = FAMILY.encode_prompt(pipeline, ["one", "two"])
@@ -62,9 +84,20 @@ def test_every_adapter_tensor_moves(kind: str, checkpointing: bool, precision: s
         prediction = FAMILY.denoise(model, noisy, torch.tensor([10, 700]), conditioning)
         accelerator.backward(prediction.float().square().mean())
         optimizer.step()
+        made.write_back()
         optimizer.zero_grad()
-    still = [name for name, parameter in named if torch.equal(parameter, before[name])]
+    still = [name for name, parameter in made.parameters.items() if torch.equal(parameter, before[name])]
     assert still == []
+    for name, parameter in made.module.named_parameters():
+        if name in learned:
+            assert torch.equal(parameter, made.parameters[name].to(low)), name
+
+
+def test_the_seed_decides_the_first_weights_of_the_adapter() -> None:
+    memory = MemoryConfig(device="cpu")
+    one, same, other = (fitted(FAMILY.tiny(), memory, ADAPTER, seed=seed).parameters for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_checkpointing_does_not_change_gradients() -> None:
@@ -72,7 +105,7 @@ def test_checkpointing_does_not_change_gradients() -> None:
     for checkpointing in (False, True):
         pipeline = FAMILY.tiny()
         memory = MemoryConfig(gradient_checkpointing=checkpointing, device="cpu")
-        denoiser = prepare_denoiser(pipeline.unet, memory, frozen=False, device=torch.device("cpu"))
+        denoiser = fitted(pipeline, memory, None).module
         denoiser.train()
         noisy = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         conditioning = FAMILY.encode_prompt(pipeline, ["one"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunekit.artifacts import clean_leftovers
-from tunekit.config import DreamboothData, ModelConfig
+from tunekit.config import CLASS_BATCH, DreamboothData, ModelConfig
 from tunekit.data.images import SUFFIXES, Sample, Scan, scan_data
 from tunekit.diffusion.noise import stable_seed
 from tunekit.errors import output_errors
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from PIL import Image
 
-GROUP = 4
+GROUP = CLASS_BATCH
 """Class pictures drawn together; fixed, so that none depends on which others were there already."""
 
 Draw = Callable[..., "list[Image.Image]"]

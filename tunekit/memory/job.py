@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from tunekit import optimizers
 from tunekit.config import (
@@ -27,12 +28,12 @@ from tunekit.memory.trace import Target, Trace, Tracer
 WEIGHTS, ADAPTER, GRADIENTS, STATE = "base weights", "adapter", "gradients", "optimizer state"
 MASTERS = "adapter in float32"
 """What the optimizer updates, where the adapter itself is in 16 bits."""
+VAE, ENCODERS = "VAE", "text encoders"
 TRAINED = "weights"
 """All weights, where they are trained themselves."""
-VAE, ENCODERS = "VAE", "text encoders"
 VISITORS = "visiting weights"
 """Copies of weights that stay in host memory."""
-STAYS = (WEIGHTS, ADAPTER, MASTERS, TRAINED, STATE)
+STAYS = (WEIGHTS, ADAPTER, MASTERS, TRAINED, STATE, VAE)
 """What is there between two steps."""
 PAGED = 100_000
 """Elements from which a paged optimizer keeps state in host memory (bitsandbytes/optim/optimizer.py)."""
@@ -51,6 +52,7 @@ class Job:
         max_grad_norm: whether gradients are clipped.
         preview: (height, width) of previews in pixels; None without.
         guided: whether previews use guidance, which doubles their rows.
+        class_pictures: (height, width) of pictures that the base draws before training; None without.
     """
 
     blueprint: Blueprint
@@ -61,6 +63,7 @@ class Job:
     max_grad_norm: float | None = 1.0
     preview: tuple[int, int] | None = None
     guided: bool = True
+    class_pictures: tuple[int, int] | None = None
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -98,6 +101,7 @@ def job_of(
         train.max_grad_norm,
         drawn,
         preview.guidance > 1,
+        (side, side) if getattr(data, "class_prompt", None) else None,
     )
 
 
@@ -109,11 +113,13 @@ class StepTrace:
         trace: phases "first forward", "first backward", "first optimizer", then the same without "first".
         units: module paths of the checkpointing units, in the order in which they run.
         weights: unit -> bytes of its frozen weights.
+        saving: bytes that writing the result takes on the device for a while.
     """
 
     trace: Trace
     units: tuple[str, ...]
     weights: Mapping[str, int] = field(default_factory=dict)
+    saving: int = 0
 
 
 def trace_step(
@@ -156,6 +162,8 @@ def trace_step(
 
     def update(optimizer: torch.optim.Optimizer) -> None:
         _update(optimizer, fused=fused)
+        if target.name == "cpu" and facts.import_path.startswith("bitsandbytes"):
+            _copies_of_bitsandbytes(optimizer)
         state = list(_state(optimizer))
         hosted = [t for t in state if facts.paged and target.name != "cpu" and t.numel() >= PAGED]
         tracer.host(hosted)
@@ -170,8 +178,14 @@ def trace_step(
         tracer.label([tensor for tensor in frozen if id(tensor) not in host], WEIGHTS)
         learned = [p for p in denoiser.parameters() if p.requires_grad]
         tracer.label(learned, ADAPTER if job.adapter else TRAINED)
+        # Those of the batch that the denoiser takes first in another type would not be seen otherwise.
+        others = {key: value for key, value in batch.items() if key != next(iter(batch))}
+        tracer.label((value for value in tree_iter(others) if isinstance(value, Tensor)), "inputs")
         if fitted.has_masters:
             tracer.label(parameters, MASTERS)
+        if job.preview is not None and target.name == "cpu":  # between previews it waits there
+            vae = job.blueprint.vae.build()
+            tracer.label((*vae.parameters(), *vae.buffers()), VAE)
         for first in ("first ", ""):
             for _ in range(min(accumulation, 2)):
                 tracer.place = 0
@@ -189,7 +203,14 @@ def trace_step(
                     update(optimizer)
                     fitted.write_back()
                 optimizer.zero_grad(set_to_none=True)
-    return StepTrace(tracer.trace(), tuple(units), {name: _frozen_bytes(denoiser, name) for name in units})
+    weights = {name: _frozen_bytes(denoiser, name) for name in units}
+    saving = 0
+    if target.name == "cpu":  # both adapter files are read again, or the rest of the pipeline is loaded anew
+        learned = sum(p.numel() * p.element_size() for p in parameters)
+        parts = [part.build() for part in job.blueprint.parts] if job.adapter is None else []
+        whole = sum(t.numel() * t.element_size() for part in parts for t in part.parameters())
+        saving = 2 * learned if job.adapter else whole
+    return StepTrace(tracer.trace(), tuple(units), weights, saving)
 
 
 def _frozen_bytes(denoiser: nn.Module, unit: str) -> int:
@@ -267,6 +288,34 @@ def trace_preview(
             pixels = (pixels.float() / 2 + 0.5).clamp(0, 1)
             del pixels
     return _after(tracer.trace(), decoder.trace())
+
+
+def trace_class_pictures(job: Job, target: Target, batch: int) -> Trace:
+    """Follows the drawing of class pictures by the base, the whole pipeline on the device in float32.
+
+    Args:
+        batch: pictures at once, each with guidance.
+    """
+    if job.class_pictures is None:
+        raise ValueError("this job draws no class pictures")
+    family = job.blueprint
+    denoiser, vae = family.denoiser.build(), family.vae.build()
+    encoders = [part.build() for part in family.encoders]
+    height, width = job.latents(job.class_pictures)
+    with Tracer(target) as tracer, torch.no_grad():
+        tracer.label((*denoiser.parameters(), *denoiser.buffers()), WEIGHTS)
+        tracer.label((*vae.parameters(), *vae.buffers()), VAE)
+        for encoder in encoders:
+            tracer.label((*encoder.parameters(), *encoder.buffers()), ENCODERS)
+        with tracer.phase("class pictures"):
+            rows = family.inputs(family, 2 * batch, height, width)
+            made = denoiser(**rows, return_dict=False)[0]
+            del made, rows
+            channels = int(family.vae.config.get("latent_channels", 4))
+            pixels = vae.decode(meta(batch, channels, height, width)).sample
+            pixels = (pixels.float() / 2 + 0.5).clamp(0, 1)
+            del pixels
+    return tracer.trace()
 
 
 def trace_encode(job: Job, target: Target, *, captions_on_host: bool = False) -> Trace:
@@ -365,6 +414,18 @@ def _update_fused(optimizer: torch.optim.Optimizer) -> None:
             amsgrad=False,
             maximize=False,
         )
+
+
+def _copies_of_bitsandbytes(optimizer: torch.optim.Optimizer) -> None:
+    """What its kernels for the CPU make in float32 for each weight (bitsandbytes/backends/cpu/ops.py).
+
+    With 8-bit state both moments, the gradient, and the divisor twice; else the gradient, the divisor, and
+    the update.
+    """
+    for parameter, state in optimizer.state.items():
+        copies = 5 if state["state1"].dtype == torch.uint8 else 3
+        if parameter.grad is not None:
+            meta(copies * parameter.numel())
 
 
 @torch.no_grad()

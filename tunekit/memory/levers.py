@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from tunekit import layers
@@ -281,7 +282,9 @@ def checkpoint_units(
     run_so_far: list[str] = []
 
     def check_units(*_: Any) -> None:
-        """After the first forward pass, when all units have run."""
+        """After the first forward pass for a gradient, when all units have run."""
+        if not torch.is_grad_enabled():
+            return
         first.remove()
         check(run_so_far, '"{}" is a part of the denoiser that cannot be checkpointed by itself')
 
@@ -378,13 +381,15 @@ class HostWeights:
         """Runs a unit with copies of its weights; they live as long as autograd needs them."""
         if name in self._inside:
             return forward(*args, **kwargs)
-        weights = self._fetch(name)
-        if name not in self._order:
-            self._order.append(name)
-        backward = torch._C._current_graph_task_id() != -1
-        at = self._order.index(name) + (-1 if backward else 1)
-        if 0 <= at < len(self._order):
-            self._coming[self._order[at]] = self._copy(self._order[at])
+        # Unseen by whoever watches operators: one who keeps attentions wants the same ones the second time.
+        with _disable_current_modes():
+            weights = self._fetch(name)
+            if name not in self._order:
+                self._order.append(name)
+            backward = torch._C._current_graph_task_id() != -1
+            at = self._order.index(name) + (-1 if backward else 1)
+            if 0 <= at < len(self._order):
+                self._coming[self._order[at]] = self._copy(self._order[at])
         self._inside.add(name)
         try:
             return functional_call(unit, weights, args, kwargs)
@@ -440,17 +445,18 @@ def step_in_backward(
         step: makes the update; default `optimizer.step()`.
     """
 
-    def update(group: dict[str, Any], parameter: Tensor) -> None:
-        groups, optimizer.param_groups = optimizer.param_groups, [group]
+    def update(index: int, parameter: Tensor) -> None:
+        groups = optimizer.param_groups  # not those of today: whoever loads a state makes new ones
+        optimizer.param_groups = [groups[index]]
         try:
             step(optimizer) if step else optimizer.step()
         finally:
             optimizer.param_groups = groups
         parameter.grad = None
 
-    for group in optimizer.param_groups:
+    for index, group in enumerate(optimizer.param_groups):
         (parameter,) = group["params"]
-        parameter.register_post_accumulate_grad_hook(partial(update, group))
+        parameter.register_post_accumulate_grad_hook(partial(update, index))
 
 
 def settings(levers: Levers) -> Mapping[str, Any]:

@@ -8,6 +8,8 @@ costs time; the size of the process would count libraries and fragments too.
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -69,10 +71,16 @@ class Meter:
             self._open.append(name)
             try:
                 before = held(self.there())
-                with torch.profiler.profile(
+                profiler = torch.profiler.profile(
                     activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-                ) as profiler:
+                )
+                with _silent():
+                    profiler.start()
+                try:
                     yield
+                finally:
+                    with _silent():
+                        profiler.stop()
                 self._note(name, before + _peak(profiler), None)
             finally:
                 self._open.pop()
@@ -119,6 +127,20 @@ def held(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind tensors, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps what native code writes to stderr to itself: the profiler announces its start and end there."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _peak(profiler: Any) -> int:

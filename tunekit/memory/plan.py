@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from importlib import metadata
 from typing import Any
 
+from tunekit.config import CLASS_BATCH
 from tunekit.errors import DoesNotFit
+from tunekit.resources import PACKAGE
 from tunekit.units import format_bytes
 
 VERSION = 1
-PHASES = ("encode", "first_step", "step", "preview", "save")
+PHASES = ("class_pictures", "encode", "first_step", "step", "preview", "save")
 
 Phase = dict[str, Any]
 """`{"peak_allocated_bytes", "least_bytes", "ledger"}`; least_bytes is what the allocator needs for it."""
@@ -30,6 +35,7 @@ class Plan:
         attention_kept_blocks: of those, the ones that keep what their attentions returned.
         offloaded_blocks: of those, the ones whose weights stay in host memory.
         host_bytes: what those take there.
+        class_batch: class pictures drawn at once; None where none are drawn.
         blocks: number of all checkpointing units.
         relative_step_time: to the same job with all the memory it wants.
         moments: one step, for a picture: [phase, ledger].
@@ -50,6 +56,7 @@ class Plan:
     host_bytes: int
     encode_on_host: bool
     vae_tiling: bool
+    class_batch: int | None
     blocks: int
     phases: dict[str, Phase]
     device_bytes: int
@@ -99,6 +106,8 @@ class Plan:
             made.append("optimizer in backward")
         if self.encode_on_host:
             made.append("text encoders on the CPU")
+        if self.class_batch is not None and self.class_batch < CLASS_BATCH:
+            made.append(f"class pictures drawn {self.class_batch} at once")
         if self.vae_tiling:
             made.append("previews decoded in tiles")
         return made
@@ -126,6 +135,7 @@ class Plan:
             "optimizer_in_backward": self.optimizer_in_backward,
             "encode_on_host": self.encode_on_host,
             "vae_tiling": self.vae_tiling,
+            "class_batch": self.class_batch,
         }
 
     def as_json(self) -> dict[str, Any]:
@@ -158,6 +168,7 @@ class Plan:
             "offloaded_blocks": list(self.offloaded_blocks),
             "encode_on_host": self.encode_on_host,
             "vae_tiling": self.vae_tiling,
+            "class_batch": self.class_batch,
             "blocks": self.blocks,
             "levers": self.levers,
             "approximates": self.approximates,
@@ -183,6 +194,24 @@ class Plan:
                 known[name] = tuple(value)
         known["moments"] = tuple((phase, ledger) for phase, ledger in known["moments"])
         return cls(**known)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of the packages whose code a trace runs."""
+    return {name: metadata.version(name) for name in ("torch", "diffusers", "peft", "transformers")}
+
+
+@cache
+def code() -> str:
+    """A digest of our own code that traces and plans come from: what they are cached under."""
+    sources = [PACKAGE / f"{name}.py" for name in ("planning", "layers", "adapters", "optimizers")]
+    for folder in ("memory", "families"):
+        sources += sorted((PACKAGE / folder).glob("*.py"))
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:24]
 
 
 def refuse(plan: Plan, advice: str, why_less: str = "") -> DoesNotFit:

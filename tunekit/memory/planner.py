@@ -19,26 +19,22 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tunekit.artifacts import write_json
-from tunekit.config import MemoryConfig
+from tunekit.config import CLASS_BATCH, MemoryConfig
 from tunekit.hardware import DeviceFacts
 from tunekit.memory import job as jobs
 from tunekit.memory.allocator import least_capacity
 from tunekit.memory.job import Job
 from tunekit.memory.levers import Levers
-from tunekit.memory.plan import PHASES, Phase, Plan
+from tunekit.memory.plan import PHASES, Phase, Plan, code, versions
 from tunekit.memory.trace import CPU, CUDA, ROOM, WORKSPACE, Target, Trace
 from tunekit.units import format_bytes
 
-TRACES = 5
-"""Version of the cached traces: raise it when `Costs`, or what a trace counts, changes."""
 GIB = 2**30
 CONTEXT = round(0.45 * GIB)
 """What a CUDA context and its libraries hold outside the allocator, where it cannot be measured."""
@@ -125,7 +121,7 @@ def costs(traced: jobs.StepTrace, target: Target, passes: int = 1) -> Costs:
     phases = {
         "first_step": phase_of(traced.trace, ("first forward", "first backward", "first optimizer"), target),
         "step": phase_of(traced.trace, SECOND_STEP, target),
-        "save": _at_rest(traced.trace),
+        "save": _at_rest(traced),
     }
     counted = Counter(work for work in traced.trace.work if not work.phase.startswith("first "))
     work = [(*one, times) for one, times in counted.items()]
@@ -156,7 +152,8 @@ def _moments(trace: Trace) -> list[tuple[str, dict[str, int]]]:
 
 def phase_of(trace: Trace, names: Sequence[str], target: Target) -> Phase:
     """Peak, ledger and least capacity of a part of a trace; what was before it counts as far as it lives."""
-    peak = max((trace.peak(name) for name in names), key=lambda found: found.size)
+    there = set(trace.phases())
+    peak = max((trace.peak(name) for name in names if name in there), key=lambda found: found.size)
     last = max(index for index, event in enumerate(trace.events) if event.phase in names)
     return {
         "peak_allocated_bytes": peak.size,
@@ -165,13 +162,15 @@ def phase_of(trace: Trace, names: Sequence[str], target: Target) -> Phase:
     }
 
 
-def _at_rest(trace: Trace) -> Phase:
+def _at_rest(traced: jobs.StepTrace) -> Phase:
     """After a step: weights and optimizer state. What is saved is copied to the host tensor by tensor."""
     ledger: Counter[str] = Counter()
-    for event in trace.events:
+    for event in traced.trace.events:
         if event.storage >= 0:
-            ledger[trace.categories[event.storage]] += event.size
+            ledger[traced.trace.categories[event.storage]] += event.size
     held = {name: size for name, size in ledger.items() if size and name in jobs.STAYS}
+    if traced.saving:
+        held["what is saved"] = traced.saving
     total = sum(held.values())
     return {"peak_allocated_bytes": total, "least_bytes": total, "ledger": held}
 
@@ -321,7 +320,7 @@ def room_of(facts: DeviceFacts, *, budget: int | None = None, real: bool = False
     if facts.kind == "cpu":
         return Room(facts.title, budget or own, 0, CPU, speed, has_host=False)
     attention = CUDA.attention
-    if facts.kind == "cuda" and facts.compute_capability and facts.compute_capability < (8, 0):
+    if facts.kind == "cuda" and (facts.compute_capability or (8, 0)) < (8, 0):
         attention = "efficient"  # flash attention began with Ampere
     elif not facts.has_fused_attention:
         attention = "math"
@@ -395,6 +394,8 @@ class Planner:
             if plan.fits:  # nothing is faster than the largest micro-batch with all kept
                 return plan
             tried.append(plan)
+            if self._hopeless(tried):
+                return plan
         if self.memory.approximate == "if_faster":
             tiers = [[way for ways in tiers for way in ways]]
         late: list[Plan] = []
@@ -406,7 +407,12 @@ class Planner:
                 return replace(found, rejected=tuple(rejected[-REJECTED:]))
             if self._hopeless(tried):
                 break
-            found = self._offload(name, room, ways[0], reference, tried)
+            moved = [self._offload(name, room, way, reference, tried) for way in ways]
+            found = min(
+                (plan for plan in moved if plan is not None),
+                key=lambda plan: plan.relative_step_time,
+                default=None,
+            )
             if found is not None:
                 if found.relative_step_time <= PATIENCE or self.memory.offload:
                     return replace(found, rejected=tuple(rejected[-REJECTED:]))
@@ -477,7 +483,7 @@ class Planner:
         tried: list[Plan],
     ) -> Plan | None:
         """The fastest plan among `ways` that fits in `room`."""
-        pairs = [(way, size) for way in ways for size in self._sizes(way)]
+        pairs = [(way, size) for way in ways if self._can_fit(room, way) for size in self._sizes(way)]
         budgets = dict.fromkeys(pairs, room.budget)
         for _ in range(TRIES * len(pairs)):
             candidates = [
@@ -504,9 +510,19 @@ class Planner:
             budgets[best.way, best.size] -= max(round(over * 1.05), 16 * 2**20)
         return None
 
+    def _can_fit(self, room: Room, way: Way) -> bool:
+        """Whether the smallest arrangement does; if not, no other has to be traced."""
+        levers = self._levers(way, checkpointed=self.memory.gradient_checkpointing is not False)
+        least = self._costs(room.target, way, self._sizes(way)[-1], levers)
+        return bool(least.phases["step"]["peak_allocated_bytes"] <= room.budget)
+
     def _hopeless(self, tried: Sequence[Plan]) -> bool:
         """Whether no arrangement of the step can help."""
-        return bool(tried) and tried[-1].peak_phase in ("encode", "preview") and not tried[-1].fits
+        return (
+            bool(tried)
+            and tried[-1].peak_phase in ("class_pictures", "encode", "preview")
+            and not tried[-1].fits
+        )
 
     def _choose(self, room: Room, way: Way, size: int, budget: int) -> _Candidate | None:
         """The cheapest units to checkpoint at a micro-batch."""
@@ -622,6 +638,9 @@ class Planner:
         on_host, encode = self._encode(room)
         phases = {"encode": encode, **whole.phases}
         tiled = bool(self.memory.vae_tiling)
+        class_batch = None
+        if self.job.class_pictures is not None:
+            class_batch, phases["class_pictures"] = self._class_pictures(room)
         if self.job.preview is not None:
             ledger = whole.phases["save"]["ledger"]
             held = sum(ledger.get(part, 0) for part in (jobs.MASTERS, jobs.STATE))
@@ -647,6 +666,7 @@ class Planner:
             host_bytes=sum(whole.weights[unit] for unit in away),
             encode_on_host=on_host,
             vae_tiling=tiled,
+            class_batch=class_batch,
             blocks=len(whole.units),
             phases=phases,
             device_bytes=need,
@@ -712,6 +732,20 @@ class Planner:
                 return False, found
         on_host = bool(pinned is None and room.context) or bool(pinned)
         return on_host, phase(on_host)
+
+    def _class_pictures(self, room: Room) -> tuple[int, Phase]:
+        """How many class pictures are drawn at once, and the phase."""
+        pinned = self.memory.class_batch
+        for batch in [pinned] if pinned else divisors(CLASS_BATCH):
+
+            def make(batch: int = batch) -> Phase:
+                traced = jobs.trace_class_pictures(self.job, room.target, batch)
+                return phase_of(traced, ("class pictures",), room.target)
+
+            found = self._made(["class pictures", asdict(room.target), batch], make, self.job)
+            if room.needed(found["least_bytes"]) <= room.total:
+                break
+        return batch, found
 
     def _preview(self, room: Room, levers: Levers, held: int) -> tuple[bool, Phase]:
         """Whether previews are decoded in tiles, and the phase."""
@@ -779,9 +813,10 @@ def _described(job: Job) -> list[Any]:
     family = job.blueprint
     parts = [[part.classes, dict(part.config), part.precision] for part in family.parts]
     adapter = job.adapter.model_dump(mode="json") if job.adapter else None
-    own = [job.optimizer, job.precision, job.size, job.max_grad_norm, job.preview, job.guided]
+    own = [job.optimizer, job.precision, job.size, job.max_grad_norm]
+    own += [job.preview, job.guided, job.class_pictures]
     return [
-        TRACES,
+        code(),
         versions(),
         family.name,
         parts,
@@ -790,13 +825,6 @@ def _described(job: Job) -> list[Any]:
         adapter,
         own,
     ]
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Of the packages whose code a trace runs."""
-    names = ("tunekit", "torch", "diffusers", "peft", "transformers")
-    return {name: metadata.version(name) for name in names}
 
 
 def digest(value: Any) -> str:

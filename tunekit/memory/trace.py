@@ -254,14 +254,14 @@ class Tracer(TorchDispatchMode):
         self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any
     ) -> tuple[int, int, bool, int]:
         """An operator's flops, traffic, whether it computes in 16 bits, and hidden room; views do none."""
+        room = self._rounded(workspace_bytes(func, args, result, self.target))
         if func.is_view or not isinstance(result, Tensor | tuple | list):
-            return 0, 0, False, 0
+            return 0, 0, False, room
         tensors = [t for t in tree_iter((args, result)) if isinstance(t, Tensor)]
         count = flop_registry.get(func.overloadpacket)
         flops = count(*args, **kwargs, out_val=result) if count else 0
         half = any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
-        room = workspace_bytes(func, args, result, self.target) if self.target.name != "cpu" else 0
-        return int(flops), sum(map(_bytes, tensors)), half, self._rounded(room)
+        return int(flops), sum(map(_bytes, tensors)), half, room
 
     def _rounded(self, size: int) -> int:
         return -(-size // self.target.alignment) * self.target.alignment
@@ -470,14 +470,22 @@ def attention_kind(target: Target, query: Tensor, mask: Tensor | None) -> str:
     return target.attention
 
 
+EIGHT_BIT = "bitsandbytes.optimizer_update_8bit_blockwise"
+
+
 def workspace_bytes(func: Any, args: Sequence[Any], result: Any, target: Target) -> int:
-    """Room that an operator's CUDA kernel takes beside its inputs and outputs, in bytes.
+    """Room that an operator's kernel takes beside its inputs and outputs, in bytes.
+
+    On the CPU, 8-bit optimizers compute in float32: both moments, the gradient, and the denominator twice
+    (bitsandbytes/backends/cpu/ops.py). On CUDA:
 
     - Convolutions over a window: cuDNN's copies in the layout of its fastest kernels.
     - Backward of flash attention: dQ is summed in float32, [B, S rounded up to 128, H, D rounded up to 32]
       (flash_bwd_launch_template.h of https://github.com/Dao-AILab/flash-attention).
     """
     packet = func.overloadpacket if hasattr(func, "overloadpacket") else func
+    if target.name == "cpu":
+        return 5 * 4 * args[2].numel() if str(packet) == EIGHT_BIT else 0
     if packet is aten.convolution:
         taken, weight = args[0], args[1]
         if weight[0, 0].numel() > 1:

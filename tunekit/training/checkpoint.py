@@ -57,6 +57,7 @@ FREE = (
     "memory.offload",
     "memory.encode_on_host",
     "memory.vae_tiling",
+    "memory.class_batch",
     "memory.approximate",  # what was chosen is compared, not what might have been
     "memory.on_oom",
     "train.checkpoint_every",

@@ -400,14 +400,18 @@ class _Training:
         if self.checkpoints:
             alone = self.accelerator.num_processes == 1  # the others may wait for this process for ever
             if alone and self.whole is not None and self.whole > self.start:
-                self._judge()
+                rows = self._judge()[0] if self.pending else []
+                if self.tracker:
+                    self.tracker.write(rows)
                 self._save(self.whole)
             newest = self.checkpoints.newest()
             kept = f"goes on from {newest.name} when started again" if newest else kept
         text = str(error).strip().partition("\n")[0]
+        when = f"after step {self.whole} of {self.settings.max_steps}"
+        if self.whole is None:
+            when = "in the middle of an update"
         raise OutOfMemory(
-            f"memory ran out after step {self.whole if self.whole is not None else 'an unfinished one'}"
-            f" of {self.settings.max_steps} ({text}); {kept}",
+            f"memory ran out {when} ({text}); {kept}",
             hint="memory.budget=auto plans a run that fits, and memory.on_oom=replan goes on by itself;"
             " or lower memory.micro_batch, or set memory.gradient_checkpointing=true",
         ) from error

@@ -1,0 +1,773 @@
+"""Levers save what they claim, a real step takes what was predicted, and what is learned stays the same."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tunekit import families, layers, optimizers
+from tunekit.config import AdapterConfig, MemoryConfig, TrainConfig
+from tunekit.errors import ConfigError, MissingPackageError
+from tunekit.families.blueprint import Blueprint
+from tunekit.memory import job as jobs
+from tunekit.memory.job import Job, StepTrace, trace_preview, trace_step
+from tunekit.memory.levers import (
+    ATTENTION,
+    TILE,
+    Fitted,
+    Levers,
+    autocast_of,
+    fit,
+    quantize_base,
+    settings,
+    step_in_backward,
+    tile_vae,
+)
+from tunekit.memory.measure import Meter
+from tunekit.memory.trace import CPU, CUDA, Trace
+from tunekit.training.checkpoint import Checkpoints
+from tunekit.training.loop import train, weighted_mse
+from tunekit.training.tracking import Tracker, read_metrics
+
+FAMILY = families.get("sd15")
+OBJECTIVE = FAMILY.objective(FAMILY.tiny())
+ADAPTER = AdapterConfig(rank=4, alpha=4)
+DORA = AdapterConfig(kind="dora", rank=4, alpha=4)
+SIZE = (64, 64)
+PACKED = ("int8", "nf4")
+
+# bitsandbytes says that it does not page on the CPU.
+pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_libraries() -> Iterator[None]:
+    """Each trace and each training collects garbage; what libraries hold need not be walked every time."""
+    FAMILY.tiny()
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def units(tiny: Blueprint) -> tuple[str, ...]:
+    return trace_step(Job(tiny, ADAPTER, size=SIZE), CPU, micro_batch=1).units
+
+
+@pytest.fixture(scope="module")
+def traced(tiny: Blueprint) -> Callable[..., StepTrace]:
+    """`traced(levers, micro_batch=2, ...)`: two steps on the CPU; the rest are fields of `Job`."""
+
+    @cache
+    def run(levers: Levers = Levers(), *, micro_batch: int = 2, **options: Any) -> StepTrace:  # noqa: B008
+        job = Job(tiny, **{"adapter": ADAPTER, "size": SIZE, "precision": levers.precision, **options})
+        return trace_step(job, CPU, levers, micro_batch=micro_batch)
+
+    return run
+
+
+def most(trace: Trace, category: str) -> int:
+    """The most bytes that a category has at any moment."""
+    live = best = 0
+    for event in trace.events:
+        if trace.categories.get(event.storage) == category:
+            live += event.size
+            best = max(best, live)
+    return best
+
+
+def ready(levers: Levers, adapter: AdapterConfig | None = ADAPTER) -> Fitted:
+    """The tiny denoiser with its levers."""
+    denoiser = FAMILY.denoiser(FAMILY.tiny())
+    return fit(denoiser, adapter, FAMILY.lora_targets, levers, device="cpu")
+
+
+def made(module: nn.Module) -> Tensor:
+    """What the denoiser makes of the same rows each time."""
+    draw = torch.Generator().manual_seed(3)
+    noisy = torch.randn(2, 4, 8, 8, generator=draw)
+    told = torch.randn(2, 48, 32, generator=draw)
+    return FAMILY.denoise(module, noisy, torch.tensor([10, 700]), {"encoder_hidden_states": told})
+
+
+# Memory: what is claimed, in bytes
+
+
+def test_checkpointed_blocks_keep_their_inputs_only(
+    traced: Callable[..., StepTrace], units: tuple[str, ...]
+) -> None:
+    """The more blocks, the less is kept; all of them keep less than half."""
+    found = [
+        traced(Levers(checkpointed=chosen)).trace.peak().ledger["activations"]
+        for chosen in (False, units[:3], units[:8], True)
+    ]
+    print("activations: " + ", ".join(f"{size / found[0]:.2f}" for size in found))
+    assert found == sorted(found, reverse=True)
+    assert len(set(found)) == len(found)
+    assert found[-1] < 0.45 * found[0]
+
+
+def test_kept_attention_takes_the_bytes_of_its_outputs_and_saves_their_work(
+    traced: Callable[..., StepTrace],
+) -> None:
+    again, kept = (traced(Levers(checkpointed=True, keep_attention=keep)).trace for keep in (False, True))
+    rows, heads = 2, 4
+    # (pixels, channels) of the transformer blocks, but for the last: its backward pass is the peak, where its
+    # attentions are there anyway. Each has two, of which the outputs and a float per head and pixel are kept.
+    blocks = ((256, 32), (64, 64), (256, 32))
+    outputs = sum(2 * 4 * rows * pixels * (channels + heads) for pixels, channels in blocks)
+    assert kept.peak().ledger["activations"] - again.peak().ledger["activations"] == outputs
+    traffic = [sum(item.traffic for item in trace.work) for trace in (again, kept)]
+    print(f"bytes read and written x {traffic[1] / traffic[0]:.3f}")
+    assert traffic[1] < traffic[0]
+
+
+@pytest.mark.parametrize("scheme", PACKED)
+def test_a_packed_base_takes_what_its_bits_and_scales_take(
+    tiny: Blueprint, traced: Callable[..., StepTrace], scheme: str
+) -> None:
+    """int8: a byte per weight and a float per row, about a quarter of fp32; nf4: 4.5 bits per weight."""
+    denoiser = tiny.denoiser.build()
+    weights = {name: item.weight for name, item in denoiser.named_modules() if isinstance(item, nn.Linear)}
+    packed = [weights[name] for name in quantize_base(denoiser, scheme)]
+    full = sum(4 * weight.numel() for weight in packed)
+    small = {
+        "int8": sum(weight.numel() + 4 * len(weight) for weight in packed),
+        "nf4": sum(weight.numel() * 4.5 / 8 for weight in packed),
+    }[scheme]
+    print(f"{scheme}: {32 * small / full:.2f} bits per weight")
+    before, after = (traced(Levers(base=base, checkpointed=True)).trace.peak() for base in ("same", scheme))
+    assert before.ledger["base weights"] - after.ledger["base weights"] == full - small
+    assert before.size - after.size == full - small
+    share = {"int8": 0.25, "nf4": 4.5 / 32}[scheme]
+    assert small / full == pytest.approx(share, rel=0.1)
+
+
+def test_offloaded_weights_leave_and_visit_a_few_at_a_time(
+    traced: Callable[..., StepTrace], units: tuple[str, ...]
+) -> None:
+    there, away = (traced(Levers(checkpointed=True, offloaded=names)) for names in (False, units))
+    before, after = there.trace.peak(), away.trace.peak()
+    assert set(there.weights) == set(units)
+    assert before.ledger["base weights"] - after.ledger["base weights"] == sum(there.weights.values())
+    visitors = most(away.trace, jobs.VISITORS)
+    print(f"at most {visitors:,} of {sum(there.weights.values()):,} bytes visit")
+    assert 0 < visitors <= 2 * max(there.weights.values())
+    assert after.size < before.size - sum(there.weights.values()) + visitors
+
+
+def test_a_part_of_the_weights_can_be_offloaded(
+    traced: Callable[..., StepTrace], units: tuple[str, ...]
+) -> None:
+    there, away = (traced(Levers(checkpointed=True, offloaded=names)) for names in (False, units[2:5]))
+    saved = sum(there.weights[name] for name in units[2:5])
+    ledgers = [item.trace.peak().ledger["base weights"] for item in (there, away)]
+    assert ledgers[0] - ledgers[1] == saved
+
+
+def test_an_optimizer_in_backward_never_holds_all_gradients(traced: Callable[..., StepTrace]) -> None:
+    after, inside = (
+        traced(Levers(checkpointed=True, optimizer_in_backward=early), adapter=None, max_grad_norm=None)
+        for early in (False, True)
+    )
+    weights = after.trace.peak().ledger["weights"]
+    held = [most(item.trace, "gradients") for item in (after, inside)]
+    print(f"gradients at most {held[0] / weights:.2f} and {held[1] / weights:.2f} of the weights")
+    assert held[0] == pytest.approx(weights, rel=0.01)
+    assert held[1] < 0.15 * weights
+
+
+def test_where_gradients_are_the_peak_an_optimizer_in_backward_lowers_it(
+    traced: Callable[..., StepTrace],
+) -> None:
+    early, late = (
+        traced(
+            Levers(checkpointed=True, optimizer_in_backward=inside),
+            micro_batch=1,
+            adapter=None,
+            max_grad_norm=None,
+        ).trace.peak()
+        for inside in (True, False)
+    )
+    assert late.ledger["gradients"] > 10 * early.ledger.get("gradients", 0)
+    assert early.size < late.size
+
+
+def test_masters_halve_weights_and_activations_and_add_the_adapter_in_float32(
+    traced: Callable[..., StepTrace],
+) -> None:
+    full, half = (traced(Levers(precision)).trace.peak().ledger for precision in ("fp32", "bf16"))
+    print(f"activations x {half['activations'] / full['activations']:.3f}")
+    assert half["base weights"] == full["base weights"] / 2
+    assert half["adapter"] == full["adapter"] / 2
+    assert half[jobs.MASTERS] == full["adapter"]
+    assert half["optimizer state"] == full["optimizer state"]
+    assert half["activations"] == pytest.approx(full["activations"] / 2, rel=0.02)
+    # Latents and noise, the caption and the timesteps of two samples, float32 and int64 as they are cached.
+    assert full["inputs"] == half["inputs"] == 2 * (2 * 4 * 4 * 16 * 16 + 4 * 48 * 32 + 8)
+
+
+def state_of(name: str, weight: Tensor) -> int:
+    """Bytes of an optimizer's state for one weight, by the optimizer's paper or documentation."""
+    count = weight.numel()
+    if name == "adamw" or ("8bit" in name and count < 4096):
+        return 8 * count
+    if name == "adafactor":
+        rows, columns = count // weight.shape[-1], count // weight.shape[-2] if weight.dim() > 1 else 0
+        return 4 * (rows + columns if weight.dim() > 1 else count)
+    return 2 * count + 2 * 4 * math.ceil(count / 256)
+
+
+@pytest.mark.parametrize("name", optimizers.TABLE)
+def test_an_optimizer_has_the_state_that_it_claims(
+    tiny: Blueprint, traced: Callable[..., StepTrace], name: str
+) -> None:
+    if optimizers.TABLE[name].extra:
+        pytest.importorskip("bitsandbytes")
+    ledger = traced(Levers(checkpointed=True), optimizer=name, adapter=None).trace.peak("optimizer").ledger
+    claimed = sum(state_of(name, weight) for weight in tiny.denoiser.build().parameters())
+    print(f"{name}: {ledger['optimizer state'] / ledger['weights']:.2f} times the weights")
+    assert ledger["optimizer state"] == pytest.approx(claimed, rel=0.01)
+    assert name == "adamw" or ledger["optimizer state"] < 0.4 * 2 * ledger["weights"]
+
+
+def test_paged_state_of_large_weights_is_not_on_a_gpu(tiny: Blueprint) -> None:
+    pytest.importorskip("bitsandbytes")
+    wide = replace(tiny.denoiser, config={**tiny.denoiser.config, "block_out_channels": (64, 128)})
+    job = Job(replace(tiny, denoiser=wide), None, size=SIZE)
+    sizes = [weight.numel() for weight in wide.build().parameters()]
+    paged = sum(2 * size for size in sizes if size >= jobs.PAGED)
+    assert paged
+    for target, saved in ((CUDA, paged), (CPU, 0)):
+        there, away = (
+            trace_step(replace(job, optimizer=name), target, Levers(checkpointed=True), micro_batch=1)
+            for name in ("adamw8bit", "paged_adamw8bit")
+        )
+        ledgers = [item.trace.peak("optimizer").ledger["optimizer state"] for item in (there, away)]
+        assert ledgers[0] - ledgers[1] == pytest.approx(saved, rel=0.01)
+
+
+WHOLE = {"adapter": None, "max_grad_norm": None}
+MEASURED: dict[str, tuple[Levers, dict[str, Any]]] = {
+    "all checkpointed": (Levers(checkpointed=True), {}),
+    "a part checkpointed": (Levers(checkpointed="some"), {}),
+    "attention kept": (Levers(checkpointed=True, keep_attention=True), {}),
+    "int8": (Levers(base="int8", checkpointed=True), {}),
+    "nf4": (Levers(base="nf4", checkpointed=True), {}),
+    "offloaded": (Levers(checkpointed=True, offloaded="all"), {}),
+    "in backward": (Levers(checkpointed=True, optimizer_in_backward=True), WHOLE),
+    "masters": (Levers("bf16"), {}),
+    "masters of dora": (Levers("bf16", checkpointed=True), {"adapter": DORA}),
+    "adamw8bit": (Levers(checkpointed=True), {**WHOLE, "optimizer": "adamw8bit", "micro_batch": 1}),
+    "paged_adamw8bit in backward": (
+        Levers(checkpointed=True, optimizer_in_backward=True),
+        {**WHOLE, "optimizer": "paged_adamw8bit", "micro_batch": 1},
+    ),
+    "adafactor": (Levers(checkpointed=True), {**WHOLE, "optimizer": "adafactor"}),
+    "everything": (Levers("bf16", "nf4", True, "some", "all"), {"optimizer": "adamw8bit"}),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_real_step_takes_what_was_predicted(
+    script: Any, tiny: Blueprint, units: tuple[str, ...], name: str
+) -> None:
+    levers, options = MEASURED[name][0], {"micro_batch": 2, **MEASURED[name][1]}
+    if levers.base == "nf4" or "8bit" in options.get("optimizer", ""):
+        pytest.importorskip("bitsandbytes")
+    chosen = {"some": units[::2], "all": units}
+    fields = ("checkpointed", "keep_attention", "offloaded")
+    levers = replace(
+        levers, **{key: chosen.get(value, value) for key in fields if (value := getattr(levers, key))}
+    )
+    size = options.pop("micro_batch")
+    job = Job(tiny, **{"adapter": ADAPTER, "size": SIZE, "precision": levers.precision, **options})
+    row = script.compare(job, size, 1 if levers.optimizer_in_backward else 2, levers, "cpu")
+    assert abs(row["error_allocated"]) < 0.01
+
+
+def test_tiles_bound_the_memory_of_a_preview(tiny: Blueprint) -> None:
+    """Predicted and measured; pictures that fit one tile are drawn as before."""
+    whole, tiled = FAMILY.tiny().vae, FAMILY.tiny().vae
+    tile_vae(tiled, factor=tiny.vae_factor)
+    predicted, found = [], []
+    draw = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 4, *(2 * TILE // tiny.vae_factor,) * 2, generator=draw)
+    pictures = []
+    for vae, tiles in ((whole, False), (tiled, True)):
+        job = Job(tiny, ADAPTER, size=SIZE, preview=(2 * TILE, 2 * TILE))
+        predicted.append(trace_preview(job, CPU, tiled=tiles).peak("preview decode"))
+        meter = Meter(torch.device("cpu"), lambda vae=vae: [*vae.parameters(), latents])
+        with torch.no_grad(), meter.phase("decode"):
+            pictures.append((vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1))
+        found.append(meter.measured["decode"]["peak_allocated_bytes"])
+    for prediction, real in zip(predicted, found, strict=True):
+        size = prediction.ledger["VAE"] + prediction.ledger["activations"]  # without the denoiser
+        print(f"predicted {size:,}, measured {real:,} bytes: {size / real - 1:+.2%}")
+        assert abs(size / real - 1) < 0.01
+    assert found[1] < 0.5 * found[0]
+    assert pictures[0].shape == pictures[1].shape
+    small = latents[:, :, : TILE // tiny.vae_factor, : TILE // tiny.vae_factor]
+    with torch.no_grad():
+        assert torch.equal(whole.decode(small).sample, tiled.decode(small).sample)
+
+
+def test_unpacking_int8_takes_no_more_than_the_weight_in_float32() -> None:
+    """As the trace has it: on the CPU no copy of the packed weight is made on the way."""
+    packed = layers.quantize_layer(nn.Linear(256, 512, bias=False), "int8")
+    meter = Meter(torch.device("cpu"))
+    for dtype in (torch.float32, torch.bfloat16):
+        with meter.phase(str(dtype)):
+            packed.dequantize(dtype)
+        size = 256 * 512 * (4 if dtype == torch.float32 else 4 + 2)
+        assert meter.measured[str(dtype)]["peak_allocated_bytes"] == size
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("scheme", PACKED)
+def test_a_packed_base_keeps_nothing_for_the_backward_pass(scheme: str, precision: str) -> None:
+    """Neither inputs nor unpacked weights: not a byte more than plain frozen layers keep."""
+    kept = []
+    for base in ("same", scheme):
+        fitted = ready(Levers(precision, base))
+        own = {
+            t.untyped_storage().data_ptr() for t in (*fitted.module.parameters(), *fitted.module.buffers())
+        }
+        saved: dict[int, int] = {}
+
+        def keep(tensor: Tensor, own: set[int] = own, saved: dict[int, int] = saved) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = made(fitted.module.train())
+        kept.append(sum(saved.values()))
+        output.square().mean().backward()
+    print(f"{scheme} keeps {kept[1]:,} bytes, plain layers {kept[0]:,}")
+    assert kept[1] <= kept[0]
+
+
+# What is learned
+
+
+@dataclass
+class Rows:
+    """A micro-batch as the recipes have it."""
+
+    ids: tuple[str, ...]
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    told: Tensor
+
+    def to(self, device: torch.device) -> Rows:
+        return self
+
+
+class Same:
+    """The same four samples in each step, cut as `cuts` says."""
+
+    batch_size = 4
+
+    def __init__(self, cuts: tuple[int, ...]) -> None:
+        self.cuts = list(cuts)
+
+    def step(self, step: int, rank: int, processes: int) -> list[Rows]:
+        draw = torch.Generator().manual_seed(0)
+        drawn = (
+            torch.randn(4, 4, 8, 8, generator=draw),
+            torch.randn(4, 4, 8, 8, generator=draw),
+            torch.tensor([10, 300, 600, 990]),
+            torch.randn(4, 48, 32, generator=draw),
+        )
+        parts = zip(*(item.split(self.cuts) for item in drawn), strict=True)
+        return [Rows((str(step),) * len(latents), latents, *rest) for latents, *rest in parts]
+
+
+class Killed(Exception):
+    """Stands for SIGKILL."""
+
+
+@dataclass
+class Learned:
+    """Losses of the steps, and what learned."""
+
+    losses: list[float]
+    fitted: Fitted
+
+    def differs(self, other: Learned) -> float:
+        """The largest relative difference of a loss."""
+        return max(abs(one / two - 1) for one, two in zip(self.losses, other.losses, strict=True))
+
+
+Learn = Callable[..., Learned]
+
+
+@pytest.fixture(scope="module")
+def learn(tmp_path_factory: pytest.TempPathFactory) -> Learn:
+    """`learn(levers, adapter, ...)` takes six steps through the real loop; once, if it is asked again.
+
+    With `folder` checkpoints are kept there, and it goes on from them.
+    """
+
+    @cache
+    def run(
+        levers: Levers = Levers(),  # noqa: B008
+        adapter: AdapterConfig | None = ADAPTER,
+        *,
+        cuts: tuple[int, ...] = (4,),
+        folder: Path | None = None,
+        dies_at: int | None = None,
+        preview: Callable[[nn.Module, int], None] | None = None,
+        **options: Any,
+    ) -> Learned:
+        fitted = ready(levers, adapter)
+        given = {"max_steps": 6, "lr": 1e-2 if adapter else 1e-3, "batch_size": 4, **options}
+        config = TrainConfig(**{"max_grad_norm": 1.0 if adapter else None, "checkpoint_every": 2, **given})
+        inside = levers.optimizer_in_backward
+        optimizer = optimizers.build(
+            config.optimizer, fitted.parameters.values(), lr=config.lr, per_parameter=inside
+        )
+        if inside:
+            step_in_backward(optimizer)
+
+        def loss(model: nn.Module, batch: Rows) -> Tensor:
+            if batch.ids[0] == str(dies_at):
+                raise Killed
+            noisy, target, weight = OBJECTIVE.sample(batch.latents, batch.noise, batch.timesteps)
+            known = {"encoder_hidden_states": batch.told}
+            return weighted_mse(FAMILY.denoise(model, noisy, batch.timesteps, known), target, weight)
+
+        path = folder or tmp_path_factory.mktemp("run")
+        accelerator = Accelerator(cpu=True, mixed_precision=autocast_of(levers.precision, adapter))
+        try:
+            train(
+                accelerator,
+                fitted.module,
+                optimizer,
+                Same(cuts),
+                loss,
+                config,
+                fitted=fitted,
+                tracker=Tracker(path / "metrics.jsonl"),
+                checkpoints=Checkpoints(path / "checkpoints", {}) if folder else None,
+                preview=preview,
+                say=lambda line: None,
+            )
+        finally:
+            GradientState._reset_state()
+            AcceleratorState._reset_state(reset_partial_state=True)
+        return Learned([row["loss"] for row in read_metrics(path / "metrics.jsonl")], fitted)
+
+    def again(levers: Levers = Levers(), adapter: AdapterConfig | None = ADAPTER, **options: Any) -> Learned:  # noqa: B008
+        same = options.get("folder") is None and "preview" not in options
+        return (run if same else run.__wrapped__)(levers, adapter, **options)
+
+    return again
+
+
+def moved(learned: Learned, adapter: AdapterConfig | None, levers: Levers) -> list[str]:
+    """Names of the parameters that are not what they were."""
+    before = ready(levers, adapter).parameters
+    after = learned.fitted.parameters
+    assert before.keys() == after.keys()
+    return [name for name in before if not torch.equal(before[name], after[name])]
+
+
+def test_exact_levers_learn_exactly_the_same(learn: Learn, units: tuple[str, ...]) -> None:
+    plain = learn()
+    assert plain.losses[-1] < 0.8 * plain.losses[0]
+    for levers in (
+        Levers(checkpointed=True),
+        Levers(checkpointed=units[::2]),
+        Levers(checkpointed=True, keep_attention=True),
+        Levers(checkpointed=units[2:], keep_attention=units[3:7]),
+        Levers(checkpointed=True, offloaded=units),
+        Levers(checkpointed=units[1:], keep_attention=True, offloaded=units[4:9]),
+    ):
+        with_levers = learn(levers)
+        assert with_levers.losses == pytest.approx(plain.losses, abs=1e-5), levers
+        for name, parameter in plain.fitted.parameters.items():
+            torch.testing.assert_close(with_levers.fitted.parameters[name], parameter)
+
+
+@pytest.mark.parametrize("cuts", [(1, 1, 1, 1), (2, 2), (3, 1)])
+def test_micro_batches_learn_the_same(learn: Learn, cuts: tuple[int, ...]) -> None:
+    assert learn(cuts=cuts).losses == pytest.approx(learn().losses, abs=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", optimizers.TABLE)
+def test_an_optimizer_in_backward_learns_the_same(learn: Learn, optimizer: str) -> None:
+    if optimizers.TABLE[optimizer].extra:
+        pytest.importorskip("bitsandbytes")
+    options = {"optimizer": optimizer, "schedule": "cosine", "warmup_steps": 2}
+    after = learn(Levers(), None, **options)
+    inside = learn(Levers(checkpointed=True, optimizer_in_backward=True), None, **options)
+    assert inside.losses == pytest.approx(after.losses, abs=1e-5)
+    assert all(parameter.grad is None for parameter in inside.fitted.parameters.values())
+
+
+BOUNDS = {
+    "int8": (Levers(base="int8"), 1e-3),
+    "nf4": (Levers(base="nf4"), 1e-2),
+    "masters": (Levers("bf16"), 2e-3),
+    "masters on nf4": (Levers("bf16", "nf4"), 1e-2),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_rounding_levers_learn_nearly_the_same(learn: Learn, name: str) -> None:
+    levers, bound = BOUNDS[name]
+    if levers.base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    plain, rounded = learn(), learn(levers)
+    first = abs(rounded.losses[0] / plain.losses[0] - 1)
+    print(f"{name}: loss differs by {first:.1e} in the first step, {rounded.differs(plain):.1e} at most")
+    assert 0 < first < bound
+    assert rounded.differs(plain) < 2 * bound
+    assert rounded.losses == sorted(rounded.losses, reverse=True)
+    assert rounded.losses[-1] < 0.8 * rounded.losses[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "paged_adamw8bit"])
+def test_eight_bit_state_learns_nearly_the_same(learn: Learn, optimizer: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    plain, rounded = learn(adapter=None), learn(adapter=None, optimizer=optimizer)
+    print(f"{optimizer}: loss differs by {rounded.differs(plain):.1e} at most")
+    assert rounded.losses[0] == plain.losses[0]  # the state is read from the second step on
+    assert 0 < rounded.differs(plain) < 1e-3
+    assert rounded.losses[-1] < 0.5 * rounded.losses[0]
+
+
+def test_adafactor_learns(learn: Learn) -> None:
+    losses = learn(adapter=None, optimizer="adafactor").losses
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("base", PACKED)
+@pytest.mark.parametrize("adapter", [ADAPTER, DORA], ids=lambda adapter: adapter.kind)
+def test_every_adapter_tensor_moves_on_a_packed_base(
+    learn: Learn, adapter: AdapterConfig, base: str, precision: str
+) -> None:
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    levers = Levers(precision, base, checkpointed=True)
+    learned = learn(levers, adapter, max_steps=3)
+    packed = [m for m in learned.fitted.module.modules() if isinstance(m, layers.QuantLinear)]
+    assert packed
+    assert {layer.scheme for layer in packed} == {base}
+    assert moved(learned, adapter, levers) == list(learned.fitted.parameters)
+    assert learned.losses[-1] < learned.losses[0]
+
+
+@pytest.mark.parametrize("base", ["same", *PACKED])
+def test_dora_begins_as_its_base(base: str) -> None:
+    """Its magnitudes are the norms of the weights as they are packed."""
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    plain = FAMILY.denoiser(FAMILY.tiny()).requires_grad_(False)
+    if base != "same":
+        quantize_base(plain, base)
+    with torch.no_grad():
+        torch.testing.assert_close(made(ready(Levers(base=base), DORA).module), made(plain))
+
+
+class Attentions(TorchDispatchMode):
+    """Counts calls of the fused attention kernels."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func in ATTENTION
+        return func(*args, **(kwargs or {}))
+
+
+def test_kept_attention_changes_no_bit_of_a_gradient_and_is_not_computed_again() -> None:
+    gradients, calls = [], []
+    for levers in (
+        Levers(),
+        Levers(checkpointed=True),
+        Levers(checkpointed=True, keep_attention=True),
+    ):
+        fitted = ready(levers, None)
+        with Attentions() as counter:
+            made(fitted.module.train()).square().mean().backward()
+        calls.append(counter.calls)
+        gradients.append({name: parameter.grad for name, parameter in fitted.parameters.items()})
+    assert calls[0] > 0
+    assert calls == [calls[0], 2 * calls[0], calls[0]]
+    for name, gradient in gradients[0].items():
+        assert all(torch.equal(gradient, other[name]) for other in gradients[1:]), name
+
+
+# Weights on the host
+
+
+@pytest.mark.parametrize("base", ["same", "int8"])
+def test_offloaded_weights_draw_the_same_previews(units: tuple[str, ...], base: str) -> None:
+    there, away = (ready(Levers(base=base, checkpointed=True, offloaded=names)) for names in (False, units))
+    assert away.host is not None
+    assert away.stands_alone
+    for training in (False, True):
+        with torch.no_grad():
+            outputs = [made(fitted.module.train(training)) for fitted in (there, away, away)]
+        assert torch.equal(outputs[0], outputs[1])
+        assert torch.equal(outputs[0], outputs[2])
+
+
+def test_previews_between_steps_do_not_disturb_offloaded_weights(
+    learn: Learn, units: tuple[str, ...]
+) -> None:
+    drawn: dict[str, list[Tensor]] = {"there": [], "away": []}
+
+    def drawing(where: str) -> Callable[[nn.Module, int], None]:
+        def preview(module: nn.Module, step: int) -> None:
+            with torch.no_grad():
+                drawn[where].append(made(module))
+
+        return preview
+
+    there = learn(Levers(checkpointed=True), preview=drawing("there"))
+    away = learn(Levers(checkpointed=True, offloaded=units), preview=drawing("away"))
+    assert away.losses == there.losses
+    assert len(drawn["there"]) == len(drawn["away"]) == 2
+    assert all(torch.equal(*both) for both in zip(drawn["there"], drawn["away"], strict=True))
+    assert not torch.equal(drawn["away"][0], drawn["away"][1])
+
+
+# Masters
+
+
+def test_after_training_the_module_holds_the_masters(learn: Learn) -> None:
+    learned = learn(Levers("bf16", checkpointed=True))
+    fitted = learned.fitted
+    own = dict(fitted.module.named_parameters())
+    assert fitted.has_masters
+    for name, parameter in own.items():
+        if name in fitted.parameters:
+            assert parameter.dtype == torch.float32
+            assert torch.equal(parameter, fitted.parameters[name]), name
+        else:
+            assert parameter.dtype == torch.bfloat16
+    rounded = [p for p in fitted.parameters.values() if torch.equal(p, p.bfloat16().float())]
+    assert not rounded, "what is saved is not what bf16 can hold"
+
+
+def test_masters_keep_updates_that_bf16_would_round_away(learn: Learn) -> None:
+    levers = Levers("bf16")
+    learned = learn(levers, lr=1e-6, max_steps=2, weight_decay=0.0)
+    before = ready(levers).parameters
+    lost = 0
+    for name, parameter in learned.fitted.parameters.items():
+        if "lora_A" in name:
+            assert not torch.equal(parameter, before[name])
+            lost += int(torch.equal(parameter.bfloat16(), before[name].bfloat16()))
+    assert lost > 0
+
+
+@pytest.mark.parametrize(
+    ("levers", "adapter"),
+    [
+        (Levers("bf16", checkpointed=True), ADAPTER),
+        (Levers("bf16", "int8"), DORA),
+        (Levers(optimizer_in_backward=True), None),
+    ],
+    ids=["masters", "masters of dora on int8", "in backward"],
+)
+def test_a_run_that_was_cut_off_goes_on_exactly(
+    learn: Learn, tmp_path: Path, levers: Levers, adapter: AdapterConfig | None
+) -> None:
+    options = {"schedule": "cosine", "warmup_steps": 1}
+    whole = learn(levers, adapter, **options)
+    with pytest.raises(Killed):
+        learn(levers, adapter, folder=tmp_path, dies_at=4, **options)
+    resumed = learn(levers, adapter, folder=tmp_path, **options)
+    assert len(resumed.losses) == 6
+    assert resumed.losses == whole.losses
+    for name, parameter in whole.fitted.parameters.items():
+        assert torch.equal(resumed.fitted.parameters[name], parameter), name
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("levers", "where", "expected"),
+    [
+        (
+            Levers(checkpointed=["mid_block.resnets.1"], offloaded=["up_blocks.0.resnets.0"]),
+            "memory.offload",
+            'the block "up_blocks.0.resnets.0" is not checkpointed.*\n.*memory.gradient_checkpointing too',
+        ),
+        (
+            Levers(checkpointed=True, offloaded=["mid_block.resnets.9"]),
+            "memory.offload",
+            'no block "mid_block.resnets.9"\ndid you mean "mid_block.resnets',
+        ),
+        (Levers(checkpointed=True, offloaded=True), "memory.offload", "there is none\nset memory.budget"),
+        (
+            Levers(checkpointed=True, keep_attention=["down_block.0"]),
+            "memory.keep_attention",
+            'no block "down_block.0"\ndid you mean "down_blocks.0"',
+        ),
+        (Levers(checkpointed=["nothing"]), "memory.gradient_checkpointing", 'no block "nothing"'),
+    ],
+)
+def test_levers_that_name_no_block_are_refused(levers: Levers, where: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected) as caught:
+        ready(levers)
+    assert caught.value.where == where
+
+
+@pytest.mark.parametrize(
+    ("levers", "key"),
+    [
+        (Levers(base="int8"), "base_precision"),
+        (Levers(base="nf4"), "base_precision"),
+        (Levers(checkpointed=True, offloaded=["mid_block.resnets.1"]), "offload"),
+    ],
+)
+def test_what_needs_a_frozen_base_is_refused_where_all_weights_are_trained(levers: Levers, key: str) -> None:
+    with pytest.raises(ConfigError, match=r"needs a frozen base.*\ntrain an adapter") as caught:
+        ready(levers, None)
+    assert caught.value.where == f"memory.{key}"
+
+
+def test_nf4_without_bitsandbytes_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingPackageError, match=r'pip install "tunekit\[quant\]"'):
+        ready(Levers(base="nf4"))
+
+
+@pytest.mark.parametrize(
+    "levers",
+    [
+        Levers(),
+        Levers("bf16", "nf4", ("a", "b"), ("a",), ("b",)),
+        Levers("bf16", "int8", True, True),
+        Levers(optimizer_in_backward=True),
+    ],
+)
+def test_settings_are_a_memory_section_that_means_the_same(levers: Levers) -> None:
+    section = MemoryConfig.model_validate_json(json.dumps(dict(settings(levers))), strict=True)
+    assert settings(Levers.of(section)) == settings(levers)
