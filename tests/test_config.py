@@ -137,6 +137,65 @@ def test_options_without_effect(config: Path, overrides: list[str], expected: st
     assert f"command line: {expected}" in message
 
 
+WHOLE = ["adapter=null", "train.max_grad_norm=null", "memory.optimizer_in_backward=true"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["adapter=null", "memory.optimizer_in_backward=true"],
+            "memory.optimizer_in_backward: contradicts train.max_grad_norm: the norm of all gradients",
+        ),
+        (
+            [*WHOLE, "train.batch_size=4", "memory.micro_batch=2"],
+            "memory.optimizer_in_backward: contradicts memory.micro_batch: gradients of several forwards",
+        ),
+        (
+            ["train.max_grad_norm=null", "memory.optimizer_in_backward=true"],
+            "memory.optimizer_in_backward: saves nothing with an adapter, whose gradients are small",
+        ),
+        ([*WHOLE, "memory.precision=fp16"], "memory.optimizer_in_backward: does not go with fp16"),
+        (["adapter=null", "memory.base_precision=int8"], "memory.base_precision: needs a frozen base"),
+        (["adapter=null", "memory.base_precision=nf4"], "memory.base_precision: needs a frozen base"),
+        (
+            ["adapter=null", "memory.gradient_checkpointing=true", "memory.offload=[mid_block.resnets.1]"],
+            "memory.offload: needs a frozen base: all weights are trained with adapter=null",
+        ),
+        (["adapter=null", "memory={offload: true, budget: auto}"], "memory.offload: needs a frozen base"),
+        (
+            ["memory.gradient_checkpointing=true", "memory.offload=true"],
+            "memory.offload: true lets the planner choose the blocks: set memory.budget too, or name them",
+        ),
+        (["memory.offload=[mid_block.resnets.1]"], "memory.offload: has no effect: no block is checkpointed"),
+        (["memory.keep_attention=true"], "memory.keep_attention: has no effect: no block is checkpointed"),
+        (
+            ["memory.base_precision=int4"],
+            "memory.base_precision: must be 'same', 'int8' or 'nf4', not \"int4\"",
+        ),
+    ],
+)
+def test_memory_levers_that_contradict_something(config: Path, overrides: list[str], expected: str):
+    assert f"command line: {expected}" in complaint(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        WHOLE,
+        [*WHOLE, "train.batch_size=4", "memory.micro_batch=4"],
+        [*WHOLE, "memory.precision=bf16"],
+        ["adapter=null", "memory.base_precision=same"],
+        ["adapter=null", "memory.optimizer_in_backward=false", "memory.offload=false"],
+        ["memory.gradient_checkpointing=true", "memory.offload=[mid_block.resnets.1]"],
+        ["memory.gradient_checkpointing=[mid_block.resnets.1]", "memory.keep_attention=true"],
+        ["memory={offload: true, budget: auto}"],
+    ],
+)
+def test_memory_levers_that_go_together(config: Path, overrides: list[str]):
+    load("mine.yaml", overrides, Lora)
+
+
 @pytest.mark.parametrize(
     "key", ["prior_weight=0.5", "class_pictures=9", "class_path=x", "class_steps=3", "class_guidance=1"]
 )

@@ -342,6 +342,8 @@ def test_unpacking_int8_takes_no_more_than_the_weight_in_float32() -> None:
 @pytest.mark.parametrize("scheme", PACKED)
 def test_a_packed_base_keeps_nothing_for_the_backward_pass(scheme: str, precision: str) -> None:
     """Neither inputs nor unpacked weights: not a byte more than plain frozen layers keep."""
+    if scheme == "nf4":
+        pytest.importorskip("bitsandbytes")
     kept = []
     for base in ("same", scheme):
         fitted = ready(Levers(precision, base))

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from tunekit import optimizers
 from tunekit.config import TrainConfig
-from tunekit.errors import Interrupted, NonFiniteError, OutputError, ResumeError
+from tunekit.errors import Interrupted, NonFiniteError, OutOfMemory, OutputError, ResumeError
+from tunekit.memory.levers import Fitted, step_in_backward
 from tunekit.training import loop
 from tunekit.training.checkpoint import Checkpoints
 from tunekit.training.loop import Result, learning_rate, train, weighted_mse
@@ -462,3 +463,167 @@ def test_full_disk_leaves_nothing_that_looks_whole(accelerator: Accelerator, tmp
     model, _ = fit(accelerator, settings(), folder=tmp_path)
     assert weights(model) == weights(whole)
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 12
+
+
+# Memory running out
+
+
+def starving_at(
+    step: int, message: str = "CUDA out of memory. Tried to allocate 2 GiB."
+) -> Callable[..., Tensor]:
+    """A loss for which there is no memory at one step."""
+
+    def loss(model: nn.Module, batch: Rows) -> Tensor:
+        values = squared(model, batch)
+        if batch.ids[-1].startswith(f"s{step - 1}-"):
+            raise torch.OutOfMemoryError(f"{message}\nGPU 0 has a total capacity of ...")
+        return values
+
+    return loss
+
+
+def steps_saved(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize("cuts", [(6,), (4, 2)])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_out_of_memory_saves_the_last_whole_step(
+    accelerator: Accelerator, tmp_path: Path, optimizer: str, cuts: tuple[int, ...]
+) -> None:
+    config = settings(optimizer=optimizer, schedule="cosine")
+    options: dict[str, Any] = {"batches": Line(cuts=cuts)}
+    whole, result = fit(accelerator, config, folder=tmp_path / "whole", **options)
+    with pytest.raises(OutOfMemory) as error:
+        fit(accelerator, config, loss=starving_at(3), folder=tmp_path / "cut", **options)
+    said = str(error.value)
+    assert said.startswith(
+        "memory ran out after step 2 of 12 (CUDA out of memory. Tried to allocate 2 GiB.);"
+    )
+    assert "goes on from step-000002 when started again" in said
+    assert "memory.on_oom=replan" in said
+    assert "total capacity" not in said
+    assert error.value.exit_code == 1
+    assert steps_saved(tmp_path / "cut") == ["step-000002"]
+    resumed, again = fit(accelerator, config, folder=tmp_path / "cut", **options)
+    assert weights(resumed) == weights(whole)
+    assert again.loss == result.loss
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
+    kept = [[(row["step"], row["loss"], row["grad_norm"]) for row in part] for part in rows]
+    assert kept[0] == kept[1]
+
+
+def test_out_of_memory_with_losses_on_the_device_loses_no_line(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the steps since the last look are judged before they are saved."""
+    monkeypatch.setattr(loop, "_judged_at_once", lambda device: False)
+    whole, _ = fit(accelerator, settings(log_every=4), folder=tmp_path / "whole")
+    for death in (4, 5, 8, 12):  # before a look, right after one, and after a checkpoint
+        with pytest.raises(OutOfMemory, match=f"after step {death - 1} of 12"):
+            fit(accelerator, settings(log_every=4), loss=starving_at(death), folder=tmp_path / "cut")
+        assert steps_saved(tmp_path / "cut")[-1] == f"step-{death - 1:06d}"
+    resumed, _ = fit(accelerator, settings(log_every=4), folder=tmp_path / "cut")
+    assert weights(resumed) == weights(whole)
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
+    kept = [[(row["step"], row["loss"], row["grad_norm"]) for row in part] for part in rows]
+    assert kept[0] == kept[1]
+
+
+def test_out_of_memory_in_a_preview_keeps_the_step_before_it(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    def preview(model: nn.Module, step: int) -> None:
+        if step == 4:
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"
+            )
+
+    options: dict[str, Any] = {"preview": preview, "preview_every": 2}
+    with pytest.raises(OutOfMemory, match=r"after step 4 of 12 .*goes on from step-000004"):
+        fit(accelerator, settings(), folder=tmp_path / "cut", **options)
+    whole, _ = fit(accelerator, settings(), folder=tmp_path / "whole")
+    resumed, _ = fit(accelerator, settings(), folder=tmp_path / "cut")
+    assert weights(resumed) == weights(whole)
+
+
+def test_out_of_memory_in_the_first_step_has_nothing_to_save(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    with pytest.raises(OutOfMemory, match=r"after step 0 of 12 .*there was no checkpoint yet"):
+        fit(accelerator, settings(), loss=starving_at(1), folder=tmp_path)
+    assert steps_saved(tmp_path) == []
+    with pytest.raises(OutOfMemory, match="there was no checkpoint yet"):
+        fit(accelerator, settings(), loss=starving_at(3))
+
+
+def test_out_of_memory_right_after_a_resume_keeps_the_checkpoint(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        with pytest.raises(OutOfMemory, match=r"after step 6 of 12 .*goes on from step-000006"):
+            fit(accelerator, settings(), loss=starving_at(7), folder=tmp_path)
+        assert steps_saved(tmp_path) == ["step-000005", "step-000006"]
+
+
+def test_out_of_memory_in_an_update_saves_nothing(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some parameters may have been updated already, and others not."""
+    steps: list[int] = []
+    update = torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW, closure: Any = None) -> Any:
+        steps.append(1)
+        if len(steps) == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return update(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(OutOfMemory, match=r"in the middle of an update .*goes on from step-000005"):
+        fit(accelerator, settings(), folder=tmp_path)
+    assert steps_saved(tmp_path) == ["step-000005"]
+
+
+def test_out_of_memory_with_the_optimizer_in_backward_saves_nothing(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    """In a step that did not end some parameters are new already; the loop cannot tell which."""
+
+    def train_in_backward(loss: Callable[..., Tensor], folder: Path) -> nn.Module:
+        model = linear()
+        parameters = dict(model.named_parameters())
+        optimizer = optimizers.build("adamw", parameters.values(), lr=0.05, per_parameter=True)
+        step_in_backward(optimizer)
+        train(
+            accelerator,
+            model,
+            optimizer,
+            Line(),
+            loss,
+            settings(max_grad_norm=None, schedule="cosine"),
+            fitted=Fitted(model, parameters, optimizer_in_backward=True),
+            checkpoints=Checkpoints(folder / "checkpoints", {}),
+            say=lambda line: None,
+        )
+        return model
+
+    with pytest.raises(OutOfMemory, match=r"in the middle of an update .*there was no checkpoint yet"):
+        train_in_backward(starving_at(3), tmp_path / "cut")
+    assert steps_saved(tmp_path / "cut") == []
+    with pytest.raises(OutOfMemory, match=r"in the middle of an update .*goes on from step-000005"):
+        train_in_backward(starving_at(8), tmp_path / "cut")
+    assert steps_saved(tmp_path / "cut") == ["step-000005"]
+    resumed = train_in_backward(squared, tmp_path / "cut")
+    assert weights(resumed) == weights(train_in_backward(squared, tmp_path / "whole"))
+
+
+def test_other_errors_are_not_taken_for_memory(accelerator: Accelerator, tmp_path: Path) -> None:
+    def loss(model: nn.Module, batch: Rows) -> Tensor:
+        if batch.ids[0].startswith("s2-"):
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+        return squared(model, batch)
+
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        fit(accelerator, settings(), loss=loss, folder=tmp_path)
+    assert steps_saved(tmp_path) == []

@@ -162,8 +162,6 @@ def trace_step(
 
     def update(optimizer: torch.optim.Optimizer) -> None:
         _update(optimizer, fused=fused)
-        if target.name == "cpu" and facts.import_path.startswith("bitsandbytes"):
-            _copies_of_bitsandbytes(optimizer)
         state = list(_state(optimizer))
         hosted = [t for t in state if facts.paged and target.name != "cpu" and t.numel() >= PAGED]
         tracer.host(hosted)
@@ -414,18 +412,6 @@ def _update_fused(optimizer: torch.optim.Optimizer) -> None:
             amsgrad=False,
             maximize=False,
         )
-
-
-def _copies_of_bitsandbytes(optimizer: torch.optim.Optimizer) -> None:
-    """What its kernels for the CPU make in float32 for each weight (bitsandbytes/backends/cpu/ops.py).
-
-    With 8-bit state both moments, the gradient, and the divisor twice; else the gradient, the divisor, and
-    the update.
-    """
-    for parameter, state in optimizer.state.items():
-        copies = 5 if state["state1"].dtype == torch.uint8 else 3
-        if parameter.grad is not None:
-            meta(copies * parameter.numel())
 
 
 @torch.no_grad()

@@ -419,14 +419,20 @@ class Planner:
                 late.append(found)
         if late:
             return replace(late[0], rejected=tuple(rejected[-REJECTED:]))
-        last = tiers[-1][-1]
-        size = self._sizes(last)[-1]
-        levers = self._levers(last, checkpointed=True)
-        tried.append(
-            self._check(name, room, last, size, levers, self._time(room, last, size, levers) / reference)
-        )
-        smallest = min(tried, key=lambda plan: plan.device_bytes)
+        smallest = min((*tried, self.least(name, room)), key=lambda plan: plan.device_bytes)
         return replace(smallest, rejected=tuple(rejected[-REJECTED:]))
+
+    def least(self, name: str, room: Room) -> Plan:
+        """The plan that needs least, whatever it costs; its time is not looked at (0)."""
+        way = self._ways(room)[-1][-1]
+        size = self._sizes(way)[-1]
+        every = self.memory.gradient_checkpointing is not False
+        levers = self._levers(way, checkpointed=every)
+        plan = self._check(name, room, way, size, levers, 0.0)
+        if every and self._may_offload(room) and not plan.fits and not self._hopeless([plan]):
+            units = plan.checkpointed_blocks
+            plan = self._check(name, room, way, size, self._levers(way, units, False, units), 0.0)
+        return plan
 
     def _ways(self, room: Room) -> list[list[Way]]:
         """What may be chosen, the exact ways first; those of one rank together."""
@@ -561,8 +567,7 @@ class Planner:
 
     def _offload(self, name: str, room: Room, way: Way, reference: float, tried: list[Plan]) -> Plan | None:
         """The plan with the fewest weights in host memory that fits."""
-        allowed = self.memory.offload is None or self.memory.offload is True
-        if self.job.adapter is None or not room.has_host or not room.context or not allowed:
+        if not self._may_offload(room):
             return None
         for size in self._sizes(way):
             all_twice = self._levers(way, True)
@@ -585,6 +590,10 @@ class Planner:
                 tried.append(replace(plan, fits=False))
                 count += max(1, len(weights) // 10)
         return None
+
+    def _may_offload(self, room: Room) -> bool:
+        allowed = self.memory.offload is None or self.memory.offload is True
+        return allowed and self.job.adapter is not None and room.has_host and room.context > 0
 
     def _accumulation(self, size: int) -> int:
         """Forwards per optimizer step; the last may be shorter."""
@@ -871,7 +880,7 @@ def advice(planner: Planner, plan: Plan, room: Room, cards: Sequence[DeviceFacts
     if min(job.size) >= 512:
         half = (job.size[0] // 2, job.size[1] // 2)
         change(f"data.resolution={half[0]}", size=half, preview=half if job.preview else None)
-    tried = [(text, other.plan(plan.device, room)) for text, other in changes]
+    tried = [(text, other.least(plan.device, room)) for text, other in changes]
     lines = []
     if tried:
         text, best = min(tried, key=lambda item: item[1].device_bytes)
@@ -880,7 +889,7 @@ def advice(planner: Planner, plan: Plan, room: Room, cards: Sequence[DeviceFacts
     for facts in sorted(cards, key=lambda card: card.memory_bytes or 0):
         if facts.kind == "cuda" and (facts.supports_bf16 or job.precision != "bf16"):
             larger = room_of(facts)
-            if larger.total >= plan.device_bytes and planner.plan(facts.name, larger).fits:
+            if larger.total >= plan.device_bytes and planner.least(facts.name, larger).fits:
                 lines.append(f"smallest card that would do: {facts.title} ({facts.name})")
                 break
     else:

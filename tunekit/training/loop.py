@@ -71,6 +71,8 @@ class Batches(Protocol):
 
 
 Loss = Callable[[nn.Module, Any], Tensor]
+MEASURED = 5
+"""Steps whose memory is measured on the CPU, where that takes time: not all have pictures of the same size."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +287,8 @@ class _Training:
         """One optimizer step, and whatever is due after it."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, step - 1)
-        with self.meter.phase("first_step" if step == self.start + 1 else "step"):
+        first, early = step == self.start + 1, step <= self.start + MEASURED
+        with self.meter.phase("first_step" if first else "step", again=early):
             rows, stop = self._update(step)
         end = step == self.settings.max_steps
         saving = self.checkpoints is not None and (end or _due(step, self.settings.checkpoint_every))

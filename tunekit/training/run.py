@@ -34,7 +34,7 @@ from tunekit.config import (
     TrainingRunConfig,
     dump_yaml,
 )
-from tunekit.errors import ConfigError, DeviceError
+from tunekit.errors import ConfigError, DeviceError, OutOfMemory
 from tunekit.families.family import Family, Pipeline
 from tunekit.memory.levers import Fitted, Levers, autocast_of, fit, step_in_backward
 from tunekit.memory.measure import Meter
@@ -345,4 +345,9 @@ def open_run(config: TrainingRunConfig) -> Iterator[Run]:
     with only_writer(run.folder.path, run.say):
         clean_leftovers(run.folder.path)
         accelerator.wait_for_everyone()
-        yield run
+        try:
+            yield run
+        except OutOfMemory as error:
+            if error.replan:  # in this process, with another accelerator
+                close_accelerator(accelerator)
+            raise
