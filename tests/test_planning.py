@@ -1,0 +1,171 @@
+"""From a config to plans: devices that are here, plans made once, and the golden tables."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunekit import hardware, planning
+from tunekit.config import Loaded, load
+from tunekit.errors import DeviceError, DoesNotFit
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = json.loads((ROOT / "tests" / "golden" / "plans.json").read_text())
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces of this module, not of the user."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "plans"))
+
+
+def config(*overrides: str, name: str = "sd15/lora") -> Loaded:
+    return load(name, overrides, stand_in="(pictures)")
+
+
+def here(monkeypatch: pytest.MonkeyPatch, **facts: Any) -> None:
+    """A GPU that answers."""
+    usual = {
+        "kind": "cuda",
+        "index": 0,
+        "torch_device": "cuda:0",
+        "title": "NVIDIA GeForce RTX 3060",
+        "total_bytes": 12 * GIB,
+        "free_bytes": 11 * GIB,
+        "supports_bf16": True,
+    }
+    real, device = hardware.probe, hardware.Device(**{**usual, **facts})
+    monkeypatch.setattr(hardware, "probe", lambda name="auto": real("cpu") if name == "cpu" else device)
+
+
+TINY = ("model.source=tiny", "data.resolution=64")
+
+
+def test_a_run_is_planned_for_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch)
+    settled, plan = planning.settle(config(*TINY).config)
+    assert plan is not None
+    assert plan.budget_bytes == 11 * GIB
+    assert plan.device == "NVIDIA GeForce RTX 3060"
+    assert settled.memory.precision == plan.precision == "bf16"
+    assert settled.memory.micro_batch == 4
+    assert settled.train.optimizer == "adamw"
+    open_keys = [key for key, value in settled.memory.model_dump().items() if value is None]
+    assert open_keys == ["class_batch"]
+    capped, plan = planning.settle(config(*TINY, "memory.budget=3 GiB").config)
+    assert plan is not None
+    assert plan.budget_bytes == 3 * GIB
+
+
+def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, title="Tesla T4", supports_bf16=False)
+    assert planning.settle(config(*TINY).config)[0].memory.precision == "fp16"
+    assert planning.settle(config(*TINY, "memory.device=cpu").config)[0].memory.precision == "fp32"
+    cards = {name: planning.plan_config(config(*TINY), device=name)[0] for name in ("t4", "rtx-3060", "h100")}
+    assert {name: plan.precision for name, plan in cards.items()} == {
+        "t4": "fp16",
+        "rtx-3060": "bf16",
+        "h100": "bf16",
+    }
+
+
+def test_a_card_that_others_use_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    note = "other programs hold 11.9 GiB of 12.0 GiB"
+    here(monkeypatch, free_bytes=GIB // 10, note=note)
+    with pytest.raises(DoesNotFit) as error:
+        planning.settle(config(*TINY).config)
+    print(error.value)
+    assert f"has 102.4 MiB ({note}): " in str(error.value)
+    assert "smallest card that would do" in str(error.value)
+
+
+def test_batches_are_shared_by_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    settled, _ = planning.settle(config(*TINY).config)
+    assert settled.memory.micro_batch == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        (("memory.base_precision=nf4",), "nf4 needs bitsandbytes"),
+        (("train.optimizer=adamw8bit", "adapter=null"), "adamw8bit needs bitsandbytes"),
+    ],
+)
+def test_what_a_card_lacks_is_refused(overrides: tuple[str, ...], what: str) -> None:
+    with pytest.raises(DeviceError, match=f"{what}, which does not run on Radeon PRO W6800"):
+        planning.plan_config(config(*TINY, *overrides), device="radeon-pro-w6800")
+
+
+def test_less_than_the_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    """One message: how much is missing, what was tried, what would help most, and which card would do."""
+    loaded = config("memory.approximate=never", "memory.offload=false")
+    with pytest.raises(DoesNotFit) as error:
+        planning.plan_config(loaded, device="rtx-3060", budget="1 GiB")
+    text = str(error.value)
+    print(text)
+    for words in ("are missing", "37 of 37 blocks checkpointed", "what helps most: ", "smallest card that"):
+        assert words in text
+    assert error.value.exit_code == 2
+
+
+def test_the_second_plan_is_read_without_torch(tmp_path: Path) -> None:
+    planning.plan_config(config(*TINY), device="rtx-3060")
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from tunekit import planning; from tunekit.config import load\n"
+        f"loaded = load('sd15/lora', {TINY!r}, stand_in='(pictures)')\n"
+        "print(planning.plan_config(loaded, device='rtx-3060')[0].words)"
+    )
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    took = time.perf_counter() - began
+    print(f"the second plan took {took:.2f} s")
+    assert done.returncode == 0, done.stderr
+    assert "nothing checkpointed" in done.stdout
+    assert took < 2
+
+
+def test_a_plan_is_made_anew_when_what_it_follows_from_changes(tmp_path: Path) -> None:
+    planning.plan_config(config(*TINY), device="rtx-3060")
+    said: list[str] = []
+    planning.plan_config(
+        config(*TINY, "data.path=elsewhere", "name=other"), device="rtx-3060", say=said.append
+    )
+    assert said == []
+    planning.plan_config(config(*TINY, "adapter.rank=8"), device="rtx-3060", say=said.append)
+    assert said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "cards"),
+    [
+        ("sd15/lora", list(GOLDEN["sd15/lora"])),
+        ("sdxl/lora", ["rtx-2060-12gb", "rtx-3060", "a100-40gb"]),
+        ("flux/lora", ["rtx-3060", "h100"]),
+    ],
+)
+def test_golden_plans(name: str, cards: list[str]) -> None:
+    """The table of the README; scripts/update_docs writes it anew where a plan changed for a reason."""
+    for card in cards:
+        (plan,) = planning.plan_config(config(name=name), device=card)
+        known = GOLDEN[name][card]
+        print(f"{name} on {card}: {plan.words}, {plan.device_bytes / GIB:.1f} GiB")
+        assert (plan.fits, plan.precision, plan.levers, plan.peak_phase) == (
+            known["fits"],
+            known["precision"],
+            known["levers"],
+            known["peak_phase"],
+        )
+        assert plan.device_bytes == pytest.approx(known["device_bytes"], rel=1e-3)
+        assert plan.relative_step_time == pytest.approx(known["relative_step_time"], abs=2e-3)
