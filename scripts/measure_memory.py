@@ -326,6 +326,37 @@ def drawn(device: str, seed: int) -> Iterator[dict[str, Any]]:
         yield compare(job, size, accumulation, Levers(precision, base, twice, kept), device)
 
 
+def dispatch_seconds(device: str) -> float:
+    """What each operator takes longer where attention is kept: small ones, so that nothing else counts.
+
+    The figure of `planner.DISPATCH_SECONDS`: forward and backward pass of a block that keeps its attention
+    against one that is just checkpointed, over the operators of both of its forward passes.
+    """
+    tiny = families.blueprint_of("sd15", "tiny")
+    job = Job(tiny, ADAPTER, size=(16, 16))
+    traced = trace_step(job, CPU, micro_batch=1).trace
+    operators = sum(work.phase == "forward" and work.place % 2 for work in traced.work)
+    inputs = real(tiny.inputs(tiny, 1, *job.latents(job.size)), device)
+    steps = {}
+    for kept in (False, True):
+        module = adapted(job, Levers("fp32", checkpointed=True, keep_attention=kept), device).module
+
+        def step(module: nn.Module = module) -> None:
+            module(**inputs, return_dict=False)[0].square().mean().backward()
+            if device != "cpu":
+                torch.cuda.synchronize()
+
+        step()
+        steps[kept] = step
+    took: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(30):  # side by side, against the noise
+        for kept, step in steps.items():
+            began = time.perf_counter()
+            step()
+            took[kept].append(time.perf_counter() - began)
+    return (min(took[True]) - min(took[False])) / (2 * operators)
+
+
 def main() -> None:
     """Measures the grid and ten random configurations."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -344,6 +375,7 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": hardware.probe(args.device).title,
         "versions": {module.__name__: module.__version__ for module in (torch, diffusers, peft)},
+        "dispatch_seconds": dispatch_seconds(args.device),
         **errors,
         **rows,
     }

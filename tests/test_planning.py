@@ -59,7 +59,7 @@ def test_a_run_is_planned_for_what_is_free(monkeypatch: pytest.MonkeyPatch) -> N
     assert settled.train.optimizer == "adamw"
     open_keys = [key for key, value in settled.memory.model_dump().items() if value is None]
     assert open_keys == ["class_batch"]
-    capped, plan = planning.settle(config(*TINY, "memory.budget=3 GiB").config)
+    _, plan = planning.settle(config(*TINY, "memory.budget=3 GiB").config)
     assert plan is not None
     assert plan.budget_bytes == 3 * GIB
 

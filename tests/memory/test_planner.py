@@ -188,7 +188,7 @@ def test_exact_plans_come_first(real: Planner) -> None:
     assert kept.levers == []
     assert 0 < len(some.checkpointed_blocks) < some.blocks
     assert some.approximates == away.approximates == []
-    assert set(away.offloaded_blocks) < set(away.checkpointed_blocks)
+    assert set(away.offloaded_blocks) <= set(away.checkpointed_blocks)
     assert away.host_bytes > 0
     assert away.phases["step"]["ledger"]["visiting weights"] > 0
     assert packed.approximates in (["int8 base"], ["nf4 base"])

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -40,14 +41,18 @@ CONTEXT = round(0.45 * GIB)
 """What a CUDA context and its libraries hold outside the allocator, where it cannot be measured."""
 HEADROOM_SHARE, HEADROOM = 0.04, round(0.1 * GIB)
 """Kept free above the prediction."""
-TRIES = 5
+TRIES = 6
+LEAST_STEP = 32 * 2**20
+"""Bytes by which the budget is tightened at least, when a plan did not fit; twice as many each time."""
+AWAY = (0.05, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+"""Shares of the units whose weights may stay on the host."""
 LEVELS = 4096
 """Steps of the saved bytes in the dynamic program."""
 EFFICIENCY, BANDWIDTH_EFFICIENCY, LAUNCH_SECONDS = 0.45, 0.8, 4e-6
 """Of the roofline: share of the peak arithmetic and bandwidth that kernels reach, and the least they take."""
-DISPATCH_SECONDS = 1.6e-5
+DISPATCH_SECONDS = 1.8e-5
 """What an operator costs more in a unit that keeps its attention: each passes through Python, twice
-(scripts/measure_dispatch.py)."""
+(`dispatch_seconds` in benchmarks/memory_cpu.json)."""
 HOST_LINK = 12e9
 """Bytes per second from page-locked host memory: PCIe 3 with 16 lanes, PCIe 4 with 8."""
 PATIENCE = 2.0
@@ -400,19 +405,24 @@ class Planner:
             tiers = [[way for ways in tiers for way in ways]]
         late: list[Plan] = []
         for ways in tiers:
-            found = self._search(name, room, ways, reference, rejected, tried)
+            pairs = [(way, size, 0) for way in ways if self._can_fit(room, way) for size in self._sizes(way)]
+            if self.memory.offload is True:
+                pairs = []
+            found = self._search(name, room, pairs, reference, rejected, tried)
             if found is not None:
                 for plan in late:
                     rejected.append(_rejected(plan, "slower, though exact"))
                 return replace(found, rejected=tuple(rejected[-REJECTED:]))
             if self._hopeless(tried):
                 break
-            moved = [self._offload(name, room, way, reference, tried) for way in ways]
-            found = min(
-                (plan for plan in moved if plan is not None),
-                key=lambda plan: plan.relative_step_time,
-                default=None,
-            )
+            pairs = [
+                (way, size, share)
+                for way in ways
+                for size in self._sizes(way)
+                for share in AWAY
+                if self._may_offload(room)
+            ]
+            found = self._search(name, room, pairs, reference, [], tried)
             if found is not None:
                 if found.relative_step_time <= PATIENCE or self.memory.offload:
                     return replace(found, rejected=tuple(rejected[-REJECTED:]))
@@ -483,25 +493,28 @@ class Planner:
         self,
         name: str,
         room: Room,
-        ways: Sequence[Way],
+        pairs: Sequence[tuple[Way, int, float]],
         reference: float,
         rejected: list[dict[str, Any]],
         tried: list[Plan],
     ) -> Plan | None:
-        """The fastest plan among `ways` that fits in `room`."""
-        pairs = [(way, size) for way in ways if self._can_fit(room, way) for size in self._sizes(way)]
+        """The fastest plan that fits, of (way, micro-batch, share of units with weights on the host)."""
         budgets = dict.fromkeys(pairs, room.budget)
+        tighter = dict.fromkeys(pairs, LEAST_STEP)
         for _ in range(TRIES * len(pairs)):
-            candidates = [
-                found for pair in pairs if (found := self._choose(room, *pair, budgets[pair])) is not None
-            ]
+            candidates = {
+                pair: found
+                for pair in pairs
+                if (found := self._choose(room, pair[0], pair[1], budgets[pair], pair[2])) is not None
+            }
             if not candidates:
                 return None
-            best = min(candidates, key=lambda found: (found.seconds, found.way, -found.size))
+            pair = min(candidates, key=lambda one: (candidates[one].seconds, one[0], one[2], -one[1]))
+            best = candidates[pair]
             ratio = best.seconds / reference
             plan = self._check(name, room, best.way, best.size, best.levers, ratio)
             if plan.fits:
-                others = sorted(candidates, key=lambda found: found.seconds)
+                others = sorted(candidates.values(), key=lambda found: found.seconds)
                 rejected += [
                     self._slower(room, found, found.seconds / reference)
                     for found in others[:REJECTED]
@@ -513,7 +526,8 @@ class Planner:
             rejected.append(_rejected(plan, f"{format_bytes(over)} too much in the phase {plan.peak_phase}"))
             if self._hopeless(tried):
                 return None
-            budgets[best.way, best.size] -= max(round(over * 1.05), 16 * 2**20)
+            budgets[pair] -= max(round(over * 1.05), tighter[pair])
+            tighter[pair] *= 2
         return None
 
     def _can_fit(self, room: Room, way: Way) -> bool:
@@ -530,66 +544,52 @@ class Planner:
             and not tried[-1].fits
         )
 
-    def _choose(self, room: Room, way: Way, size: int, budget: int) -> _Candidate | None:
-        """The cheapest units to checkpoint at a micro-batch."""
+    def _choose(self, room: Room, way: Way, size: int, budget: int, share: float = 0) -> _Candidate | None:
+        """The cheapest units to checkpoint, with the weights of a share of the units on the host."""
         keeping = self._costs(room.target, way, size, self._levers(way))
+        weights = [keeping.weights[unit] for unit in keeping.units]
+        away = math.ceil(len(weights) * share)
+        moved = _spread(len(weights), away)
+        hosted = sum(weights[index] for index in moved)
+        if hosted > (room.host_bytes or hosted):
+            return None
+        if away:
+            budget += hosted - 2 * max(weights)  # two visit at a time
+        host = tuple(keeping.units[index] for index in moved)
         fits = keeping.phases["step"]["peak_allocated_bytes"] <= budget
 
         def candidate(levers: Levers, estimate: int) -> _Candidate:
             return _Candidate(self._time(room, way, size, levers), way, size, levers, estimate)
 
         pinned = self.memory.gradient_checkpointing
-        if pinned is False or (pinned is None and fits):
+        if pinned is False or (pinned is None and fits and not away):
             return candidate(self._levers(way), keeping.phases["step"]["least_bytes"]) if fits else None
-        states = [self._levers(way, True)]
+        states = [self._levers(way, True, False, host)]
         if self.memory.keep_attention is not False:
-            states.append(self._levers(way, True, True))
+            states.append(self._levers(way, True, True, host))
         if self.memory.keep_attention:
             states = states[1:]
         if pinned:
             for levers in reversed(states):  # the faster first
-                costs = self._costs(room.target, way, size, levers)
+                costs = self._costs(room.target, way, size, replace(levers, offloaded=False))
                 if costs.phases["step"]["peak_allocated_bytes"] <= budget:
-                    return candidate(levers, costs.phases["step"]["least_bytes"])
+                    return candidate(levers, 0 if away else costs.phases["step"]["least_bytes"])
             return None
         others = []
         for levers in states:
-            costs = self._costs(room.target, way, size, levers)
+            costs = self._costs(room.target, way, size, replace(levers, offloaded=False))
             others.append((costs, self._unit_seconds(room, keeping, costs, levers)))
-        found = choose_units(keeping, others, budget)
+        # A unit whose weights come and go cannot keep what it computed with them.
+        saving = {i for i in moved if any(costs.kept[i] < keeping.kept[i] for costs, _ in others)}
+        need = [2**62 if index in saving else size for index, size in enumerate(keeping.need)]
+        found = choose_units(replace(keeping, need=need), others, budget)
         if found is None:
             return None
         chosen, _ = found
-        named = zip(keeping.units, chosen, strict=True)
-        twice = {name: states[number - 1] for name, number in named if number}
-        kept = tuple(name for name, levers in twice.items() if levers.keep_attention)
-        return candidate(self._levers(way, tuple(twice), kept), 0)
-
-    def _offload(self, name: str, room: Room, way: Way, reference: float, tried: list[Plan]) -> Plan | None:
-        """The plan with the fewest weights in host memory that fits."""
-        if not self._may_offload(room):
-            return None
-        for size in self._sizes(way):
-            all_twice = self._levers(way, True)
-            costs = self._costs(room.target, way, size, all_twice)
-            weights = [costs.weights[unit] for unit in costs.units]
-            # Two units visit at a time.
-            over = costs.phases["step"]["peak_allocated_bytes"] + 2 * max(weights) - room.budget
-            count = 1
-            while count <= len(weights):
-                chosen = _spread(len(weights), count)
-                if sum(weights[index] for index in chosen) < over and count < len(weights):
-                    count += 1
-                    continue
-                units = tuple(costs.units[index] for index in chosen)
-                levers = self._levers(way, tuple(costs.units), False, units)
-                ratio = self._time(room, way, size, levers) / reference
-                plan = self._check(name, room, way, size, levers, ratio)
-                if plan.fits and plan.host_bytes <= (room.host_bytes or plan.host_bytes):
-                    return plan
-                tried.append(replace(plan, fits=False))
-                count += max(1, len(weights) // 10)
-        return None
+        twice = [name for index, name in enumerate(keeping.units) if chosen[index] or index in moved]
+        kept = [name for name, number in zip(keeping.units, chosen, strict=True) if number == len(states)]
+        attention = tuple(kept) if states[-1].keep_attention else ()
+        return candidate(self._levers(way, tuple(twice), attention, host), 0)
 
     def _may_offload(self, room: Room) -> bool:
         allowed = self.memory.offload is None or self.memory.offload is True

@@ -72,7 +72,7 @@ class Batches(Protocol):
 
 Loss = Callable[[nn.Module, Any], Tensor]
 MEASURED = 5
-"""Steps whose memory is measured on the CPU, where that takes time: not all have pictures of the same size."""
+"""Steps whose memory is measured on the CPU, where that takes time: not all have pictures of one size."""
 
 
 @dataclass(frozen=True)
