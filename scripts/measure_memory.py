@@ -283,29 +283,34 @@ ADAPTER = AdapterConfig(rank=16, alpha=16, targets=["to_q", "to_k", "to_v", "to_
 
 def grid(device: str) -> Iterator[dict[str, Any]]:
     """Every combination that matters of model, what is trained, batch, precision, base and checkpointing."""
-    for (model, side), learns, size in itertools.product(space(device), (ADAPTER, None), (1, 4)):
-        large = model.name == "sdxl" and device != "cpu"
-        if learns is None and large and size > 1:
-            continue  # more than one H100
-        precision = "fp32" if device == "cpu" and learns is None else "bf16"
-        for optimizer in ("adamw",) if learns else ("adamw", "adamw8bit"):
-            job = Job(model, learns, optimizer, precision, (side, side))
-            units = trace_step(job, CPU, micro_batch=1).units
-            for twice in (False, units[: len(units) // 2], True):
-                yield compare(job, size, 1, Levers(precision, checkpointed=twice), device)
-            if learns:
-                yield compare(job, size, 1, Levers(precision, checkpointed=True, keep_attention=True), device)
-                for base in ("int8", "nf4"):
-                    yield compare(job, size, 1, Levers(precision, base, True), device)
-                yield compare(job, size, 1, Levers(precision, "same", True, False, units), device)
-            elif size == 1:
-                lone = replace(job, max_grad_norm=None)
-                in_backward = Levers(precision, checkpointed=True, optimizer_in_backward=True)
-                yield compare(lone, size, 1, in_backward, device)
-        if learns and size == 1:
-            job = Job(model, learns, "adamw", "bf16", (side, side), preview=(side, side))
+    for model, side in space(device):
+        for precision in ("fp32", "bf16") if device == "cpu" else ("bf16",):
+            job = Job(model, ADAPTER, "adamw", precision, (side, side), preview=(side, side))
             for phase in ("encode", "preview"):
                 yield compare_phase(job, phase, device)
+            job = replace(job, preview=None)
+            units = trace_step(job, CPU, micro_batch=1).units
+            for size in (1, 4, 8) if device == "cpu" else (1, 4):
+                for levers in (
+                    Levers(precision),
+                    Levers(precision, checkpointed=units[: len(units) // 2]),
+                    Levers(precision, checkpointed=True),
+                    Levers(precision, checkpointed=True, keep_attention=True),
+                    Levers(precision, "int8", True),
+                    Levers(precision, "nf4", True),
+                    Levers(precision, "same", True, False, units),
+                ):
+                    yield compare(job, size, 1, levers, device)
+        precision = "fp32" if device == "cpu" else "bf16"
+        for size, optimizer in itertools.product((1, 4), ("adamw", "adamw8bit")):
+            whole = Job(model, None, optimizer, precision, (side, side))
+            if model.name == "sdxl" and device != "cpu" and (size > 1 or optimizer == "adamw"):
+                continue  # more than an H100 has
+            for twice in (False, True):
+                yield compare(whole, size, 1, Levers(precision, checkpointed=twice), device)
+            lone = replace(whole, max_grad_norm=None)
+            levers = Levers(precision, checkpointed=True, optimizer_in_backward=True)
+            yield compare(lone, size, 1, levers, device)
 
 
 def drawn(device: str, seed: int) -> Iterator[dict[str, Any]]:
@@ -366,17 +371,29 @@ def main() -> None:
     rows = {"grid": list(grid(args.device)), "drawn_at_random": list(drawn(args.device, args.seed))}
     both = [row for part in rows.values() for row in part]
     errors = {}
-    for kind in ("allocated", "reserved"):
-        found = [row[f"error_{kind}"] for row in both if row[f"error_{kind}"] is not None]
+    for kind, precision, phase in itertools.product(
+        ("allocated", "reserved"), ("fp32", "bf16"), ("step", "encode", "preview")
+    ):
+        rows_of = [row for row in both if (row["precision"], row["phase"]) == (precision, phase)]
+        found = sorted(row[f"error_{kind}"] for row in rows_of if row[f"error_{kind}"] is not None)
         if found:
-            errors[f"error_{kind}"] = {"least": min(found), "most": max(found)}
-            print(f"errors of {kind}: {min(found):+.2%} to {max(found):+.2%} in {len(found)} configurations")
+            within = sum(abs(error) <= 0.01 for error in found)
+            errors[f"{kind} {precision} {phase}"] = {
+                "configurations": len(found),
+                "least": found[0],
+                "most": found[-1],
+                "within_1_percent": within,
+            }
+            print(
+                f"{kind}, {precision}, {phase}: {found[0]:+.2%} to {found[-1]:+.2%},"
+                f" {within} of {len(found)} within 1 %"
+            )
     content = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": hardware.probe(args.device).title,
         "versions": {module.__name__: module.__version__ for module in (torch, diffusers, peft)},
         "dispatch_seconds": dispatch_seconds(args.device),
-        **errors,
+        "errors": errors,
         **rows,
     }
     file = ROOT / f"benchmarks/memory_{args.device.partition(':')[0]}.json"

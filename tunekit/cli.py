@@ -400,9 +400,14 @@ def _show_plan(console: Console, made: Plan) -> None:
         console.print(note, style="yellow")
     console.print(
         f"needs {format_bytes(made.device_bytes)} of {format_bytes(made.budget_bytes)} in the phase"
-        f" {made.peak_phase}, context and headroom included; step time x{made.relative_step_time:.2f}"
+        f" {made.peak_phase.replace('_', ' ')}, {format_bytes(made.context_bytes)} for the context and"
+        f" {format_bytes(made.headroom_bytes)} of headroom included; step time x{made.relative_step_time:.2f}"
         " of the same job with all the memory it wants"
     )
+    if made.host_bytes:
+        console.print(f"and {format_bytes(made.host_bytes)} of page-locked host memory", style="yellow")
+    if made.approximates:
+        console.print(f"{' and '.join(made.approximates)}: changes a little what is learned", style="yellow")
     names = list(dict.fromkeys(name for found in made.phases.values() for name in found["ledger"]))
     table = _table("", *(phase.replace("_", " ") for phase in made.phases))
     for name in names:

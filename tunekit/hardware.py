@@ -308,7 +308,7 @@ def _read_int(path: str) -> int | None:
         return None
 
 
-def _machine_memory() -> tuple[int, int]:
+def machine_memory() -> tuple[int, int]:
     """Total and free bytes, of the container where one limits them."""
     import psutil
 
@@ -388,7 +388,7 @@ def probe(requested: str = "auto") -> Device:
         note = why_less(properties.name, free, total, *held)
         usable = usable_bytes(free, total, *held)
         return Device("xpu", index, f"xpu:{index}", properties.name, total, usable, True, note)
-    total, free = _machine_memory()
+    total, free = machine_memory()
     if kind == "mps":
         total = int(torch.mps.recommended_max_memory())  # Metal lets a process have no more
         usable = usable_bytes(free, total, 1.0, torch.mps.driver_allocated_memory())

@@ -94,7 +94,8 @@ def plan_config(
         facts = hardware.find(device, where="--device")
         _refuse_what_it_lacks(config, facts, loaded)
         return [_known(config, facts, size, say, strict=True)]
-    cards = [facts for facts in hardware.TABLE.values() if facts.memory_bytes is not None]
+    machine = hardware.machine_memory()[0]
+    cards = [replace(facts, memory_bytes=facts.memory_bytes or machine) for facts in hardware.TABLE.values()]
     return [_known(config, facts, size, say, strict=False) for facts in cards]
 
 

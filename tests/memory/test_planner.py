@@ -277,6 +277,8 @@ def test_the_json_is_what_is_promised(planner: Planner) -> None:
     assert set(content["phases"]) == {"encode", "first_step", "step", "preview", "save"}
     for phase in content["phases"].values():
         assert sum(phase["ledger"].values()) == phase["peak_allocated_bytes"] <= phase["peak_reserved_bytes"]
+    reserved = max(phase["peak_reserved_bytes"] for phase in content["phases"].values())
+    assert content["device_bytes"] == reserved + content["context_bytes"] + content["headroom_bytes"]
     assert {"device", "budget_bytes", "fits", "peak_phase", "device_bytes", "levers", "rejected"} <= set(
         content
     )

@@ -279,6 +279,14 @@ def checkpoint_units(
                 )
 
     check(names.values(), 'the denoiser has no block "{}"')
+    if not isinstance(keep_attention, bool):
+        for name in sorted(keep_attention):
+            if not _has(chosen, name):
+                raise ConfigError(
+                    f'the block "{name}" is not checkpointed, so it keeps its attention anyway',
+                    where="memory.keep_attention",
+                    hint="name it under memory.gradient_checkpointing too",
+                )
     run_so_far: list[str] = []
 
     def check_units(*_: Any) -> None:

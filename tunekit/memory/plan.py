@@ -28,7 +28,9 @@ class Plan:
     Attributes:
         device: name of the card, or title of the device that is here.
         budget_bytes: what may be used.
-        device_bytes: what is needed, context and headroom included.
+        device_bytes: what is needed: the allocator's in the largest phase, context and headroom.
+        context_bytes: what CUDA and its libraries hold beside the allocator; 0 on the CPU.
+        headroom_bytes: what is kept free, because a prediction can be wrong.
         precision: of the arithmetic.
         base_precision: of the frozen weights of linear layers: `precision`, "int8" or "nf4".
         checkpointed_blocks: computed twice.
@@ -60,6 +62,8 @@ class Plan:
     blocks: int
     phases: dict[str, Phase]
     device_bytes: int
+    context_bytes: int
+    headroom_bytes: int
     relative_step_time: float
     notes: tuple[str, ...] = ()
     rejected: tuple[dict[str, Any], ...] = ()
@@ -156,6 +160,8 @@ class Plan:
             "phases": phases,
             "peak_phase": self.peak_phase,
             "device_bytes": self.device_bytes,
+            "context_bytes": self.context_bytes,
+            "headroom_bytes": self.headroom_bytes,
             "host_bytes": self.host_bytes,
             "micro_batch": self.micro_batch,
             "accumulation": self.accumulation,

@@ -655,7 +655,8 @@ class Planner:
             held = sum(ledger.get(part, 0) for part in (jobs.MASTERS, jobs.STATE))
             tiled, phases["preview"] = self._preview(room, levers, held)
         phases = {key: phases[key] for key in PHASES if key in phases}
-        need = room.needed(max(int(found["least_bytes"]) for found in phases.values()))
+        least = max(int(found["least_bytes"]) for found in phases.values())
+        need = room.needed(least)
         twice = _units(levers.checkpointed, whole.units)
         kept = _units(levers.keep_attention, whole.units) & twice
         away = _units(levers.offloaded, whole.units)
@@ -679,6 +680,8 @@ class Planner:
             blocks=len(whole.units),
             phases=phases,
             device_bytes=need,
+            context_bytes=room.context,
+            headroom_bytes=need - least - room.context,
             relative_step_time=ratio,
             moments=tuple(whole.moments),
         )

@@ -260,7 +260,7 @@ class Tracer(TorchDispatchMode):
         tensors = [t for t in tree_iter((args, result)) if isinstance(t, Tensor)]
         count = flop_registry.get(func.overloadpacket)
         flops = count(*args, **kwargs, out_val=result) if count else 0
-        half = any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
+        half = any(t.dtype in HALF for t in tensors)
         return int(flops), sum(map(_bytes, tensors)), half, room
 
     def _rounded(self, size: int) -> int:
@@ -470,6 +470,9 @@ def attention_kind(target: Target, query: Tensor, mask: Tensor | None) -> str:
     return target.attention
 
 
+HALF = (torch.bfloat16, torch.float16)
+SMALL_CONVOLUTION = 20480
+"""Elements up to which torch leaves one picture's convolution to itself (ConvParams::use_mkldnn)."""
 EIGHT_BIT = "bitsandbytes.optimizer_update_8bit_blockwise"
 
 
@@ -477,7 +480,8 @@ def workspace_bytes(func: Any, args: Sequence[Any], result: Any, target: Target)
     """Room that an operator's kernel takes beside its inputs and outputs, in bytes.
 
     On the CPU, 8-bit optimizers compute in float32: both moments, the gradient, and the denominator twice
-    (bitsandbytes/backends/cpu/ops.py). On CUDA:
+    (bitsandbytes/backends/cpu/ops.py); oneDNN copies what convolutions take and give into a layout of its
+    own, and in 16 bits the weights of matrix products. On CUDA:
 
     - Convolutions over a window: cuDNN's copies in the layout of its fastest kernels.
     - Backward of flash attention: dQ is summed in float32, [B, S rounded up to 128, H, D rounded up to 32]
@@ -485,7 +489,7 @@ def workspace_bytes(func: Any, args: Sequence[Any], result: Any, target: Target)
     """
     packet = func.overloadpacket if hasattr(func, "overloadpacket") else func
     if target.name == "cpu":
-        return 5 * 4 * args[2].numel() if str(packet) == EIGHT_BIT else 0
+        return _cpu_workspace_bytes(packet, args, result)
     if packet is aten.convolution:
         taken, weight = args[0], args[1]
         if weight[0, 0].numel() > 1:
@@ -497,6 +501,25 @@ def workspace_bytes(func: Any, args: Sequence[Any], result: Any, target: Target)
     elif packet is aten._scaled_dot_product_flash_attention_backward:
         batch, heads, length, width = args[1].shape
         return batch * (-(-length // 128) * 128) * heads * (-(-width // 32) * 32) * 4
+    return 0
+
+
+def _cpu_workspace_bytes(packet: Any, args: Sequence[Any], result: Any) -> int:
+    """Of oneDNN's kernels on x86 with several threads, as measured; bitsandbytes' by its source."""
+    if str(packet) == EIGHT_BIT:
+        return 5 * 4 * int(args[2].numel())
+    if packet is aten.convolution:
+        taken, weight = args[0], args[1]
+        if taken.shape[0] == 1 and taken.numel() <= SMALL_CONVOLUTION and taken.dtype not in HALF:
+            return int(weight[0, 0].numel() > 1) * weight[0, 0].numel() * _bytes(taken)  # im2col
+        return max(_bytes(taken) + _bytes(weight), _bytes(result))
+    if packet is aten.convolution_backward:
+        gradient, taken, weight = args[:3]
+        if taken.shape[0] == 1 and taken.numel() <= SMALL_CONVOLUTION and taken.dtype not in HALF:
+            return 0
+        return max(_bytes(gradient) + _bytes(weight), _bytes(taken))
+    if packet in (aten.mm, aten.addmm) and args[-1].dtype in HALF:
+        return _bytes(args[-1])
     return 0
 
 
