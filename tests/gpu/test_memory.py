@@ -1,0 +1,124 @@
+"""A small part of scripts/measure_memory.py --device cuda: prediction against a GPU."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tunekit import families, planning
+from tunekit.config import AdapterConfig, load
+from tunekit.memory.job import Job, adapted, trace_step
+from tunekit.memory.levers import Levers
+from tunekit.memory.trace import CPU
+
+pytestmark = pytest.mark.gpu
+
+ADAPTER = AdapterConfig(rank=16, alpha=16, targets=["to_q", "to_k", "to_v", "to_out.0"])
+BASE = families.BLUEPRINTS.get("sd15")
+
+
+def job(adapter: AdapterConfig | None = ADAPTER, **fields: Any) -> Job:
+    return Job(BASE, adapter, **{"precision": "bf16", "size": (512, 512), **fields})
+
+
+@pytest.fixture(scope="module")
+def units() -> tuple[str, ...]:
+    return trace_step(replace(job(), size=(64, 64)), CPU, micro_batch=1).units
+
+
+HALF, ALL = "half of the units", "all units"
+
+
+def named(levers: Levers, units: tuple[str, ...]) -> Levers:
+    """With module paths in place of `HALF` and `ALL`."""
+    known = {HALF: units[: len(units) // 2], ALL: units}
+    return replace(
+        levers,
+        checkpointed=known.get(levers.checkpointed, levers.checkpointed),
+        offloaded=known.get(levers.offloaded, levers.offloaded),
+    )
+
+
+@pytest.mark.parametrize(
+    ("what", "levers"),
+    [
+        (job(), Levers("bf16")),
+        (job(precision="fp32"), Levers("fp32")),
+        (job(precision="fp16"), Levers("fp16")),
+        (job(), Levers("bf16", checkpointed=HALF)),
+        (job(), Levers("bf16", checkpointed=True)),
+        (job(), Levers("bf16", checkpointed=True, keep_attention=True)),
+        (job(), Levers("bf16", "int8", checkpointed=True)),
+        (job(), Levers("bf16", "nf4", checkpointed=True)),
+        (job(), Levers("bf16", checkpointed=True, offloaded=ALL)),
+        (job(None, optimizer="adamw8bit"), Levers("bf16", checkpointed=True)),
+        (
+            job(None, optimizer="adamw8bit", max_grad_norm=None),
+            Levers("bf16", checkpointed=True, optimizer_in_backward=True),
+        ),
+    ],
+    ids=lambda value: value.optimizer if isinstance(value, Job) else None,
+)
+def test_predicted_is_measured(script: Any, units: tuple[str, ...], what: Job, levers: Levers) -> None:
+    """Allocated within 3 %, reserved within 5 %, never under by more than 1 %."""
+    row = script.compare(what, 1, 1, named(levers, units), "cuda")
+    assert -0.01 < row["error_allocated"] < 0.03
+    assert -0.01 < row["error_reserved"] < 0.05
+
+
+@pytest.mark.parametrize("phase", ["encode", "preview"])
+def test_other_phases(script: Any, phase: str) -> None:
+    row = script.compare_phase(job(preview=(512, 512)), phase, "cuda")
+    assert -0.01 < row["error_allocated"] < 0.03
+
+
+def test_step_times_are_in_the_predicted_order(script: Any, units: tuple[str, ...]) -> None:
+    """Nothing checkpointed, a half, all."""
+    times = [
+        script.compare(job(), 4, 1, Levers("bf16", checkpointed=chosen), "cuda")["seconds_per_step"]
+        for chosen in (False, units[: len(units) // 2], True)
+    ]
+    print([round(time / times[0], 3) for time in times])
+    assert times == sorted(times)
+
+
+def test_weights_that_visit_give_the_same_gradients(units: tuple[str, ...]) -> None:
+    """Copies run on another stream than the computation; several passes, so that a race would show."""
+    small = replace(job(precision="fp32"), size=(128, 128))
+    torch.manual_seed(0)
+    plain = adapted(small, Levers("fp32", checkpointed=True), "cuda")
+    moved = adapted(small, Levers("fp32", checkpointed=True, offloaded=units), "cuda")
+    state = {name: value.cpu() for name, value in copy.deepcopy(plain.module.state_dict()).items()}
+    moved.module.load_state_dict(state)
+    inputs = {
+        key: torch.randn(value.shape, device="cuda")
+        if value.is_floating_point()
+        else torch.ones_like(value, device="cuda")
+        for key, value in BASE.inputs(BASE, 2, 16, 16).items()
+    }
+    for _ in range(4):
+        gradients = []
+        for fitted in (plain, moved):
+            fitted.module(**inputs, return_dict=False)[0].square().mean().backward()
+            gradients.append([p.grad.clone() for p in fitted.parameters.values()])
+            for parameter in fitted.parameters.values():
+                parameter.grad = None
+        for one, two in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_a_plan_fits_in_a_capped_process() -> None:
+    """The card is made small, and a run that was planned for it stays inside."""
+    torch.cuda.set_per_process_memory_fraction(0.1)
+    try:
+        loaded = load("sd15/lora", ("model.source=tiny", "data.resolution=64"), stand_in="(pictures)")
+        _, plan = planning.settle(loaded.config)
+        assert plan is not None
+        total = torch.cuda.get_device_properties(0).total_memory
+        assert plan.budget_bytes <= 0.1 * total
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
