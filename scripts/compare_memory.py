@@ -54,9 +54,9 @@ class Arithmetic:
 
 
 # fp16 has bf16's sizes, and tunekit trains fp16 adapters under autocast, where its bf16 ones have masters.
-AUTOCAST = Arithmetic("16-bit autocast, float32 for what is trained", "fp16")
-NO_AUTOCAST = Arithmetic("bf16 base, float32 adapter, no autocast", "fp32", torch.bfloat16)
-ALL_BF16 = Arithmetic("all bf16, under autocast", "bf16", torch.bfloat16)
+AUTOCAST = Arithmetic("16-bit autocast", "fp16")
+NO_AUTOCAST = Arithmetic("bf16 with a float32 adapter, no autocast", "fp32", torch.bfloat16)
+ALL_BF16 = Arithmetic("bf16 weights, 16-bit autocast", "bf16", torch.bfloat16)
 ALL_FLOAT32 = Arithmetic("all float32", "fp32")
 
 
@@ -69,8 +69,8 @@ class Published:
         source: where the figure stands.
         device: that it was measured on.
         figure: as published, in `unit`.
-        counter: what the figure is: "reserved" by torch's allocator, "device" for all that a process holds, or
-            "card" for the size of a card on which it runs.
+        counter: what the figure is: "reserved" by torch's allocator, "device" for all that a process holds,
+            or "card" for the size of a card on which it runs.
         size: (height, width) in pixels.
         rank: of the LoRA; None trains all weights.
         targets: of the LoRA; None means the family's own.
@@ -136,7 +136,8 @@ DREAMBOOTH_DOCS = "https://huggingface.co/docs/diffusers/training/dreambooth"
 SHIVAM = "https://github.com/ShivamShrirao/diffusers/blob/main/examples/dreambooth/README.md"
 
 LOKR = "Theirs is a LoKr of factor 12, which keeps other activations; ours is a LoRA on the same layers."
-BF16_ADAPTER = "Adapter and optimizer state are bf16 there, float32 here."
+BF16_ADAPTER = "Adapter and AdamW's state are bf16 there, float32 here."
+RANK_128 = f"{BF16_ADAPTER} At this rank that is worth up to 0.4 GiB."
 CARD = "The size of a card, not a measurement: the ratio has to be below 1 and says no more."
 T4 = "Whether each batch had a class picture too is not told; ours has none."
 WIDER = "Their nf4 covers layers outside the blocks too."
@@ -160,22 +161,21 @@ ROWS = (
         rank=16, targets=ATTENTION,
     ),
     Published(
-        "SimpleTuner", SWEEP, "H100", 34.59, "GiB", "reserved", "sd3", (1024, 1024), AUTOCAST, BF16_ADAPTER,
+        "SimpleTuner", SWEEP, "H100", 34.59, "GiB", "reserved", "sd3", (1024, 1024), AUTOCAST, RANK_128,
         rank=128, targets=ATTENTION, micro_batch=3, tokens=(77, 77, 154), checkpointed=False,
     ),
     Published(
-        "SimpleTuner", SWEEP, "H100", 7.67, "GiB", "reserved", "sd3", (1024, 1024), AUTOCAST,
-        f"{BF16_ADAPTER} What we call allocated is nearer to it: our fragments may be too many.",
+        "SimpleTuner", SWEEP, "H100", 7.67, "GiB", "reserved", "sd3", (1024, 1024), AUTOCAST, RANK_128,
         rank=128, targets=ATTENTION, micro_batch=3, tokens=(77, 77, 154),
     ),
     Published(
-        "SimpleTuner", LOWEST, "10 or 12 GB", 9090, "M", "device", "flux", (512, 512), AUTOCAST,
+        "SimpleTuner", LOWEST, "10 or 12 GB card", 9090, "M", "device", "flux", (512, 512), AUTOCAST,
         f"Theirs has 8-bit Lion, and perhaps another rank than their default of 16. {WIDER}",
         rank=16, base="nf4", optimizer="paged_adamw8bit",
     ),
     Published(
         "Fizgig", FIZGIG, "RTX 5090", 6.5, "GB", "reserved", "sdxl", (1024, 1024), NO_AUTOCAST,
-        "Nothing known; previews are left out on both sides.",
+        "No difference is known; neither figure has previews in it.",
         rank=16, optimizer="adamw8bit",
     ),
     Published(
@@ -184,21 +184,21 @@ ROWS = (
         rank=16, base="nf4", optimizer="adamw8bit",
     ),
     Published(
-        "sd-scripts", FUSED, "not told", 10, "GB", "device", "sdxl", (1024, 1024), ALL_BF16,
-        "Their Adafactor makes float32 copies of the tensor that it updates; tunekit itself keeps weights in float32.",
+        "sd-scripts", FUSED, "card not told", 10, "GB", "device", "sdxl", (1024, 1024), ALL_BF16,
+        "Not offered here, where trained weights are float32; their Adafactor updates float32 copies.",
         optimizer="adafactor", in_backward=True, beside=BOTH, beside_bytes=2,
     ),
     Published(
-        "sd-scripts", FUSED, "not told", 16.4, "GB", "device", "sdxl", (1024, 1024), ALL_FLOAT32,
+        "sd-scripts", FUSED, "card not told", 16.4, "GB", "device", "sdxl", (1024, 1024), ALL_FLOAT32,
         "Their README said about 17 GB of the same.",
         optimizer="adafactor", in_backward=True, beside=BOTH,
     ),
     Published(
-        "diffusers", DREAMBOOTH, "16 GB", 16, "GiB", "card", "sd15", (512, 512), AUTOCAST, CARD,
+        "diffusers", DREAMBOOTH, "16 GB card", 16, "GiB", "card", "sd15", (512, 512), AUTOCAST, CARD,
         optimizer="adamw8bit", micro_batch=2, accumulation=2, attention="math", beside=BOTH, beside_bytes=2,
     ),
     Published(
-        "diffusers", DREAMBOOTH_DOCS, "12 GB", 12, "GiB", "card", "sd15", (512, 512), AUTOCAST, CARD,
+        "diffusers", DREAMBOOTH_DOCS, "12 GB card", 12, "GiB", "card", "sd15", (512, 512), AUTOCAST, CARD,
         optimizer="adamw8bit", beside=BOTH, beside_bytes=2,
     ),
     Published(
@@ -226,30 +226,30 @@ ROWS = (
 )  # fmt: skip
 
 COUNTERS = {
-    "SimpleTuner": "the sweep does not tell which counter it reads. Its L40S shows 0.05 GiB less than its H100 in"
-    " nearly all rows, as much as two workspaces of cuBLAS differ and less than two contexts would, so it is"
+    "SimpleTuner": "the sweep does not tell which counter it reads. Its L40S shows 0.05 GiB less than its H100"
+    " in nearly all rows, as much as two workspaces of cuBLAS differ and less than two contexts would, so it is"
     " taken for torch's allocator. Rank, layers, batch and prompt length are those of the example configs that"
-    " it names. 9090 M of FLUX.1 is taken for MiB of nvidia-smi.",
-    "Fizgig": "a comment beside the model's description; the counter is not told. Their logs elsewhere divide"
+    " it names, and of SimpleTuner's defaults. FLUX.1's 9090M is taken for MiB of nvidia-smi.",
+    "Fizgig": "a comment in the model's description; the counter is not told. Their logs elsewhere divide"
     " max_memory_reserved by 2^30 and say GB.",
     "sd-scripts": "whether text encoders and VAE stayed on the device and latents were cached is not told. Ours"
-    " has all three there and cached latents. Had they encoded a picture in each step, that would be the peak.",
-    "diffusers": "commands said to run on such a card: with class pictures (2 samples) and 2 accumulated steps on"
-    " 16 GB, with xFormers on 12 GB. Precision is left to the user there; 16-bit autocast is assumed. Latents"
-    " are not cached there. For these two rows reserved is the least with which the allocator gets through.",
+    " has all three there, and cached latents. Had they encoded a picture in each step, that would be the peak.",
+    "diffusers": "commands said to run on such a card: with class pictures (2 samples) and 2 accumulated steps"
+    " on 16 GB, with xFormers on 12 GB. They leave precision to the user; 16-bit autocast is assumed. They do"
+    " not cache latents. In these two rows reserved is the least with which the allocator gets through.",
     "ShivamShrirao": "a fork of that script that caches latents and captions. The counter is not told and taken"
     " for nvidia-smi. The table ends with 15.79 GB, which a T4 has only if a GB is 10^9 bytes.",
     "Hugging Face": "prompts of 77 tokens, latents and captions cached; the counter is not told.",
 }
 NOT_COMPARED = (
-    "SimpleTuner, FLUX.1 with all layers adapted (30, 18, 13 and 9 GB by base precision): the resolution is not"
-    " told, and the figures are lower bounds.",
+    "SimpleTuner, FLUX.1 with all layers adapted (30, 18, 13 and 9 GB by base precision): the resolution is"
+    " not told, and the figures are lower bounds.",
     "SimpleTuner, int8 and fp8 bases of the sweep: other schemes, of which some keep more than bf16 does.",
     "SimpleTuner, SDXL with all weights (more than 24 GB): a bound, without its configuration.",
     "Fizgig, peaks with previews (10.3 GB in bf16): their sampler and decoder are not ours.",
     "diffusers, DreamBooth on 8 GB: DeepSpeed keeps weights and optimizer state in host memory.",
-    "Hugging Face, FLUX.1 with all weights (120 GB) is an estimate, not a measurement; with float8 training (36.57"
-    " GB) it computes in a type that is not here.",
+    "Hugging Face, FLUX.1 with all weights (120 GB): their estimate, not a measurement.",
+    "Hugging Face, FLUX.1 in float8 (36.57 GB): a type that tunekit does not train in.",
     "finetrainers, CogVideoX: no such family here.",
 )
 
@@ -354,27 +354,35 @@ def markdown(rows: list[dict[str, Any]]) -> list[str]:
         "Made by `scripts/compare_memory.py`, without a GPU; `benchmarks/memory.json` has the versions.",
         "",
         "Ours is in GiB of 2^30 bytes: what tensors hold (allocated), what torch's allocator takes for them",
-        f"(reserved), and that with {CONTEXT / GIB:.2f} GiB for the CUDA context (device). Each job is traced in the",
-        "arithmetic of its source, which is not always tunekit's own: bf16 adapters compute without autocast here.",
+        f"(reserved), and that with {CONTEXT / GIB:.2f} GiB for the CUDA context (device). Each job is traced in",
+        "the arithmetic of its source; under autocast, what is trained is float32. tunekit's own bf16 adapters",
+        "compute without autocast and take less.",
         "",
-        "The ratio is ours to theirs, of the number in bold. GB is read as 10^9 bytes; in brackets is the ratio if",
-        "GiB was meant. None of the figures was used to fit anything.",
+        "The ratio is ours to theirs, of the number in bold. GB is read as 10^9 bytes; the ratio in brackets is",
+        "for those who meant GiB.",
         "",
         "| who, device | job | published | allocated | reserved | device | ratio | what differs |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    sources = list(dict.fromkeys(row["source"] for row in rows))
     for row in rows:
         ours = {key: f"{row[f'{key}_gib']:.2f}" for key in ("allocated", "reserved", "device")}
         ours[row["compared_with"]] = f"**{ours[row['compared_with']]}**"
         ratio = f"{row['ratio']:.2f}"
         if row["ratio_if_gb_is_gib"]:
             ratio += f" ({row['ratio_if_gb_is_gib']:.2f})"
-        lines.append(
-            f"| [{row['who']}]({row['source']}), {row['device']} | {row['configuration']} | {row['published']} "
-            f"| {' | '.join(ours.values())} | {ratio} | {row['difference']} |"
-        )
+        cells = [
+            f"[{row['who']}][{sources.index(row['source']) + 1}], {row['device']}",
+            row["configuration"],
+            row["published"],
+            *ours.values(),
+            ratio,
+            row["difference"],
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## The sources", "", *(f"- {who}: {told}" for who, told in COUNTERS.items())]
-    return [*lines, "", "## Not compared", "", *(f"- {one}" for one in NOT_COMPARED)]
+    lines += ["", "## Not compared", "", *(f"- {one}" for one in NOT_COMPARED), ""]
+    return [*lines, *(f"[{number}]: {url}" for number, url in enumerate(sources, start=1))]
 
 
 if __name__ == "__main__":

@@ -362,6 +362,17 @@ def dispatch_seconds(device: str) -> float:
     return (min(took[True]) - min(took[False])) / (2 * operators)
 
 
+def one_row_a_line(content: dict[str, Any]) -> str:
+    """JSON that a diff can be read of."""
+    parts = []
+    for key, value in content.items():
+        text = json.dumps(value)
+        if isinstance(value, list):
+            text = "[\n  " + ",\n  ".join(json.dumps(row) for row in value) + "\n ]"
+        parts.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def main() -> None:
     """Measures the grid and ten random configurations."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -397,7 +408,7 @@ def main() -> None:
         **rows,
     }
     file = ROOT / f"benchmarks/memory_{args.device.partition(':')[0]}.json"
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    file.write_text(one_row_a_line(content))
     print(file)
 
 

@@ -121,6 +121,29 @@ def test_two_processes_and_another_micro_batch_learn_the_same(
         assert float((adapter(split)[name] - tensor).abs().mean()) < 1e-5
 
 
+def test_two_processes_sum_the_gradients_of_float32_masters(
+    lora_tree: dict[str, Any],
+    configured: Configured,
+    run_here: Callable[..., Path],
+    environment: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    """A bf16 adapter is outside of DDP: its gradients are summed in float32 by the loop itself."""
+    tree = {**lora_tree, "preview": {}, "memory": {"device": "cpu", "precision": "bf16", "micro_batch": 1}}
+    tree["train"] = {**lora_tree["train"], "max_steps": 8, "validate_every": None}
+    alone = run_here(configured(tmp_path / "alone", tree))
+    config = configured(tmp_path / "both", tree)
+    command = [sys.executable, "-m", "tunekit", "run", str(config), "--processes", "2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    both = tmp_path / "both" / "runs" / "run"
+    pairs = [(a, b) for a, b in zip(rows(alone), rows(both), strict=True) if "loss" in a]
+    worst = {name: max(abs(a[name] - b[name]) for a, b in pairs) for name in ("loss", "grad_norm")}
+    print("largest difference of one process and two:", worst)
+    assert worst["loss"] < 1e-4
+    assert worst["grad_norm"] < 1e-3
+
+
 # Once more in the same folder
 
 
