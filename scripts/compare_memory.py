@@ -226,24 +226,27 @@ ROWS = (
 )  # fmt: skip
 
 COUNTERS = {
-    "SimpleTuner": "the sweep does not tell which counter it reads. Its L40S shows 0.05 GiB less than its H100"
-    " in nearly all rows, as much as two workspaces of cuBLAS differ and less than two contexts would, so it is"
-    " taken for torch's allocator. Rank, layers, batch and prompt length are those of the example configs that"
-    " it names, and of SimpleTuner's defaults. FLUX.1's 9090M is taken for MiB of nvidia-smi.",
-    "Fizgig": "a comment in the model's description; the counter is not told. Their logs elsewhere divide"
-    " max_memory_reserved by 2^30 and say GB.",
-    "sd-scripts": "whether text encoders and VAE stayed on the device and latents were cached is not told. Ours"
-    " has all three there, and cached latents. Had they encoded a picture in each step, that would be the peak.",
-    "diffusers": "commands said to run on such a card: with class pictures (2 samples) and 2 accumulated steps"
-    " on 16 GB, with xFormers on 12 GB. They leave precision to the user; 16-bit autocast is assumed. They do"
-    " not cache latents. In these two rows reserved is the least with which the allocator gets through.",
-    "ShivamShrirao": "a fork of that script that caches latents and captions. The counter is not told and taken"
-    " for nvidia-smi. The table ends with 15.79 GB, which a T4 has only if a GB is 10^9 bytes.",
+    "SimpleTuner": "the sweep does not tell which counter it reads. Its L40S shows 0.05 GiB less than its "
+    "H100 in nearly all rows, as much as two workspaces of cuBLAS differ and less than two contexts "
+    "would, so it is taken for torch's allocator. Rank, layers, batch and prompt length are those of the "
+    "example configs that it names, and of SimpleTuner's defaults. FLUX.1's 9090M is taken for MiB of "
+    "nvidia-smi.",
+    "Fizgig": "a comment in the model's description; the counter is not told. Their logs elsewhere divide "
+    "max_memory_reserved by 2^30 and say GB.",
+    "sd-scripts": "whether text encoders and VAE stayed on the device and latents were cached is not "
+    "told. Ours has all three there, and cached latents. Had they encoded a picture in each step, that "
+    "would be the peak.",
+    "diffusers": "commands said to run on such a card: with class pictures (2 samples) and 2 accumulated "
+    "steps on 16 GB, with xFormers on 12 GB. They leave precision to the user; 16-bit autocast is "
+    "assumed. They do not cache latents. In these two rows reserved is the least with which the allocator "
+    "gets through.",
+    "ShivamShrirao": "a fork of that script that caches latents and captions. The counter is not told and "
+    "taken for nvidia-smi. The table ends with 15.79 GB, which a T4 has only if a GB is 10^9 bytes.",
     "Hugging Face": "prompts of 77 tokens, latents and captions cached; the counter is not told.",
 }
 NOT_COMPARED = (
-    "SimpleTuner, FLUX.1 with all layers adapted (30, 18, 13 and 9 GB by base precision): the resolution is"
-    " not told, and the figures are lower bounds.",
+    "SimpleTuner, FLUX.1 with all layers adapted (30, 18, 13 and 9 GB by base precision): the resolution "
+    "is not told, and the figures are lower bounds.",
     "SimpleTuner, int8 and fp8 bases of the sweep: other schemes, of which some keep more than bf16 does.",
     "SimpleTuner, SDXL with all weights (more than 24 GB): a bound, without its configuration.",
     "Fizgig, peaks with previews (10.3 GB in bf16): their sampler and decoder are not ours.",
@@ -271,7 +274,8 @@ def held_in_bf16(family: Blueprint) -> Blueprint:
         return value.to(torch.bfloat16) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def inputs(blueprint: Blueprint, batch: int, height: int, width: int) -> Inputs:
-        return lowered(family.inputs(blueprint, batch, height, width))
+        made = family.inputs(blueprint, batch, height, width)
+        return {key: lowered(value) for key, value in made.items()}
 
     part = family.denoiser
     return replace(
@@ -353,13 +357,13 @@ def markdown(rows: list[dict[str, Any]]) -> list[str]:
         "",
         "Made by `scripts/compare_memory.py`, without a GPU; `benchmarks/memory.json` has the versions.",
         "",
-        "Ours is in GiB of 2^30 bytes: what tensors hold (allocated), what torch's allocator takes for them",
-        f"(reserved), and that with {CONTEXT / GIB:.2f} GiB for the CUDA context (device). Each job is traced in",
-        "the arithmetic of its source; under autocast, what is trained is float32. tunekit's own bf16 adapters",
-        "compute without autocast and take less.",
+        "Ours is in GiB of 2^30 bytes: what tensors hold (allocated), what torch's allocator takes for",
+        f"them (reserved), and that with {CONTEXT / GIB:.2f} GiB for the CUDA context (device). Each job is",
+        "traced in the arithmetic of its source; under autocast, what is trained is float32. tunekit's own",
+        "bf16 adapters compute without autocast and take less.",
         "",
-        "The ratio is ours to theirs, of the number in bold. GB is read as 10^9 bytes; the ratio in brackets is",
-        "for those who meant GiB.",
+        "The ratio is ours to theirs, of the number in bold. GB is read as 10^9 bytes; the ratio in",
+        "brackets is for those who meant GiB.",
         "",
         "| who, device | job | published | allocated | reserved | device | ratio | what differs |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -61,16 +61,18 @@ class Target:
         attention: what `scaled_dot_product_attention` does there: "flash", "efficient", "cpu" or "math".
         convolution_room: room of a convolution over a window, as a multiple of input + output + weight bytes;
             cuDNN changes the layout of all three for the kernels that it likes best.
+        threads: of a CPU; each has buffers of its own.
     """
 
     name: str
     alignment: int
     attention: str
     convolution_room: float
+    threads: int = 1
 
 
 CUDA = Target("cuda", alignment=512, attention="flash", convolution_room=1.0)
-CPU = Target("cpu", alignment=1, attention="cpu", convolution_room=0.0)
+CPU = Target("cpu", alignment=1, attention="cpu", convolution_room=0.0, threads=torch.get_num_threads())
 
 
 class Event(NamedTuple):
@@ -489,7 +491,7 @@ def workspace_bytes(func: Any, args: Sequence[Any], result: Any, target: Target)
     """
     packet = func.overloadpacket if hasattr(func, "overloadpacket") else func
     if target.name == "cpu":
-        return _cpu_workspace_bytes(packet, args, result)
+        return _cpu_workspace_bytes(packet, args, result, target.threads)
     if packet is aten.convolution:
         taken, weight = args[0], args[1]
         if weight[0, 0].numel() > 1:
@@ -504,8 +506,12 @@ def workspace_bytes(func: Any, args: Sequence[Any], result: Any, target: Target)
     return 0
 
 
-def _cpu_workspace_bytes(packet: Any, args: Sequence[Any], result: Any) -> int:
+def _cpu_workspace_bytes(packet: Any, args: Sequence[Any], result: Any, threads: int) -> int:
     """Of oneDNN's kernels on x86 with several threads, as measured; bitsandbytes' by its source."""
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        return _cpu_attention_room(*args[:3], threads)
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return _cpu_attention_room(*args[1:4], threads, backward=True)
     if str(packet) == EIGHT_BIT:
         return 5 * 4 * int(args[2].numel())
     if packet is aten.convolution:
@@ -521,6 +527,19 @@ def _cpu_workspace_bytes(packet: Any, args: Sequence[Any], result: Any) -> int:
     if packet in (aten.mm, aten.addmm) and args[-1].dtype in HALF:
         return _bytes(args[-1])
     return 0
+
+
+def _cpu_attention_room(
+    query: Tensor, key: Tensor, value: Tensor, threads: int, *, backward: bool = False
+) -> int:
+    """Scores of a block of rows and columns per thread (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp)."""
+    length, half = query.shape[2], query.dtype in HALF
+    rows = 256 if length >= 768 else 64 if length >= 192 else 32
+    columns = min(512, key.shape[2])
+    if backward:
+        return threads * rows * columns * 2 * (6 if half else 4) + _bytes(query)
+    room = threads * 4 * rows * (columns + 2 + query.shape[3])
+    return room + (threads * 2 * rows * columns + _bytes(key) + _bytes(value) if half else 0)
 
 
 def _bytes(tensor: Tensor) -> int:
