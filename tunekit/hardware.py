@@ -396,6 +396,14 @@ def probe(requested: str = "auto") -> Device:
     return Device("cpu", 0, "cpu", _processor(), total, free, True)
 
 
+def forget() -> None:
+    """Gives memory that torch keeps for later back to the GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @dataclass
 class PeakMemory:
     """Filled in when the block of `peak_memory` ends.

@@ -135,6 +135,7 @@ def settle(config: C) -> tuple[C, Plan | None]:
     lost = min((int(one["budget_bytes"]) for one in begun.get("ran_out", ())), default=None)
     if lost is not None:
         budget = min(budget or lost, lost)
+        hardware.forget()  # what the attempt before kept would not count as free
     place = _here(config, memory.device, budget)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     made = _planned(open_config, place, place.title, lambda line: None, processes=processes)

@@ -467,22 +467,6 @@ def step_in_backward(
         parameter.register_post_accumulate_grad_hook(partial(update, index))
 
 
-def settings(levers: Levers) -> Mapping[str, Any]:
-    """As keys of a `memory:` section."""
-
-    def units(chosen: Units) -> bool | list[str]:
-        return chosen if isinstance(chosen, bool) else list(chosen)
-
-    return {
-        "precision": levers.precision,
-        "base_precision": levers.base,
-        "gradient_checkpointing": units(levers.checkpointed),
-        "keep_attention": units(levers.keep_attention),
-        "offload": units(levers.offloaded),
-        "optimizer_in_backward": levers.optimizer_in_backward,
-    }
-
-
 # Previews ---------------------------------------------------------------------------------------------------
 
 TILE = 256

@@ -526,6 +526,8 @@ class Planner:
             rejected.append(_rejected(plan, f"{format_bytes(over)} too much in the phase {plan.peak_phase}"))
             if self._hopeless(tried):
                 return None
+            if plan.peak_phase == "preview":
+                budgets[pair] = 0  # other checkpoints do not make it smaller; another base does
             budgets[pair] -= max(round(over * 1.05), tighter[pair])
             tighter[pair] *= 2
         return None
@@ -537,12 +539,8 @@ class Planner:
         return bool(least.phases["step"]["peak_allocated_bytes"] <= room.budget)
 
     def _hopeless(self, tried: Sequence[Plan]) -> bool:
-        """Whether no arrangement of the step can help."""
-        return (
-            bool(tried)
-            and tried[-1].peak_phase in ("class_pictures", "encode", "preview")
-            and not tried[-1].fits
-        )
+        """Whether nothing that is chosen for the denoiser can help."""
+        return bool(tried) and not tried[-1].fits and tried[-1].peak_phase in ("class_pictures", "encode")
 
     def _choose(self, room: Room, way: Way, size: int, budget: int, share: float = 0) -> _Candidate | None:
         """The cheapest units to checkpoint, with the weights of a share of the units on the host."""
@@ -551,7 +549,7 @@ class Planner:
         away = math.ceil(len(weights) * share)
         moved = _spread(len(weights), away)
         hosted = sum(weights[index] for index in moved)
-        if hosted > (room.host_bytes or hosted):
+        if room.host_bytes is not None and hosted > room.host_bytes:
             return None
         if away:
             budget += hosted - 2 * max(weights)  # two visit at a time

@@ -532,7 +532,7 @@ def _cpu_workspace_bytes(packet: Any, args: Sequence[Any], result: Any, threads:
 def _cpu_attention_room(
     query: Tensor, key: Tensor, value: Tensor, threads: int, *, backward: bool = False
 ) -> int:
-    """Scores of a block of rows and columns per thread (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp)."""
+    """Scores of a block of queries and keys per thread (native/cpu/FlashAttentionKernel.cpp of aten)."""
     length, half = query.shape[2], query.dtype in HALF
     rows = 256 if length >= 768 else 64 if length >= 192 else 32
     columns = min(512, key.shape[2])
