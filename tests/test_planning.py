@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +126,10 @@ def test_the_second_plan_is_read_without_torch(tmp_path: Path) -> None:
         f"loaded = load('sd15/lora', {TINY!r}, stand_in='(pictures)')\n"
         "print(planning.plan_config(loaded, device='rtx-3060')[0].words)"
     )
-    began = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
-    took = time.perf_counter() - began
-    print(f"the second plan took {took:.2f} s")
+    took = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before  # other tests run beside this one
+    print(f"the second plan took {took:.2f} s of processor time")
     assert done.returncode == 0, done.stderr
     assert "nothing checkpointed" in done.stdout
     assert took < 2

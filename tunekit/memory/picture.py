@@ -22,6 +22,8 @@ COLOURS = {
     "workspace": "#c0564b",
 }
 """From the bottom of the stack to its top."""
+LETTER = 5.8
+"""Width of a letter of the legend, about."""
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1000, 320, 74, 12, 34, 42
 
 
@@ -80,12 +82,12 @@ def draw(plan: Plan) -> str:
             f'stroke-dasharray="6 3" /><text x="{WIDTH - RIGHT}" y="{y(limit) - 4:.1f}" text-anchor="end" '
             f'fill="#c81e1e">budget {format_bytes(limit)}</text>'
         )
-    step = (WIDTH - LEFT - RIGHT) / max(1, len(names))
-    for index, name in enumerate(names):
-        left = LEFT + index * step
+    left = float(LEFT)
+    for name in names:
         parts.append(
             f'<rect x="{left:.1f}" y="{HEIGHT - 14}" width="10" height="10" fill="{COLOURS[name]}" />'
             f'<text x="{left + 14:.1f}" y="{HEIGHT - 5}" fill="#777">{name}</text>'
         )
+        left += 34 + LETTER * len(name)
     parts.append("</svg>")
     return "".join(parts)
