@@ -134,7 +134,11 @@ def fine_tune(config: Config, run: Run, scan: Scan, learned: dict[str, Any]) -> 
         tracker=run.tracker(config.train),
         checkpoints=run.checkpoints(learned, config.train),
         evaluate=validation(
-            held_out, partial(loss, objective=unweighted), unweighted, config.train.batch_size, accelerator
+            held_out,
+            partial(loss, objective=unweighted),
+            unweighted,
+            config.memory.micro_batch or config.train.batch_size,
+            accelerator,
         ),
         preview=previews(
             pipeline,

@@ -135,6 +135,15 @@ def test_the_second_plan_is_read_without_torch(tmp_path: Path) -> None:
     assert took < 2
 
 
+def test_a_plan_that_does_not_fit_is_an_error_the_second_time_too() -> None:
+    """`--device all` shows it as a row and keeps it; asked for by itself it is refused."""
+    loaded = config(*TINY, "memory.gradient_checkpointing=false", "memory.offload=false")
+    for _ in range(2):
+        assert not planning._known(loaded.config, hardware.find("rtx-3060"), 2**28, print, strict=False).fits
+        with pytest.raises(DoesNotFit):
+            planning.plan_config(loaded, device="rtx-3060", budget="256 MiB")
+
+
 def test_a_plan_is_made_anew_when_what_it_follows_from_changes(tmp_path: Path) -> None:
     planning.plan_config(config(*TINY), device="rtx-3060")
     said: list[str] = []

@@ -202,6 +202,7 @@ class _Place:
         facts: a card of the table, or the nearest to what is here.
         total: bytes that may be used, None for all of the card.
         precision: what arithmetic it can.
+        is_here: not a card of the table, but a device that answers.
         on_cpu, host_bytes, why_less: see `planner.Room`.
     """
 
@@ -209,6 +210,7 @@ class _Place:
     facts: hardware.DeviceFacts
     total: int | None
     precision: str
+    is_here: bool = False
     on_cpu: bool = False
     host_bytes: int | None = None
     why_less: str = ""
@@ -256,7 +258,9 @@ def _planned(
 
     file = _cache() / "plans" / f"{_digest(config, place, name, processes)}.json"
     try:
-        return Plan.load(json.loads(file.read_text(encoding="utf-8")))
+        made = Plan.load(json.loads(file.read_text(encoding="utf-8")))
+        if made.fits or not strict:
+            return made
     except (OSError, ValueError, KeyError, TypeError):
         pass
     from tunekit.memory.planner import advice
@@ -264,8 +268,9 @@ def _planned(
     planner, room, notes = _planner(config, place, processes, say)
     made = replace(planner.plan(name, room), notes=(*place.notes, *notes))
     if made.fits or not strict:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, made.dump())
+        if not place.is_here:  # what is free here is different each time
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, made.dump())
         return made
     raise refuse(made, advice(planner, made, room, list(hardware.TABLE.values())), room.why_less)
 
@@ -333,7 +338,7 @@ def _here(config: TrainingRunConfig, device: str | None, budget: int | None) -> 
     total = min(budget, found.free_bytes) if budget else found.free_bytes
     on_cpu = found.kind == "cpu"
     host = None if on_cpu else hardware.probe("cpu").free_bytes
-    return _Place(found.title, facts, total, precision, on_cpu, host, found.note)
+    return _Place(found.title, facts, total, precision, True, on_cpu, host, found.note)
 
 
 def _best(kind: str, supports_bf16: bool) -> Literal["fp32", "bf16", "fp16"]:
@@ -364,7 +369,7 @@ def _planner(
         cache=_cache() / "traces",
         say=say,
     )
-    room = room_of(place.facts, budget=place.total, real=place.host_bytes is not None or place.on_cpu)
+    room = room_of(place.facts, budget=place.total, real=place.is_here)
     if place.on_cpu:
         room = replace(room, total=room.total // processes)
     room = replace(room, title=place.title, host_bytes=place.host_bytes, why_less=place.why_less)
