@@ -14,6 +14,7 @@ import pytest
 from tunekit import hardware, planning
 from tunekit.config import Loaded, load
 from tunekit.errors import DeviceError, DoesNotFit
+from tunekit.memory.levers import Levers
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "plans.json").read_text())
@@ -57,6 +58,7 @@ def test_a_run_is_planned_for_what_is_free(monkeypatch: pytest.MonkeyPatch) -> N
     assert settled.memory.precision == plan.precision == "bf16"
     assert settled.memory.micro_batch == 4
     assert settled.train.optimizer == "adamw"
+    assert Levers.of(settled.memory) == Levers("bf16")
     open_keys = [key for key, value in settled.memory.model_dump().items() if value is None]
     assert open_keys == ["class_batch"]
     _, plan = planning.settle(config(*TINY, "memory.budget=3 GiB").config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tunekit import families, layers, optimizers
-from tunekit.config import AdapterConfig, MemoryConfig, TrainConfig
+from tunekit.config import AdapterConfig, TrainConfig
 from tunekit.errors import ConfigError, MissingPackageError
 from tunekit.families.blueprint import Blueprint
 from tunekit.memory import job as jobs
@@ -33,7 +32,6 @@ from tunekit.memory.levers import (
     autocast_of,
     fit,
     quantize_base,
-    settings,
     step_in_backward,
     tile_vae,
 )
@@ -759,17 +757,3 @@ def test_nf4_without_bitsandbytes_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(MissingPackageError, match=r'pip install "tunekit\[quant\]"'):
         ready(Levers(base="nf4"))
-
-
-@pytest.mark.parametrize(
-    "levers",
-    [
-        Levers(),
-        Levers("bf16", "nf4", ("a", "b"), ("a",), ("b",)),
-        Levers("bf16", "int8", True, True),
-        Levers(optimizer_in_backward=True),
-    ],
-)
-def test_settings_are_a_memory_section_that_means_the_same(levers: Levers) -> None:
-    section = MemoryConfig.model_validate_json(json.dumps(dict(settings(levers))), strict=True)
-    assert settings(Levers.of(section)) == settings(levers)
