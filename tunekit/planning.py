@@ -132,7 +132,9 @@ def settle(config: C) -> tuple[C, Plan | None]:
     asked = pinned if begun or train.optimizer != optimizers.AUTO else train
     open_config = config.model_copy(update={"memory": memory, "train": asked})
     budget = None if memory.budget == "auto" else parse_bytes(memory.budget)
-    lost = min((int(one["budget_bytes"]) for one in begun.get("ran_out", ())), default=None)
+    # It may have run out before there was a checkpoint.
+    ran_out = _begun(config.run_dir, always=True).get("ran_out", ())
+    lost = min((int(one["budget_bytes"]) for one in ran_out), default=None)
     if lost is not None:
         budget = min(budget or lost, lost)
         hardware.forget()  # what the attempt before kept would not count as free

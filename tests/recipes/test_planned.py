@@ -89,7 +89,7 @@ def test_dreambooth_is_planned_with_its_class_pictures(
     print(plan["phases"]["class_pictures"]["error"])
 
 
-@pytest.mark.parametrize("when", ["a step", "the preview"])
+@pytest.mark.parametrize("when", ["the first step", "a step", "the preview"])
 def test_memory_that_runs_out_is_planned_again_and_nothing_is_learned_otherwise(
     again: Callable[..., Path],
     run_here: Callable[..., Path],
@@ -103,7 +103,9 @@ def test_memory_that_runs_out_is_planned_again_and_nothing_is_learned_otherwise(
     tree = planned(lora_tree, on_oom="replan")
     straight = run_here(configured(tmp_path / "straight", tree))
     calls = [0]
-    name, last = ("denoise", 12) if when == "a step" else ("decode", 2)
+    name, last = {"the first step": ("denoise", 1), "a step": ("denoise", 12), "the preview": ("decode", 2)}[
+        when
+    ]
     whole = getattr(SD15, name)
 
     def short(self: SD15, *args: Any) -> Any:

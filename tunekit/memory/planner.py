@@ -51,8 +51,8 @@ LEVELS = 4096
 EFFICIENCY, BANDWIDTH_EFFICIENCY, LAUNCH_SECONDS = 0.45, 0.8, 4e-6
 """Of the roofline: share of the peak arithmetic and bandwidth that kernels reach, and the least they take."""
 DISPATCH_SECONDS = 1.8e-5
-"""What an operator costs more in a unit that keeps its attention: each passes through Python, twice
-(`dispatch_seconds` in benchmarks/memory_cpu.json)."""
+"""What an operator costs more in a unit that keeps its attention: each passes through Python, twice.
+`dispatch_seconds` of scripts/measure_memory.py gives this on an idle machine, a little more on a busy one."""
 HOST_LINK = 12e9
 """Bytes per second from page-locked host memory: PCIe 3 with 16 lanes, PCIe 4 with 8."""
 PATIENCE = 2.0

@@ -247,20 +247,6 @@ class Run:
         """
         if not self.main:
             return
-        with self.meter.phase("save"):
-            self._save(config, family, pipeline, result, identity, parameters)
-        if self.meter.active:
-            self.meter.write(self.folder.path / "plan.json")
-
-    def _save(
-        self,
-        config: TrainingRunConfig,
-        family: Family,
-        pipeline: Pipeline,
-        result: Result,
-        identity: Mapping[str, Any],
-        parameters: int,
-    ) -> None:
         final = self.folder.adapter if config.adapter else self.folder.model
         metrics: dict[str, Metric] = {
             "steps": result.step,
@@ -277,7 +263,7 @@ class Run:
             metrics=metrics,
             details={"identity": dict(identity), "step": result.step},
         )
-        with atomic_folder(final) as folder:
+        with self.meter.phase("save"), atomic_folder(final) as folder:
             denoiser = family.denoiser(pipeline)
             if config.adapter:
                 save_adapter(
@@ -302,6 +288,8 @@ class Run:
                 lineage=(step,),
                 base=config.model.source if config.adapter else None,
             ).write()
+        if self.meter.active:
+            self.meter.write(self.folder.path / "plan.json")
         self.say(f"saved {final}")
 
 
