@@ -1,0 +1,161 @@
+"""Adapters on a model: put in anew, loaded, copied, folded into the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from tunekit import layers
+from tunekit.adapters.delta import NAME, State, adapted, delta_of, modules_of, peft_state, some, targetable
+from tunekit.adapters.files import read_adapter
+from tunekit.config import AdapterConfig
+from tunekit.diffusion.noise import stable_seed
+from tunekit.errors import AdapterError
+from tunekit.families.family import Family, Pipeline
+
+
+def add_adapter(
+    denoiser: nn.Module, config: AdapterConfig, default_targets: Sequence[str], *, seed: int = 0
+) -> list[tuple[str, nn.Parameter]]:
+    """Put a new adapter into `denoiser` and freeze everything else.
+
+    Args:
+        denoiser: a diffusers model, in any dtype.
+        config: kind, rank, alpha, dropout and target modules.
+        default_targets: the family's targets, for a config that names none.
+        seed: of the initial weights; they depend on it and on the module's path alone.
+
+    Returns:
+        The trainable parameters with their names, in float32 (a gradient scaler refuses fp16 ones).
+
+    Raises:
+        AdapterError: a target that matches no Linear or Conv2d.
+    """
+    targets = list(config.targets or default_targets)
+    paths = [path for path, _ in targetable(denoiser)]
+    for target in targets:
+        if not any(path == target or path.endswith("." + target) for path in paths):
+            ends = sorted(
+                {path.rsplit(".", 1)[-1] for path in paths if not path.rsplit(".", 1)[-1].isdigit()}
+            )
+            raise AdapterError(
+                f'adapter target "{target}" names no linear or convolution layer of the denoiser',
+                hint=f"there are: {', '.join(ends)}",
+            )
+    denoiser.requires_grad_(False)
+    _inject(
+        denoiser,
+        LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,  # annotated int; any float works
+            lora_dropout=config.dropout,
+            target_modules=targets,
+            use_dora=config.kind == "dora",
+        ),
+    )
+    for path, layer in adapted(denoiser):
+        weight = layer.lora_A[NAME].weight
+        generator = torch.Generator().manual_seed(stable_seed(seed, "adapter", path))
+        draw = torch.empty(weight.shape)
+        nn.init.kaiming_uniform_(draw, a=math.sqrt(5), generator=generator)
+        weight.data.copy_(draw)
+    return [(name, p) for name, p in denoiser.named_parameters() if p.requires_grad]
+
+
+def adapter_state(denoiser: nn.Module) -> State:
+    """Return the adapter's tensors in PEFT layout without a prefix; they share memory with the model."""
+    return peft_state({path: delta_of(layer) for path, layer in adapted(denoiser)}, modules_of(denoiser))
+
+
+def load_adapter_state(denoiser: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy tensors from `adapter_state` into the adapter that is already in `denoiser`.
+
+    Raises:
+        AdapterError: other keys or shapes than the adapter has.
+    """
+    own = adapter_state(denoiser)
+    if own.keys() != state.keys():
+        differing = sorted(own.keys() ^ state.keys())
+        raise AdapterError(f"the adapter and its saved state differ in {some(differing)}")
+    for key, tensor in own.items():
+        if tensor.shape != state[key].shape:
+            raise AdapterError(
+                f"{key} has shape {list(state[key].shape)}, the adapter has {list(tensor.shape)}"
+            )
+        tensor.copy_(state[key])
+
+
+def load_adapter(
+    pipeline: Pipeline, family: Family, source: str | Path, *, allow_pickle: bool = False
+) -> None:
+    """Put the adapter of a file or folder, in either layout, into the pipeline, unmerged.
+
+    Raises:
+        AdapterError: unreadable, pickled, non-finite, or made for another family or another base.
+    """
+    for component, deltas in read_adapter(pipeline, family, source, allow_pickle=allow_pickle).items():
+        module = getattr(pipeline, component)
+        most = next(iter(deltas.values()))
+        _inject(
+            module,
+            LoraConfig(
+                r=most.rank,
+                lora_alpha=most.alpha,
+                rank_pattern={f"^{path}": d.rank for path, d in deltas.items() if d.rank != most.rank},
+                alpha_pattern={f"^{path}": d.alpha for path, d in deltas.items() if d.alpha != most.alpha},
+                target_modules=list(deltas),
+                use_dora=most.magnitude is not None,
+            ),
+        )
+        with torch.no_grad():
+            load_adapter_state(module, peft_state(deltas, modules_of(module)))
+        module.eval()
+
+
+def merge_adapter(
+    pipeline: Pipeline, family: Family, source: str | Path, *, allow_pickle: bool = False
+) -> int:
+    """Fold the adapter of a file or folder into the pipeline's weights.
+
+    A quantized layer is unpacked, merged and packed again in its own scheme.
+
+    Returns:
+        The number of layers that changed.
+
+    Raises:
+        AdapterError: see `load_adapter`.
+    """
+    read = read_adapter(pipeline, family, source, allow_pickle=allow_pickle)
+    for component, deltas in read.items():
+        for path, delta in deltas.items():
+            parent_path, _, leaf = path.rpartition(".")
+            parent = getattr(pipeline, component).get_submodule(parent_path)
+            layer: Any = getattr(parent, leaf)
+            if isinstance(layer, layers.QuantLinear | layers.QuantConv2d):
+                plain: Any = layers.dequantize_layer(layer)
+                plain.weight = nn.Parameter(delta.apply(plain.weight), requires_grad=False)
+                setattr(parent, leaf, layers.quantize_layer(plain, layer.scheme, layer.group))
+            else:
+                with torch.no_grad():
+                    layer.weight.copy_(delta.apply(layer.weight))
+    return sum(len(deltas) for deltas in read.values())
+
+
+def _inject(module: Any, config: LoraConfig) -> None:
+    if NAME in getattr(module, "peft_config", {}):
+        raise AdapterError(
+            "there is an adapter in this model already", hint="merge it, or load the base anew"
+        )
+    with torch.random.fork_rng(devices=[]):  # peft draws initial weights from the global state
+        module.add_adapter(config, NAME)
+    for name, parameter in module.named_parameters():
+        adapter = ".lora_" in name
+        parameter.requires_grad_(adapter)
+        if adapter and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
