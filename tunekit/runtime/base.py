@@ -1,0 +1,112 @@
+"""What every runtime offers, and torch, which is one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tunekit.artifacts import Artifact
+from tunekit.families.family import DTYPES, Conditioning, Family, Pipeline
+
+
+@dataclass
+class Runtime:
+    """A model that is ready to run. Tensors go in and come out on the CPU, in float32.
+
+    Attributes:
+        family: what kind of model it is.
+        pipeline: a diffusers pipeline, or graphs that stand in for its components.
+        title: what runs it, for people: "torch fp32 cpu", "onnxruntime CPUExecutionProvider".
+        artifact: where it came from; None for a pipeline that is only in memory.
+        threads: CPU threads, None for the library's own choice.
+    """
+
+    family: Family
+    pipeline: Pipeline
+    title: str
+    artifact: Artifact | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    threads: int | None = None
+
+    @property
+    def scheduler(self) -> Any:
+        """The sampler that the model is configured with."""
+        return self.pipeline.scheduler
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the model was made for."""
+        return self.family.default_size(self.pipeline)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """[C, h, w] of one picture of `height` x `width` pixels."""
+        return self.family.latent_shape(self.pipeline, height, width)
+
+    def encode_prompt(self, prompts: list[str]) -> Conditioning:
+        """Encode prompts; dim 0 of every tensor is len(prompts)."""
+        with self._running():
+            conditioning = self.family.encode_prompt(self.pipeline, prompts)
+        return {key: value.float().cpu() for key, value in conditioning.items()}
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Encode pixels [B, 3, H, W] in [-1, 1] to scaled mean and std, [B, 2C, h, w]."""
+        with self._running():
+            return self.family.encode_image(self.pipeline, pixels).cpu()
+
+    def denoise(self, latents: Tensor, timestep: Tensor | float, conditioning: Conditioning) -> Tensor:
+        """Run the denoiser on latents [B, C, h, w] at one timestep or [B] of them."""
+        times = torch.as_tensor(timestep).reshape(-1).expand(len(latents))
+        denoiser = self.family.denoiser(self.pipeline)
+        with self._running():
+            rows, known = latents.to(self.device, self.dtype), self._to_device(conditioning)
+            return self.family.denoise(denoiser, rows, times.to(self.device), known).float().cpu()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode scaled latents [B, C, h, w] to pixels [B, 3, H, W] in [0, 1]."""
+        with self._running():
+            return self.family.decode(self.pipeline, latents.to(self.device)).cpu()
+
+    def close(self) -> None:
+        """Let go of the model's memory."""
+        self.pipeline = None
+
+    def _to_device(self, conditioning: Conditioning) -> Conditioning:
+        return {
+            key: value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+            for key, value in conditioning.items()
+        }
+
+    def _running(self) -> torch.no_grad:
+        # Of the process, so it is set again before each use: another runtime may have set its own.
+        if self.threads is not None and torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        return torch.no_grad()
+
+
+def torch_runtime(
+    family: Family,
+    pipeline: Pipeline,
+    *,
+    artifact: Artifact | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    threads: int | None = None,
+) -> Runtime:
+    """Run a pipeline that is in memory, on `device`; `dtype` is that of its denoiser if not given."""
+    if torch.device(device) != pipeline.device:
+        pipeline.to(device)
+    dtype = dtype or cast(torch.dtype, family.denoiser(pipeline).dtype)
+    name = {value: key for key, value in DTYPES.items()}.get(dtype, str(dtype))
+    return Runtime(
+        family,
+        pipeline,
+        f"torch {name} {device}",
+        artifact,
+        torch.device(device),
+        dtype,
+        threads,
+    )

@@ -1,0 +1,132 @@
+"""ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tunekit.artifacts import Artifact
+from tunekit.errors import ConfigError, DeviceError, ModelError
+from tunekit.families.family import Family
+from tunekit.hardware import Device
+from tunekit.runtime.base import Runtime
+from tunekit.runtime.graph import Array, first_line, graph_pipeline
+
+ORT_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+_ORT_TYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(int32)": np.dtype(np.int32),
+    "tensor(int64)": np.dtype(np.int64),
+}
+
+
+def open_in_onnxruntime(
+    artifact: Artifact,
+    folder: Path,
+    family: Family,
+    place: Device,
+    precision: torch.dtype | None,
+    provider: str,
+    threads: int | None,
+) -> Runtime:
+    """Open the ONNX model in `folder` with one of ORT_PROVIDERS."""
+    if precision is not None:
+        raise ConfigError("dtype has no effect on an ONNX model: its precision is in the file")
+    providers = _ort_choice(provider, artifact, place.index)
+    title = f"onnxruntime {ORT_PROVIDERS[provider]}"
+    pipeline = graph_pipeline(
+        folder, family, lambda path: OrtGraph(path / "model.onnx", providers(path.name), threads)
+    )
+    return Runtime(family, pipeline, title, artifact, threads=threads)
+
+
+class OrtGraph:
+    """A model.onnx in ONNX Runtime."""
+
+    max_rows: int | None = None
+
+    def __init__(self, path: Path, providers: list[tuple[str, dict[str, Any]]], threads: int | None) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # its warnings speak of its own optimizations
+        if threads is not None:
+            options.intra_op_num_threads = threads
+            options.inter_op_num_threads = 1
+        # Idle threads that wait by spinning would slow whatever runs next in this process.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if _only_stores_int8(path.parent):  # then weights are unpacked once, here, and not in each call
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        try:
+            self.session = ort.InferenceSession(path, options, providers=providers)
+        except Exception as error:  # its exception classes have no common base
+            raise ModelError(f"ONNX Runtime cannot load it: {first_line(error)}", where=str(path)) from error
+        wanted = providers[0][0]
+        if wanted not in self.session.get_providers():
+            raise DeviceError(f"ONNX Runtime's {wanted} does not start here", hint="see its messages above")
+        self.inputs: dict[str, tuple[np.dtype[Any], list[int | None]]] = {
+            node.name: (_ORT_TYPES[node.type], [d if isinstance(d, int) else None for d in node.shape])
+            for node in self.session.get_inputs()
+        }
+        self.outputs = [node.name for node in self.session.get_outputs()]
+
+    def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        """See `Graph.run`."""
+        return dict(zip(self.outputs, self.session.run(self.outputs, feeds), strict=True))
+
+
+def _only_stores_int8(folder: Path) -> bool:
+    """Whether the config.json of a component says that its int8 weights are computed with as floats."""
+    config = folder / "config.json"
+    noted = json.loads(config.read_text(encoding="utf-8")).get("quantization") if config.is_file() else None
+    return isinstance(noted, dict) and noted.get("mode") == "weight_only"
+
+
+def ort_providers() -> list[str]:
+    """Return what the installed ONNX Runtime can run on."""
+    import onnxruntime as ort
+
+    return list(ort.get_available_providers())
+
+
+def _ort_choice(
+    provider: str, artifact: Artifact, index: int
+) -> Callable[[str], list[tuple[str, dict[str, Any]]]]:
+    """Return the provider list, with options, for each component."""
+    name = ORT_PROVIDERS[provider]
+    if name not in ort_providers():
+        raise DeviceError(
+            f"ONNX Runtime has no {name} here; it has {', '.join(ort_providers())}",
+            hint='pip uninstall onnxruntime; pip install "tunekit[gpu]" (and an NVIDIA driver)',
+        )
+    cpu: tuple[str, dict[str, Any]] = (ORT_PROVIDERS["cpu"], {})
+    cuda = (ORT_PROVIDERS["cuda"], {"device_id": index})
+    if provider == "cpu":
+        return lambda component: [cpu]
+    if provider == "cuda":
+        return lambda component: [cuda, cpu]
+    # Building takes minutes; the next start takes the engines from here.
+    cache = Path.home() / ".cache" / "tunekit" / "tensorrt" / artifact.hash[:16]
+    options = {"device_id": index, "trt_engine_cache_enable": True, "trt_timing_cache_enable": True}
+    return lambda component: [
+        (
+            name,
+            {
+                **options,
+                "trt_engine_cache_path": str(cache / component),
+                "trt_timing_cache_path": str(cache),
+            },
+        ),
+        cuda,
+        cpu,
+    ]

@@ -1,0 +1,75 @@
+"""OpenVINO, which reads the same model.onnx."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tunekit.artifacts import Artifact
+from tunekit.errors import DeviceError, ModelError, require
+from tunekit.families.family import Family
+from tunekit.hardware import Device
+from tunekit.runtime.base import Runtime
+from tunekit.runtime.graph import Array, first_line, graph_pipeline
+
+_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def open_in_openvino(
+    artifact: Artifact,
+    folder: Path,
+    family: Family,
+    place: Device,
+    precision: torch.dtype | None,
+    threads: int | None,
+) -> Runtime:
+    """Open the ONNX model in `folder`, in float32 if no precision is asked for."""
+    precision = precision or torch.float32
+    device = "GPU" if place.kind == "xpu" else "CPU"
+    title = f"openvino {_TYPES[precision]} {device}"
+    pipeline = graph_pipeline(
+        folder, family, lambda path: OpenVinoGraph(path / "model.onnx", device, precision, threads)
+    )
+    return Runtime(family, pipeline, title, artifact, threads=threads)
+
+
+class OpenVinoGraph:
+    """A model.onnx in OpenVINO."""
+
+    max_rows: int | None = None
+
+    def __init__(self, path: Path, device: str, precision: torch.dtype, threads: int | None) -> None:
+        openvino = require("openvino", extra="openvino", why='provider "openvino" needs')
+        # Without the hint OpenVINO takes bf16 where the processor has it, which nobody asked for.
+        settings: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": _TYPES[precision],
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        if threads is not None and device == "CPU":
+            settings["INFERENCE_NUM_THREADS"] = threads
+        core = openvino.Core()
+        if device not in core.available_devices:
+            raise DeviceError(
+                f"OpenVINO finds no device {device}", hint=f"it finds {', '.join(core.available_devices)}"
+            )
+        try:
+            self.compiled = core.compile_model(core.read_model(path), device, settings)
+        except RuntimeError as error:
+            raise ModelError(f"OpenVINO cannot load it: {first_line(error)}", where=str(path)) from error
+        self.request = self.compiled.create_infer_request()
+        self.inputs = {
+            port.get_any_name(): (
+                np.dtype(port.get_element_type().to_dtype()),
+                [d.get_length() if d.is_static else None for d in port.get_partial_shape()],
+            )
+            for port in self.compiled.inputs
+        }
+        self.outputs = [port.get_any_name() for port in self.compiled.outputs]
+
+    def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        """See `Graph.run`."""
+        results = self.request.infer(feeds, share_inputs=True)
+        return {name: results[i].copy() for i, name in enumerate(self.outputs)}
