@@ -15,10 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tunekit.config import SamplingConfig
 from tunekit.errors import ArtifactError, did_you_mean, output_errors
-from tunekit.resources import builtin
+from tunekit.resources import Source, builtin
 
-VERSION = 1
+VERSION = 2
+"""Of artifact.json; version 1, which says neither how the model is drawn with nor how it is opened, is read."""
+CHAIN_VERSION = 1
 FORMATS = ("adapter", "torch", "onnx", "tensorrt")
 RECORD = "artifact.json"
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
@@ -190,6 +193,8 @@ class Artifact:
         lineage: all steps so far, the last one made this artifact.
         base: the source an adapter belongs to.
         source: what to load from: `str(model_path)`, a hub id, or "tiny".
+        opened: how `source`, or of an adapter its `base`, is opened; its `name` is not read.
+        sampling: how pictures are drawn with it, where it says so: a model of few steps draws itself in few.
     """
 
     path: Path | None
@@ -199,8 +204,29 @@ class Artifact:
     source: str
     lineage: tuple[Step, ...] = ()
     base: str | None = None
-    version: int = VERSION
+    opened: Source | None = None
+    sampling: SamplingConfig | None = None
     recorded_hash: str | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def model_source(self) -> Source:
+        """What a family loads: the model itself or, of an adapter, its base.
+
+        Raises:
+            ArtifactError: an adapter that does not name its base.
+        """
+        if self.format != "adapter":
+            return self._opened(self.source)
+        if self.base is None:
+            raise ArtifactError(
+                "the adapter does not say which base it was trained on",
+                where=self.source,
+                hint="give the base, and this as its adapter; or merge: {base: ...}",
+            )
+        return self._opened(self.base)
+
+    def _opened(self, name: str) -> Source:
+        return dataclasses.replace(self.opened, name=name) if self.opened else Source(name)
 
     @cached_property
     def hash(self) -> str:
@@ -238,13 +264,16 @@ class Artifact:
         model = (
             None if self.model_path is None else Path(os.path.relpath(self.model_path, self.path)).as_posix()
         )
+        opened = dataclasses.asdict(self.opened) if self.opened and self.opened.is_special else None
         record = {
-            "version": self.version,
+            "version": VERSION,
             "format": self.format,
             "family": self.family,
             "model": model,  # relative, so that a run folder can be moved
             "source": self.source if model is None else None,
             "base": self.base,
+            "opened": {key: opened[key] for key in OPENED} if opened else None,
+            "sampling": self.sampling.model_dump(mode="json", exclude_none=True) if self.sampling else None,
             "hash": self.hash,
             "lineage": [dataclasses.asdict(step) for step in self.lineage],
         }
@@ -280,7 +309,8 @@ class Artifact:
                 source=record["source"] if model_path is None else str(model_path),
                 lineage=tuple(Step(**step) for step in record["lineage"]),
                 base=record["base"],
-                version=version,
+                opened=_opened(record),
+                sampling=_sampling(record.get("sampling")),
                 recorded_hash=record["hash"],
             )
         except FileNotFoundError as error:
@@ -290,6 +320,24 @@ class Artifact:
         if model_path is not None and not model_path.exists():
             raise ArtifactError(f"the model it points at is gone: {model_path}", where=str(file))
         return artifact
+
+
+OPENED = ("revision", "variant", "allow_pickle")
+
+
+def _opened(record: dict[str, Any]) -> Source | None:
+    """How the model is opened; version 1 has it in the settings of the training, of adapters alone."""
+    opened = record.get("opened")
+    if opened is None and int(record["version"]) == 1 and record["format"] == "adapter" and record["lineage"]:
+        opened = record["lineage"][0]["settings"].get("model")
+    if not opened:
+        return None
+    found = Source("", **{key: opened[key] for key in OPENED if key in opened})
+    return found if found.is_special else None
+
+
+def _sampling(record: Any) -> SamplingConfig | None:
+    return None if record is None else SamplingConfig.model_validate(record)
 
 
 # Run folders -----------------------------------------------------------------------------------------------
@@ -342,7 +390,7 @@ class RunFolder:
 
     def write_chain(self, folders: list[str]) -> None:
         """Records which pass folders make up the present chain; older ones may stand beside them."""
-        write_json(self.chain_file, {"version": VERSION, "folders": folders})
+        write_json(self.chain_file, {"version": CHAIN_VERSION, "folders": folders})
 
     def passes(self) -> list[Path]:
         """The finished pass folders of the present chain, in order."""

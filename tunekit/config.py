@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from tunekit import optimizers
 from tunekit.errors import ConfigError, TunekitError, did_you_mean
-from tunekit.registry import BLUEPRINTS, FAMILIES, load_recipe
+from tunekit.registry import FAMILIES, load_recipe
 from tunekit.units import parse_bytes
 from tunekit.yamlfile import REQUIRED, Key, Source, dotted, read
 
@@ -86,7 +86,7 @@ class ModelConfig(Section):
     @field_validator("family")
     @classmethod
     def _known_family(cls, value: str) -> str:
-        names = sorted({*FAMILIES.names(), *BLUEPRINTS.names()})
+        names = FAMILIES.names()
         if value not in names:
             hint = did_you_mean(value, names) or f"known: {', '.join(names)}"
             _refuse(f'there is no family "{value}"; {hint}')
@@ -175,6 +175,64 @@ class AdapterConfig(Section):
         if value is not None and not value:
             _refuse("an empty list adapts nothing; null means the family's own choice")
         return value
+
+
+class ObjectiveConfig(Section):
+    """What the denoiser is asked to learn; what is null is as the base was trained."""
+
+    timesteps: Literal["uniform", "logit_normal"] | None = None
+    """How noise levels are drawn; null is uniform, or what a family of flow matching was trained with."""
+    shift: Annotated[float, Field(gt=0)] | None = None
+    """Of flow matching: more than 1 draws more noise, as larger pictures need."""
+    prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """What the base predicts, for a base whose scheduler does not say it, such as a merge in one file."""
+    zero_terminal_snr: bool | None = None
+    """Whether the last timestep is noise alone, for a base whose scheduler does not say it."""
+    snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    """min-SNR loss weighting; 5 is usual."""
+    noise_offset: float = Field(0.0, ge=0)
+    """Noise added to each channel as a whole, so that very dark and bright pictures are learned; 0.05 is usual."""
+    loss: Literal["mse", "huber"] = "mse"
+    """huber counts errors above huber_delta linearly, so that odd pictures matter less."""
+    huber_delta: float = Field(0.1, gt=0)
+    """Error from which the huber loss is linear."""
+
+    @model_validator(mode="after")
+    def _effects(self) -> ObjectiveConfig:
+        if self.loss != "huber":
+            no_effect(self, ("huber_delta",), "loss is not huber")
+        return self
+
+
+class SamplingConfig(Section):
+    """How a picture is drawn; what is null is the model's own."""
+
+    steps: Positive | None = None
+    """Sampling steps."""
+    guidance: Annotated[float, Field(ge=0)] | None = None
+    """Classifier-free guidance; up to 1 is none."""
+    negative_prompt: str | None = None
+    """What the pictures should not show."""
+    height: Multiple | None = None
+    """In pixels."""
+    width: Multiple | None = None
+    """In pixels."""
+    scheduler: dict[str, Any] | None = None
+    """Keys of the sampler's configuration that differ from the model's; `class` names another of diffusers'."""
+
+    def over(self, other: SamplingConfig | None) -> SamplingConfig:
+        """This one, with what it leaves open taken from another."""
+        if other is None:
+            return self
+        known = {name: getattr(self, name) for name in SamplingConfig.model_fields}
+        return SamplingConfig(
+            **{name: getattr(other, name) if value is None else value for name, value in known.items()}
+        )
+
+    @property
+    def guided(self) -> bool:
+        """Whether the denoiser runs with and without the prompt."""
+        return self.guidance is not None and self.guidance > 1
 
 
 class TrainConfig(Section):

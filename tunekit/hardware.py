@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tunekit.errors import DeviceError, did_you_mean
 from tunekit.units import format_bytes
@@ -331,6 +331,13 @@ def _processor() -> str:
     import platform
 
     return platform.processor() or platform.machine()
+
+
+def best_precision(kind: str, supports_bf16: bool) -> Literal["fp32", "bf16", "fp16"]:
+    """What `auto` is on a device: the narrowest arithmetic that it is good at."""
+    if kind in ("cpu", "mps"):
+        return "fp32"
+    return "bf16" if supports_bf16 else "fp16"
 
 
 def probe(requested: str = "auto") -> Device:

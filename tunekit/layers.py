@@ -7,7 +7,7 @@ beside the weights states what differs, module by module, so the folder loads ag
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -177,8 +177,7 @@ def quantize_layer(layer: nn.Module, scheme: Scheme, group: int = 32) -> QuantLi
     if quantized.packed.is_meta:
         return quantized
     weight = layer.weight.detach().to(torch.float32).flatten(1)  # type: ignore[union-attr, operator]
-    pack = {"int8": _pack_int8, "int4": _pack_int4, "nf4": _pack_nf4}[scheme]
-    packed, scale = pack(weight, group)
+    packed, scale = _PACKERS[scheme](weight, group)
     quantized.packed.copy_(packed)
     quantized.scale.copy_(scale)
     return quantized
@@ -242,20 +241,32 @@ def quantize(
     return [name for name, _ in layers]
 
 
-def dequantize(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """Makes every quantized layer below `module` a float one; returns what `requantize` needs to undo it."""
-    done = {}
-    for name, layer in list(module.named_modules()):
-        if isinstance(layer, QuantLinear | QuantConv2d):
-            done[name] = {"scheme": layer.scheme, "group": layer.group}
-            _replace(module, name, dequantize_layer(layer))
-    return done
+def dequantize(module: nn.Module) -> list[str]:
+    """Makes every quantized layer below `module` a float one; returns their names."""
+    done = [
+        (name, layer)
+        for name, layer in module.named_modules()
+        if isinstance(layer, QuantLinear | QuantConv2d)
+    ]
+    for name, layer in done:
+        _replace(module, name, dequantize_layer(layer))
+    return [name for name, _ in done]
 
 
-def requantize(module: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
-    """Quantizes the named layers again after their floats were changed."""
-    for name, how in layers.items():
-        _replace(module, name, quantize_layer(module.get_submodule(name), how["scheme"], how["group"]))
+def block_linears(denoiser: nn.Module) -> list[str]:
+    """Names of the float linear layers that stand in lists of blocks.
+
+    Embeddings, the layers before and after the blocks, and convolutions are left out: they are few or
+    sensitive.
+    """
+    return [
+        name
+        for name, layer in denoiser.named_modules()
+        if isinstance(layer, nn.Linear)
+        and not isinstance(layer, _Quantized)
+        and ".lora_" not in name
+        and any(part.isdigit() for part in name.split("."))
+    ]
 
 
 def under(name: str, module: nn.Module, paths: Iterable[str]) -> bool:
@@ -318,6 +329,9 @@ def _pack_nf4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     blocks = nn.functional.pad(flat, (0, -flat.numel() % NF4_BLOCK)).view(-1, NF4_BLOCK)
     packed, state = functional.quantize_4bit(blocks, blocksize=NF4_BLOCK, quant_type="nf4")
     return packed, state.absmax
+
+
+_PACKERS = {"int8": _pack_int8, "int4": _pack_int4, "nf4": _pack_nf4}
 
 
 def _unpack_nf4(packed: Tensor, scale: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -408,32 +422,85 @@ def save_denoiser(denoiser: nn.Module, folder: Path) -> None:
         write_json(folder / FILE, description)
 
 
-def load_denoiser(cls: type[nn.Module], folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Reads what `save_denoiser` wrote; floating weights become `dtype`, packed weights and scales stay.
+def load_denoiser(
+    cls: type[nn.Module],
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    files: Sequence[Path] = (),
+    pack: Scheme | Literal[""] = "",
+) -> nn.Module:
+    """Reads a denoiser file by file and tensor by tensor, so that no more than one tensor is there twice.
 
     Args:
         cls: the diffusers model class.
+        folder: with config.json and, where layers differ from it, `tunekit_layers.json`.
+        dtype: floating weights become it; packed weights and scales stay.
+        files: safetensors files of the weights; none means `save_denoiser`'s.
+        pack: packs the `block_linears` while they are read.
 
     Raises:
         ModelError: the weights do not fit the description.
+        MissingPackageError: nf4 without bitsandbytes.
     """
-    from safetensors.torch import load_file
-
     denoiser = _on_meta(cls, cls.load_config(folder))  # type: ignore[attr-defined]
     if has_custom_layers(folder):
         apply(denoiser, json.loads((folder / FILE).read_text()))
-    packed = {name for name, _ in _packed_tensors(denoiser)}
-    tensors = load_file(folder / WEIGHTS)
-    for name, tensor in tensors.items():
-        if name not in packed and tensor.is_floating_point():
-            tensors[name] = tensor.to(dtype)
+    if pack:
+        quantize(denoiser, pack, only=block_linears(denoiser))
     try:
-        denoiser.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
+        _read_weights(denoiser, files or [folder / WEIGHTS], dtype)
+    except (KeyError, RuntimeError, ValueError) as error:
         raise ModelError(
-            f"the weights do not fit the shapes in {FILE}: {error}", where=str(folder)
+            f"the weights do not fit the shapes in {FILE if has_custom_layers(folder) else 'config.json'}:"
+            f" {error}",
+            where=str(folder),
         ) from error
     return denoiser.eval()
+
+
+def _read_weights(denoiser: nn.Module, files: Sequence[Path], dtype: torch.dtype) -> None:
+    """Fills a denoiser that is on the meta device.
+
+    Raises:
+        ValueError: a tensor that is missing, of another shape, or for no layer.
+    """
+    from safetensors import safe_open
+
+    modules = dict(denoiser.named_modules())
+    missing = set(denoiser.state_dict())
+    packed = {name for name, _ in _packed_tensors(denoiser)}
+
+    def put(name: str, tensor: Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = modules[path]
+        own = module._parameters.get(leaf) if leaf in module._parameters else module._buffers.get(leaf)
+        if own is None or own.shape != tensor.shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}, not {list(own.shape) if own is not None else 0}")
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            module._buffers[leaf] = tensor
+        missing.discard(name)
+
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                layer = name.removesuffix(".weight")
+                tensor = tensors.get_tensor(name)
+                if f"{layer}.packed" in packed and name not in packed:
+                    found: Any = modules[layer]
+                    made, scale = _PACKERS[found.scheme](tensor.float().flatten(1), found.group)
+                    put(f"{layer}.packed", made)
+                    put(f"{layer}.scale", scale)
+                elif name in packed or not tensor.is_floating_point():
+                    put(name, tensor.clone())
+                elif name.rpartition(".")[0] not in modules:
+                    raise ValueError(f"no layer has the tensor {name}")
+                else:
+                    put(name, tensor.to(dtype, copy=True))
+    if missing:
+        raise ValueError(f"missing {', '.join(sorted(missing)[:3])}")
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

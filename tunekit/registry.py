@@ -87,8 +87,6 @@ class Registry(Generic[T]):
 
 
 FAMILIES: Registry[Any] = Registry("tunekit.families", "FAMILY", "tunekit.families")
-BLUEPRINTS: Registry[Any] = Registry("tunekit.families", "BLUEPRINT", "tunekit.blueprints")
-"""Families whose memory can be planned; those in FAMILIES can be trained too."""
 PASSES: Registry[Any] = Registry("tunekit.passes", "PASS", "tunekit.passes")
 
 

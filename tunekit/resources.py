@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from tunekit.errors import ModelError, did_you_mean
 
 PACKAGE = Path(__file__).resolve().parent
 ASSETS = PACKAGE / "assets"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, and how it is opened.
+
+    Attributes:
+        name: folder, hub id, single weights file, "builtin/..." or "tiny".
+        revision: branch, tag or commit of a hub id.
+        variant: of the weight files, such as "fp16".
+        allow_pickle: open .bin and .ckpt files, and then nothing in them but weights.
+    """
+
+    name: str
+    revision: str | None = None
+    variant: str | None = None
+    allow_pickle: bool = False
+
+    @classmethod
+    def of(cls, source: Source | str | Path) -> Source:
+        """The source itself, or one that is a name alone."""
+        return source if isinstance(source, Source) else cls(str(source))
+
+    @property
+    def is_special(self) -> bool:
+        """Whether the name alone does not open it."""
+        return (self.revision, self.variant, self.allow_pickle) != (None, None, False)
+
+    @property
+    def path(self) -> Path | None:
+        """The folder or file, if it is on this machine."""
+        path = builtin(self.name) or Path(self.name).expanduser()
+        return path if path.exists() else None
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def _shipped(name: str) -> Path:

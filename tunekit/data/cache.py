@@ -3,11 +3,12 @@
     encoder = Encoder(family, pipeline, cache=Path("runs/.cache"), accelerator=accelerator)
     dataset = encoder.dataset(scan.samples, config.data, seed=config.seed)
     encoder.release()                       # text encoders and VAE leave memory
-    batches = Stream(dataset, objective, batch_size=4, seed=0, caption_dropout=0.1)
+    batches = Stream(dataset, objective, Draws(batch_size=4, caption_dropout=0.1))
 
 A latent's file name is a hash of everything it depends on: sample id, pixels, crop and size, and the VAE's
 weights. A step or a position is never part of it, so no reshuffle can pair a picture with another one's
-caption.
+caption. What belongs to a picture beside its latent (which part of it was cut out, see `Frame`) follows from
+the same sample and cut, and comes with it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import hashlib
 import itertools
 import json
 import os
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -33,10 +36,13 @@ from torch import Tensor, nn
 
 from tunekit.config import DataConfig, DreamboothData
 from tunekit.data.images import CROPS, Sample, Transform, bucket_for
+from tunekit.artifacts import write_text
+from tunekit.diffusion.batch import Batch, join, single
 from tunekit.diffusion.noise import sample_generator, stable_seed
 from tunekit.diffusion.objectives import Objective
-from tunekit.errors import DataError, NonFiniteError, output_errors
-from tunekit.families.family import Conditioning, Family
+from tunekit.errors import DataError, NonFiniteError, OutputError, output_errors
+from tunekit.families.family import DTYPES, Conditioning, Family, Frame
+from tunekit.resources import cache_dir
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,37 +51,8 @@ _SAY_SECONDS = 5.0
 """Progress lines come this often."""
 VERSION = 1
 """Part of every key; to be raised when what is stored under a key changes its meaning."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of one shape, with everything that was drawn for them."""
-
-    ids: tuple[str, ...]
-    latents: Tensor
-    """[B, C, h, w] float32, scaled, drawn from the VAE's distribution."""
-    noise: Tensor
-    """Like `latents`, standard normal."""
-    timesteps: Tensor
-    """[B] int64."""
-    conditioning: Conditioning
-    weights: Tensor
-    """[B] float32: 1, or the prior weight of a class picture."""
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return Batch(
-            self.ids,
-            latents=move(self.latents),
-            noise=move(self.noise),
-            timesteps=move(self.timesteps),
-            conditioning={name: move(value) for name, value in self.conditioning.items()},
-            weights=move(self.weights),
-        )
+RECENT_BYTES = 256 * 2**20
+"""Of the encoded files that were used last, so many bytes stay in memory."""
 
 
 class Encoder:
@@ -86,12 +63,13 @@ class Encoder:
 
     Args:
         family: of the pipeline.
-        pipeline: its VAE, then its text encoders visit the accelerator's device, in float32 (an fp16 VAE
-            overflows).
+        pipeline: its VAE, then its text encoders visit the accelerator's device, in the types that the
+            family's table gives them (an fp16 VAE overflows).
         cache: folder of encoded files; shared by all runs.
         accelerator: processes share the work.
         captions_on_host: the text encoders stay on the CPU.
         measured: gives a context that measures one encoding; `again` for the first of its kind.
+        files: component -> files its weights were read from, so that they need not be hashed again.
         say: takes progress lines (main process only).
     """
 
@@ -104,6 +82,7 @@ class Encoder:
         accelerator: Accelerator,
         captions_on_host: bool = False,
         measured: Callable[..., AbstractContextManager[None]] | None = None,
+        files: Mapping[str, Sequence[Path]] | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         self.family = family
@@ -113,14 +92,19 @@ class Encoder:
         self.cache = cache
         self.accelerator = accelerator
         self.say = say
-        modules = [pipeline.vae, *(getattr(pipeline, name) for _, name in family.facts.encoders)]
-        tokenizers = [getattr(pipeline, name) for name, _ in family.facts.encoders]
-        for module in modules:
-            module.float().eval().requires_grad_(False)
+        for part in (family.facts.vae, *family.facts.encoders):
+            module = getattr(pipeline, part.name)
+            module.to(DTYPES[part.dtype or "fp32"]).eval().requires_grad_(False)
         self.multiple = family.resolution_multiple(pipeline)
-        self._vae = _hash_module(modules[0])
+        known = files or {}
+
+        def hashed(name: str) -> str:
+            return _hash_once(getattr(pipeline, name), known.get(name, ()))
+
+        self._vae = hashed(family.facts.vae.name)
         self._text = _digest(
-            *(_hash_module(module) for module in modules[1:]), *(_vocabulary(t) for t in tokenizers)
+            *(hashed(part.name) for part in family.facts.encoders),
+            *(_vocabulary(getattr(pipeline, part.tokenizer)) for part in family.facts.encoders),
         )
 
     def dataset(
@@ -153,8 +137,11 @@ class Encoder:
         ]
         self._fill(jobs, "picture", [self.pipeline.vae])
         captions = self.prompts(["", *(sample.caption for sample in samples)])
-        shapes = [transforms[0].size for transforms in variants]
-        return CachedDataset(list(samples), shapes, files, captions)
+        frames = [
+            [frame_of(sample, transform) for transform in transforms]
+            for sample, transforms in zip(samples, variants, strict=True)
+        ]
+        return CachedDataset(list(samples), frames, files, captions)
 
     def prompts(self, prompts: Iterable[str]) -> dict[str, Path]:
         """Encode prompts; returns the file of each."""
@@ -165,7 +152,7 @@ class Encoder:
             for prompt in prompts
         }
         jobs = [(file, partial(self._encode_prompt, prompt)) for prompt, file in files.items()]
-        encoders = [getattr(self.pipeline, name) for _, name in self.family.facts.encoders]
+        encoders = [getattr(self.pipeline, part.name) for part in self.family.facts.encoders]
         self._fill(jobs, "caption", [] if self.captions_on_host else encoders)
         return files
 
@@ -175,8 +162,8 @@ class Encoder:
 
     def release(self, *, keep_vae: bool = False) -> None:
         """Let the text encoders, and the VAE unless previews need its decoder, leave memory."""
-        for _, name in self.family.facts.encoders:
-            setattr(self.pipeline, name, None)
+        for part in self.family.facts.encoders:
+            setattr(self.pipeline, part.name, None)
         if keep_vae:
             self.pipeline.vae.to("cpu")
         else:
@@ -248,21 +235,29 @@ class Encoder:
 
 
 class CachedDataset:
-    """Encoded samples on disk; a thousand of the last used stay in memory."""
+    """Encoded samples on disk; those used last stay in memory.
+
+    Args:
+        samples: what was encoded.
+        frames: of each sample's variants.
+        latents: file of each sample's variants: `moments` [2C, h, w], and what else is kept beside them.
+        captions: file of each caption.
+    """
 
     def __init__(
         self,
         samples: list[Sample],
-        shapes: list[tuple[int, int]],
+        frames: list[list[Frame]],
         latents: list[list[Path]],
         captions: dict[str, Path],
     ) -> None:
         self.samples = samples
-        self.shapes = shapes
-        """(width, height) in pixels of each sample."""
+        self.shapes = [variants[0].size for variants in frames]
+        """(height, width) in pixels of each sample."""
+        self._frames = frames
         self._latents = latents
         self._captions = captions
-        self._load = lru_cache(maxsize=1024)(_load)
+        self._load = _Recent(RECENT_BYTES)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -276,62 +271,84 @@ class CachedDataset:
         mean, std = self._load(self._latents[index][variant])["moments"].chunk(2)
         return mean, std
 
+    def beside(self, index: int, variant: int = 0) -> dict[str, Tensor]:
+        """What is kept beside a latent, without the batch dimension: its frame, and other tensors of its file."""
+        others = self._load(self._latents[index][variant])
+        kept = {name: value for name, value in others.items() if name != "moments"}
+        return {**kept, "frame": self._frames[index][variant].row}
+
     def conditioning(self, caption: str) -> Conditioning:
         """Conditioning of a caption of this data set, or of the empty one, without the batch dimension."""
         return self._load(self._captions[caption])
 
     def batch(
-        self,
-        index: int,
-        *,
-        seed: int,
-        epoch: int,
-        objective: Objective,
-        dropout: float,
-        weight: float,
-        tag: str,
+        self, index: int, *, seed: int, epoch: int, objective: Objective, draws: Draws, weight: float = 1.0
     ) -> Batch:
         """One sample with its draws, which depend on (seed, epoch, sample id) and nothing else.
 
         Args:
-            dropout: share of samples that get the empty caption.
-            weight: goes into `Batch.weights`.
-            tag: put before the id, to tell class pictures from instance pictures of the same file name.
+            draws: reads caption_dropout and tag.
+            weight: of the row.
         """
-        name = tag + self.samples[index].id
+        name = draws.tag + self.samples[index].id
 
         def draw(purpose: str) -> torch.Generator:
             return sample_generator(seed, epoch, name, purpose)
 
         variant = int(torch.randint(self.variants(index), (), generator=draw("variant")))
         mean, std = self.moments(index, variant)
-        latents = mean + std * torch.randn(mean.shape, generator=draw("latent"))
-        dropped = float(torch.rand((), generator=draw("caption"))) < dropout
-        return _single(
-            name,
-            latents,
-            torch.randn(mean.shape, generator=draw("noise")),
-            objective.draw_timesteps(draw("timestep")),
-            self.conditioning("" if dropped else self.samples[index].caption),
-            weight,
-        )
+        rows = {
+            "latents": mean + std * torch.randn(mean.shape, generator=draw("latent")),
+            "noise": objective.noise(draw("noise"), tuple(mean.shape)),
+            "timesteps": objective.draw(draw("timestep")),
+            "weight": torch.tensor(weight),
+            **self.beside(index, variant),
+        }
+        dropped = float(torch.rand((), generator=draw("caption"))) < draws.caption_dropout
+        return single(name, rows, self.conditioning("" if dropped else self.samples[index].caption))
 
     def validation(self, objective: Objective, *, timesteps: int, micro_batch: int) -> Iterator[Batch]:
         """Every sample at `timesteps` evenly spread timesteps, with noise that is always the same."""
-        total = objective.num_train_timesteps
         rows = [
-            _single(
+            single(
                 sample.id,
-                (mean := self.moments(index)[0]),
-                torch.randn(mean.shape, generator=sample_generator(0, level, sample.id, "validation")),
-                int((level + 0.5) / timesteps * total),
+                {
+                    "latents": (mean := self.moments(index)[0]),
+                    "noise": torch.randn(
+                        mean.shape, generator=sample_generator(0, level, sample.id, "validation")
+                    ),
+                    "timesteps": torch.tensor(objective.level((level + 0.5) / timesteps)),
+                    "weight": torch.tensor(1.0),
+                    **self.beside(index),
+                },
                 self.conditioning(sample.caption),
-                1.0,
             )
             for index, sample in enumerate(self.samples)
             for level in range(timesteps)
         ]
-        yield from _together(rows, micro_batch)
+        yield from together(rows, micro_batch)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How samples are drawn and put together.
+
+    Attributes:
+        batch_size: samples per optimizer step over all processes; class pictures come on top of it.
+        micro_batch: most rows in one forward; None means no limit.
+        caption_dropout: share of samples with an empty caption.
+        prior_weight: weight of class pictures' rows.
+        tag: put before ids, to tell class pictures from instance pictures of the same file name.
+    """
+
+    batch_size: int = 1
+    micro_batch: int | None = None
+    caption_dropout: float = 0.0
+    prior_weight: float = 1.0
+    tag: str = ""
+
+
+CLASS_TAG = "class/"
 
 
 class Stream:
@@ -343,35 +360,28 @@ class Stream:
 
     Args:
         dataset: training samples (DreamBooth: instance pictures).
-        objective: draws the timesteps.
-        batch_size: B, samples per optimizer step over all processes; class pictures come on top of it.
-        micro_batch: most rows in one forward; None means no limit.
+        objective: draws the noise and the timesteps.
+        draws: how they are put together.
         seed: of the run.
-        caption_dropout: share of samples with an empty caption.
         prior: class pictures; each instance picture is accompanied by one.
-        prior_weight: weight of their rows.
     """
 
     def __init__(
         self,
         dataset: CachedDataset,
         objective: Objective,
+        draws: Draws,
         *,
-        batch_size: int,
-        seed: int,
-        micro_batch: int | None = None,
-        caption_dropout: float = 0.0,
+        seed: int = 0,
         prior: CachedDataset | None = None,
-        prior_weight: float = 1.0,
     ) -> None:
         self.dataset = dataset
         self.objective = objective
-        self.batch_size = batch_size
-        self.micro_batch = micro_batch or 2 * batch_size
+        self.draws = draws
+        self.batch_size = draws.batch_size
+        self.micro_batch = draws.micro_batch or 2 * draws.batch_size
         self.seed = seed
-        self.caption_dropout = caption_dropout
         self.prior = prior
-        self.prior_weight = prior_weight
         self._order = lru_cache(maxsize=4)(self._draw_order)
         self._ahead: tuple[tuple[int, int, int], Future[list[Batch]]] | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="batches")
@@ -392,29 +402,25 @@ class Stream:
         return [self.dataset.samples[index].id for index, _ in self._positions(self.dataset, "order", step)]
 
     def _make(self, step: int, rank: int, processes: int) -> list[Batch]:
-        sources = [(self.dataset, "order", 1.0, "")]
+        sources = [(self.dataset, "order", 1.0, self.draws)]
         if self.prior is not None:
-            sources.append((self.prior, "prior order", self.prior_weight, "class/"))
+            tagged = replace(self.draws, tag=CLASS_TAG)
+            sources.append((self.prior, "prior order", self.draws.prior_weight, tagged))
         rows = [
-            (dataset.shapes[index], dataset, index, epoch, weight, tag)
-            for dataset, purpose, weight, tag in sources
+            (dataset.shapes[index][::-1], dataset, index, epoch, weight, draws)
+            for dataset, purpose, weight, draws in sources
             for index, epoch in self._positions(dataset, purpose, step)
         ]
-        rows.sort(key=lambda row: row[0])  # stable: the same order however many processes there are
+        # By width, then height; stable: the same order however many processes there are.
+        rows.sort(key=lambda row: row[0])
         mine = rows[len(rows) * rank // processes : len(rows) * (rank + 1) // processes]
         singles = [
             dataset.batch(
-                index,
-                seed=self.seed,
-                epoch=epoch,
-                objective=self.objective,
-                dropout=self.caption_dropout,
-                weight=weight,
-                tag=tag,
+                index, seed=self.seed, epoch=epoch, objective=self.objective, draws=draws, weight=weight
             )
-            for _, dataset, index, epoch, weight, tag in mine
+            for _, dataset, index, epoch, weight, draws in mine
         ]
-        return list(_together(singles, self.micro_batch))
+        return list(together(singles, self.micro_batch))
 
     def _positions(self, dataset: CachedDataset, purpose: str, step: int) -> list[tuple[int, int]]:
         """(index, epoch) of the samples at the stream positions of a step."""
@@ -440,35 +446,49 @@ class Stream:
         return [*rest[:lead], *itertools.chain.from_iterable(chunks), *rest[lead:]]
 
 
-def _single(
-    name: str, latents: Tensor, noise: Tensor, timestep: int, conditioning: Conditioning, weight: float
-) -> Batch:
-    return Batch(
-        ids=(name,),
-        latents=latents[None],
-        noise=noise[None],
-        timesteps=torch.tensor([timestep]),
-        conditioning={key: value[None] for key, value in conditioning.items()},
-        weights=torch.tensor([weight]),
-    )
-
-
-def _together(rows: Sequence[Batch], most: int) -> Iterator[Batch]:
+def together(rows: Sequence[Batch], most: int) -> Iterator[Batch]:
     """Join neighbouring rows of one shape, at most `most` at a time."""
     for _, group in itertools.groupby(rows, key=lambda row: row.latents.shape):
         same = list(group)
         for at in range(0, len(same), most):
-            part = same[at : at + most]
-            yield Batch(
-                ids=tuple(name for row in part for name in row.ids),
-                latents=torch.cat([row.latents for row in part]),
-                noise=torch.cat([row.noise for row in part]),
-                timesteps=torch.cat([row.timesteps for row in part]),
-                conditioning={
-                    key: torch.cat([row.conditioning[key] for row in part]) for key in part[0].conditioning
-                },
-                weights=torch.cat([row.weights for row in part]),
-            )
+            yield join(same[at : at + most])
+
+
+def frame_of(sample: Sample, transform: Transform) -> Frame:
+    """What is cut out of a picture; of a mirrored one, as if it had been mirrored before it was cut."""
+    left, top = transform.corner(sample.width, sample.height)
+    if transform.flip:
+        left = transform.scaled(sample.width, sample.height)[0] - transform.size[0] - left
+    width, height = transform.size
+    return Frame((sample.height, sample.width), (top, left), (height, width))
+
+
+class _Recent:
+    """Loads files; those used last stay in memory, up to a number of bytes."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.held = 0
+        self._files: OrderedDict[Path, dict[str, Tensor]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, path: Path) -> dict[str, Tensor]:
+        with self._lock:
+            if path in self._files:
+                self._files.move_to_end(path)
+                return self._files[path]
+        content = _load(path)
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = content
+                self.held += _bytes(content)
+            while self.held > self.most and len(self._files) > 1:
+                self.held -= _bytes(self._files.popitem(last=False)[1])
+        return content
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _variants(
@@ -520,12 +540,38 @@ _PASSING = ("transformers_version", "dtype", "torch_dtype", "architectures")
 """Keys of a model's configuration that change with the library and not with what it computes."""
 
 
-def _hash_module(module: nn.Module) -> str:
-    """Hash of a module's weights and configuration."""
-    digest = hashlib.blake2b(digest_size=16)
+def _hash_once(module: nn.Module, files: Sequence[Path]) -> str:
+    """`_hash_module`, remembered for weights that were read from files which have not changed since."""
+    if not files:
+        return _hash_module(module)
+    seen = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    dtypes = sorted({str(tensor.dtype) for tensor in module.state_dict().values()})
+    note = cache_dir() / "hashes" / _digest(VERSION, seen, dtypes, _described(module))
+    try:
+        known = note.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        known = ""
+    if len(known) == 2 * _HASH_BYTES:
+        return known
+    made = _hash_module(module)
+    with suppress(OSError, OutputError):  # where it cannot be kept, it is made again the next time
+        write_text(note, made)
+    return made
+
+
+_HASH_BYTES = 16
+
+
+def _described(module: nn.Module) -> str:
     config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)  # type: ignore
     known = {key: value for key, value in config.items() if key[0] != "_" and key not in _PASSING}
-    digest.update(json.dumps(known, sort_keys=True, default=str).encode())
+    return json.dumps(known, sort_keys=True, default=str)
+
+
+def _hash_module(module: nn.Module) -> str:
+    """Hash of a module's weights and configuration."""
+    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+    digest.update(_described(module).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

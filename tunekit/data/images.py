@@ -17,9 +17,9 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -211,16 +211,24 @@ class Transform:
     def apply(self, image: Image.Image) -> Tensor:
         """Upright RGB picture to pixels [3, height, width] in [-1, 1], float32."""
         width, height = self.size
-        scale = max(width / image.width, height / image.height)
-        scaled = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        scaled = self.scaled(image.width, image.height)
+        left, top = self.corner(image.width, image.height)
         if scaled != image.size:
             image = image.resize(scaled, Image.Resampling.LANCZOS)
-        left = round(self.left * (scaled[0] - width))
-        top = round(self.top * (scaled[1] - height))
         image = image.crop((left, top, left + width, top + height))
         if self.flip:
             image = ImageOps.mirror(image)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+    def scaled(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) that a picture of that size is scaled to."""
+        scale = max(self.size[0] / width, self.size[1] / height)
+        return max(self.size[0], round(width * scale)), max(self.size[1], round(height * scale))
+
+    def corner(self, width: int, height: int) -> tuple[int, int]:
+        """(left, top) of the cut in the scaled picture, in pixels."""
+        scaled = self.scaled(width, height)
+        return round(self.left * (scaled[0] - self.size[0])), round(self.top * (scaled[1] - self.size[1]))
 
     def key(self) -> str:
         """For cache keys: the crop to 1e-6, so no two crops that differ by a pixel share a key."""
@@ -475,8 +483,3 @@ def _repeated(samples: Sequence[Sample], others: Sequence[Sample], what: str) ->
         for other in others
         if other.content in known
     ]
-
-
-def relabel(samples: Iterable[Sample], caption: str) -> list[Sample]:
-    """The same pictures under one caption."""
-    return [replace(sample, caption=caption) for sample in samples]

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 MAX_PSNR_DB = 150.0  # what equal pictures get, so that reports need no infinity; float32 noise is near 140 dB
-
-
-def to_float(images: Sequence[Image.Image]) -> Tensor:
-    """Turn pictures of one size into [B, 3, H, W] float32 in [0, 1]."""
-    arrays = [np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in images]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

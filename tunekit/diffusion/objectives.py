@@ -3,31 +3,85 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from tunekit.errors import ConfigError
+from tunekit.config import ObjectiveConfig
+from tunekit.errors import ConfigError, ModelError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
+class Noised(NamedTuple):
+    """Rows that are ready for the denoiser, and what is wanted of it."""
+
+    noisy: Tensor
+    """[B, ...] latents with noise."""
+    timesteps: Tensor
+    """[B] float32, in [0, 1000): how much noise, as the family's scheduler counts."""
+    target: Tensor
+    """[B, ...] what has to be predicted."""
+    weight: Tensor
+    """[B] float32: how much each row counts."""
+
+
+class Objective(Protocol):
+    """What is learned. Every draw takes a generator, so that it can belong to a sample."""
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Length of the noise schedule, in timesteps."""
+        ...
+
+    def draw(self, generator: torch.Generator, shape: tuple[int, ...] = ()) -> Tensor:
+        """Draw timesteps, float32 in [0, num_train_timesteps)."""
+        ...
+
+    def level(self, share: float) -> float:
+        """The timestep at a share in [0, 1) of the schedule, however unevenly training draws them."""
+        ...
+
+    def noise(self, generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+        """Draw noise for one sample's latents."""
+        ...
+
+    def sample(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Noised:
+        """Add noise and say what has to be predicted.
+
+        Args:
+            latents: [B, ...] scaled clean latents.
+            noise: [B, ...] from `noise`.
+            timesteps: [B] float32 from `draw`.
+        """
+        ...
+
+    def loss(self, prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        """The error of each row times its weight: [B, ...], [B, ...], [B] -> [B], in float32."""
+        ...
+
+    def plain(self) -> Objective:
+        """The same without what a user may change about loss and noise, for figures that are compared."""
+        ...
+
+
 @dataclass(frozen=True)
-class Objective:
+class Discrete:
     """The discrete variance-preserving objective of DDPM and Stable Diffusion.
 
     Attributes:
         prediction_type: "epsilon" (the noise), "v_prediction" or "sample" (the clean latents).
         alphas_cumprod: [T] float32, the share of signal power left at each timestep.
-        snr_gamma: clamp of min-SNR weighting (Hang et al. 2023, arXiv:2303.09556); None weighs all
-            timesteps 1.
+        config: reads snr_gamma (min-SNR weighting, Hang et al. 2023, arXiv:2303.09556), noise_offset and the
+            kind of loss.
     """
 
     prediction_type: str
     alphas_cumprod: Tensor
-    snr_gamma: float | None = None
+    config: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
@@ -35,37 +89,60 @@ class Objective:
                 f'unknown prediction type "{self.prediction_type}" in the scheduler',
                 hint=f"this objective knows {', '.join(PREDICTION_TYPES)}",
             )
+        for key in ("timesteps", "shift"):
+            if getattr(self.config, key) not in (None, "uniform"):
+                raise ConfigError(
+                    f"objective.{key} has no effect: this model family has a discrete noise schedule",
+                    hint="it is for families of flow matching",
+                )
 
     @classmethod
-    def from_scheduler(cls, config: Mapping[str, Any], *, snr_gamma: float | None = None) -> Objective:
-        """Read the noise schedule from a diffusers scheduler's config; samplers share the training keys."""
+    def from_scheduler(cls, scheduler: Any, config: ObjectiveConfig | None = None) -> Discrete:
+        """Read the noise schedule from a diffusers scheduler; samplers share the training keys.
+
+        Raises:
+            ModelError: a scheduler that has no such schedule (flow matching, EDM).
+        """
         from diffusers import DDPMScheduler
 
+        settings: Mapping[str, Any] = dict(scheduler.config)
+        name = type(scheduler).__name__
+        flow = settings.get("use_flow_sigmas") or settings.get("prediction_type") == "flow_prediction"
+        if flow or "beta_schedule" not in settings:
+            raise ModelError(
+                f"its scheduler is {name}{' with flow sigmas' if flow else ''}, which has no discrete noise"
+                " schedule of a variance-preserving diffusion",
+                hint="a model of flow matching belongs to another family: check model.family",
+            )
         # The sampler of training; it also rescales betas to zero terminal SNR where the config says so.
-        scheduler = DDPMScheduler.from_config(dict(config))
-        return cls(scheduler.config.prediction_type, scheduler.alphas_cumprod.float(), snr_gamma)
+        training = DDPMScheduler.from_config(settings)
+        return cls(
+            training.config.prediction_type, training.alphas_cumprod.float(), config or ObjectiveConfig()
+        )
 
     @property
     def num_train_timesteps(self) -> int:
         """Length of the noise schedule."""
         return len(self.alphas_cumprod)
 
-    def draw_timesteps(self, generator: torch.Generator) -> int:
-        """Draw one timestep, uniform in [0, num_train_timesteps)."""
-        return int(torch.randint(self.num_train_timesteps, (), generator=generator))
+    def draw(self, generator: torch.Generator, shape: tuple[int, ...] = ()) -> Tensor:
+        """Uniform whole numbers in [0, num_train_timesteps), float32."""
+        return torch.randint(self.num_train_timesteps, shape, generator=generator).float()
 
-    def sample(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add noise and say what has to be predicted.
+    def level(self, share: float) -> float:
+        """See `Objective.level`."""
+        return float(int(share * self.num_train_timesteps))
 
-        Args:
-            latents: [B, ...] scaled clean latents.
-            noise: [B, ...] standard normal.
-            timesteps: [B] integers.
+    def noise(self, generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal and, with `noise_offset`, a constant per channel.
 
-        Returns:
-            noisy latents [B, ...], target [B, ...] and the loss weight [B] of each sample.
+        https://www.crosslabs.org/blog/diffusion-with-offset-noise
         """
-        alpha = self.alphas_cumprod.to(latents.device)[timesteps].view(-1, *[1] * (latents.ndim - 1))
+        return _offset_noise(generator, shape, self.config.noise_offset)
+
+    def sample(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Noised:
+        """See `Objective.sample`; timesteps are whole numbers."""
+        alpha = self._alpha(timesteps).view(-1, *[1] * (latents.ndim - 1))
         signal, sigma = alpha.sqrt().to(latents.dtype), (1 - alpha).sqrt().to(latents.dtype)
         noisy = signal * latents + sigma * noise
         if self.prediction_type == "epsilon":
@@ -74,17 +151,157 @@ class Objective:
             target = signal * noise - sigma * latents
         else:
             target = latents
-        return noisy, target, self.weight(timesteps)
+        return Noised(noisy, timesteps, target, self.weight(timesteps))
+
+    def loss(self, prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        """See `Objective.loss`."""
+        return _weighted(self.config, prediction, target, weight)
+
+    def plain(self) -> Discrete:
+        """See `Objective.plain`."""
+        return replace(self, config=ObjectiveConfig())
 
     def weight(self, timesteps: Tensor) -> Tensor:
         """Return the min-SNR weight of each timestep, [B] float32."""
-        if self.snr_gamma is None:
+        gamma = self.config.snr_gamma
+        if gamma is None:
             return torch.ones(timesteps.shape, device=timesteps.device)
-        alpha = self.alphas_cumprod.to(timesteps.device)[timesteps]
+        alpha = self._alpha(timesteps)
         snr = alpha / (1 - alpha)
         if self.prediction_type == "epsilon":
             # min(snr, g) / snr without its 0/0: a zero-terminal schedule has snr = 0, where the quotient
             # is 1.
-            return (self.snr_gamma / snr).clamp(max=1)
-        clamped = snr.clamp(max=self.snr_gamma)
+            return (gamma / snr).clamp(max=1)
+        clamped = snr.clamp(max=gamma)
         return clamped / (snr + 1) if self.prediction_type == "v_prediction" else clamped
+
+    def _alpha(self, timesteps: Tensor) -> Tensor:
+        return self.alphas_cumprod.to(timesteps.device)[timesteps.long()]
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """The straight path from latents to noise (rectified flow; Liu et al. 2022, arXiv:2209.03003).
+
+    Latents at time s in [0, 1] are (1 - s) latents + s noise, and noise - latents is predicted. Times are
+    drawn as in Esser et al. 2024 (arXiv:2403.03206, section 3.1), then shifted (5.3.2).
+
+    Attributes:
+        shift: s becomes shift s / (1 + (shift - 1) s).
+        timesteps: "uniform" or "logit_normal", where the config does not say.
+        config: reads timesteps, shift, noise_offset and the kind of loss.
+        num_train_timesteps: what s = 1 is as a timestep.
+    """
+
+    shift: float = 1.0
+    timesteps: str = "logit_normal"
+    config: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    num_train_timesteps: int = 1000
+
+    def __post_init__(self) -> None:
+        for key in ("snr_gamma", "prediction", "zero_terminal_snr"):
+            if getattr(self.config, key) is not None:
+                raise ConfigError(
+                    f"objective.{key} has no effect: this model family learns by flow matching",
+                    hint="it is for families with a discrete noise schedule",
+                )
+
+    @classmethod
+    def from_scheduler(
+        cls, scheduler: Any, config: ObjectiveConfig | None = None, *, shift: float = 1.0
+    ) -> FlowMatching:
+        """Check that a diffusers scheduler is one for flow matching.
+
+        Raises:
+            ModelError: it is not.
+        """
+        settings: Mapping[str, Any] = dict(scheduler.config)
+        name = type(scheduler).__name__
+        if not (name.startswith("FlowMatch") or settings.get("use_flow_sigmas")):
+            raise ModelError(
+                f"its scheduler is {name}, and this family learns by flow matching",
+                hint="a model of discrete diffusion belongs to another family: check model.family",
+            )
+        return cls(
+            shift,
+            config=config or ObjectiveConfig(),
+            num_train_timesteps=int(settings.get("num_train_timesteps", 1000)),
+        )
+
+    def draw(self, generator: torch.Generator, shape: tuple[int, ...] = ()) -> Tensor:
+        """See `Objective.draw`; any real number."""
+        if (self.config.timesteps or self.timesteps) == "uniform":
+            share = torch.rand(shape, generator=generator)
+        else:
+            share = torch.randn(shape, generator=generator).sigmoid()
+        return self._shifted(share) * self.num_train_timesteps
+
+    def level(self, share: float) -> float:
+        """See `Objective.level`."""
+        return share * self.num_train_timesteps
+
+    def noise(self, generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+        """See `Discrete.noise`."""
+        return _offset_noise(generator, shape, self.config.noise_offset)
+
+    def sample(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Noised:
+        """See `Objective.sample`."""
+        time = (timesteps / self.num_train_timesteps).view(-1, *[1] * (latents.ndim - 1)).to(latents.dtype)
+        noisy = (1 - time) * latents + time * noise
+        weight = torch.ones(timesteps.shape, device=timesteps.device)
+        return Noised(noisy, timesteps, noise - latents, weight)
+
+    def loss(self, prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        """See `Objective.loss`."""
+        return _weighted(self.config, prediction, target, weight)
+
+    def plain(self) -> FlowMatching:
+        """See `Objective.plain`."""
+        return replace(self, config=ObjectiveConfig())
+
+    def _shifted(self, share: Tensor) -> Tensor:
+        shift = self.config.shift or self.shift
+        return shift * share / (1 + (shift - 1) * share)
+
+
+def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Mean squared error of each row times its weight: [B, ...], [B, ...], [B] -> [B], in float32."""
+    return weight * (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+def _weighted(config: ObjectiveConfig, prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    if config.loss == "mse":
+        return weighted_mse(prediction, target, weight)
+    error = F.huber_loss(prediction.float(), target.float(), reduction="none", delta=config.huber_delta)
+    # Twice, so that small errors count as much as in the mean square.
+    return weight * 2 * error.flatten(1).mean(1)
+
+
+def _offset_noise(generator: torch.Generator, shape: tuple[int, ...], offset: float) -> Tensor:
+    noise = torch.randn(shape, generator=generator)
+    if offset:
+        per_channel = (shape[0], *[1] * (len(shape) - 1))
+        noise = noise + offset * torch.randn(per_channel, generator=generator)
+    return noise
+
+
+def configured(scheduler: Any, config: ObjectiveConfig) -> Any:
+    """A scheduler that says what the `objective:` section knows better than its own configuration.
+
+    Zero terminal SNR needs a sampler that starts at the last timestep (Lin et al. 2023, arXiv:2305.08891).
+    """
+    changes = scheduler_changes(config)
+    return type(scheduler).from_config(scheduler.config, **changes) if changes else scheduler
+
+
+def scheduler_changes(config: ObjectiveConfig) -> dict[str, Any]:
+    """Keys of a scheduler's configuration that the `objective:` section changes."""
+    changes: dict[str, Any] = {}
+    if config.prediction is not None:
+        changes["prediction_type"] = config.prediction
+    if config.zero_terminal_snr is not None:
+        changes["rescale_betas_zero_snr"] = config.zero_terminal_snr
+        if config.zero_terminal_snr:
+            changes["timestep_spacing"] = "trailing"
+    return changes
+

@@ -9,14 +9,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunekit.config import SamplingConfig
+from tunekit.errors import ConfigError
+
+__all__ = ["Begin", "Denoise", "SamplingConfig", "initial_latents", "sample", "sampler"]
+
 Conditioning = dict[str, Tensor]
 Denoise = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(latents [B, C, h, w], timesteps [B], conditioning) -> prediction [B, C, h, w]."""
+Begin = Callable[[Any, int, Tensor], Tensor]
+"""(fresh scheduler, steps, unit noise) -> the latents it starts from; see `Family.begin`."""
+OnStep = Callable[[int, int, Tensor], None]
+"""Called with (steps done, all steps, latents) after each; some samplers call the denoiser more often than
+the steps that were asked for, and so count more."""
 
 
 def initial_latents(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Draw unit noise [B, *shape], float32 on the CPU, each picture from its own seed alone."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def sampler(scheduler: Any, sampling: SamplingConfig) -> Any:
+    """A fresh sampler, configured like `scheduler` but for what `sampling.scheduler` says.
+
+    Raises:
+        ConfigError: a class that diffusers does not have.
+    """
+    changes = dict(sampling.scheduler or {})
+    made = type(scheduler)
+    if name := changes.pop("class", None):
+        import diffusers
+
+        made = getattr(diffusers, str(name), None)
+        if made is None or not hasattr(made, "set_timesteps"):
+            raise ConfigError(
+                f'diffusers has no scheduler "{name}"', hint="such as EulerDiscreteScheduler or LCMScheduler"
+            )
+    return made.from_config(scheduler.config, **changes)
 
 
 @torch.no_grad()
@@ -26,12 +55,11 @@ def sample(
     latents: Tensor,
     conditioning: Conditioning,
     negative: Conditioning | None,
+    sampling: SamplingConfig,
     *,
-    steps: int,
-    guidance: float,
-    eta: float = 0.0,
+    begin: Begin,
     seeds: Sequence[int] | None = None,
-    on_step: Callable[[int, int, Tensor], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Denoise unit noise to scaled latents, step for step as diffusers' pipelines do.
 
@@ -41,37 +69,36 @@ def sample(
         latents: [B, C, h, w] from `initial_latents`.
         conditioning: of the prompts, dim 0 is B.
         negative: of the negative prompts; None, or guidance <= 1, means no classifier-free guidance.
-        steps: number of steps.
-        guidance: classifier-free guidance scale.
-        eta: of DDIM, in [0, 1].
+        sampling: reads steps, guidance and scheduler; nothing of these is None.
+        begin: sets the sampler's timesteps, see `Family.begin`.
         seeds: of the pictures. A sampler that adds noise while it runs draws each picture's from its own
             seed, going on after `initial_latents`; without seeds it is taken from the global random state.
-        on_step: called with (steps done, all steps, latents) after each; some samplers call the denoiser
-            more often than `steps`, and so count more.
+        on_step: called after each step.
     """
-    scheduler = type(scheduler).from_config(scheduler.config)
-    scheduler.set_timesteps(steps, device=latents.device)
-    latents = latents * scheduler.init_noise_sigma
-    options = _step_options(scheduler, eta, latents, seeds)
-    guided = negative is not None and guidance > 1
+    assert sampling.steps is not None
+    scheduler = sampler(scheduler, sampling)
+    options = _step_options(scheduler, latents, seeds)
+    latents = begin(scheduler, sampling.steps, latents)
+    guided = negative is not None and sampling.guided
     if negative is not None and guided:
         conditioning = {key: torch.cat([negative[key], value]) for key, value in conditioning.items()}
     for i, timestep in enumerate(scheduler.timesteps):
         rows = torch.cat([latents, latents]) if guided else latents
-        rows = scheduler.scale_model_input(rows, timestep)
-        prediction = denoise(rows, timestep.expand(len(rows)), conditioning)
+        if hasattr(scheduler, "scale_model_input"):  # those for flow matching have none
+            rows = scheduler.scale_model_input(rows, timestep)
+        prediction = denoise(rows, timestep.float().expand(len(rows)), conditioning)
         if guided:
             without, with_prompt = prediction.chunk(2)
-            prediction = without + guidance * (with_prompt - without)
+            prediction = without + sampling.guidance * (with_prompt - without)
         latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
         if on_step:
             on_step(i + 1, len(scheduler.timesteps), latents)
     return latents
 
 
-def _step_options(scheduler: Any, eta: float, latents: Tensor, seeds: Sequence[int] | None) -> dict[str, Any]:
+def _step_options(scheduler: Any, latents: Tensor, seeds: Sequence[int] | None) -> dict[str, Any]:
     known = inspect.signature(scheduler.step).parameters
-    options: dict[str, Any] = {"eta": eta} if "eta" in known else {}
+    options: dict[str, Any] = {}
     if "generator" in known and seeds is not None:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         for generator in generators:

@@ -2,73 +2,120 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
 from tunekit import registry
 from tunekit.errors import ConfigError, ModelError
-from tunekit.families.blueprint import Blueprint
-from tunekit.families.family import Conditioning, ExportComponent, Family, FamilyFacts
+from tunekit.families import sizes
+from tunekit.families.family import (
+    Component,
+    Conditioning,
+    ExportComponent,
+    Family,
+    FamilyFacts,
+    Frame,
+    Planned,
+)
+from tunekit.families.sizes import Sizes
 from tunekit.registry import Registry
-from tunekit.resources import builtin
+from tunekit.resources import Source
 
 __all__ = [
-    "BLUEPRINTS",
     "FAMILIES",
-    "Blueprint",
+    "Component",
     "Conditioning",
     "ExportComponent",
     "Family",
     "FamilyFacts",
-    "blueprint_of",
+    "Frame",
+    "Planned",
+    "Sizes",
     "detect",
     "get",
+    "planned",
+    "runnable",
+    "sizes_of",
 ]
 
-FAMILIES: Registry[Family] = registry.FAMILIES
-BLUEPRINTS: Registry[Blueprint] = registry.BLUEPRINTS
+FAMILIES: Registry[Any] = registry.FAMILIES
+
+
+def planned(name: str) -> Planned:
+    """Return the family called `name`, which may be one that can be planned only.
+
+    Raises:
+        ConfigError: unknown; names the nearest.
+    """
+    family: Planned = FAMILIES.get(name)
+    return family
 
 
 def get(name: str) -> Family:
-    """Return the family called `name`; an unknown one is a ConfigError with the nearest name."""
-    if name in BLUEPRINTS.names() and name not in FAMILIES.names():
+    """Return the family called `name`, to run it.
+
+    Raises:
+        ConfigError: unknown (names the nearest), or one that can be planned only.
+    """
+    family: Family = FAMILIES.get(name)
+    if not family.facts.runs:
         raise ConfigError(
             f'the family "{name}" can be planned (tunekit plan), but not be run yet',
-            hint=f"families that run: {', '.join(FAMILIES.names())}",
+            hint=f"families that run: {', '.join(runnable())}",
         )
-    return FAMILIES.get(name)
+    return family
 
 
-def blueprint_of(name: str, source: str) -> Blueprint:
+def runnable() -> list[str]:
+    """Names of the families that can be run, sorted."""
+    return [name for name, family in FAMILIES.items() if family.facts.runs]
+
+
+def sizes_of(name: str, source: Source | str) -> Sizes:
     """What the base `source` of a family is made of, without its weights.
 
     Raises:
-        ConfigError: the family has no blueprint, or no tiny version.
+        ConfigError: an unknown family, or one that has no tiny version.
         ModelError: a folder that is not what it should be.
     """
-    blueprint = BLUEPRINTS.get(name)
-    return blueprint.like(get(name).tiny()) if source == "tiny" else blueprint.sized(source)
+    source = Source.of(source)
+    return _tiny_sizes(name) if source.name == "tiny" else sizes.sized(planned(name), source)
 
 
-def detect(source: str) -> str:
-    """Name the family of a diffusers folder, "builtin/..." or hub id from its model_index.json.
+@cache
+def _tiny_sizes(name: str) -> Sizes:
+    family = get(name)
+    return sizes.like(family, family.tiny())
+
+
+def detect(source: Source | str) -> str:
+    """Name the family of a diffusers folder, "builtin/..." or hub id from its configuration files.
 
     Raises:
         ModelError: no model_index.json can be read, or no family loads its pipeline class.
     """
-    from tunekit.families.loading import pipeline_class_name
+    from tunekit.families.loading import component_configs, pipeline_class_name
 
-    path = builtin(source) or Path(source)
-    if path.is_file():
+    source = Source.of(source)
+    if source.path is not None and source.path.is_file():
         raise ModelError(
             "one weights file does not say its family",
-            where=source,
+            where=source.name,
             hint="name it: model.family, or --family",
         )
     name = pipeline_class_name(source)
-    for key, family in FAMILIES.items():
-        if name in family.facts.pipeline_classes:
+    for key, family in _candidates(name):
+        configs = component_configs(source, [family.facts.denoiser_name])
+        if not family.facts.runs or family.recognizes(configs):
             return key
     known = sorted({c for _, family in FAMILIES.items() for c in family.facts.pipeline_classes})
     raise ModelError(
-        f'no family loads the pipeline class "{name}"', where=source, hint=f"known: {', '.join(known)}"
+        f'no family loads the pipeline class "{name}"', where=source.name, hint=f"known: {', '.join(known)}"
     )
+
+
+def _candidates(pipeline_class: str) -> Iterator[tuple[str, Any]]:
+    for key, family in FAMILIES.items():
+        if pipeline_class in family.facts.pipeline_classes:
+            yield key, family

@@ -1,24 +1,115 @@
-"""What a model family answers. Shared behaviour is functions (`loading`, here), not a base class."""
+"""What a model family answers. Shared behaviour is functions (`loading`, `unet`, here), not a base class."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import inspect
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tunekit.diffusion.objectives import Objective
+from tunekit.diffusion.objectives import Objective, ObjectiveConfig
+from tunekit.diffusion.sampling import SamplingConfig
+from tunekit.resources import Source
 
 Conditioning = dict[str, Tensor]
 """What the denoiser is told besides latents and time, keyed by its own keyword names; batched along dim 0."""
+
+Tokens = dict[str, Tensor]
+"""What each text encoder reads: its component's name -> token ids [B, tokens], int64."""
 
 Pipeline = Any
 """A diffusers pipeline, or anything with its components as attributes (the ONNX runtime makes such)."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Dtypes = torch.dtype | Mapping[str, torch.dtype]
+"""Type of all weights, or component name -> type of its own; those that are not named are float32."""
+
+Role = Literal["denoiser", "vae", "text_encoder", "scheduler"]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of a family's pipeline: the row that planning, loading, quantizing, exporting and naming read.
+
+    Attributes:
+        name: attribute of the pipeline, and folder in diffusers' layout: "unet", "text_encoder_2".
+        role: what it is for.
+        classes: "diffusers:UNet2DConditionModel"; a transformers model is made from its config class.
+        config: what the config.json of the usual base says, as far as it differs from the class's defaults.
+        tokenizer: attribute of the tokenizer that a text encoder reads.
+        tokens: longest prompt of a text encoder, in tokens.
+        kohya: prefixes of its keys in kohya files; the first is written, all are read. Empty: not adapted.
+        dtype: what it computes in while pictures and captions are encoded; None: what the run says.
+        fp16: whether float16 has the range for it. Where not, it stays float32 in a model of float16.
+        sensitive: module paths that lose most in few bits.
+        keeps: inputs that keep their type when the component computes in 16 bits: sizes, positions, times.
+    """
+
+    name: str
+    role: Role
+    classes: str
+    config: Mapping[str, Any]
+    tokenizer: str = ""
+    tokens: int = 0
+    kohya: tuple[str, ...] = ()
+    dtype: str | None = "fp32"
+    fp16: bool = True
+    sensitive: tuple[str, ...] = ()
+    keeps: tuple[str, ...] = ()
+
+    @property
+    def type(self) -> Any:
+        """The class."""
+        module, name = self.classes.split(":")
+        return getattr(importlib.import_module(module), name)
+
+    def build(self, device: str = "meta") -> Any:
+        """Makes the network: on the meta device without data, elsewhere with random weights."""
+        made = self.type
+        if self.role == "scheduler":
+            return made.from_config(dict(self.config))
+        with torch.device(device):
+            if self.classes.startswith("transformers:"):
+                module: nn.Module = made(made.config_class(**self.config))
+            else:
+                known = inspect.signature(made.__init__).parameters
+                module = made(**{key: value for key, value in self.config.items() if key in known})
+        return module.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What part of which picture a sample is: what SDXL is told, and what is kept beside its latent.
+
+    Attributes:
+        original: (height, width) of the picture as it was found, upright, in pixels.
+        crop: (top, left) of the cut in the scaled picture, in pixels.
+        size: (height, width) of the cut, in pixels.
+    """
+
+    original: tuple[int, int]
+    crop: tuple[int, int]
+    size: tuple[int, int]
+
+    @classmethod
+    def whole(cls, height: int, width: int) -> Frame:
+        """Of a picture that is not cut, such as one to be drawn."""
+        return cls((height, width), (0, 0), (height, width))
+
+    @property
+    def row(self) -> Tensor:
+        """[6] float32: original, crop, size."""
+        return torch.tensor([*self.original, *self.crop, *self.size], dtype=torch.float32)
+
+    def rows(self, count: int) -> Tensor:
+        """[count, 6]: the same frame for each of a batch."""
+        return self.row.expand(count, -1)
 
 
 @dataclass(frozen=True)
@@ -29,28 +120,87 @@ class FamilyFacts:
         title: for people, e.g. "Stable Diffusion 1.x".
         pipeline_classes: `_class_name`s of model_index.json that this family loads; the first is the one
             it makes.
-        denoiser_name: attribute of the pipeline that is trained; also the prefix of its keys in PEFT files.
-        encoders: (tokenizer attribute, text encoder attribute) pairs.
-        kohya_prefixes: component -> prefixes of its keys in kohya files; the first is written, all are read.
+        components: the table, at the size of `default_source`.
+        lora_targets: modules that an adapter goes on where the user names none.
+        sampling: how its pictures are drawn where neither the user nor the model says.
         ss_base_model_version: what kohya's tools write for this base, e.g. "sd_v1".
         modelspec_architecture: of modelspec 1.0.1, without "/lora", e.g. "stable-diffusion-v1".
-        default_source: hub id of the usual base.
-        fp32_components: names of export components that overflow in fp16, such as SDXL's VAE.
+        default_source: hub id of the usual base, whose sizes the table has.
+        base_title: the usual base for people, where it is not `title`.
+        ss_v2: kohya's name for SD 2.x.
+        runs: False for a family that can be planned only.
     """
 
     title: str
     pipeline_classes: tuple[str, ...]
-    denoiser_name: str
-    encoders: tuple[tuple[str, str], ...]
-    kohya_prefixes: Mapping[str, tuple[str, ...]]
+    components: tuple[Component, ...]
+    lora_targets: tuple[str, ...]
     ss_base_model_version: str
     modelspec_architecture: str
     default_source: str
-    fp32_components: tuple[str, ...] = ()
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=30, guidance=7.5))
+    base_title: str = ""
+    ss_v2: bool = False
+    runs: bool = True
 
     @property
     def pipeline_class(self) -> str:
+        """The class of diffusers that the family makes."""
         return self.pipeline_classes[0]
+
+    def component(self, name: str) -> Component:
+        """The row of that name."""
+        return next(part for part in self.components if part.name == name)
+
+    def of_role(self, role: Role) -> tuple[Component, ...]:
+        """The rows of a role, in order."""
+        return tuple(part for part in self.components if part.role == role)
+
+    @property
+    def denoiser(self) -> Component:
+        """The network that is trained."""
+        return self.of_role("denoiser")[0]
+
+    @property
+    def denoiser_name(self) -> str:
+        """Attribute of the pipeline that is trained; also the prefix of its keys in PEFT files."""
+        return self.denoiser.name
+
+    @property
+    def vae(self) -> Component:
+        """The autoencoder."""
+        return self.of_role("vae")[0]
+
+    @property
+    def encoders(self) -> tuple[Component, ...]:
+        """The text encoders."""
+        return self.of_role("text_encoder")
+
+    @property
+    def kohya_prefixes(self) -> dict[str, tuple[str, ...]]:
+        """Component that may be adapted -> prefixes of its keys in kohya files."""
+        return {part.name: part.kohya for part in self.components if part.kohya}
+
+    @property
+    def overflowing(self) -> tuple[str, ...]:
+        """Components that stay float32 in a model of float16."""
+        return tuple(part.name for part in self.components if not part.fp16)
+
+    def dtypes(self, denoiser: torch.dtype) -> dict[str, torch.dtype]:
+        """What each component computes in, in a run whose denoiser computes in `denoiser`."""
+        return {
+            part.name: denoiser if part.dtype is None else DTYPES[part.dtype]
+            for part in self.components
+            if part.role != "scheduler"
+        }
+
+    def drawing_dtypes(self, precision: torch.dtype) -> dict[str, torch.dtype]:
+        """What each component computes in, where pictures are drawn in `precision`."""
+        return {
+            part.name: torch.float32 if precision == torch.float16 and not part.fp16 else precision
+            for part in self.components
+            if part.role != "scheduler"
+        }
 
 
 @dataclass(frozen=True)
@@ -59,15 +209,19 @@ class ExportComponent:
 
     Attributes:
         name: folder of the component, e.g. "unet".
+        component: row of the family's table that it is a part of: "vae" for "vae_encoder".
         module: takes `inputs` in order, returns a tensor or a tuple in the order of `outputs`.
         inputs: name -> example tensor, on the CPU.
-        dynamic: input name -> {dim: axis name}; equal axis names are equal sizes within one component.
+        dynamic: input name -> {dim: axis name}; equal axis names are equal sizes within one component. An
+            input whose first axis is not "batch" is the same for all rows.
         outputs: names.
         config: written as config.json beside the graph.
         multiples: axis name -> number that its size is always divisible by, where it is not 1.
+        usual: axis name -> its size in use, where that is not a batch, a height or a width.
     """
 
     name: str
+    component: str
     module: nn.Module
     inputs: dict[str, Tensor]
     dynamic: dict[str, dict[int, str]]
@@ -76,30 +230,89 @@ class ExportComponent:
     multiples: dict[str, int] = field(default_factory=dict)
 
 
-class Family(Protocol):
-    """A model family. Methods take the pipeline (or the denoiser) and keep no state."""
+class Planned(Protocol):
+    """What planning a family's memory needs. Methods take the pipeline (or the denoiser) and keep no state."""
 
     name: str
     facts: FamilyFacts
-    lora_targets: tuple[str, ...]
 
-    def load(
-        self,
-        source: str,
-        *,
-        dtype: torch.dtype = torch.float32,
-        revision: str | None = None,
-        variant: str | None = None,
-        allow_pickle: bool = False,
-    ) -> Pipeline:
-        """Load a pipeline on the CPU, in eval mode.
+    def denoiser(self, pipeline: Pipeline) -> nn.Module:
+        """Return the network that is trained."""
+        ...
+
+    def objective(self, pipeline: Pipeline, config: ObjectiveConfig | None = None) -> Objective:
+        """Return what is learned: the objective that the pipeline's scheduler was configured for.
 
         Args:
-            source: folder, hub id, single file, "builtin/..." or "tiny".
-            dtype: of all weights that are not packed.
-            revision: of a hub id.
-            variant: of a folder's or hub id's files, e.g. "fp16".
-            allow_pickle: open .bin and .ckpt files, and then nothing in them but weights.
+            config: the `objective:` section; None is the default one.
+
+        Raises:
+            ModelError: a scheduler of another kind, such as one for flow matching.
+            ConfigError: an option that this family's objective does not have.
+        """
+        ...
+
+    def latent_shape(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, ...]:
+        """Return [C, h, w] of one picture's latents.
+
+        Raises:
+            ConfigError: the size is not a multiple of `resolution_multiple`.
+        """
+        ...
+
+    def resolution_multiple(self, pipeline: Pipeline) -> int:
+        """Return the number that height and width in pixels have to be divisible by."""
+        ...
+
+    def encode_tokens(self, pipeline: Pipeline, tokens: Tokens) -> Conditioning:
+        """Encode token ids; every tensor has dim 0 of the batch and lies where the encoders are."""
+        ...
+
+    def encode_image(self, pipeline: Pipeline, pixels: Tensor) -> Tensor:
+        """Encode pixels [B, 3, H, W] in [-1, 1] to [B, 2C, h, w] float32: scaled mean, then scaled std."""
+        ...
+
+    def decode(self, pipeline: Pipeline, latents: Tensor) -> Tensor:
+        """Decode scaled latents [B, C, h, w] to pixels [B, 3, H, W] in [0, 1], float32."""
+        ...
+
+    def conditioning(
+        self, encoded: Conditioning, frame: Tensor, guidance: float | None = None
+    ) -> Conditioning:
+        """Complete what `encode_prompt` gave with what belongs to the picture.
+
+        Args:
+            encoded: dim 0 is the batch.
+            frame: [B, 6] float32, see `Frame.row`.
+            guidance: for denoisers that are told the guidance scale; None while training.
+        """
+        ...
+
+    def denoise(
+        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """Run the denoiser on noisy latents [B, C, h, w] at timesteps [B] (or [1] for all), float32."""
+        ...
+
+    def blocks(self, denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Return the denoiser's large blocks, (module path, module), in the order they run."""
+        ...
+
+    def picture_state(self, output: Any) -> Tensor | None:
+        """Of what a large block returned, the picture's hidden state; None if the block gives none."""
+        ...
+
+
+class Family(Planned, Protocol):
+    """A model family that can be run."""
+
+    def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: str = "") -> Pipeline:
+        """Load a pipeline on the CPU, in eval mode, component by component, each in its own type.
+
+        Args:
+            source: what to open, and how.
+            dtypes: of weights that are not packed.
+            pack: "int8" or "nf4" packs the linear layers in the denoiser's blocks while they are read.
 
         Raises:
             ModelError: nothing there, not this family, pickled or non-finite weights.
@@ -114,52 +327,68 @@ class Family(Protocol):
         """Build the smallest pipeline that runs all code of the family, with random weights from `seed`."""
         ...
 
-    def denoiser(self, pipeline: Pipeline) -> nn.Module:
-        """Return the network that is trained."""
-        ...
+    def recognizes(self, configs: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Whether a pipeline of one of `pipeline_classes` is this family's.
 
-    def objective(self, pipeline: Pipeline, *, snr_gamma: float | None = None) -> Objective:
-        """Return the objective that the pipeline's scheduler was configured for."""
+        Args:
+            configs: component name -> its config.json, as far as it could be read.
+        """
         ...
 
     def default_size(self, pipeline: Pipeline) -> tuple[int, int]:
         """Return the (height, width) in pixels the model was made for."""
         ...
 
-    def latent_shape(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, int, int]:
-        """Return [C, h, w] of one picture's latents.
-
-        Raises:
-            ConfigError: the size is not a multiple of `resolution_multiple`.
-        """
-        ...
-
-    def resolution_multiple(self, pipeline: Pipeline) -> int:
-        """Return the number that height and width in pixels have to be divisible by."""
+    def tokenize(self, pipeline: Pipeline, prompts: list[str]) -> Tokens:
+        """Turn prompts into what each text encoder reads, padded or cut to the encoder's length."""
         ...
 
     def encode_prompt(self, pipeline: Pipeline, prompts: list[str]) -> Conditioning:
         """Encode prompts; every tensor has dim 0 of len(prompts) and lies where the encoders are."""
         ...
 
-    def encode_image(self, pipeline: Pipeline, pixels: Tensor) -> Tensor:
-        """Encode pixels [B, 3, H, W] in [-1, 1] to [B, 2C, h, w] float32: scaled mean, then scaled std."""
+    def begin(self, scheduler: Any, steps: int, latents: Tensor) -> Tensor:
+        """Set a fresh scheduler's timesteps; return unit noise [B, C, h, w] as the sampler starts from it."""
         ...
 
-    def decode(self, pipeline: Pipeline, latents: Tensor) -> Tensor:
-        """Decode scaled latents [B, C, h, w] to pixels [B, 3, H, W] in [0, 1], float32."""
-        ...
+    def adapter_names(self, component: str, paths: Collection[str]) -> dict[str, tuple[str, ...]]:
+        """What modules are called in kohya files, after the prefix; the first is written, all are read.
 
-    def denoise(
-        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, conditioning: Conditioning
-    ) -> Tensor:
-        """Run the denoiser on noisy latents [B, C, h, w] at timesteps [B] (or [1] for all)."""
-        ...
+        Args:
+            component: its name in the table.
+            paths: of all its modules that can carry an adapter.
 
-    def blocks(self, denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
-        """Return the denoiser's large blocks, (module path, module), in the order they run."""
+        Returns:
+            Path -> names, with underscores.
+        """
         ...
 
     def export_components(self, pipeline: Pipeline) -> list[ExportComponent]:
         """Return the graphs that make up the pipeline, in the layout that Optimum and diffusers expect."""
         ...
+
+
+# What most families answer. A family calls these; it may answer otherwise.
+
+
+def begin(scheduler: Any, steps: int, latents: Tensor) -> Tensor:
+    """`Family.begin` of samplers that start from scaled noise; those for flow matching do not scale it."""
+    scheduler.set_timesteps(steps, device=latents.device)
+    return latents * getattr(scheduler, "init_noise_sigma", 1.0)
+
+
+def first_state(output: Any) -> Tensor | None:
+    """`Family.picture_state` of blocks that return the hidden state, or a tuple that begins with it."""
+    found = output[0] if isinstance(output, tuple) else output
+    return found if isinstance(found, Tensor) else None
+
+
+def last_state(output: Any) -> Tensor | None:
+    """`Family.picture_state` of blocks that return (text, picture)."""
+    found = output[-1] if isinstance(output, tuple) else output
+    return found if isinstance(found, Tensor) else None
+
+
+def underscored(paths: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """`Family.adapter_names` where kohya's tools use the names of diffusers."""
+    return {path: (path.replace(".", "_"),) for path in paths}

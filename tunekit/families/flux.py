@@ -2,50 +2,149 @@
 
 from __future__ import annotations
 
-from tunekit.families.blueprint import Blueprint, Inputs, Part, clip, meta, t5_xxl, vae
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.diffusion.objectives import FlowMatching, Objective, ObjectiveConfig
+from tunekit.diffusion.sampling import SamplingConfig
+from tunekit.families import family as answers
+from tunekit.families import sizes, unet
+from tunekit.families.family import Component, Conditioning, FamilyFacts, Pipeline, Tokens
+
+PATCH = 2
+"""The transformer takes 2 x 2 latents as one token."""
 
 
-def _inputs(family: Blueprint, batch: int, height: int, width: int) -> Inputs:
-    config = family.denoiser.config
-    pixels = (height // 2) * (width // 2)  # the transformer takes 2 x 2 latents as one token
-    tokens = family.tokens[1]
-    return {
-        "hidden_states": meta(batch, pixels, config["in_channels"]),
-        "encoder_hidden_states": meta(batch, tokens, config["joint_attention_dim"]),
-        "pooled_projections": meta(batch, config["pooled_projection_dim"]),
-        "timestep": meta(batch),
-        "img_ids": meta(pixels, 3),
-        "txt_ids": meta(tokens, 3),
-        "guidance": meta(batch),
-    }
+class Flux:
+    """FLUX.1; see `Planned` for what each method promises."""
+
+    name: ClassVar[str] = "flux"
+    # Sizes: https://huggingface.co/black-forest-labs/FLUX.1-dev, the config.json of each folder
+    facts: ClassVar[FamilyFacts] = FamilyFacts(
+        title="FLUX.1",
+        base_title="FLUX.1-dev",
+        pipeline_classes=("FluxPipeline",),
+        components=(
+            Component(
+                "transformer",
+                "denoiser",
+                "diffusers:FluxTransformer2DModel",
+                {
+                    "patch_size": 1,
+                    "in_channels": 64,
+                    "num_layers": 19,
+                    "num_single_layers": 38,
+                    "attention_head_dim": 128,
+                    "num_attention_heads": 24,
+                    "joint_attention_dim": 4096,
+                    "pooled_projection_dim": 768,
+                    "guidance_embeds": True,
+                },
+                kohya=("lora_unet",),
+                dtype=None,
+                sensitive=("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out"),
+                keeps=("timestep", "guidance", "img_ids", "txt_ids"),
+            ),
+            sizes.vae(16, quant=False, scaling=0.3611, shift=0.1159),
+            sizes.clip("text_encoder", "tokenizer", 768, 12, 12, kohya=("lora_te1",)),
+            sizes.t5_xxl("text_encoder_2", "tokenizer_2", 512, kohya=("lora_te3",)),
+            sizes.scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0, use_dynamic_shifting=True),
+        ),
+        lora_targets=(
+            *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+            *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        ),
+        ss_base_model_version="flux1",
+        modelspec_architecture="flux-1-dev",
+        default_source="black-forest-labs/FLUX.1-dev",
+        sampling=SamplingConfig(steps=28, guidance=3.5),
+        runs=False,
+    )
+
+    def denoiser(self, pipeline: Pipeline) -> nn.Module:
+        return pipeline.transformer
+
+    def objective(self, pipeline: Pipeline, config: ObjectiveConfig | None = None) -> Objective:
+        return FlowMatching.from_scheduler(pipeline.scheduler, config)
+
+    def resolution_multiple(self, pipeline: Pipeline) -> int:
+        return unet.vae_factor(pipeline) * PATCH
+
+    def latent_shape(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, int, int]:
+        channels = int(pipeline.transformer.config.in_channels) // PATCH**2
+        multiple = self.resolution_multiple(pipeline)
+        return unet.latent_shape(channels, unet.vae_factor(pipeline), multiple, height, width)
+
+    @torch.no_grad()
+    def encode_tokens(self, pipeline: Pipeline, tokens: Tokens) -> Conditioning:
+        clip, t5 = pipeline.text_encoder, pipeline.text_encoder_2
+        pooled = clip(tokens["text_encoder"].to(clip.device)).pooler_output
+        states = t5(tokens["text_encoder_2"].to(t5.device))[0]
+        return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+    def encode_image(self, pipeline: Pipeline, pixels: Tensor) -> Tensor:
+        return unet.encode_image(pipeline, pixels)
+
+    def decode(self, pipeline: Pipeline, latents: Tensor) -> Tensor:
+        return unet.decode(pipeline, latents)
+
+    def conditioning(
+        self, encoded: Conditioning, frame: Tensor, guidance: float | None = None
+    ) -> Conditioning:
+        """Adds the guidance that dev is told; 1 while training."""
+        rows = frame.new_full((len(frame),), 1.0 if guidance is None else guidance)
+        return {**encoded, "guidance": rows}
+
+    def denoise(
+        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        *_, height, width = noisy.shape
+        text = conditioning["encoder_hidden_states"]
+        made = denoiser(
+            hidden_states=pack(noisy),
+            timestep=timestep / 1000,
+            img_ids=positions(height // PATCH, width // PATCH, noisy.device),
+            txt_ids=torch.zeros(text.shape[1], 3, device=noisy.device),
+            **conditioning,
+            return_dict=False,
+        )[0]
+        return unpack(made, height, width)
+
+    def blocks(self, denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
+        transformer: Any = denoiser
+        return [
+            (f"{name}.{i}", block)
+            for name in ("transformer_blocks", "single_transformer_blocks")
+            for i, block in enumerate(getattr(transformer, name))
+        ]
+
+    def picture_state(self, output: Any) -> Tensor | None:
+        return answers.last_state(output)  # the text comes first
 
 
-# https://huggingface.co/black-forest-labs/FLUX.1-dev, the config.json of each folder
-BLUEPRINT = Blueprint(
-    name="flux",
-    title="FLUX.1-dev",
-    default_source="black-forest-labs/FLUX.1-dev",
-    lora_targets=(
-        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-    ),
-    denoiser=Part(
-        "transformer",
-        "diffusers:FluxTransformer2DModel",
-        {
-            "patch_size": 1,
-            "in_channels": 64,
-            "num_layers": 19,
-            "num_single_layers": 38,
-            "attention_head_dim": 128,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 4096,
-            "pooled_projection_dim": 768,
-            "guidance_embeds": True,
-        },
-    ),
-    vae=vae(16, quant=False, scaling=0.3611),
-    encoders=(clip("text_encoder", 768, 12, 12), t5_xxl("text_encoder_2")),
-    tokens=(77, 512),
-    inputs=_inputs,
-)
+def pack(latents: Tensor) -> Tensor:
+    """[B, C, h, w] to tokens [B, h/2 * w/2, 4 C]."""
+    batch, channels, height, width = latents.shape
+    cut = latents.view(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH**2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The reverse of `pack`, to latents of that height and width."""
+    batch, _, depth = tokens.shape
+    channels = depth // PATCH**2
+    cut = tokens.view(batch, height // PATCH, width // PATCH, channels, PATCH, PATCH)
+    return cut.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+
+
+def positions(height: int, width: int, device: torch.device) -> Tensor:
+    """[height * width, 3] float32: 0, row and column of each token."""
+    ids = torch.zeros(height, width, 3, device=device)
+    ids[..., 1] += torch.arange(height, device=device)[:, None]
+    ids[..., 2] += torch.arange(width, device=device)[None, :]
+    return ids.view(-1, 3)
+
+
+FAMILY = Flux()

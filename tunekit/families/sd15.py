@@ -1,83 +1,99 @@
-"""Stable Diffusion 1.x (and 2.x): CLIP text encoder, U-Net with cross attention, 4-channel VAE."""
+"""Stable Diffusion 1.x: CLIP text encoder, U-Net with cross attention, 4-channel VAE."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tunekit.diffusion.objectives import Objective
-from tunekit.errors import ConfigError
-from tunekit.families import blueprint, loading, tiny
-from tunekit.families.family import Conditioning, ExportComponent, FamilyFacts, Pipeline
+from tunekit.diffusion.objectives import Discrete, Objective, ObjectiveConfig
+from tunekit.families import family as answers
+from tunekit.families import loading, sizes, tiny, unet
+from tunekit.families.family import (
+    Component,
+    Conditioning,
+    Dtypes,
+    ExportComponent,
+    FamilyFacts,
+    Pipeline,
+    Tokens,
+)
+from tunekit.resources import Source
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+ABSENT: dict[str, Any] = {
+    "safety_checker": None,
+    "feature_extractor": None,
+    "requires_safety_checker": False,
+}
+"""Parts of the pipeline that are left out."""
 
 
 class SD15:
     """Stable Diffusion 1.x; see `Family` for what each method promises."""
 
     name: ClassVar[str] = "sd15"
+    # Sizes: https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5, the config.json of each folder
     facts: ClassVar[FamilyFacts] = FamilyFacts(
         title="Stable Diffusion 1.x",
+        base_title="Stable Diffusion 1.5",
         pipeline_classes=(
             "StableDiffusionPipeline",
             "ORTStableDiffusionPipeline",
             "OnnxStableDiffusionPipeline",
         ),
-        denoiser_name="unet",
-        encoders=(("tokenizer", "text_encoder"),),
-        kohya_prefixes={"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1")},
+        components=(
+            Component(
+                "unet",
+                "denoiser",
+                "diffusers:UNet2DConditionModel",
+                {"sample_size": 64, "cross_attention_dim": 768},
+                kohya=("lora_unet",),
+                dtype=None,
+                sensitive=("conv_in", "conv_out", "time_embedding"),
+                keeps=("timestep",),
+            ),
+            sizes.vae(4),
+            sizes.clip("text_encoder", "tokenizer", 768, 12, 12, kohya=("lora_te", "lora_te1")),
+            sizes.scheduler(
+                "PNDMScheduler", **sizes.STABLE_DIFFUSION, skip_prk_steps=True, steps_offset=1
+            ),
+        ),
+        lora_targets=unet.TARGETS,
         ss_base_model_version="sd_v1",
         modelspec_architecture="stable-diffusion-v1",
         default_source="stable-diffusion-v1-5/stable-diffusion-v1-5",
     )
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        *("to_q", "to_k", "to_v", "to_out.0"),  # both attentions
-        *("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
-    )
 
-    def load(
-        self,
-        source: str,
-        *,
-        dtype: torch.dtype = torch.float32,
-        revision: str | None = None,
-        variant: str | None = None,
-        allow_pickle: bool = False,
-    ) -> Pipeline:
-        if source == "tiny":
-            pipeline = self.tiny()
-            return pipeline if dtype == torch.float32 else pipeline.to(dtype)
-        from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-
-        return loading.load_pipeline(
-            source,
-            StableDiffusionPipeline,
-            UNet2DConditionModel,
-            self.facts,
-            dtype=dtype,
-            revision=revision,
-            variant=variant,
-            allow_pickle=allow_pickle,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+    def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: str = "") -> Pipeline:
+        source = Source.of(source)
+        if source.name == "tiny":
+            return loading.cast(self.tiny(), self.facts, dtypes)
+        return loading.load_pipeline(source, self.facts, dtypes, pack=pack, fixed=ABSENT)
 
     def save(self, pipeline: Pipeline, folder: Path) -> None:
         loading.save_pipeline(pipeline, folder, self.facts)
 
     def tiny(self, seed: int = 0) -> Pipeline:
-        from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-
         # Not 77 tokens, not 8 pixels per latent: whoever assumes these figures of the real model fails here.
         tokenizer = tiny.clip_tokenizer(max_length=48)
-        unet = tiny.randomized(
+        return self._assembled(
+            seed,
+            tokenizer=tokenizer,
+            text_encoder=tiny.clip_text_encoder(tokenizer, width=32, seed=seed),
+            denoiser={"cross_attention_dim": 32},
+            scheduler=dict(self.facts.component("scheduler").config),
+        )
+
+    def _assembled(
+        self, seed: int, *, tokenizer: Any, text_encoder: Any, denoiser: Mapping[str, Any], scheduler: Any
+    ) -> Pipeline:
+        """A small pipeline of the parts in which Stable Diffusion 1 and 2 differ."""
+        from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+
+        network = tiny.randomized(
             lambda: UNet2DConditionModel(
                 sample_size=16,
                 block_out_channels=(32, 64),
@@ -86,7 +102,7 @@ class SD15:
                 up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
                 attention_head_dim=4,
                 norm_num_groups=8,
-                cross_attention_dim=32,
+                **denoiser,
             ),
             seed,
             "unet",
@@ -103,53 +119,36 @@ class SD15:
             seed,
             "vae",
         )
-        scheduler = PNDMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            skip_prk_steps=True,
-            steps_offset=1,
-        )
         return StableDiffusionPipeline(
             vae=vae,
-            text_encoder=tiny.clip_text_encoder(tokenizer, width=32, seed=seed),
+            text_encoder=text_encoder,
             tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            unet=network,
+            scheduler=self.facts.component("scheduler").type.from_config(scheduler),
+            **ABSENT,
         )
+
+    def recognizes(self, configs: Mapping[str, Mapping[str, Any]]) -> bool:
+        return not configs.get("unet", {}).get("use_linear_projection")  # as 2.x has them
 
     def denoiser(self, pipeline: Pipeline) -> nn.Module:
         return pipeline.unet
 
-    def objective(self, pipeline: Pipeline, *, snr_gamma: float | None = None) -> Objective:
-        return Objective.from_scheduler(pipeline.scheduler.config, snr_gamma=snr_gamma)
+    def objective(self, pipeline: Pipeline, config: ObjectiveConfig | None = None) -> Objective:
+        return Discrete.from_scheduler(pipeline.scheduler, config)
 
     def default_size(self, pipeline: Pipeline) -> tuple[int, int]:
-        size = pipeline.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return height * _vae_factor(pipeline), width * _vae_factor(pipeline)
+        return unet.default_size(pipeline)
 
     def resolution_multiple(self, pipeline: Pipeline) -> int:
-        return _vae_factor(pipeline) * _unet_factor(pipeline)
+        return unet.vae_factor(pipeline) * unet.unet_factor(pipeline)
 
     def latent_shape(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, int, int]:
-        multiple = self.resolution_multiple(pipeline)
-        for size in (height, width):
-            if size <= 0 or size % multiple:
-                nearest = max(1, round(size / multiple)) * multiple
-                raise ConfigError(
-                    f"{size} px is not a multiple of {multiple}, which this model needs",
-                    hint=f"try {nearest}",
-                )
-        factor = _vae_factor(pipeline)
-        return pipeline.unet.config.in_channels, height // factor, width // factor
+        channels, multiple = pipeline.unet.config.in_channels, self.resolution_multiple(pipeline)
+        return unet.latent_shape(channels, unet.vae_factor(pipeline), multiple, height, width)
 
-    @torch.no_grad()
-    def encode_prompt(self, pipeline: Pipeline, prompts: list[str]) -> Conditioning:
-        tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
+    def tokenize(self, pipeline: Pipeline, prompts: list[str]) -> Tokens:
+        tokenizer = pipeline.tokenizer
         tokens = tokenizer(
             prompts,
             padding="max_length",
@@ -157,88 +156,86 @@ class SD15:
             truncation=True,
             return_tensors="pt",
         )
+        found = {"text_encoder": tokens.input_ids}
         # SD 1.x attends to the padding too; configs with use_attention_mask do not.
-        mask = {}
-        if getattr(encoder.config, "use_attention_mask", False):
-            mask["attention_mask"] = tokens.attention_mask.to(encoder.device)
-        output = encoder(tokens.input_ids.to(encoder.device), **mask)
+        if getattr(pipeline.text_encoder.config, "use_attention_mask", False):
+            found["attention_mask"] = tokens.attention_mask
+        return found
+
+    @torch.no_grad()
+    def encode_tokens(self, pipeline: Pipeline, tokens: Tokens) -> Conditioning:
+        encoder = pipeline.text_encoder
+        mask = {key: tokens[key].to(encoder.device) for key in ("attention_mask",) if key in tokens}
+        output = encoder(tokens["text_encoder"].to(encoder.device), **mask)
         return {"encoder_hidden_states": output.last_hidden_state}
 
-    @torch.no_grad()
-    def encode_image(self, pipeline: Pipeline, pixels: Tensor) -> Tensor:
-        vae = pipeline.vae
-        distribution = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-        mean, std = distribution.mean.float(), distribution.std.float()
-        shift, scale = _latent_scaling(pipeline)
-        return torch.cat([(mean - shift) * scale, std * scale], dim=1)
+    def encode_prompt(self, pipeline: Pipeline, prompts: list[str]) -> Conditioning:
+        return self.encode_tokens(pipeline, self.tokenize(pipeline, prompts))
 
-    @torch.no_grad()
+    def encode_image(self, pipeline: Pipeline, pixels: Tensor) -> Tensor:
+        return unet.encode_image(pipeline, pixels)
+
     def decode(self, pipeline: Pipeline, latents: Tensor) -> Tensor:
-        vae = pipeline.vae
-        shift, scale = _latent_scaling(pipeline)
-        pixels = vae.decode((latents / scale + shift).to(vae.device, vae.dtype)).sample
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+        return unet.decode(pipeline, latents)
+
+    def conditioning(
+        self, encoded: Conditioning, frame: Tensor, guidance: float | None = None
+    ) -> Conditioning:
+        return encoded
 
     def denoise(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        return denoiser(noisy, timestep, **conditioning, return_dict=False)[0]
+        return denoiser(sample=noisy, timestep=timestep, **conditioning, return_dict=False)[0]
+
+    def begin(self, scheduler: Any, steps: int, latents: Tensor) -> Tensor:
+        return answers.begin(scheduler, steps, latents)
 
     def blocks(self, denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
-        unet: Any = denoiser
-        down = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
-        up = [(f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks)]
-        return [*down, ("mid_block", unet.mid_block), *up]
+        return unet.blocks(denoiser)
+
+    def picture_state(self, output: Any) -> Tensor | None:
+        return answers.first_state(output)  # a down block also gives what it hands across
+
+    def adapter_names(self, component: str, paths: Collection[str]) -> dict[str, tuple[str, ...]]:
+        return answers.underscored(paths)
 
     def export_components(self, pipeline: Pipeline) -> list[ExportComponent]:
-        unet, vae, encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
+        network, encoder = pipeline.unet, pipeline.text_encoder
         length = pipeline.tokenizer.model_max_length
-        size = self.default_size(pipeline)
-        channels, height, width = self.latent_shape(pipeline, *size)
-        picture_axes = {0: "batch", 2: "height", 3: "width"}
-        latents = _example(2, channels, height, width, like=unet)
-        unet_multiple = _unet_factor(pipeline)
+        channels, height, width = self.latent_shape(pipeline, *self.default_size(pipeline))
+        multiple = unet.unet_factor(pipeline)
         return [
             ExportComponent(
                 name="text_encoder",
+                component="text_encoder",
                 module=_TextEncoder(encoder),
-                # int32 is what both Optimum and diffusers' ONNX pipeline feed without a cast.
-                inputs={"input_ids": torch.arange(2 * length, dtype=torch.int32).reshape(2, length) % 100},
+                inputs={"input_ids": unet.token_ids(length)},
                 dynamic={"input_ids": {0: "batch", 1: "sequence"}},
                 outputs=["last_hidden_state", "pooler_output"],
-                config=_config(encoder),
+                config=unet.model_config(encoder),
             ),
             ExportComponent(
                 name="unet",
-                module=_UNet(unet),
+                component="unet",
+                module=_UNet(network),
                 inputs={
-                    "sample": latents,
+                    "sample": unet.example(2, channels, height, width, like=network),
                     # One for the whole batch, of rank 1; float because some samplers step between integers.
                     "timestep": torch.tensor([10.0]),
-                    "encoder_hidden_states": _example(2, length, unet.config.cross_attention_dim, like=unet),
+                    "encoder_hidden_states": unet.example(
+                        2, length, network.config.cross_attention_dim, like=network
+                    ),
                 },
-                dynamic={"sample": picture_axes, "encoder_hidden_states": {0: "batch", 1: "sequence"}},
+                dynamic={
+                    "sample": unet.PICTURE_AXES,
+                    "encoder_hidden_states": {0: "batch", 1: "sequence"},
+                },
                 outputs=["out_sample"],
-                config={"time_cond_proj_dim": None, **_config(unet)},
-                multiples={"height": unet_multiple, "width": unet_multiple},
+                config={"time_cond_proj_dim": None, **unet.model_config(network)},
+                multiples={"height": multiple, "width": multiple},
             ),
-            ExportComponent(
-                name="vae_encoder",
-                module=_VaeEncoder(vae),
-                inputs={"sample": _example(2, vae.config.in_channels, *size, like=vae)},
-                dynamic={"sample": picture_axes},
-                outputs=["latent_parameters"],
-                config=_config(vae),
-                multiples={"height": _vae_factor(pipeline), "width": _vae_factor(pipeline)},
-            ),
-            ExportComponent(
-                name="vae_decoder",
-                module=_VaeDecoder(vae),
-                inputs={"latent_sample": _example(2, vae.config.latent_channels, height, width, like=vae)},
-                dynamic={"latent_sample": picture_axes},
-                outputs=["sample"],
-                config=_config(vae),
-            ),
+            *unet.export_vae(pipeline),
         ]
 
 
@@ -253,81 +250,13 @@ class _TextEncoder(nn.Module):
 
 
 class _UNet(nn.Module):
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.unet = unet
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        return self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
-
-
-class _VaeEncoder(nn.Module):
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, sample: Tensor) -> Tensor:
-        return self.vae.encode(sample, return_dict=False)[0].parameters
-
-
-class _VaeDecoder(nn.Module):
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latent_sample: Tensor) -> Tensor:
-        return self.vae.decode(latent_sample, return_dict=False)[0]
-
-
-def _vae_factor(pipeline: Pipeline) -> int:
-    """Return the pixels per latent, along one side."""
-    return 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-
-
-def _unet_factor(pipeline: Pipeline) -> int:
-    """Return the number that both sides of the latents have to be divisible by."""
-    return 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-
-
-def _latent_scaling(pipeline: Pipeline) -> tuple[float, float]:
-    config = pipeline.vae.config
-    return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
-
-
-def _config(model: Any) -> dict[str, Any]:
-    """Return the content of the model's config.json, without the path it was loaded from."""
-    text = model.to_json_string() if hasattr(model, "to_json_string") else model.config.to_json_string()
-    return {key: value for key, value in json.loads(text).items() if key != "_name_or_path"}
-
-
-def _example(*shape: int, like: nn.Module) -> Tensor:
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return values.to(next(p.dtype for p in like.parameters() if p.is_floating_point()))
+        made: Tensor = self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+        return made
 
 
 FAMILY = SD15()
-
-
-def _inputs(family: blueprint.Blueprint, batch: int, height: int, width: int) -> blueprint.Inputs:
-    config = family.denoiser.config
-    return {
-        "sample": blueprint.meta(batch, config.get("in_channels", 4), height, width),
-        "timestep": blueprint.meta(batch, dtype=torch.int64),
-        "encoder_hidden_states": blueprint.meta(batch, family.tokens[0], config["cross_attention_dim"]),
-    }
-
-
-# https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5, the config.json of each folder
-BLUEPRINT = blueprint.Blueprint(
-    name=SD15.name,
-    title="Stable Diffusion 1.5",
-    default_source=SD15.facts.default_source,
-    lora_targets=SD15.lora_targets,
-    denoiser=blueprint.Part(
-        "unet", "diffusers:UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768}
-    ),
-    vae=blueprint.vae(4),
-    encoders=(blueprint.clip("text_encoder", 768, 12, 12),),
-    tokens=(77,),
-    inputs=_inputs,
-)

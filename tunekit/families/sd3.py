@@ -2,54 +2,133 @@
 
 from __future__ import annotations
 
-from tunekit.families.blueprint import Blueprint, Inputs, Part, clip, meta, t5_xxl, vae
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tunekit.diffusion.objectives import FlowMatching, Objective, ObjectiveConfig
+from tunekit.diffusion.sampling import SamplingConfig
+from tunekit.families import family as answers
+from tunekit.families import sizes, unet
+from tunekit.families.family import Component, Conditioning, FamilyFacts, Pipeline, Tokens
 
 
-def _inputs(family: Blueprint, batch: int, height: int, width: int) -> Inputs:
-    config = family.denoiser.config
-    tokens = family.tokens[0] + family.tokens[2]  # CLIP's, then T5's
-    return {
-        "hidden_states": meta(batch, config["in_channels"], height, width),
-        "encoder_hidden_states": meta(batch, tokens, config["joint_attention_dim"]),
-        "pooled_projections": meta(batch, config["pooled_projection_dim"]),
-        "timestep": meta(batch),
-    }
+class SD3:
+    """Stable Diffusion 3.5; see `Planned` for what each method promises."""
+
+    name: ClassVar[str] = "sd3"
+    # Sizes: https://huggingface.co/stabilityai/stable-diffusion-3.5-medium, the config.json of each folder
+    facts: ClassVar[FamilyFacts] = FamilyFacts(
+        title="Stable Diffusion 3.5",
+        base_title="Stable Diffusion 3.5 medium",
+        pipeline_classes=("StableDiffusion3Pipeline",),
+        components=(
+            Component(
+                "transformer",
+                "denoiser",
+                "diffusers:SD3Transformer2DModel",
+                {
+                    "sample_size": 128,
+                    "patch_size": 2,
+                    "in_channels": 16,
+                    "out_channels": 16,
+                    "num_layers": 24,
+                    "attention_head_dim": 64,
+                    "num_attention_heads": 24,
+                    "joint_attention_dim": 4096,
+                    "caption_projection_dim": 1536,
+                    "pooled_projection_dim": 2048,
+                    "pos_embed_max_size": 384,
+                    "dual_attention_layers": tuple(range(13)),
+                    "qk_norm": "rms_norm",
+                },
+                kohya=("lora_unet",),
+                dtype=None,
+                sensitive=("pos_embed", "time_text_embed", "context_embedder", "norm_out", "proj_out"),
+                keeps=("timestep",),
+            ),
+            sizes.vae(16, quant=False, scaling=1.5305, shift=0.0609),
+            sizes.clip("text_encoder", "tokenizer", 768, 12, 12, projection=768, kohya=("lora_te1",)),
+            sizes.clip(
+                "text_encoder_2",
+                "tokenizer_2",
+                1280,
+                32,
+                20,
+                act="gelu",
+                projection=1280,
+                kohya=("lora_te2",),
+            ),
+            sizes.t5_xxl("text_encoder_3", "tokenizer_3", 256, kohya=("lora_te3",)),
+            sizes.scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0),
+        ),
+        lora_targets=(
+            *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+            *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        ),
+        ss_base_model_version="sd3.5",
+        modelspec_architecture="stable-diffusion-v3-medium",
+        default_source="stabilityai/stable-diffusion-3.5-medium",
+        sampling=SamplingConfig(steps=40, guidance=4.5),
+        runs=False,
+    )
+
+    def denoiser(self, pipeline: Pipeline) -> nn.Module:
+        return pipeline.transformer
+
+    def objective(self, pipeline: Pipeline, config: ObjectiveConfig | None = None) -> Objective:
+        return FlowMatching.from_scheduler(pipeline.scheduler, config)
+
+    def resolution_multiple(self, pipeline: Pipeline) -> int:
+        return unet.vae_factor(pipeline) * int(pipeline.transformer.config.patch_size)
+
+    def latent_shape(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, int, int]:
+        channels, multiple = pipeline.transformer.config.in_channels, self.resolution_multiple(pipeline)
+        return unet.latent_shape(channels, unet.vae_factor(pipeline), multiple, height, width)
+
+    @torch.no_grad()
+    def encode_tokens(self, pipeline: Pipeline, tokens: Tokens) -> Conditioning:
+        """CLIP's two states side by side, padded to T5's width, stand before T5's along the sequence."""
+        clip, pooled = [], []
+        for name in ("text_encoder", "text_encoder_2"):
+            encoder = getattr(pipeline, name)
+            output = encoder(tokens[name].to(encoder.device), output_hidden_states=True)
+            clip.append(output.hidden_states[-2])
+            pooled.append(output.text_embeds)
+        t5 = pipeline.text_encoder_3
+        long = t5(tokens["text_encoder_3"].to(t5.device))[0]
+        short = torch.cat(clip, dim=-1)
+        short = F.pad(short, (0, long.shape[-1] - short.shape[-1])).to(long.dtype)
+        return {
+            "encoder_hidden_states": torch.cat([short, long], dim=-2),
+            "pooled_projections": torch.cat(pooled, dim=-1),
+        }
+
+    def encode_image(self, pipeline: Pipeline, pixels: Tensor) -> Tensor:
+        return unet.encode_image(pipeline, pixels)
+
+    def decode(self, pipeline: Pipeline, latents: Tensor) -> Tensor:
+        return unet.decode(pipeline, latents)
+
+    def conditioning(
+        self, encoded: Conditioning, frame: Tensor, guidance: float | None = None
+    ) -> Conditioning:
+        return encoded
+
+    def denoise(
+        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        # Not divided by 1000, unlike other transformers of flow matching.
+        return denoiser(hidden_states=noisy, timestep=timestep, **conditioning, return_dict=False)[0]
+
+    def blocks(self, denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
+        transformer: Any = denoiser
+        return [(f"transformer_blocks.{i}", block) for i, block in enumerate(transformer.transformer_blocks)]
+
+    def picture_state(self, output: Any) -> Tensor | None:
+        return answers.last_state(output)  # the text comes first, and is None behind the last block
 
 
-# https://huggingface.co/stabilityai/stable-diffusion-3.5-medium, the config.json of each folder
-BLUEPRINT = Blueprint(
-    name="sd3",
-    title="Stable Diffusion 3.5 medium",
-    default_source="stabilityai/stable-diffusion-3.5-medium",
-    lora_targets=(
-        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-    ),
-    denoiser=Part(
-        "transformer",
-        "diffusers:SD3Transformer2DModel",
-        {
-            "sample_size": 128,
-            "patch_size": 2,
-            "in_channels": 16,
-            "out_channels": 16,
-            "num_layers": 24,
-            "attention_head_dim": 64,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 4096,
-            "caption_projection_dim": 1536,
-            "pooled_projection_dim": 2048,
-            "pos_embed_max_size": 384,
-            "dual_attention_layers": tuple(range(13)),
-            "qk_norm": "rms_norm",
-        },
-    ),
-    vae=vae(16, quant=False, scaling=1.5305),
-    encoders=(
-        clip("text_encoder", 768, 12, 12, projection=768),
-        clip("text_encoder_2", 1280, 32, 20, act="gelu", projection=1280),
-        t5_xxl("text_encoder_3"),
-    ),
-    tokens=(77, 77, 256),
-    inputs=_inputs,
-)
+FAMILY = SD3()

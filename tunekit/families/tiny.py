@@ -40,23 +40,39 @@ def clip_tokenizer(max_length: int) -> Any:
         return CLIPTokenizer.from_pretrained(folder)
 
 
-def clip_text_encoder(tokenizer: Any, *, width: int, layers: int = 2, heads: int = 2, seed: int = 0) -> Any:
-    """Build a small CLIPTextModel for `tokenizer`."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def clip_text_encoder(
+    tokenizer: Any,
+    *,
+    width: int,
+    layers: int = 2,
+    heads: int = 2,
+    seed: int = 0,
+    act: str = "quick_gelu",
+    projection: int | None = None,
+    name: str = "text_encoder",
+) -> Any:
+    """Build a small CLIPTextModel for `tokenizer`; with `projection`, one that gives a pooled embedding.
+
+    Args:
+        name: of the component; its weights are drawn from it and `seed`.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
-        projection_dim=width,
+        projection_dim=projection or width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
+        hidden_act=act,
         max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return randomized(lambda: CLIPTextModel(config), seed, "text_encoder")
+    kind = CLIPTextModelWithProjection if projection else CLIPTextModel
+    return randomized(lambda: kind(config), seed, name)
 
 
 def randomized(build: Callable[[], M], seed: int, name: str) -> M:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tunekit.artifacts import Artifact
-from tunekit.families.family import DTYPES, Conditioning, Family, Pipeline
+from tunekit.config import SamplingConfig
+from tunekit.families.family import DTYPES, Conditioning, Family, Frame, Pipeline
 
 
 @dataclass
@@ -42,7 +43,16 @@ class Runtime:
         """(height, width) in pixels that the model was made for."""
         return self.family.default_size(self.pipeline)
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How it is drawn with where nobody says otherwise: as the artifact, then the family says."""
+        height, width = self.default_size
+        own = self.artifact.sampling if self.artifact else None
+        usual = self.family.facts.sampling.over(SamplingConfig(negative_prompt=""))
+        whole = own.over(usual) if own else usual
+        return whole.model_copy(update={"height": whole.height or height, "width": whole.width or width})
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """[C, h, w] of one picture of `height` x `width` pixels."""
         return self.family.latent_shape(self.pipeline, height, width)
 
@@ -52,6 +62,13 @@ class Runtime:
             conditioning = self.family.encode_prompt(self.pipeline, prompts)
         return {key: value.float().cpu() for key, value in conditioning.items()}
 
+    def conditioning(self, prompts: list[str], sampling: SamplingConfig) -> Conditioning:
+        """Encode prompts for pictures of the size and guidance that `sampling` says, none of them None."""
+        encoded = self.encode_prompt(prompts)
+        height, width = sampling.height or self.default_size[0], sampling.width or self.default_size[1]
+        frames = Frame.whole(height, width).rows(len(prompts))
+        return self.family.conditioning(encoded, frames, sampling.guidance)
+
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Encode pixels [B, 3, H, W] in [-1, 1] to scaled mean and std, [B, 2C, h, w]."""
         with self._running():
@@ -59,7 +76,7 @@ class Runtime:
 
     def denoise(self, latents: Tensor, timestep: Tensor | float, conditioning: Conditioning) -> Tensor:
         """Run the denoiser on latents [B, C, h, w] at one timestep or [B] of them."""
-        times = torch.as_tensor(timestep).reshape(-1).expand(len(latents))
+        times = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1).expand(len(latents))
         denoiser = self.family.denoiser(self.pipeline)
         with self._running():
             rows, known = latents.to(self.device, self.dtype), self._to_device(conditioning)
@@ -75,8 +92,11 @@ class Runtime:
         self.pipeline = None
 
     def _to_device(self, conditioning: Conditioning) -> Conditioning:
+        keeps = self.family.facts.denoiser.keeps
         return {
-            key: value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+            key: value.to(self.device, self.dtype)
+            if value.is_floating_point() and key not in keeps
+            else value.to(self.device)
             for key, value in conditioning.items()
         }
 

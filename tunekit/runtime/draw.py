@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from tunekit.diffusion.sampling import initial_latents, sample
+from tunekit.config import SamplingConfig
+from tunekit.diffusion.sampling import OnStep, initial_latents, sample
 from tunekit.errors import ConfigError
 from tunekit.families.family import Conditioning
 from tunekit.runtime.base import Runtime
@@ -18,25 +19,22 @@ def sample_pixels(
     runtime: Runtime,
     conditioning: Conditioning,
     negative: Conditioning | None,
+    sampling: SamplingConfig,
     *,
     seeds: Sequence[int],
-    steps: int = 30,
-    guidance: float = 7.5,
-    height: int | None = None,
-    width: int | None = None,
-    on_step: Callable[[int, int, Tensor], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw one batch from prompts that are encoded already; pixels [B, 3, H, W] in [0, 1]."""
-    default_height, default_width = runtime.default_size
-    shape = runtime.latent_shape(height or default_height, width or default_width)
+    sampling = sampling.over(runtime.sampling)
+    assert sampling.height is not None and sampling.width is not None
     latents = sample(
         runtime.denoise,
         runtime.scheduler,
-        initial_latents(seeds, shape),
+        initial_latents(seeds, runtime.latent_shape(sampling.height, sampling.width)),
         conditioning,
         negative,
-        steps=steps,
-        guidance=guidance,
+        sampling,
+        begin=runtime.family.begin,
         seeds=seeds,
         on_step=on_step,
     )
@@ -46,15 +44,11 @@ def sample_pixels(
 def generate_pixels(
     runtime: Runtime,
     prompts: Sequence[str],
+    sampling: SamplingConfig | None = None,
     *,
     seeds: Sequence[int],
-    negative_prompt: str = "",
-    steps: int = 30,
-    guidance: float = 7.5,
-    height: int | None = None,
-    width: int | None = None,
     batch: int | None = None,
-    on_step: Callable[[int, int, Tensor], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw one picture per seed as pixels [N, 3, H, W] in [0, 1]; see `generate`."""
     if not seeds or not prompts:
@@ -68,20 +62,19 @@ def generate_pixels(
             f"{len(prompts)} prompts and {len(seeds)} seeds",
             hint="give one seed per prompt, or one of either",
         )
+    whole = (sampling or SamplingConfig()).over(runtime.sampling)
     size = batch or min(4, len(prompts))
     pixels = []
     for start in range(0, len(prompts), size):
         part = list(prompts[start : start + size])
+        negative = [whole.negative_prompt or ""] * len(part)
         pixels.append(
             sample_pixels(
                 runtime,
-                runtime.encode_prompt(part),
-                runtime.encode_prompt([negative_prompt] * len(part)) if guidance > 1 else None,
+                runtime.conditioning(part, whole),
+                runtime.conditioning(negative, whole) if whole.guided else None,
+                whole,
                 seeds=seeds[start : start + size],
-                steps=steps,
-                guidance=guidance,
-                height=height,
-                width=width,
                 on_step=on_step,
             )
         )
@@ -91,43 +84,28 @@ def generate_pixels(
 def generate(
     runtime: Runtime,
     prompts: Sequence[str],
+    sampling: SamplingConfig | None = None,
     *,
     seeds: Sequence[int],
-    negative_prompt: str = "",
-    steps: int = 30,
-    guidance: float = 7.5,
-    height: int | None = None,
-    width: int | None = None,
     batch: int | None = None,
-    on_step: Callable[[int, int, Tensor], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> list[Image.Image]:
     """Draw one picture per seed, the same on every runtime and in every batch to rounding.
 
     Args:
         runtime: from `open_runtime`.
         prompts: one per seed, or a single one for all.
+        sampling: how; what it leaves open is the model's own (`Runtime.sampling`).
         seeds: one per prompt, or a single one for all.
-        negative_prompt: what not to draw; used where guidance > 1.
-        steps: of the sampler.
-        guidance: classifier-free guidance scale.
-        height: in pixels; the model's own if not given.
-        width: likewise.
         batch: pictures at once.
         on_step: called with (steps done, all steps, latents) in each batch.
+
+    Raises:
+        ConfigError: nothing to draw, or prompts and seeds that do not pair.
     """
-    pixels = generate_pixels(
-        runtime,
-        prompts,
-        seeds=seeds,
-        negative_prompt=negative_prompt,
-        steps=steps,
-        guidance=guidance,
-        height=height,
-        width=width,
-        batch=batch,
-        on_step=on_step,
+    return to_images(
+        generate_pixels(runtime, prompts, sampling, seeds=seeds, batch=batch, on_step=on_step)
     )
-    return to_images(pixels)
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:

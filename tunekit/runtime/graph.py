@@ -17,6 +17,10 @@ from tunekit.errors import ArtifactError, ModelError
 from tunekit.families.family import Family, Pipeline
 
 Array = np.ndarray[Any, np.dtype[Any]]
+STATES = "hidden_states."
+"""Prefix of a text encoder's outputs that are its hidden states, as Optimum names them."""
+UNBATCHED = "unbatched_inputs"
+"""Key of a component's config.json: inputs that are the same for all rows, such as positions of tokens."""
 
 
 class Graph(Protocol):
@@ -26,6 +30,8 @@ class Graph(Protocol):
     """Name -> element type and shape, None where a dimension may vary; in the order of the file."""
     max_rows: int | None
     """Largest batch it takes; None means any."""
+    unbatched: frozenset[str]
+    """Inputs whose first axis is known to be something else than the batch."""
 
     def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         """Run it on named inputs; all outputs by name."""
@@ -41,24 +47,39 @@ class GraphModule:
     def __init__(self, graph: Graph, config: dict[str, Any]) -> None:
         self.graph = graph
         self.config = SimpleNamespace(**config)
+        self._unbatched = graph.unbatched | frozenset(config.get(UNBATCHED, ()))
 
-    def __call__(self, *args: Tensor, return_dict: bool = True, **kwargs: Tensor) -> Any:
-        """Take inputs by position or name; return outputs by name, or as a tuple without `return_dict`."""
-        feeds = dict(zip(self.graph.inputs, args, strict=False)) | kwargs
+    def __call__(self, *args: Tensor, return_dict: bool = True, **kwargs: Any) -> Any:
+        """Take inputs by position or name; return outputs by name, or as a tuple without `return_dict`.
+
+        Inputs may be grouped in a dict, as diffusers has `added_cond_kwargs`; `output_hidden_states` changes
+        nothing, as a graph always gives what it was exported with.
+        """
+        kwargs.pop("output_hidden_states", None)
+        feeds: dict[str, Tensor] = dict(zip(self.graph.inputs, args, strict=False))
+        for name, value in kwargs.items():
+            feeds |= value if isinstance(value, dict) else {name: value}
         if feeds.keys() != self.graph.inputs.keys():
             raise ModelError(
                 f"the graph takes {', '.join(self.graph.inputs)}; it was given {', '.join(feeds)}",
                 hint="export it again with this version",
             )
         outputs = {name: torch.from_numpy(array).float() for name, array in self._run(feeds).items()}
-        return SimpleNamespace(**outputs) if return_dict else tuple(outputs.values())
+        if not return_dict:
+            return tuple(outputs.values())
+        states = [name for name in outputs if name.startswith(STATES)]
+        if states:
+            outputs["hidden_states"] = tuple(  # type: ignore[assignment]
+                outputs[f"{STATES}{index}"] for index in range(len(states))
+            )
+        return SimpleNamespace(**outputs)
 
     def _run(self, feeds: dict[str, Tensor]) -> dict[str, Array]:
         arrays = {}
         for name, value in feeds.items():
             kind, _ = self.graph.inputs[name]
             arrays[name] = np.ascontiguousarray(value.detach().cpu().numpy().astype(kind, copy=False))
-        rows = max(len(array) for array in arrays.values())
+        rows = max(len(array) for name, array in arrays.items() if name not in self._unbatched)
         step = min(rows, self.graph.max_rows or rows)
         # Other programs feed one timestep for the whole batch, so graphs take just one.
         single = [name for name in arrays if self.graph.inputs[name][1][:1] == [1]]
@@ -66,7 +87,10 @@ class GraphModule:
             step = 1
         parts = []
         for start in range(0, rows, step):
-            part = {k: a if len(a) == 1 else a[start : start + step] for k, a in arrays.items()}
+            part = {
+                k: a if len(a) == 1 or k in self._unbatched else a[start : start + step]
+                for k, a in arrays.items()
+            }
             parts.append(self.graph.run({k: a[:1] if k in single else a for k, a in part.items()}))
         if len(parts) == 1:
             return parts[0]
@@ -122,13 +146,15 @@ def graph_pipeline(folder: Path, family: Family, open_graph: Callable[[Path], Gr
         return GraphModule(open_graph(folder / name), json.loads(config.read_text(encoding="utf-8")))
 
     parts: dict[str, Any] = {family.facts.denoiser_name: component(family.facts.denoiser_name)}
-    for tokenizer, encoder in family.facts.encoders:
-        tokenizer_class = getattr(transformers, index[tokenizer][1])
-        parts |= {tokenizer: tokenizer_class.from_pretrained(folder / tokenizer), encoder: component(encoder)}
+    for row in family.facts.encoders:
+        tokenizer_class = getattr(transformers, index[row.tokenizer][1])
+        parts[row.tokenizer] = tokenizer_class.from_pretrained(folder / row.tokenizer)
+        parts[row.name] = component(row.name)
     encoder_there = (folder / "vae_encoder" / "config.json").is_file()
     parts["vae"] = GraphVae(component("vae_encoder") if encoder_there else None, component("vae_decoder"))
     parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
-    return SimpleNamespace(**parts)
+    settings = {key: value for key, value in index.items() if not isinstance(value, list)}
+    return SimpleNamespace(**parts, config=SimpleNamespace(**settings))
 
 
 def model_folder(artifact: Artifact) -> Path:

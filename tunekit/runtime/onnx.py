@@ -79,6 +79,10 @@ class OrtGraph:
             for node in self.session.get_inputs()
         }
         self.outputs = [node.name for node in self.session.get_outputs()]
+        axes = {node.name: str(node.shape[0]) for node in self.session.get_inputs() if node.shape}
+        named = {name: "batch" in axis for name, axis in axes.items() if not axis.isdigit()}
+        # Only where the batch has its name are the other names worth something.
+        self.unbatched = frozenset(name for name, batch in named.items() if not batch and any(named.values()))
 
     def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         """See `Graph.run`."""

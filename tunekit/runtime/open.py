@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from tunekit import families, hardware
 from tunekit.artifacts import Artifact, open_artifact
 from tunekit.errors import ArtifactError, ConfigError, ModelError, did_you_mean
 from tunekit.families.family import DTYPES, Family
+from tunekit.resources import Source
 from tunekit.runtime.base import Runtime, torch_runtime
 from tunekit.runtime.graph import model_folder
 from tunekit.runtime.onnx import ORT_PROVIDERS, open_in_onnxruntime, ort_providers
@@ -20,7 +22,7 @@ PROVIDERS = (*ORT_PROVIDERS, "openvino")  # of ONNX artifacts
 
 
 def open_runtime(
-    source: Artifact | str | Path,
+    source: Artifact | Source | str | Path,
     *,
     family: str | None = None,
     device: str = "auto",
@@ -28,33 +30,27 @@ def open_runtime(
     provider: str | None = None,
     adapter: str | Path | None = None,
     threads: int | None = None,
-    revision: str | None = None,
-    variant: str | None = None,
-    allow_pickle: bool = False,
 ) -> Runtime:
     """Open anything that can draw.
 
     Args:
         source: an artifact, a run folder, an adapter (with its base), a diffusers or ONNX folder, engines,
-            a hub id, "builtin/..." or "tiny".
+            a hub id, "builtin/..." or "tiny"; a `Source` says how it is opened, too.
         family: the family's name, where the source does not say it.
         device: "auto", "cpu", "cuda", "cuda:1", "xpu" or "mps".
-        dtype: "fp32" (the default), "bf16" or "fp16"; of torch and OpenVINO. ONNX files state their own.
+        dtype: "fp32", "bf16" or "fp16", of torch and OpenVINO; what is not given is what the device is good
+            at, fp32 on a processor. ONNX files state their own.
         provider: of ONNX artifacts: "cpu", "cuda", "tensorrt", or "openvino" (the package, which reads the
             same model.onnx); chosen by the device if not given.
         adapter: an adapter to put on a torch source, unmerged.
         threads: CPU threads.
-        revision: of a hub id.
-        variant: of a diffusers folder or hub id, e.g. "fp16".
-        allow_pickle: open pickled weights.
 
     Raises:
         ArtifactError, ModelError, AdapterError: nothing there, or it cannot be used.
         DeviceError, MissingPackageError: what should run it does not answer.
         ConfigError: an option without effect.
     """
-    artifact = source if isinstance(source, Artifact) else open_artifact(source, family=family)
-    described = artifact.base if artifact.format == "adapter" and not artifact.family else artifact.source
+    artifact = _artifact(source, family)
     if artifact.format == "adapter" and artifact.base is None:
         raise ArtifactError(
             "an adapter draws nothing without the base it was trained on, and this one does not name it",
@@ -63,9 +59,9 @@ def open_runtime(
         )
     if artifact.source == "tiny" and not (family or artifact.family):
         raise ModelError(
-            '"tiny" is a size of every family', hint=f"name one: {', '.join(families.FAMILIES.names())}"
+            '"tiny" is a size of every family', hint=f"name one: {', '.join(families.runnable())}"
         )
-    chosen = families.get(family or artifact.family or families.detect(str(described)))
+    chosen = families.get(family or artifact.family or families.detect(artifact.model_source))
     precision = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and precision is None:
         raise ConfigError(f'unknown dtype "{dtype}"', hint=f"one of {', '.join(DTYPES)}")
@@ -88,18 +84,9 @@ def open_runtime(
         raise ConfigError(
             f'provider "{provider}" has no effect on a torch model', hint="export it first: export_onnx"
         )
-    place = hardware.probe(device).torch_device
-    base, options = artifact.source, {}
-    if artifact.format == "adapter" and artifact.base:
-        base = artifact.base
-        # As it was opened for training, so it is opened now.
-        trained_on = artifact.lineage[0].settings.get("model") or {} if artifact.lineage else {}
-        options = {
-            key: trained_on[key] for key in ("revision", "variant", "allow_pickle") if key in trained_on
-        }
-    asked = {"revision": revision, "variant": variant, "allow_pickle": allow_pickle or None}
-    options |= {key: value for key, value in asked.items() if value is not None}
-    pipeline = chosen.load(base, dtype=precision or torch.float32, **options)
+    found = hardware.probe(device)
+    precision = precision or DTYPES[hardware.best_precision(found.kind, found.supports_bf16)]
+    pipeline = chosen.load(artifact.model_source, chosen.facts.drawing_dtypes(precision))
     adapters = [artifact.source] if artifact.format == "adapter" else []
     if adapter is not None:
         adapters.append(str(adapter))
@@ -110,10 +97,18 @@ def open_runtime(
     if adapters:
         from tunekit.adapters import load_adapter  # peft takes seconds to import
 
-        load_adapter(pipeline, chosen, adapters[0], allow_pickle=allow_pickle)
+        load_adapter(pipeline, chosen, adapters[0], allow_pickle=artifact.model_source.allow_pickle)
     return torch_runtime(
-        chosen, pipeline, artifact=artifact, device=place, dtype=precision or torch.float32, threads=threads
+        chosen, pipeline, artifact=artifact, device=found.torch_device, dtype=precision, threads=threads
     )
+
+
+def _artifact(source: Artifact | Source | str | Path, family: str | None) -> Artifact:
+    if isinstance(source, Artifact):
+        return source
+    if isinstance(source, Source):
+        return replace(open_artifact(source.name, family=family), opened=source)
+    return open_artifact(source, family=family)
 
 
 def _open_onnx(

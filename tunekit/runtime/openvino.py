@@ -40,6 +40,7 @@ class OpenVinoGraph:
     """A model.onnx in OpenVINO."""
 
     max_rows: int | None = None
+    unbatched: frozenset[str] = frozenset()
 
     def __init__(self, path: Path, device: str, precision: torch.dtype, threads: int | None) -> None:
         openvino = require("openvino", extra="openvino", why='provider "openvino" needs')

@@ -80,6 +80,7 @@ class EngineGraph:
             if shape and shape[0] is None
         ]
         self.max_rows: int | None = min(most, default=None)
+        self.unbatched: frozenset[str] = frozenset()
 
     def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         """See `Graph.run`."""

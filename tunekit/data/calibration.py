@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 
-from tunekit.config import DataConfig, DreamboothData
-from tunekit.data.cache import Batch, CachedDataset, Encoder, _together
+from tunekit.config import DataConfig, DreamboothData, SamplingConfig
+from tunekit.data.cache import CachedDataset, Draws, Encoder, together
 from tunekit.data.images import Sample, scan_data
+from tunekit.diffusion.batch import Batch
 from tunekit.diffusion.noise import stable_seed
 from tunekit.diffusion.objectives import Objective
 from tunekit.diffusion.sampling import initial_latents, sample
 from tunekit.errors import ConfigError, output_errors
-from tunekit.families.family import Conditioning, Family, Pipeline
+from tunekit.families.family import Conditioning, Family, Frame, Pipeline
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,7 +32,7 @@ DRAWN_TOGETHER = 4
 
 
 @dataclass(frozen=True)
-class Examples:
+class CalibrationSet:
     """Latents with captions, and how noise is added to them."""
 
     dataset: CachedDataset
@@ -46,8 +47,8 @@ class Examples:
         Args:
             purpose: examples of different purposes differ in noise, so what one has seen tests another.
         """
-        steps = self.objective.num_train_timesteps
         seed = stable_seed(self.seed, purpose)
+        draws = Draws(caption_dropout=UNCONDITIONAL)
         for start in range(0, count, size):
             rows = []
             for index in range(start, min(start + size, count)):
@@ -56,96 +57,96 @@ class Examples:
                     seed=seed,
                     epoch=index // len(self.dataset),
                     objective=self.objective,
-                    dropout=UNCONDITIONAL,
-                    weight=1.0,
-                    tag="",
+                    draws=draws,
                 )
                 # Evenly, yet scattered: 0.618... visits the range without any order that pictures could
                 # share.
-                level = int(((index + 0.5) * 0.6180339887 % 1) * steps)
-                rows.append(replace(row, timesteps=torch.tensor([level])))
-            yield from _together(rows, size)
+                level = self.objective.level((index + 0.5) * 0.6180339887 % 1)
+                rows.append(row.with_rows(timesteps=torch.tensor([level])))
+            yield from together(rows, size)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a calibration set may be made of.
+
+    Attributes:
+        data: pictures; None lets the model draw `count` of them from `prompts`.
+        prompts: what to draw.
+        count: how many to draw.
+        sampling: reads height, width and guidance of drawn pictures; none of them is None.
+        cache: folder for what is encoded or drawn; it is shared, as the names say what went in.
+        model_hash: hash of the model's files, part of the names of drawn pictures.
+        seed: of noise, crops and drawn pictures.
+    """
+
+    data: DataConfig | DreamboothData | None
+    prompts: tuple[str, ...]
+    count: int
+    sampling: SamplingConfig
+    cache: Path
+    model_hash: str
+    seed: int
 
 
 def gather(
     family: Family,
     pipeline: Pipeline,
     accelerator: Accelerator,
-    *,
-    data: DataConfig | DreamboothData | None,
-    prompts: Sequence[str],
-    count: int,
-    size: tuple[int, int],
-    guidance: float,
-    cache: Path,
-    model_hash: str,
-    seed: int,
+    material: Material,
     say: Callable[[str], None],
-) -> Examples:
+) -> CalibrationSet:
     """Collect examples for the model in `pipeline`.
 
     Args:
         accelerator: the pipeline's parts are moved to its device.
-        data: pictures; None draws `count` of them from `prompts` with the pipeline.
-        prompts: what to draw.
-        size: (height, width) of drawn pictures.
-        guidance: classifier-free guidance of drawn pictures.
-        cache: folder for what is encoded or drawn; it is shared, as the names say what went in.
-        model_hash: hash of the pipeline's files, part of the names of drawn pictures.
-        seed: of noise, crops and drawn pictures.
 
     Raises:
         ConfigError: neither pictures nor prompts are known.
         DataError: see `scan_data`.
     """
     objective = family.objective(pipeline)
-    encoder = Encoder(family, pipeline, cache=cache, accelerator=accelerator, say=say)
+    encoder = Encoder(family, pipeline, cache=material.cache, accelerator=accelerator, say=say)
+    data, prompts = material.data, material.prompts
     if data is not None:
         scan = scan_data(data)
         scan.check()
-        dataset = encoder.dataset(scan.samples, data, seed=seed)
-        return Examples(dataset, objective, f"{len(dataset)} pictures of {data.path}", seed)
+        dataset = encoder.dataset(scan.samples, data, seed=material.seed)
+        return CalibrationSet(
+            dataset, objective, f"{len(dataset)} pictures of {data.path}", material.seed
+        )
     if not prompts:
         raise ConfigError(
             "this pass learns from pictures, and knows neither pictures nor prompts to draw some",
             hint="give the run `data: {path: ...}`, or `preview: {prompts: [...]}`",
         )
-    samples, files = _draw(
-        family,
-        pipeline,
-        encoder.conditioning(["", *prompts]),
-        prompts=[prompts[index % len(prompts)] for index in range(count)],
-        size=size,
-        guidance=guidance,
-        cache=cache,
-        model_hash=model_hash,
-        seed=seed,
-        device=accelerator.device,
-        say=say,
+    captions = encoder.prompts(["", *prompts])
+    encoded = encoder.conditioning(["", *prompts])
+    samples, files, frame = _drawn(family, pipeline, encoded, material, accelerator.device, say)
+    dataset = CachedDataset(samples, [[frame]] * len(samples), files, captions)
+    return CalibrationSet(
+        dataset, objective, f"{material.count} pictures drawn by the model", material.seed
     )
-    dataset = CachedDataset(samples, [(size[1], size[0])] * count, files, encoder.prompts(["", *prompts]))
-    return Examples(dataset, objective, f"{count} pictures drawn by the model", seed)
 
 
-def _draw(
+def _drawn(
     family: Family,
     pipeline: Pipeline,
     encoded: dict[str, Conditioning],
-    *,
-    prompts: list[str],
-    size: tuple[int, int],
-    guidance: float,
-    cache: Path,
-    model_hash: str,
-    seed: int,
+    material: Material,
     device: torch.device,
     say: Callable[[str], None],
-) -> tuple[list[Sample], list[list[Path]]]:
+) -> tuple[list[Sample], list[list[Path]], Frame]:
     """Sample latents with the pipeline's denoiser; those already in the cache are not drawn again."""
-    shape = family.latent_shape(pipeline, *size)
-    settings = f"{model_hash} {shape} {guidance} {DRAWING_STEPS}"
+    height, width = material.sampling.height, material.sampling.width
+    assert height is not None and width is not None
+    count, seed = material.count, material.seed
+    prompts = [material.prompts[index % len(material.prompts)] for index in range(count)]
+    shape, frame = family.latent_shape(pipeline, height, width), Frame.whole(height, width)
+    guidance = material.sampling.guidance
+    settings = f"{material.model_hash} {shape} {guidance} {DRAWING_STEPS}"
     files = [
-        cache
+        material.cache
         / "drawn"
         / f"{hashlib.sha256(f'{settings} {seed + i} {prompt}'.encode()).hexdigest()[:32]}.safetensors"
         for i, prompt in enumerate(prompts)
@@ -157,7 +158,8 @@ def _draw(
 
     def conditioning(names: list[str]) -> Conditioning:
         rows = [encoded[name] for name in names]
-        return {key: torch.stack([row[key] for row in rows]).to(device) for key in rows[0]}
+        joined = {key: torch.stack([row[key] for row in rows]).to(device) for key in rows[0]}
+        return family.conditioning(joined, frame.rows(len(names)).to(device), guidance)
 
     for start in range(0, len(missing), DRAWN_TOGETHER):
         part = missing[start : start + DRAWN_TOGETHER]
@@ -167,8 +169,8 @@ def _draw(
             initial_latents([seed + index for index in part], shape).to(device),
             conditioning([prompts[index] for index in part]),
             conditioning([""] * len(part)),
-            steps=DRAWING_STEPS,
-            guidance=guidance,
+            material.sampling.model_copy(update={"steps": DRAWING_STEPS}),
+            begin=family.begin,
             seeds=[seed + index for index in part],
         )
         for index, row in zip(part, latents.float().cpu(), strict=True):
@@ -178,7 +180,7 @@ def _draw(
                 save_file({"moments": torch.cat([row, torch.zeros_like(row)])}, aside)
                 aside.replace(files[index])
     samples = [
-        Sample(f"drawn/{index}", prompt, size[1], size[0], files[index].stem, str(files[index]), io.BytesIO)
+        Sample(f"drawn/{index}", prompt, width, height, files[index].stem, str(files[index]), io.BytesIO)
         for index, prompt in enumerate(prompts)
     ]
-    return samples, [[path] for path in files]
+    return samples, [[path] for path in files], frame

@@ -1,0 +1,289 @@
+"""A family at the size of one base, without weights: all that planning memory needs to know.
+
+The families' tables have the sizes of their usual bases; here these are read from a folder or a pipeline
+instead, and made into a pipeline on the meta device, which the family's own code runs on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunekit.errors import ModelError
+from tunekit.families.family import Component, Conditioning, Family, Pipeline, Planned, Role, Tokens
+from tunekit.resources import Source
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A family's table of components, at the size of one base.
+
+    Attributes:
+        family: whose code runs on it.
+        components: the table.
+        assumed: whether the sizes are those of the usual base because the source could not be looked at.
+    """
+
+    family: Planned
+    components: tuple[Component, ...]
+    assumed: bool = False
+
+    def component(self, name: str) -> Component:
+        """The row of that name."""
+        return next(part for part in self.components if part.name == name)
+
+    def of_role(self, role: Role) -> tuple[Component, ...]:
+        """The rows of a role, in order."""
+        return tuple(part for part in self.components if part.role == role)
+
+    @property
+    def networks(self) -> tuple[Component, ...]:
+        """All that has weights."""
+        return tuple(part for part in self.components if part.role != "scheduler")
+
+    @property
+    def denoiser(self) -> Component:
+        """The network that is trained."""
+        return self.of_role("denoiser")[0]
+
+    @property
+    def vae(self) -> Component:
+        """The autoencoder."""
+        return self.of_role("vae")[0]
+
+    @property
+    def encoders(self) -> tuple[Component, ...]:
+        """The text encoders."""
+        return self.of_role("text_encoder")
+
+    @property
+    def title(self) -> str:
+        """For people: of the base whose sizes these are."""
+        facts = self.family.facts
+        return facts.base_title or facts.title
+
+    def pipeline(self, *, built: Mapping[str, Any] | None = None, device: str = "meta") -> Pipeline:
+        """A stand-in for a pipeline; each network is made when it is first asked for.
+
+        Args:
+            built: networks that are there already, by name.
+            device: where others are made.
+        """
+        return _Skeleton(self, dict(built or {}), device)
+
+    @cached_property
+    def configs(self) -> Pipeline:
+        """A stand-in whose networks have a `config` and nothing else, for questions about sizes."""
+        return _Configs(self)
+
+    def tokens(self, batch: int) -> Tokens:
+        """Token ids of the longest prompts, without data."""
+        return {
+            part.name: torch.empty(batch, part.tokens, dtype=torch.int64, device="meta")
+            for part in self.encoders
+        }
+
+    def encoded(self, batch: int) -> Conditioning:
+        """What encoding the longest prompts gives, without data, float32 as the cache keeps it."""
+        known = self._encoded
+        return {name: value.new_empty((batch, *value.shape[1:])) for name, value in known.items()}
+
+    @cached_property
+    def _encoded(self) -> Conditioning:
+        with torch.no_grad():
+            made = self.family.encode_tokens(self.pipeline(), self.tokens(1))
+        return {name: value.float() if value.is_floating_point() else value for name, value in made.items()}
+
+    def latents(self, batch: int, height: int, width: int) -> Tensor:
+        """Latents of pictures of that size in pixels, float32, without data."""
+        return torch.empty(batch, *self.family.latent_shape(self.configs, height, width), device="meta")
+
+
+class _Skeleton:
+    """Makes networks without data when they are asked for."""
+
+    def __init__(self, sizes: Sizes, built: dict[str, Any], device: str) -> None:
+        self._sizes, self._device = sizes, device
+        self.__dict__ |= built
+        self.config = SimpleNamespace(**dict.fromkeys(("force_zeros_for_empty_prompt",), False))
+
+    def __getattr__(self, name: str) -> Any:
+        for part in self._sizes.components:
+            if part.name == name:
+                made = part.build(self._device)
+                if part.dtype is not None and part.role != "scheduler":
+                    made = made.to({"fp32": torch.float32, "bf16": torch.bfloat16}[part.dtype])
+                setattr(self, name, made)
+                return made
+        raise AttributeError(name)
+
+
+class _Configs:
+    def __init__(self, sizes: Sizes) -> None:
+        self._sizes = sizes
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            part = self._sizes.component(name)
+        except StopIteration:
+            raise AttributeError(name) from None
+        import inspect
+
+        known = inspect.signature(part.type.__init__).parameters.items()
+        defaults = {key: value.default for key, value in known if value.default is not value.empty}
+        return SimpleNamespace(config=SimpleNamespace(**{**defaults, **part.config}))
+
+
+def sized(family: Planned, source: Source) -> Sizes:
+    """The sizes of a folder, read from its config.json files; nothing is downloaded.
+
+    Args:
+        source: folder, "builtin/..." or hub id; of a hub id, the sizes of the family's usual base are assumed.
+
+    Raises:
+        ModelError: a folder without the family's components.
+    """
+    facts = family.facts
+    folder = source.path
+    if folder is None:
+        return Sizes(family, facts.components, assumed=source.name != facts.default_source)
+    if folder.is_file():
+        return Sizes(family, facts.components, assumed=True)
+
+    def read(part: Component) -> Component:
+        name = "scheduler_config.json" if part.role == "scheduler" else "config.json"
+        path = folder / part.name / name
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            if part.role == "scheduler" and isinstance(error, FileNotFoundError):
+                return part
+            needed = ", ".join(other.name for other in facts.components)
+            raise ModelError(
+                f"the sizes of {part.name} cannot be read ({error})",
+                where=str(path),
+                hint=f"{facts.title} needs the folders {needed}",
+            ) from error
+        return with_config(part, config)
+
+    return Sizes(family, tuple(read(part) for part in facts.components))
+
+
+def like(family: Family, pipeline: Pipeline) -> Sizes:
+    """The sizes of a pipeline that is there."""
+
+    def read(part: Component) -> Component:
+        config = getattr(pipeline, part.name).config
+        plain = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+        tokenizer = getattr(pipeline, part.tokenizer, None) if part.tokenizer else None
+        made = with_config(part, plain)
+        length = getattr(tokenizer, "model_max_length", None)
+        return replace(made, tokens=length) if isinstance(length, int) and length < 10**6 else made
+
+    return Sizes(family, tuple(read(part) for part in family.facts.components))
+
+
+def with_config(part: Component, config: Mapping[str, Any]) -> Component:
+    """The row of a base with another configuration; CLIP's says how long its prompts may be."""
+    name = config.get("_class_name")
+    classes = f"diffusers:{name}" if part.role == "scheduler" and isinstance(name, str) else part.classes
+    tokens = config.get("max_position_embeddings", part.tokens) if part.tokenizer else part.tokens
+    return replace(part, config=config, classes=classes, tokens=int(tokens))
+
+
+# Rows that several families have ----------------------------------------------------------------------------
+
+
+def clip(
+    name: str,
+    tokenizer: str,
+    width: int,
+    layers: int,
+    heads: int,
+    *,
+    kohya: Collection[str],
+    act: str = "quick_gelu",
+    projection: int | None = None,
+) -> Component:
+    """A CLIP text encoder of 77 tokens and 49,408 words; with `projection` it gives a pooled embedding."""
+    config = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "hidden_act": act,
+        "projection_dim": projection or width,
+    }
+    kind = "CLIPTextModelWithProjection" if projection else "CLIPTextModel"
+    return Component(
+        name,
+        "text_encoder",
+        f"transformers:{kind}",
+        config,
+        tokenizer=tokenizer,
+        tokens=77,
+        kohya=tuple(kohya),
+    )
+
+
+def t5_xxl(name: str, tokenizer: str, tokens: int, *, kohya: Collection[str] = ()) -> Component:
+    """The T5 1.1 XXL encoder, 4.76 G parameters, in bfloat16."""
+    config = {
+        "d_model": 4096,
+        "d_ff": 10240,
+        "d_kv": 64,
+        "num_heads": 64,
+        "num_layers": 24,
+        "feed_forward_proj": "gated-gelu",
+        "vocab_size": 32128,
+    }
+    return Component(
+        name,
+        "text_encoder",
+        "transformers:T5EncoderModel",
+        config,
+        tokenizer=tokenizer,
+        tokens=tokens,
+        kohya=tuple(kohya),
+        dtype="bf16",
+        fp16=False,
+    )
+
+
+def vae(
+    channels: int,
+    *,
+    quant: bool = True,
+    scaling: float = 0.18215,
+    shift: float | None = None,
+    fp16: bool = True,
+) -> Component:
+    """The autoencoder that the families of Stable Diffusion and FLUX.1 share: 8 pixels per latent."""
+    config = {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "latent_channels": channels,
+        "use_quant_conv": quant,
+        "use_post_quant_conv": quant,
+        "scaling_factor": scaling,
+        "shift_factor": shift,
+    }
+    return Component("vae", "vae", "diffusers:AutoencoderKL", config, fp16=fp16)
+
+
+def scheduler(name: str, **config: Any) -> Component:
+    """The sampler that a base is configured with."""
+    return Component("scheduler", "scheduler", f"diffusers:{name}", config)
+
+
+STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+"""Noise schedule of Stable Diffusion 1, 2 and XL."""

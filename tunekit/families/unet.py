@@ -1,0 +1,242 @@
+"""What the families with a U-Net and an autoencoder share: sizes, coding, graphs, names of modules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.errors import ConfigError
+from tunekit.families.family import ExportComponent, Pipeline
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0"),  # both attentions
+    *("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+)
+"""Adapter targets: all that is linear in the transformer blocks."""
+
+
+# Sizes ------------------------------------------------------------------------------------------------------
+
+
+def vae_factor(pipeline: Pipeline) -> int:
+    """Pixels per latent, along one side."""
+    return int(2 ** (len(pipeline.vae.config.block_out_channels) - 1))
+
+
+def unet_factor(pipeline: Pipeline) -> int:
+    """The number that both sides of the latents have to be divisible by."""
+    return int(2 ** (len(pipeline.unet.config.block_out_channels) - 1))
+
+
+def default_size(pipeline: Pipeline) -> tuple[int, int]:
+    """See `Family.default_size`."""
+    size = pipeline.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * vae_factor(pipeline), width * vae_factor(pipeline)
+
+
+def latent_shape(channels: int, factor: int, multiple: int, height: int, width: int) -> tuple[int, int, int]:
+    """[C, h, w] of a picture's latents.
+
+    Args:
+        channels: C.
+        factor: pixels per latent, along one side.
+        multiple: what both sides in pixels have to be divisible by.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    for size in (height, width):
+        if size <= 0 or size % multiple:
+            nearest = max(1, round(size / multiple)) * multiple
+            raise ConfigError(
+                f"{size} px is not a multiple of {multiple}, which this model needs",
+                hint=f"try {nearest}",
+            )
+    return channels, height // factor, width // factor
+
+
+# Coding -----------------------------------------------------------------------------------------------------
+
+
+def latent_scaling(pipeline: Pipeline) -> tuple[float, float]:
+    """Shift and scale of latents."""
+    config = pipeline.vae.config
+    return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+
+
+@torch.no_grad()
+def encode_image(pipeline: Pipeline, pixels: Tensor) -> Tensor:
+    """See `Family.encode_image`."""
+    vae = pipeline.vae
+    distribution = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    mean, std = distribution.mean.float(), distribution.std.float()
+    shift, scale = latent_scaling(pipeline)
+    return torch.cat([(mean - shift) * scale, std * scale], dim=1)
+
+
+@torch.no_grad()
+def decode(pipeline: Pipeline, latents: Tensor) -> Tensor:
+    """See `Family.decode`."""
+    vae = pipeline.vae
+    shift, scale = latent_scaling(pipeline)
+    pixels = vae.decode((latents / scale + shift).to(vae.device, vae.dtype)).sample
+    return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+
+# The network ------------------------------------------------------------------------------------------------
+
+
+def blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
+    """See `Family.blocks`."""
+    unet: Any = denoiser
+    down = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
+    up = [(f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks)]
+    return [*down, ("mid_block", unet.mid_block), *up]
+
+
+_INSIDE = (
+    (".norm1", ".in_layers.0"),
+    (".conv1", ".in_layers.2"),
+    (".time_emb_proj", ".emb_layers.1"),
+    (".norm2", ".out_layers.0"),
+    (".conv2", ".out_layers.3"),
+    (".conv_shortcut", ".skip_connection"),
+)
+"""Parts of a residual block: diffusers' names, then those of the network that SDXL was published with."""
+_OUTSIDE = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+
+
+def published_names(paths: Collection[str]) -> dict[str, str]:
+    """What a U-Net's modules are called in the code that Stable Diffusion was published with.
+
+    There blocks are numbered through all levels: each of diffusers' down blocks of n residual blocks is n
+    input blocks and one more for the downsampler, and likewise on the way up.
+
+    Args:
+        paths: of all modules that can be asked for; how many blocks a level has is read from them.
+
+    Returns:
+        diffusers' module path -> path there.
+    """
+    down = _count(paths, "down_blocks.0.resnets.")
+    up = _count(paths, "up_blocks.0.resnets.")
+    attended = {path.split(".attentions.")[0] for path in paths if ".attentions." in path}
+    return {path: _published(path, down, up, attended) for path in paths}
+
+
+def _count(paths: Collection[str], prefix: str) -> int:
+    found = {path.removeprefix(prefix).partition(".")[0] for path in paths if path.startswith(prefix)}
+    return len(found)
+
+
+def _published(path: str, down: int, up: int, attended: Collection[str]) -> str:
+    if path in _OUTSIDE:
+        return _OUTSIDE[path]
+    kind, *rest = path.split(".")
+    if kind == "mid_block":
+        part, index, *inner = rest
+        place = f"middle_block.{1 if part == 'attentions' else 2 * int(index)}"
+    elif kind in ("down_blocks", "up_blocks"):
+        level, part, index, *inner = rest
+        if part == "downsamplers":
+            return f"input_blocks.{(int(level) + 1) * (down + 1)}.0.op"
+        if part == "upsamplers":
+            last = 2 if f"up_blocks.{level}" in attended else 1
+            return f"output_blocks.{int(level) * up + up - 1}.{last}.conv"
+        within = 1 if part == "attentions" else 0
+        if kind == "down_blocks":
+            place = f"input_blocks.{1 + int(level) * (down + 1) + int(index)}.{within}"
+        else:
+            place = f"output_blocks.{int(level) * up + int(index)}.{within}"
+    else:
+        return path
+    name = ".".join([place, *inner])
+    if part == "resnets":
+        for ours, theirs in _INSIDE:
+            name = name.replace(ours, theirs)
+    return name
+
+
+# Graphs -----------------------------------------------------------------------------------------------------
+
+PICTURE_AXES = {0: "batch", 2: "height", 3: "width"}
+
+
+def model_config(model: Any) -> dict[str, Any]:
+    """The content of the model's config.json, without the path it was loaded from."""
+    text = model.to_json_string() if hasattr(model, "to_json_string") else model.config.to_json_string()
+    return {key: value for key, value in json.loads(text).items() if key != "_name_or_path"}
+
+
+def example(*shape: int, like: nn.Module) -> Tensor:
+    """An input, in the floating type of a module."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return values.to(next(p.dtype for p in like.parameters() if p.is_floating_point()))
+
+
+def token_ids(length: int) -> Tensor:
+    """An input of text encoders; int32 is what both Optimum and diffusers' ONNX pipeline feed without a cast."""
+    return torch.arange(2 * length, dtype=torch.int32).reshape(2, length) % 100
+
+
+def export_vae(pipeline: Pipeline) -> list[ExportComponent]:
+    """The two graphs of the autoencoder."""
+    vae = pipeline.vae
+    factor = vae_factor(pipeline)
+    height, width = default_size(pipeline)
+    latents = (vae.config.latent_channels, height // factor, width // factor)
+    return [
+        ExportComponent(
+            name="vae_encoder",
+            component="vae",
+            module=_VaeEncoder(vae),
+            inputs={"sample": example(2, vae.config.in_channels, height, width, like=vae)},
+            dynamic={"sample": PICTURE_AXES},
+            outputs=["latent_parameters"],
+            config=model_config(vae),
+            multiples={"height": factor, "width": factor},
+        ),
+        ExportComponent(
+            name="vae_decoder",
+            component="vae",
+            module=_VaeDecoder(vae),
+            inputs={"latent_sample": example(2, *latents, like=vae)},
+            dynamic={"latent_sample": PICTURE_AXES},
+            outputs=["sample"],
+            config=model_config(vae),
+        ),
+    ]
+
+
+class _VaeEncoder(nn.Module):
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return self.vae.encode(sample, return_dict=False)[0].parameters
+
+
+class _VaeDecoder(nn.Module):
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        return self.vae.decode(latent_sample, return_dict=False)[0]
