@@ -28,7 +28,7 @@ from tunekit.families.blueprint import Blueprint, Inputs, Part
 from tunekit.memory.allocator import least_capacity, replay
 from tunekit.memory.job import Job, trace_step
 from tunekit.memory.levers import Levers
-from tunekit.memory.planner import CONTEXT
+from tunekit.memory.room import CONTEXT
 from tunekit.memory.trace import CUDA
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -334,7 +334,7 @@ def drawn(device: str, seed: int) -> Iterator[dict[str, Any]]:
 def dispatch_seconds(device: str) -> float:
     """What each operator takes longer where attention is kept: small ones, so that nothing else counts.
 
-    The figure of `planner.DISPATCH_SECONDS`: forward and backward pass of a block that keeps its attention
+    The figure of `room.DISPATCH_SECONDS`: forward and backward pass of a block that keeps its attention
     against one that is just checkpointed, over the operators of both of its forward passes.
     """
     tiny = families.blueprint_of("sd15", "tiny")

@@ -16,9 +16,9 @@ from PIL import Image
 
 from tunekit.artifacts import Artifact, RunFolder, Step
 from tunekit.config import load
+from tunekit.config.yaml import config_names, read
 from tunekit.registry import FAMILIES, PASSES, recipe_names
 from tunekit.resources import builtin_names
-from tunekit.yamlfile import config_names, read
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -24,7 +24,7 @@ LAYERS = [
     {"families"},
     {"diffusion", "layers", "launch", "graphs"},
     {"config"},
-    {"hardware", "optimizers", "artifacts", "yamlfile"},
+    {"hardware", "optimizers", "artifacts"},
     {"units", "registry", "quiet"},
     {"resources"},
     {"errors"},
@@ -33,7 +33,6 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 WITHOUT_TORCH = [
     "cli",
-    "config",
     "report",
     "artifacts",
     "hardware",
@@ -41,6 +40,7 @@ WITHOUT_TORCH = [
     "launch",
     "planning",
     "memory.plan",
+    *(f"config.{path.stem}" for path in sorted((PACKAGE / "config").glob("[!_]*.py"))),
     *(f"passes.{name}" for name in PASSES.names()),
 ]
 

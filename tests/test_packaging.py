@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tunekit import resources
+from tunekit.config.yaml import config_names
 from tunekit.registry import FAMILIES, PASSES, recipe_names
-from tunekit.yamlfile import config_names
 
 ROOT = resources.PACKAGE.parent
 

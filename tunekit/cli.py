@@ -135,9 +135,9 @@ def _run_state(path: Path) -> dict[str, Any] | None:
 @app.command("ls")
 def ls(runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     """What there is: configs, recipes, families, passes, bundled models and pictures, runs."""
+    from tunekit.config import config_names, find_config
     from tunekit.registry import FAMILIES, PASSES, Registry, recipe_names, recipe_path
     from tunekit.resources import PACKAGE, builtin_names
-    from tunekit.yamlfile import config_names, find_config
 
     def members(registry: Registry[Any]) -> dict[str, str]:
         files = {name: PACKAGE / registry.package.split(".")[1] / f"{name}.py" for name in registry.names()}
@@ -699,9 +699,9 @@ def cp(
 ) -> None:
     """Copy a ready-made config or recipe, to make it your own."""
     from tunekit.artifacts import write_text
+    from tunekit.config import config_names, find_config
     from tunekit.registry import recipe_names, recipe_path
     from tunekit.resources import configs_dir
-    from tunekit.yamlfile import config_names, find_config
 
     key = name.removesuffix(".yaml").removesuffix(".py")
     is_recipe = key in recipe_names() and (key not in config_names() or dest.suffix == ".py")

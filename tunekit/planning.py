@@ -24,7 +24,8 @@ from tunekit.units import parse_bytes
 
 if TYPE_CHECKING:
     from tunekit.memory.plan import Plan
-    from tunekit.memory.planner import Planner, Room
+    from tunekit.memory.planner import Planner
+    from tunekit.memory.room import Room
 
 C = TypeVar("C", bound=TrainingRunConfig)
 SHRINK, ATTEMPTS = 0.85, 3
@@ -205,7 +206,7 @@ class _Place:
         total: bytes that may be used, None for all of the card.
         precision: what arithmetic it can.
         is_here: not a card of the table, but a device that answers.
-        on_cpu, host_bytes, why_less: see `planner.Room`.
+        on_cpu, host_bytes, why_less: see `room.Room`.
     """
 
     title: str
@@ -265,7 +266,7 @@ def _planned(
             return made
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    from tunekit.memory.planner import advice
+    from tunekit.memory.advice import advice
 
     planner, room, notes = _planner(config, place, processes, say)
     made = replace(planner.plan(name, room), notes=(*place.notes, *notes))
@@ -354,7 +355,8 @@ def _planner(
     config: TrainingRunConfig, place: _Place, processes: int, say: Callable[[str], None]
 ) -> tuple[Planner, Room, tuple[str, ...]]:
     from tunekit.memory.job import job_of
-    from tunekit.memory.planner import Planner, room_of
+    from tunekit.memory.planner import Planner
+    from tunekit.memory.room import room_of
     from tunekit.registry import FAMILIES
 
     data = getattr(config, "data")  # noqa: B009 - each training recipe declares its own

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tunekit.config.yaml import config_names, dotted, find_config, parse, read
 from tunekit.errors import ConfigError
-from tunekit.yamlfile import config_names, dotted, find_config, parse, read
 
 
 def write(folder: Path, name: str, text: str) -> Path:

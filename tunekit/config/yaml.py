@@ -50,7 +50,7 @@ def dotted(key: Iterable[str | int]) -> str:
 
 
 @dataclass
-class Source:
+class Document:
     """Plain values, and the place ("file:line" or "command line") of each key and list item."""
 
     path: Path
@@ -68,9 +68,34 @@ class Source:
         """Forgets the places of a value that is replaced."""
         self.places = {key: place for key, place in self.places.items() if key[: len(prefix)] != prefix}
 
-    def lay_over(self, base: Source) -> Source:
-        """This source on top of `base`: mappings merge, everything else replaces."""
-        result = Source(self.path, base.tree, dict(base.places))
+    def move(self, former: Key, key: Key) -> None:
+        """Puts a value that is given under its former name where it belongs; its place stays.
+
+        Raises:
+            ConfigError: it is given under both names.
+        """
+        *path, last = former
+        *target, name = key
+        section = self.tree
+        for part in path:
+            section = section.get(part) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or last not in section:
+            return
+        place, there = self.where(former), self.tree
+        for part in target:
+            there = there.setdefault(part, {}) if isinstance(there, dict) else None
+        if not isinstance(there, dict):
+            return  # it is no section, which is said when it is validated
+        if name in there:
+            raise ConfigError(
+                f"{dotted(former)}: is the former name of {dotted(key)}, which is set too", where=place
+            )
+        there[name] = section.pop(last)
+        self.places = {**self.places, key: place}
+
+    def lay_over(self, base: Document) -> Document:
+        """This document on top of `base`: mappings merge, everything else replaces."""
+        result = Document(self.path, base.tree, dict(base.places))
 
         def merge(below: Any, above: Any, key: Key) -> Any:
             if isinstance(below, dict) and isinstance(above, dict):
@@ -127,7 +152,7 @@ def _step(target: Any, key: Key, part: str, where: str) -> str | int:
     return int(part)
 
 
-def parse(text: str, path: Path, *, start: Key = (), fixed: str | None = None) -> Source:
+def parse(text: str, path: Path, *, start: Key = (), fixed: str | None = None) -> Document:
     """Reads YAML text.
 
     Args:
@@ -178,7 +203,7 @@ def parse(text: str, path: Path, *, start: Key = (), fixed: str | None = None) -
         loader.dispose()
     if problems:
         raise ConfigError("\n".join(problems))
-    return Source(path, tree, places)
+    return Document(path, tree, places)
 
 
 def shown(path: Path) -> str:
@@ -214,36 +239,36 @@ def find_config(path_or_name: str | Path) -> Path:
     )
 
 
-def read(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Source:
+def read(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Document:
     """Reads a config file, what it extends, and the overrides; nothing is validated yet.
 
     Raises:
         ConfigError: missing, unreadable, bad YAML, bad `extends:` or bad override.
     """
-    source = _read_file(find_config(path_or_name), ())
+    document = _read_file(find_config(path_or_name), ())
     for text in overrides:
-        source.override(text)
-    return source
+        document.override(text)
+    return document
 
 
-def _read_file(path: Path, children: tuple[Path, ...]) -> Source:
+def _read_file(path: Path, children: tuple[Path, ...]) -> Document:
     try:
-        source = parse(path.read_text(encoding="utf-8"), path)
+        document = parse(path.read_text(encoding="utf-8"), path)
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"not UTF-8 text ({error.reason} at byte {error.start})", where=shown(path)
         ) from error
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", where=shown(path)) from error
-    if source.tree is None:
-        source.tree = {}
-    if not isinstance(source.tree, dict):
+    if document.tree is None:
+        document.tree = {}
+    if not isinstance(document.tree, dict):
         raise ConfigError("a config is a mapping of keys to values", where=f"{shown(path)}:1")
-    parent = source.tree.pop("extends", None)
+    parent = document.tree.pop("extends", None)
     if parent is None:
-        return source
-    where = source.where(("extends",))
-    source.drop_places(("extends",))
+        return document
+    where = document.where(("extends",))
+    document.drop_places(("extends",))
     if not isinstance(parent, str):
         raise ConfigError("extends: takes the path of one config file", where=where)
     # A config that was copied out of the ready-made ones still finds what it extends.
@@ -255,4 +280,4 @@ def _read_file(path: Path, children: tuple[Path, ...]) -> Source:
         )
     if base.resolve() in {item.resolve() for item in (*children, path)}:
         raise ConfigError(f'extends: "{parent}" leads back to this file', where=where)
-    return source.lay_over(_read_file(base, (*children, path)))
+    return document.lay_over(_read_file(base, (*children, path)))

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import importlib
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tunekit import config as package
 from tunekit.config import (
     DataConfig,
     DreamboothData,
@@ -16,8 +19,8 @@ from tunekit.config import (
     load,
     validate,
 )
+from tunekit.config.yaml import config_names
 from tunekit.errors import ChainError, ConfigError
-from tunekit.yamlfile import config_names
 
 GOOD = """\
 recipe: lora
@@ -317,7 +320,7 @@ def test_the_dump_loads_to_the_same_config(
 
 
 def sections(schema: type[Section]) -> set[type[Section]]:
-    from tunekit.config import _section_types
+    from tunekit.config.schema import _section_types
 
     found = {schema}
     for item in schema.model_fields.values():
@@ -333,6 +336,22 @@ def test_every_key_says_what_it_is(schema: type[Section]):
     missing = [name for name, item in schema.model_fields.items() if not item.description]
     assert not missing
     assert schema.model_json_schema()
+
+
+def test_the_package_gives_every_public_name():
+    given = {name for name in package.__all__ if getattr(package, name) is not None}
+    files = [path.stem for path in Path(package.__file__).parent.glob("[!_]*.py")]
+    public = {
+        name
+        for file in files
+        for name, value in vars(importlib.import_module(f"tunekit.config.{file}")).items()
+        if inspect.isroutine(value) or inspect.isclass(value)
+        if value.__module__ == f"tunekit.config.{file}" and not name.startswith("_")
+    }
+    assert public - given == set()
+    assert sorted(package._FILES) == sorted(files)
+    with pytest.raises(AttributeError, match="no attribute 'Lorra'"):
+        package.Lorra  # noqa: B018
 
 
 class Small(Section):

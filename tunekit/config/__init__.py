@@ -1,0 +1,94 @@
+"""What a run is told: YAML that keeps its places, strict sections, and the sections by who reads them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tunekit.config.adapter import AdapterConfig
+    from tunekit.config.data import DataConfig, DreamboothData
+    from tunekit.config.memory import CLASS_BATCH, MemoryConfig
+    from tunekit.config.model import ModelConfig
+    from tunekit.config.objective import ObjectiveConfig
+    from tunekit.config.run import RunConfig, TrainingRunConfig
+    from tunekit.config.sampling import SamplingConfig
+    from tunekit.config.schema import (
+        Fraction,
+        Loaded,
+        Multiple,
+        Positive,
+        Section,
+        changed,
+        dump_yaml,
+        load,
+        load_schema,
+        no_effect,
+        refuse,
+        validate,
+        wrong,
+    )
+    from tunekit.config.train import PreviewConfig, TrainConfig
+    from tunekit.config.yaml import (
+        COMMAND_LINE,
+        REQUIRED,
+        Document,
+        Key,
+        config_names,
+        dotted,
+        find_config,
+        parse,
+        read,
+        shown,
+    )
+
+__all__ = [
+    "CLASS_BATCH",
+    "COMMAND_LINE",
+    "REQUIRED",
+    "AdapterConfig",
+    "DataConfig",
+    "Document",
+    "DreamboothData",
+    "Fraction",
+    "Key",
+    "Loaded",
+    "MemoryConfig",
+    "ModelConfig",
+    "Multiple",
+    "ObjectiveConfig",
+    "Positive",
+    "PreviewConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "Section",
+    "TrainConfig",
+    "TrainingRunConfig",
+    "changed",
+    "config_names",
+    "dotted",
+    "dump_yaml",
+    "find_config",
+    "load",
+    "load_schema",
+    "no_effect",
+    "parse",
+    "read",
+    "refuse",
+    "shown",
+    "validate",
+    "wrong",
+]
+
+_FILES = ("yaml", "schema", "model", "data", "adapter", "objective", "sampling", "train", "memory", "run")
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a name when it is asked for: `tunekit ls` needs `yaml.py` and not pydantic."""
+    if name in __all__:
+        for file in _FILES:
+            found = vars(importlib.import_module(f"{__name__}.{file}"))
+            if name in found:
+                globals()[name] = found[name]
+                return found[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

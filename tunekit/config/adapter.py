@@ -1,0 +1,31 @@
+"""The section `adapter:`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from tunekit.config.schema import Positive, Section, refuse
+
+
+class AdapterConfig(Section):
+    """A low-rank adapter, as in PEFT."""
+
+    kind: Literal["lora", "dora"] = "lora"
+    """dora also learns the length of each weight column."""
+    rank: Positive = 16
+    """Rank of the update."""
+    alpha: float = Field(16.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the adapter."""
+    targets: list[str] | None = None
+    """Names of the modules to adapt, such as to_q; null means the family's own choice."""
+
+    @field_validator("targets")
+    @classmethod
+    def _some_targets(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and not value:
+            refuse("an empty list adapts nothing; null means the family's own choice")
+        return value

@@ -1,0 +1,39 @@
+"""The section `model:`."""
+
+from __future__ import annotations
+
+from pydantic import field_validator
+
+from tunekit.config.schema import Section, refuse
+from tunekit.errors import did_you_mean
+from tunekit.registry import FAMILIES
+from tunekit.resources import Source
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    family: str
+    """Model family, a file in tunekit/families: sd15."""
+    source: str
+    """Hub id, folder, single .safetensors file, "builtin/..." or "tiny" (small random weights)."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    variant: str | None = None
+    """Weight file variant on the hub, such as fp16."""
+    allow_pickle: bool = False
+    """Accept .bin and .ckpt files (still loaded as weights only)."""
+
+    @field_validator("family")
+    @classmethod
+    def _known_family(cls, value: str) -> str:
+        names = FAMILIES.names()
+        if value not in names:
+            hint = did_you_mean(value, names) or f"known: {', '.join(names)}"
+            refuse(f'there is no family "{value}"; {hint}')
+        return value
+
+    @property
+    def opened(self) -> Source:
+        """What to open, and how."""
+        return Source(self.source, self.revision, self.variant, self.allow_pickle)

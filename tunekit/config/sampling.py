@@ -1,0 +1,40 @@
+"""How a picture is drawn: a part of `preview:`, and of artifact.json."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from tunekit.config.schema import Multiple, Positive, Section
+
+
+class SamplingConfig(Section):
+    """How a picture is drawn; what is null is the model's own."""
+
+    steps: Positive | None = None
+    """Sampling steps."""
+    guidance: Annotated[float, Field(ge=0)] | None = None
+    """Classifier-free guidance; up to 1 is none."""
+    negative_prompt: str | None = None
+    """What the pictures should not show."""
+    height: Multiple | None = None
+    """In pixels."""
+    width: Multiple | None = None
+    """In pixels."""
+    scheduler: dict[str, Any] | None = None
+    """Keys of the sampler's configuration that differ from the model's; `class` names another of diffusers'."""
+
+    def over(self, other: SamplingConfig | None) -> SamplingConfig:
+        """This one, with what it leaves open taken from another."""
+        if other is None:
+            return self
+        known = {name: getattr(self, name) for name in SamplingConfig.model_fields}
+        return SamplingConfig(
+            **{name: getattr(other, name) if value is None else value for name, value in known.items()}
+        )
+
+    @property
+    def guided(self) -> bool:
+        """Whether the denoiser runs with and without the prompt."""
+        return self.guidance is not None and self.guidance > 1

@@ -1,0 +1,92 @@
+"""The sections `train:` and `preview:`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from tunekit import optimizers
+from tunekit.config.sampling import SamplingConfig
+from tunekit.config.schema import Positive, Section, no_effect, refuse, wrong
+from tunekit.errors import ConfigError
+
+
+class TrainConfig(Section):
+    """How it is trained."""
+
+    max_steps: Positive
+    """Optimizer steps."""
+    lr: float = Field(gt=0)
+    """Highest learning rate."""
+    batch_size: Positive = 1
+    """Samples per optimizer step, over all processes."""
+    optimizer: str = "auto"
+    """A row of tunekit/optimizers.py: adamw, adamw8bit, paged_adamw8bit or adafactor; auto is adamw, unless
+    memory is planned and only another one fits."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay of the optimizer's moments."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the optimizer's denominator."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate does after the warm-up; linear and cosine end at zero."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises from zero."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients are clipped to this global norm; null means no clipping."""
+    checkpoint_every: Positive = 200
+    """Steps between checkpoints."""
+    keep_checkpoints: Positive = 2
+    """Checkpoints kept; older ones are removed."""
+    validate_every: Positive | None = None
+    """Steps between validation losses; needs data.validation."""
+    log_every: Positive = 10
+    """Steps between console lines and, on a GPU, looks at the losses; metrics.jsonl has every step."""
+    trackers: list[Literal["tensorboard"]] = []
+    """Further places to log to."""
+
+    @field_validator("optimizer")
+    @classmethod
+    def _known_optimizer(cls, value: str) -> str:
+        try:
+            optimizers.find(value)
+        except ConfigError as error:
+            refuse(error.message)
+        return value  # "auto" stays: find has adamw for it
+
+    @model_validator(mode="after")
+    def _effects(self) -> TrainConfig:
+        if self.warmup_steps >= self.max_steps:
+            wrong(
+                "warmup_steps", f"the warm-up never ends: it must be less than max_steps ({self.max_steps})"
+            )
+        takes = optimizers.find(self.optimizer).takes
+        unused = [key for key in optimizers.SHARED if key not in takes]
+        no_effect(self, unused, f"{self.optimizer} does not take it")
+        return self
+
+
+class PreviewConfig(SamplingConfig):
+    """Pictures drawn during and after training."""
+
+    prompts: list[str] = []
+    """One picture each."""
+    every: Positive | None = None
+    """Steps between previews; null draws them only at the start and the end."""
+    seed: int = Field(0, ge=0)
+    """Seed of the first picture; the next ones count up."""
+
+    @model_validator(mode="after")
+    def _effects(self) -> PreviewConfig:
+        if not self.prompts:
+            no_effect(
+                self, (key for key in type(self).model_fields if key != "prompts"), "preview.prompts is empty"
+            )
+        return self
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """What of it is how a picture is drawn."""
+        return SamplingConfig(**{name: getattr(self, name) for name in SamplingConfig.model_fields})
