@@ -476,7 +476,9 @@ def _read_weights(denoiser: nn.Module, files: Sequence[Path], dtype: torch.dtype
         module = modules[path]
         own = module._parameters.get(leaf) if leaf in module._parameters else module._buffers.get(leaf)
         if own is None or own.shape != tensor.shape:
-            raise ValueError(f"{name} is {list(tensor.shape)}, not {list(own.shape) if own is not None else 0}")
+            raise ValueError(
+                f"{name} is {list(tensor.shape)}, not {list(own.shape) if own is not None else 0}"
+            )
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:

@@ -90,3 +90,10 @@ def builtin(source: str) -> Path | None:
 def resolve_path(text: str) -> Path:
     """A path as the user wrote it (`~` expanded), or the place of a "builtin/..." name."""
     return builtin(text) or Path(text).expanduser()
+
+
+def cache_dir() -> Path:
+    """Where tunekit keeps what it can make again: plans, traces, hashes, engines."""
+    import platformdirs
+
+    return platformdirs.user_cache_path("tunekit", appauthor=False)

@@ -34,9 +34,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tunekit.artifacts import write_text
 from tunekit.config import DataConfig, DreamboothData
 from tunekit.data.images import CROPS, Sample, Transform, bucket_for
-from tunekit.artifacts import write_text
 from tunekit.diffusion.batch import Batch, join, single
 from tunekit.diffusion.noise import sample_generator, stable_seed
 from tunekit.diffusion.objectives import Objective

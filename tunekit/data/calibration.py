@@ -112,9 +112,7 @@ def gather(
         scan = scan_data(data)
         scan.check()
         dataset = encoder.dataset(scan.samples, data, seed=material.seed)
-        return CalibrationSet(
-            dataset, objective, f"{len(dataset)} pictures of {data.path}", material.seed
-        )
+        return CalibrationSet(dataset, objective, f"{len(dataset)} pictures of {data.path}", material.seed)
     if not prompts:
         raise ConfigError(
             "this pass learns from pictures, and knows neither pictures nor prompts to draw some",
@@ -124,9 +122,7 @@ def gather(
     encoded = encoder.conditioning(["", *prompts])
     samples, files, frame = _drawn(family, pipeline, encoded, material, accelerator.device, say)
     dataset = CachedDataset(samples, [[frame]] * len(samples), files, captions)
-    return CalibrationSet(
-        dataset, objective, f"{material.count} pictures drawn by the model", material.seed
-    )
+    return CalibrationSet(dataset, objective, f"{material.count} pictures drawn by the model", material.seed)
 
 
 def _drawn(

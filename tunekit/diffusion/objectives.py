@@ -304,4 +304,3 @@ def scheduler_changes(config: ObjectiveConfig) -> dict[str, Any]:
         if config.zero_terminal_snr:
             changes["timestep_spacing"] = "trailing"
     return changes
-

@@ -60,7 +60,9 @@ def load_pipeline(
     try:
         path = source.path
         if path is not None and path.is_file():
-            pipeline = cast(_load_single_file(path, pipeline_class, fixed, source.allow_pickle), facts, dtypes)
+            pipeline = cast(
+                _load_single_file(path, pipeline_class, fixed, source.allow_pickle), facts, dtypes
+            )
         else:
             folder = path
             if folder is None:

@@ -57,9 +57,7 @@ class SD15:
             ),
             sizes.vae(4),
             sizes.clip("text_encoder", "tokenizer", 768, 12, 12, kohya=("lora_te", "lora_te1")),
-            sizes.scheduler(
-                "PNDMScheduler", **sizes.STABLE_DIFFUSION, skip_prk_steps=True, steps_offset=1
-            ),
+            sizes.scheduler("PNDMScheduler", **sizes.STABLE_DIFFUSION, skip_prk_steps=True, steps_offset=1),
         ),
         lora_targets=unet.TARGETS,
         ss_base_model_version="sd_v1",

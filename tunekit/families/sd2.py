@@ -39,9 +39,7 @@ class SD2(SD15):
             ),
             sizes.vae(4),
             # 23 layers of OpenCLIP's 24: the last is left out, so that the penultimate state comes out.
-            sizes.clip(
-                "text_encoder", "tokenizer", 1024, 23, 16, act="gelu", kohya=("lora_te", "lora_te1")
-            ),
+            sizes.clip("text_encoder", "tokenizer", 1024, 23, 16, act="gelu", kohya=("lora_te", "lora_te1")),
             sizes.scheduler(
                 "DDIMScheduler",
                 **sizes.STABLE_DIFFUSION,

@@ -235,7 +235,7 @@ class SDXL:
         return answers.first_state(output)
 
     def adapter_names(self, component: str, paths: Collection[str]) -> dict[str, tuple[str, ...]]:
-        """kohya's tools train the U-Net as it was published; diffusers' names occur too, and are read."""
+        """Kohya's tools train the U-Net as it was published; diffusers' names occur too, and are read."""
         if component != "unet":
             return answers.underscored(paths)
         published = unet.published_names(paths)
@@ -250,16 +250,18 @@ class SDXL:
         graphs = []
         for row in self.facts.encoders:
             encoder = getattr(pipeline, row.name)
-            first = ["last_hidden_state", "pooler_output"] if row.name == "text_encoder" else ["text_embeds", "last_hidden_state"]
+            first = (
+                ["last_hidden_state", "pooler_output"]
+                if row.name == "text_encoder"
+                else ["text_embeds", "last_hidden_state"]
+            )
             states = [f"hidden_states.{i}" for i in range(encoder.config.num_hidden_layers + 1)]
             graphs.append(
                 ExportComponent(
                     name=row.name,
                     component=row.name,
                     module=_TextEncoder(encoder, first),
-                    inputs={
-                        "input_ids": unet.token_ids(getattr(pipeline, row.tokenizer).model_max_length)
-                    },
+                    inputs={"input_ids": unet.token_ids(getattr(pipeline, row.tokenizer).model_max_length)},
                     dynamic={"input_ids": {0: "batch", 1: "sequence"}},
                     outputs=[*first, *states],
                     config=unet.model_config(encoder),

@@ -109,6 +109,11 @@ class Fitted:
     """Told of each gradient that is summed on a master, for observers."""
     _working: dict[str, nn.Parameter] = field(default_factory=dict)
 
+    @classmethod
+    def plain(cls, module: nn.Module) -> Fitted:
+        """A module as it is, without levers: all that requires a gradient is trained."""
+        return cls(module, {name: p for name, p in module.named_parameters() if p.requires_grad})
+
     def hold_masters(self, dtype: torch.dtype) -> None:
         """Lets the module compute with `dtype` copies; gradients are summed in float32 on the originals."""
         for name, parameter in self.module.named_parameters():

@@ -103,9 +103,7 @@ def generate(
     Raises:
         ConfigError: nothing to draw, or prompts and seeds that do not pair.
     """
-    return to_images(
-        generate_pixels(runtime, prompts, sampling, seeds=seeds, batch=batch, on_step=on_step)
-    )
+    return to_images(generate_pixels(runtime, prompts, sampling, seeds=seeds, batch=batch, on_step=on_step))
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:

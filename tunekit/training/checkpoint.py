@@ -4,6 +4,7 @@ A checkpoint is `checkpoints/step-000200/` with
 
     trainable.safetensors   every trained parameter by its name in the denoiser
     optimizer.pt            the optimizer's state_dict
+    task.safetensors        what the task itself remembers, where it remembers something
     state.json              step, gradient scaler, figures so far, and what the run is (`identity`)
 
 There is no random state and no data position in it beside the step: every draw is a function of (seed, step)
@@ -19,7 +20,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from tunekit import optimizers
 from tunekit.artifacts import atomic_folder, clean_leftovers, remove_folder, write_json
-from tunekit.config import TrainingRunConfig
+from tunekit.config import ObjectiveConfig, TrainingRunConfig
 from tunekit.data.images import Sample
 from tunekit.errors import ArtifactError, ResumeError, output_errors
 
@@ -90,6 +91,10 @@ def identity(config: TrainingRunConfig, samples: Iterable[Sample]) -> dict[str, 
         if kept[key] == usual:
             del kept[key]  # as in runs from before there was a choice
     kept["train.optimizer"] = optimizers.find(config.train.optimizer).name
+    for name, default in ObjectiveConfig().model_dump(mode="json").items():
+        if kept.get(f"objective.{name}") == default:
+            del kept[f"objective.{name}"]  # as in runs from before there was a choice
+    kept["train.snr_gamma"] = kept.pop("objective.snr_gamma", None)  # its name in runs of before
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
         digest.update(json.dumps([sample.id, sample.content, sample.caption]).encode())
@@ -105,6 +110,8 @@ class Saved:
     optimizer: dict[str, Any]
     state: dict[str, Any]
     """`state.json`: step, scaler, seconds, metrics ..."""
+    task: dict[str, Tensor] = field(default_factory=dict)
+    """What the task remembers beside the weights."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,12 @@ class Checkpoints:
         return found[max(whole)] if whole else None
 
     def save(
-        self, trainable: Mapping[str, Tensor], optimizer: Mapping[str, Any], state: Mapping[str, Any]
+        self,
+        trainable: Mapping[str, Tensor],
+        optimizer: Mapping[str, Any],
+        state: Mapping[str, Any],
+        *,
+        task: Mapping[str, Tensor] | None = None,
     ) -> Path:
         """Write the checkpoint of `state["step"]`, then remove the oldest beyond `keep`.
 
@@ -141,8 +153,10 @@ class Checkpoints:
         """
         final = self.folder / f"step-{state['step']:06d}"
         with atomic_folder(final) as folder:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trainable.items()}
-            save_file(tensors, folder / "trainable.safetensors")
+            for name, held in (("trainable", trainable), ("task", task or {})):
+                tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in held.items()}
+                if tensors or name == "trainable":
+                    save_file(tensors, folder / f"{name}.safetensors")
             with (folder / "optimizer.pt").open("wb") as file:  # torch's own writer hides why it failed
                 torch.save(dict(optimizer), file)
             write_json(folder / "state.json", {"version": VERSION, **state, "identity": dict(self.identity)})
@@ -173,9 +187,11 @@ class Checkpoints:
         try:
             trainable = load_file(path / "trainable.safetensors")
             optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+            own = path / "task.safetensors"
+            task = load_file(own) if own.is_file() else {}
         except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
             raise _damaged(path, error) from error
-        return Saved(int(state["step"]), trainable, optimizer, state)
+        return Saved(int(state["step"]), trainable, optimizer, state, task)
 
     def _state(self, path: Path) -> dict[str, Any]:
         """`state.json`, once it is known to belong to this run."""

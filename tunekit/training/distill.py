@@ -9,61 +9,78 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunekit.data.cache import Batch
-from tunekit.data.examples import Examples
-from tunekit.families.family import Family
+from tunekit.data.calibration import CalibrationSet
+from tunekit.diffusion.batch import Batch
+from tunekit.diffusion.objectives import Objective
+from tunekit.families.family import Planned
+from tunekit.memory.levers import Fitted
+from tunekit.tasks import Losses
 
 HELD_OUT = 32
 """Examples that differ from those learned from in noise and timestep, for `output_error`."""
 
 
 class Distillation:
-    """Loss of a student against its teacher: of the output, and of what each large block gives on.
+    """A student that learns to be its teacher: the output, and what each large block gives on.
 
     Both kinds as in BK-SDM (Kim et al. 2023, arXiv:2305.15798). Each block's squared error is divided by the
-    square of the teacher's value, so that blocks whose activations are large do not drown the others.
+    square of the teacher's value, so that blocks whose activations are large do not drown the others. A task:
+    see `tunekit.tasks.Task`.
 
     Args:
+        fitted: the student as it is trained.
         family: calls both.
-        student: is trained; not wrapped.
-        teacher: frozen; has the same blocks.
-        examples: give the noise schedule.
+        teacher: frozen; has the student's blocks.
+        objective: adds noise.
         feature_weight: of the mean over blocks; the output counts 1.
     """
 
     def __init__(
         self,
-        family: Family,
-        student: nn.Module,
+        fitted: Fitted,
+        family: Planned,
         teacher: nn.Module,
-        examples: Examples,
+        objective: Objective,
         feature_weight: float,
     ) -> None:
+        self.fitted = fitted
         self.family = family
         self.teacher = teacher.eval().requires_grad_(False)
-        self.objective = examples.objective
+        self.objective = objective
         self.feature_weight = feature_weight
-        self._student = _Blocks(family, student)
+        self._student = _Blocks(family, fitted.module)
         self._teacher = _Blocks(family, teacher)
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Losses [B] of one batch; `model` is the student, wrapped by the loop."""
-        noisy, _, _ = self.objective.sample(batch.latents, batch.noise, batch.timesteps)
+    def loss(self, model: nn.Module, batch: Batch) -> Losses:
+        """Losses [B] of one batch, and their parts; `model` is the student, wrapped by the loop."""
+        noised = self.objective.sample(batch.latents, batch.noise, batch.timesteps)
+        told = self.family.conditioning(batch.conditioning, batch.frame)
         with torch.no_grad(), self._teacher.watched() as wanted:
-            target = self.family.denoise(self.teacher, noisy, batch.timesteps, batch.conditioning)
+            target = self.family.denoise(self.teacher, noised.noisy, noised.timesteps, told)
         with self._student.watched() as made:
-            output = self.family.denoise(model, noisy, batch.timesteps, batch.conditioning)
-        loss = _relative(output, target)
-        if self.feature_weight and wanted:
-            features = torch.stack([_relative(a, b) for a, b in zip(made, wanted, strict=True)])
-            loss = loss + self.feature_weight * features.mean(0)
-        return loss
+            output = self.family.denoise(model, noised.noisy, noised.timesteps, told)
+        own = _relative(output, target)
+        if not self.feature_weight or not wanted:
+            return {"loss": own}
+        features = torch.stack([_relative(a, b) for a, b in zip(made, wanted, strict=True)]).mean(0)
+        return {"loss": own + self.feature_weight * features, "output": own, "features": features}
+
+    def updated(self, step: int) -> None:
+        """Nothing follows the weights."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing beside the weights."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Nothing beside the weights."""
 
 
 class _Blocks:
-    """Collects the hidden state that each large block of a denoiser gives on."""
+    """Collects the picture's hidden state that each large block of a denoiser gives on."""
 
-    def __init__(self, family: Family, denoiser: nn.Module) -> None:
+    def __init__(self, family: Planned, denoiser: nn.Module) -> None:
+        self.family = family
         self.modules = [module for _, module in family.blocks(denoiser)]
 
     @contextmanager
@@ -71,8 +88,9 @@ class _Blocks:
         outputs: list[Tensor] = []
 
         def note(module: nn.Module, args: Any, output: Any) -> None:
-            # A down block also gives what it hands across; the hidden state comes first.
-            outputs.append(output[0] if isinstance(output, tuple) else output)
+            state = self.family.picture_state(output)
+            if state is not None:
+                outputs.append(state)
 
         hooks = [module.register_forward_hook(note) for module in self.modules]
         try:
@@ -89,15 +107,18 @@ def _relative(value: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def output_error(family: Family, denoiser: nn.Module, reference: nn.Module, examples: Examples) -> float:
+def output_error(
+    family: Planned, denoiser: nn.Module, reference: nn.Module, examples: CalibrationSet
+) -> float:
     """||denoiser - reference|| / ||reference|| of the output, over held-out noise and all timesteps."""
     device = next(denoiser.parameters()).device
     error = size = 0.0
     for batch in examples.batches(HELD_OUT, 4, purpose="held out"):
         moved = batch.to(device)
-        noisy, _, _ = examples.objective.sample(moved.latents, moved.noise, moved.timesteps)
+        noised = examples.objective.sample(moved.latents, moved.noise, moved.timesteps)
+        told = family.conditioning(moved.conditioning, moved.frame)
         outputs = [
-            family.denoise(model, noisy, moved.timesteps, moved.conditioning).double()
+            family.denoise(model, noised.noisy, noised.timesteps, told).double()
             for model in (denoiser, reference)
         ]
         error += float((outputs[0] - outputs[1]).square().sum())

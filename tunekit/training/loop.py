@@ -1,29 +1,20 @@
-"""The only training loop. It takes a loss function; everything else about learning exists here once.
+"""The only training loop. It takes a task; everything else about learning exists here once.
 
 Recipes and the passes that train (heal) call `train`. Per optimizer step ``k`` (counted from 0) it asks
-``batches.step(k, rank, processes)`` for this process's micro-batches, adds up ``loss(model, batch).sum()``
+``batches.step(k, rank, processes)`` for this process's micro-batches, adds up ``task.loss(model, batch)``
 over all of them and all processes, divides by ``batches.batch_size`` (so the mean is over the true number of
 samples, however they were split), clips, steps and records. Because step ``k`` always takes the same samples
 with the same draws, the step counter is the whole data position and the whole random state.
 
-    result = train(accelerator, denoiser, optimizer, batches, loss, config.train)
+    result = train(accelerator, task, optimizer, batches, config.train, Hooks(seed=config.seed))
 
-A loss is a plain function::
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:        # [rows], one value per row, float32
-        noisy, target, weight = objective.sample(batch.latents, batch.noise, batch.timesteps)
-        prediction = family.denoise(model, noisy, batch.timesteps, batch.conditioning)
-        return weighted_mse(prediction, target, weight)
-
-Batches are anything that answers `Batches`: ``tunekit.data.cache.Stream``, or a class of your own whose
-micro-batches have ``ids`` and ``to(device)``.
+A task is what `tunekit.tasks.Task` says; `Denoising` is one. Batches are anything that answers `Batches`:
+``tunekit.data.cache.Stream``, or a class of your own whose micro-batches have ``ids`` and ``to(device)``.
 """
 
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -36,10 +27,12 @@ from torch import Tensor, nn
 
 from tunekit.config import TrainConfig
 from tunekit.diffusion.noise import stable_seed
-from tunekit.errors import Interrupted, NonFiniteError, OutOfMemory, ResumeError
-from tunekit.memory.levers import Fitted
+from tunekit.errors import NonFiniteError, OutOfMemory, ResumeError
 from tunekit.memory.measure import Meter
+from tunekit.tasks import Task
 from tunekit.training.checkpoint import Checkpoints, Saved
+from tunekit.training.schedule import learning_rate
+from tunekit.training.signals import Signals
 from tunekit.training.tracking import Progress, Tracker
 
 if TYPE_CHECKING:
@@ -70,9 +63,36 @@ class Batches(Protocol):
         ...
 
 
-Loss = Callable[[nn.Module, Any], Tensor]
 MEASURED = 5
 """Steps whose memory is measured on the CPU, where that takes time: not all have pictures of one size."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What happens beside the steps; nothing of it changes what is learned but `seed`.
+
+    Attributes:
+        seed: seeds torch's global generator before each forward (dropout).
+        meter: measures the phases "first_step" and "step".
+        tracker: writes metrics.jsonl (and TensorBoard); None keeps nothing on disk.
+        checkpoints: where resumable state goes; None neither saves nor resumes, and leaves signals alone.
+        evaluate: called with the bare module before the first step, every `validate_every` and after the
+            last.
+        preview: called on the main process with the bare module and the step, before the first step, every
+            `preview_every` and after the last.
+        say: where console lines go; None is rich's progress on a terminal and plain lines elsewhere.
+        title: first word of each console line.
+    """
+
+    seed: int = 0
+    meter: Meter | None = None
+    tracker: Tracker | None = None
+    checkpoints: Checkpoints | None = None
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
+    preview: Callable[[nn.Module, int], None] | None = None
+    preview_every: int | None = None
+    say: Callable[[str], None] | None = None
+    title: str = "training"
 
 
 @dataclass(frozen=True)
@@ -91,50 +111,26 @@ class Result:
 
 def train(
     accelerator: Accelerator,
-    module: nn.Module,
+    task: Task,
     optimizer: torch.optim.Optimizer,
     batches: Batches,
-    loss: Loss,
     settings: TrainConfig,
-    *,
-    fitted: Fitted | None = None,
-    meter: Meter | None = None,
-    seed: int = 0,
-    tracker: Tracker | None = None,
-    checkpoints: Checkpoints | None = None,
-    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
-    preview: Callable[[nn.Module, int], None] | None = None,
-    preview_every: int | None = None,
-    say: Callable[[str], None] | None = None,
-    title: str = "training",
+    hooks: Hooks | None = None,
 ) -> Result:
-    """Train `module` in place for `settings.max_steps` optimizer steps.
+    """Train `task.fitted.module` in place for `settings.max_steps` optimizer steps.
 
     Args:
         accelerator: its device, processes and mixed precision are used; accumulation is the loop's own, so
             leave `gradient_accumulation_steps` at 1.
-        module: the denoiser, already on the accelerator's device; parameters with `requires_grad` are trained
-            and must be float32, unless `fitted` has copies that are. It is wrapped here (DDP, autocast); the
-            loss receives the wrapped one, `module` itself is trained.
-        optimizer: built over the trainable parameters of `module`, or those of `fitted` (`optimizers.build`).
-            Its learning rate is set every step from `settings` (a pure function of the step), so pass no
-            scheduler.
+        task: what is trained, already on the accelerator's device, and its loss. The module is wrapped here
+            (DDP, autocast); the loss receives the wrapped one, the module itself is trained.
+        optimizer: built over `task.fitted.parameters` (`optimizers.build`), which are float32. Its learning
+            rate is set every step from `settings` (a pure function of the step), so pass no scheduler.
         batches: see `Batches`.
-        loss: `(model, batch) -> [rows]`. Rows are summed, so a row's weight belongs inside the loss.
         settings: reads max_steps, lr, schedule, warmup_steps, max_grad_norm, checkpoint_every,
             keep_checkpoints, validate_every and log_every. A pass builds its own: `TrainConfig(max_steps=200,
             lr=1e-4, batch_size=4)`.
-        fitted: what `memory.levers.fit` made of `module`; None for a module without levers.
-        meter: measures the phases "first_step" and "step".
-        seed: seeds torch's global generator before each forward (dropout).
-        tracker: writes metrics.jsonl (and TensorBoard); None keeps nothing on disk.
-        checkpoints: where resumable state goes; None neither saves nor resumes, and leaves signals alone.
-        evaluate: called with the bare module before the first step, every `validate_every` and after the
-            last.
-        preview: called on the main process with the bare module and the step, before the first step, every
-            `preview_every` and after the last.
-        say: where console lines go; None is rich's progress on a terminal and plain lines elsewhere.
-        title: first word of each console line.
+        hooks: what happens beside the steps.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; names the step and the samples. The last checkpoint
@@ -144,24 +140,7 @@ def train(
         OutOfMemory: with `checkpoints`, one of the last whole step was written first where that was possible.
         Interrupted: SIGINT or SIGTERM came (only with `checkpoints`); a checkpoint was written first.
     """
-    return _Training(
-        accelerator=accelerator,
-        module=module,
-        optimizer=optimizer,
-        batches=batches,
-        loss=loss,
-        settings=settings,
-        fitted=fitted,
-        meter=meter or Meter(accelerator.device, active=False),
-        seed=seed,
-        tracker=tracker if accelerator.is_main_process else None,
-        checkpoints=checkpoints,
-        evaluate=evaluate,
-        preview=preview,
-        preview_every=preview_every,
-        say=say,
-        title=title,
-    ).run()
+    return _Training(accelerator, task, optimizer, batches, settings, hooks or Hooks()).run()
 
 
 @dataclass
@@ -175,7 +154,9 @@ class _Pending:
     values: list[Tensor]
     """Losses of the rows, per micro-batch."""
     figures: Tensor
-    """[3]: mean loss, gradient norm before clipping, processes told to stop."""
+    """[3 + parts]: mean loss, gradient norm before clipping, processes told to stop, means of the parts."""
+    parts: tuple[str, ...] = ()
+    """What the metrics call the parts of the loss."""
 
 
 @dataclass
@@ -183,21 +164,11 @@ class _Training:
     """The state of one call of `train`; the first fields are its arguments."""
 
     accelerator: Accelerator
-    module: nn.Module
+    task: Task
     optimizer: torch.optim.Optimizer
     batches: Batches
-    loss: Loss
     settings: TrainConfig
-    fitted: Fitted | None
-    meter: Meter
-    seed: int
-    tracker: Tracker | None
-    checkpoints: Checkpoints | None
-    evaluate: Callable[[nn.Module], Mapping[str, float]] | None
-    preview: Callable[[nn.Module, int], None] | None
-    preview_every: int | None
-    say: Callable[[str], None] | None
-    title: str
+    hooks: Hooks
 
     start: int = 0
     """Steps done by earlier lives."""
@@ -212,9 +183,13 @@ class _Training:
 
     def run(self) -> Result:
         """Resume, train, finish."""
-        own = {name: item for name, item in self.module.named_parameters() if item.requires_grad}
-        self.parameters = self.fitted.parameters if self.fitted else own
-        self.in_backward = self.fitted is not None and self.fitted.optimizer_in_backward
+        hooks = self.hooks
+        self.fitted, self.module = self.task.fitted, self.task.fitted.module
+        self.parameters = self.fitted.parameters
+        self.in_backward = self.fitted.optimizer_in_backward
+        self.meter = hooks.meter or Meter(self.accelerator.device, active=False)
+        self.tracker = hooks.tracker if self.accelerator.is_main_process else None
+        self.checkpoints = hooks.checkpoints
         wrong = [name for name, item in self.parameters.items() if item.dtype != torch.float32]
         if wrong or not self.parameters:
             raise TypeError(f"not float32: {wrong[:3]}" if wrong else "nothing to train")
@@ -222,7 +197,7 @@ class _Training:
         self._resume()
         # The small gradients of an adapter are summed over processes here: DDP would look for those of the
         # module, not of float32 copies, and would move weights that stay on the host.
-        self.reduces = self.fitted is not None and self.fitted.stands_alone
+        self.reduces = self.fitted.stands_alone
         if self.reduces:
             self.model = self.accelerator.prepare_model(
                 self.module, device_placement=False, evaluation_mode=True
@@ -235,20 +210,20 @@ class _Training:
         total = self.settings.max_steps
         quiet = not self.accelerator.is_main_process
         with (
-            _Signals(active=self.checkpoints is not None) as self.signals,
+            Signals(active=self.checkpoints is not None) as self.signals,
             Progress(
-                self.title,
+                hooks.title,
                 total,
                 start=self.start,
                 log_every=self.settings.log_every,
-                say=self.say,
+                say=hooks.say,
                 quiet=quiet,
             ) as self.progress,
         ):
             try:
                 self.module.train()
                 if self.start:
-                    self.progress.say(f"{self.title}: continues after step {self.start} of {total}")
+                    self.progress.say(f"{self.hooks.title}: continues after step {self.start} of {total}")
                 else:
                     self._look(0, [])
                 for step in range(self.start + 1, total + 1):
@@ -258,8 +233,7 @@ class _Training:
                     raise
                 self._ran_out(error)
             finally:
-                if self.fitted:
-                    self.fitted.finish()
+                self.fitted.finish()
                 if self.tracker:
                     self.tracker.close()
                 self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -272,8 +246,8 @@ class _Training:
         saved = self.checkpoints.load() if self.checkpoints else None
         if saved is not None:
             _restore(saved, self.parameters, self.optimizer, self.accelerator, self.settings.max_steps)
-            if self.fitted:
-                self.fitted.write_back()
+            self.fitted.write_back()
+            self.task.restore(saved.task)
             self.start = saved.step
             self.seconds_before = float(saved.state["seconds"])
             self.figures.update(saved.state["metrics"])
@@ -292,7 +266,7 @@ class _Training:
             rows, stop = self._update(step)
         end = step == self.settings.max_steps
         saving = self.checkpoints is not None and (end or _due(step, self.settings.checkpoint_every))
-        looking = end or _due(step, self.settings.validate_every) or _due(step, self.preview_every)
+        looking = end or _due(step, self.settings.validate_every) or _due(step, self.hooks.preview_every)
         if not self.at_once and (
             saving
             or looking
@@ -320,9 +294,9 @@ class _Training:
         judged = self._judge() if self.at_once else ([], False)
         self.whole = None
         self.optimizer.step()
-        if self.fitted:
-            self.fitted.write_back()
+        self.fitted.write_back()
         self.optimizer.zero_grad(set_to_none=True)
+        self.task.updated(step)
         self.whole = step
         return judged
 
@@ -332,27 +306,34 @@ class _Training:
         rank, processes = accelerator.process_index, accelerator.num_processes
         micro_batches = self.batches.step(step - 1, rank, processes)
         total = torch.zeros((), device=accelerator.device)
+        parts: dict[str, Tensor] = {}
         values = []
         for index, batch in enumerate(micro_batches):
-            torch.manual_seed(stable_seed(self.seed, step, rank, index, "dropout"))
+            torch.manual_seed(stable_seed(self.hooks.seed, step, rank, index, "dropout"))
             last = index == len(micro_batches) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
-                rows = self.loss(self.model, batch.to(accelerator.device)).float()
+                losses = self.task.loss(self.model, batch.to(accelerator.device))
+                rows = losses["loss"].float()
                 share = rows.sum() / self.batches.batch_size
                 # DDP averages over the processes, but the mean is over samples.
                 accelerator.backward(share * processes)
             total += share.detach()
             values.append(rows.detach())
+            for name, part in losses.items():
+                if name != "loss":
+                    known = parts.get(name, torch.zeros((), device=accelerator.device))
+                    parts[name] = known + part.detach().float().sum() / self.batches.batch_size
         if self.reduces and processes > 1:
             _average([p.grad for p in self.parameters.values() if p.grad is not None], accelerator)
         norm = accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm or math.inf)
         told = torch.full_like(total, float(self.signals.told is not None))
-        shared = torch.stack([total, told])
+        shared = torch.stack([total, told, *parts.values()])
         if processes > 1:
             shared = accelerator.reduce(shared, "sum")
-        figures = torch.stack([shared[0], norm.detach().to(shared), shared[1]])
+        figures = torch.stack([shared[0], norm.detach().to(shared), *shared[1:]])
         ids = [name for batch in micro_batches for name in batch.ids]
-        return _Pending(step, learning_rate(self.settings, step - 1), ids, values, figures)
+        lr = learning_rate(self.settings, step - 1)
+        return _Pending(step, lr, ids, values, figures, tuple(f"loss_{name}" for name in parts))
 
     def _judge(self) -> tuple[list[dict[str, Any]], bool]:
         """Bring the waiting losses to the host: rows of metrics, and whether a process was told to stop."""
@@ -361,12 +342,17 @@ class _Training:
         elapsed = time.perf_counter() - self.window
         rate = round(len(read) * self.batches.batch_size / max(elapsed, 1e-9), 3)
         rows: list[dict[str, Any]] = []
-        for item, (mean, norm, _) in zip(self.pending, read, strict=True):
+        for item, (mean, norm, _, *parts) in zip(self.pending, read, strict=True):
             # fp16: a gradient that overflows is skipped by the scaler, which then scales less.
             if not math.isfinite(mean) or not (math.isfinite(norm) or scaler):
                 self._refuse(item, mean, norm)
             self.recent.append(mean)
-            row = {"step": item.step, "loss": mean, "lr": item.lr}
+            row = {
+                "step": item.step,
+                "loss": mean,
+                **dict(zip(item.parts, parts, strict=True)),
+                "lr": item.lr,
+            }
             if math.isfinite(norm) and not self.in_backward:  # JSON has no infinity
                 row["grad_norm"] = norm
             rows.append({**row, "samples_per_second": rate, "seconds": round(self._seconds(), 3)})
@@ -378,7 +364,7 @@ class _Training:
         self.pending.clear()
         self.working += elapsed
         self.window = time.perf_counter()
-        return rows, any(told > 0 for _, _, told in read)
+        return rows, any(figures[2] > 0 for figures in read)
 
     def _refuse(self, item: _Pending, mean: float, norm: float) -> NoReturn:
         """Stop at a step that is not finite; name the samples whose own loss is bad, or all of the step."""
@@ -422,25 +408,26 @@ class _Training:
     def _look(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Validate and preview where they are due, and write the rows down."""
         always = step in (0, self.settings.max_steps)
-        evaluating = self.evaluate and (always or _due(step, self.settings.validate_every))
-        previewing = self.preview and (always or _due(step, self.preview_every))
+        evaluate, preview = self.hooks.evaluate, self.hooks.preview
+        evaluating = evaluate and (always or _due(step, self.settings.validate_every))
+        previewing = preview and (always or _due(step, self.hooks.preview_every))
         began = time.perf_counter()
         if evaluating or previewing:
             self.module.eval()
-        if self.evaluate and evaluating:
-            values = {name: float(value) for name, value in self.evaluate(self.bare).items()}
+        if evaluate and evaluating:
+            values = {name: float(value) for name, value in evaluate(self.bare).items()}
             if step == 0:
                 self.figures.update({f"{name}_first": value for name, value in values.items()})
             self.figures.update(values)
             rows = rows or [{"step": step}]
             rows[-1].update(values)
             shown = "  ".join(f"{name} {value:.5f}" for name, value in values.items())
-            self.progress.say(f"{self.title}: step {step}  {shown}")
+            self.progress.say(f"{self.hooks.title}: step {step}  {shown}")
         if self.tracker:
             self.tracker.write(rows)
-        if self.preview and previewing:
+        if preview and previewing:
             if self.accelerator.is_main_process:
-                self.preview(self.bare, step)
+                preview(self.bare, step)
             self.accelerator.wait_for_everyone()
         self.module.train()
         self.window += time.perf_counter() - began  # not the steps' time
@@ -459,7 +446,7 @@ class _Training:
                 "recent": list(self.recent),
                 "scaler": scaler.state_dict() if scaler else None,
             }
-            self.checkpoints.save(self.parameters, self.optimizer.state_dict(), state)
+            self.checkpoints.save(self.parameters, self.optimizer.state_dict(), state, task=self.task.state())
         self.accelerator.wait_for_everyone()
         self.window += time.perf_counter() - began
 
@@ -468,26 +455,6 @@ class _Training:
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.begun
-
-
-def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Mean squared error of each row times its weight: [B, ...], [B, ...], [B] -> [B], in float32."""
-    return weight * (prediction.float() - target.float()).square().flatten(1).mean(1)
-
-
-def learning_rate(settings: TrainConfig, step: int) -> float:
-    """Learning rate of an optimizer step, counted from 0: a pure function, so there is nothing to restore.
-
-    The warm-up ends at the full rate; linear and cosine then fall to zero at `max_steps`.
-    """
-    warmup, total = settings.warmup_steps, settings.max_steps
-    if step < warmup:
-        return settings.lr * (step + 1) / (warmup + 1)
-    if settings.schedule == "constant":
-        return settings.lr
-    done = (step - warmup) / (total - warmup)
-    share = 1 - done if settings.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return settings.lr * share
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -544,43 +511,3 @@ def _restore(
     optimizer.load_state_dict(saved.optimizer)
     if accelerator.scaler and saved.state["scaler"]:
         accelerator.scaler.load_state_dict(saved.state["scaler"])
-
-
-class _Signals:
-    """Turns SIGINT and SIGTERM into a note that the loop reads between steps, while it runs.
-
-    A launcher often passes on the signal that the terminal has sent already; so a second one counts as a wish
-    to leave at once only when it comes a second later.
-    """
-
-    def __init__(self, *, active: bool) -> None:
-        self.active = active and threading.current_thread() is threading.main_thread()
-        self.told: int | None = None
-        self._when = 0.0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if self.active:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        if self.told is not None and time.monotonic() - self._when > 1:
-            raise KeyboardInterrupt
-        if self.told is None:
-            self.told, self._when = number, time.monotonic()
-
-    def interrupted(self, step: int, total: int) -> Interrupted:
-        """The error to raise after the checkpoint."""
-        number = self.told or signal.SIGTERM
-        error = Interrupted(
-            f"stopped by {signal.Signals(number).name} after step {step} of {total}; a checkpoint was saved",
-            hint="give the same command again to continue",
-        )
-        error.exit_code = 128 + number
-        return error
