@@ -1,4 +1,4 @@
-"""tunekit/layers.py: packed weights, and layers that differ from the config. test_layers.py: the house."""
+"""tunekit/layers.py: packed weights, and layers that differ from the config."""
 
 from __future__ import annotations
 
