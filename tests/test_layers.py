@@ -16,6 +16,7 @@ from tunekit.resources import PACKAGE
 LAYERS = [
     {"__main__"},
     {"cli"},
+    {"workspace"},
     {"planning"},
     {"passes"},
     {"training"},
@@ -33,6 +34,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 WITHOUT_TORCH = [
     "cli",
+    "workspace",
     "config",
     "report",
     "artifacts",

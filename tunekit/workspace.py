@@ -1,0 +1,457 @@
+"""What the command, a notebook or a page asks of tunekit. It answers with data and prints nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunekit.artifacts import Artifact, RunFolder, open_artifact, write_text
+from tunekit.errors import (
+    ArtifactError,
+    ConfigError,
+    DataError,
+    ModelError,
+    OutputError,
+    TunekitError,
+    did_you_mean,
+    output_errors,
+)
+from tunekit.registry import FAMILIES, PASSES, Registry, recipe_names, recipe_path
+from tunekit.resources import PACKAGE, builtin_names, configs_dir
+from tunekit.yamlfile import config_names, find_config
+
+# What takes longer to import (pydantic, torch) is imported where it is used, so that `tunekit ls` answers at
+# once.
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from tunekit.config import Loaded
+    from tunekit.memory.plan import Plan
+
+RUNS = Path("runs")
+BATCH = 4
+"""Pictures drawn at once."""
+
+
+# What there is ----------------------------------------------------------------------------------------------
+
+
+def inventory() -> dict[str, dict[str, str]]:
+    """The configs, recipes, families, passes and bundled things, each name with a line about it."""
+
+    def members(registry: Registry[Any]) -> dict[str, str]:
+        files = {name: PACKAGE / registry.package.split(".")[1] / f"{name}.py" for name in registry.names()}
+        return {name: _first_line(file) if file.is_file() else "plug-in" for name, file in files.items()}
+
+    return {
+        "configs": {name: _first_line(find_config(name)) for name in config_names()},
+        "recipes": {name: _first_line(recipe_path(name)) for name in recipe_names()},
+        "families": members(FAMILIES),
+        "passes": members(PASSES),
+        "builtin": dict.fromkeys(builtin_names(), ""),
+    }
+
+
+def _first_line(path: Path) -> str:
+    """First line of a module's docstring, or of a YAML file's comment, without importing anything."""
+    with path.open(encoding="utf-8") as file:
+        head = file.read(400)
+    match = re.match(r'\s*(?:"""|#\s*)(.+?)(?:"""|\n|$)', head)
+    return match[1].strip() if match else ""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run has come.
+
+    Attributes:
+        run: its folder.
+        state: "trained", "at step-000200", "2 passes done", "begun".
+        final: the folder in it that is the result so far.
+    """
+
+    run: str
+    state: str
+    final: str | None
+
+
+def runs(folder: Path | str = RUNS) -> list[RunState]:
+    """The runs in a folder of runs."""
+    return [state for path in sorted(Path(folder).glob("*")) if (state := _run_state(path))]
+
+
+def _run_state(path: Path) -> RunState | None:
+    run = RunFolder(path)
+    if not run.config.is_file():
+        return None
+    trained, passes = run.trained(), run.passes()
+    checkpoints = sorted(run.checkpoints.glob("step-*"))
+    final = passes[-1] if passes else trained
+    state = "trained" if trained else f"at {checkpoints[-1].name}" if checkpoints else "begun"
+    if passes:
+        state = f"{len(passes)} {'pass' if len(passes) == 1 else 'passes'} done"
+    return RunState(str(path), state, final.name if final else None)
+
+
+def find_run(name: str) -> Path:
+    """A run by its folder, or by its name under `runs`.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if (RUNS / name).is_dir():
+        return RUNS / name
+    near = [str(folder) for parent in (path.parent, RUNS) for folder in parent.glob("*")]
+    raise ArtifactError(
+        f'there is no run "{name}"', hint=did_you_mean(name, near) or "tunekit ls shows the runs"
+    )
+
+
+def copy(name: str, dest: Path | str, *, force: bool = False) -> Path:
+    """Copies a ready-made config or recipe; what a config extends is found from its new place too.
+
+    Args:
+        name: as `inventory` has it.
+        dest: file or folder.
+        force: overwrite.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        ConfigError: nothing of that name.
+        OutputError: the file is there already, or cannot be written.
+    """
+    dest = Path(dest)
+    key = name.removesuffix(".yaml").removesuffix(".py")
+    is_recipe = key in recipe_names() and (key not in config_names() or dest.suffix == ".py")
+    if not is_recipe and key not in config_names():
+        hint = did_you_mean(name, [*config_names(), *recipe_names()]) or "tunekit ls shows what there is"
+        raise ConfigError(f'there is no config or recipe "{name}"', hint=hint)
+    source = recipe_path(key) if is_recipe else find_config(configs_dir() / f"{key}.yaml")
+    target = dest / source.name if dest.is_dir() else dest
+    if target.exists() and not force:
+        raise OutputError(
+            "is there already", where=str(target), hint="choose another name, or --force to overwrite"
+        )
+    text = source.read_text(encoding="utf-8")
+    if not is_recipe:
+        # What a copy extends it must still find from its new place: by name among the ready-made ones.
+        def by_name(match: re.Match[str]) -> str:
+            base = (source.parent / match[2]).resolve()
+            return match[1] + base.relative_to(configs_dir().resolve()).as_posix()
+
+        text = re.sub(r"(?m)^(extends:\s*)([^\s#]+)", by_name, text)
+    return write_text(target, text)
+
+
+# Checking ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a config, or with what it names.
+
+    Attributes:
+        place: "file:line", "command line", or the path of a picture.
+        key: dotted key of the config that it is about, "" if it is about none.
+        message: what is wrong.
+        hint: what to change; "" where the message says it.
+    """
+
+    place: str
+    key: str
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was found out about a config.
+
+    Attributes:
+        facts: what there is, by name: "recipe", "writes to", "model", "passes", "pictures", ...
+        errors: what is wrong, as it is told to people.
+        problems: the same, one row for each.
+    """
+
+    facts: dict[str, str | int]
+    errors: tuple[TunekitError, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+
+def examine(loaded: Loaded) -> Examination:
+    """Looks at a config's model, its passes and every picture, and collects all that is wrong."""
+    facts: dict[str, str | int] = {
+        "recipe": loaded.config.recipe,
+        "writes to": str(loaded.config.run_dir),
+    }
+    errors: list[TunekitError] = []
+    problems: list[Problem] = []
+
+    def note(error: TunekitError) -> None:
+        errors.append(error)
+        problems.extend(_rows(error))
+
+    model = None
+    try:
+        model = _model(loaded)
+        if model is not None:
+            on_hub = model.path is None and model.source != "tiny"
+            kind = "on the hub: not looked at" if on_hub else model.format
+            facts["model"] = f"{loaded.config.model.source} ({kind})"
+    except TunekitError as error:
+        note(error)
+    try:
+        facts["passes"] = _chain(loaded, model)
+    except TunekitError as error:
+        note(error)
+    data = getattr(loaded.config, "data", None)
+    if data is not None:
+        from tunekit.data.images import scan_data
+
+        try:
+            scan = scan_data(data)
+        except TunekitError as error:  # a name that is not bundled
+            note(error)
+        else:
+            facts["pictures"] = len(scan.samples)
+            if scan.held_out:
+                facts["held out"] = len(scan.held_out)
+            if scan.prior:
+                facts["class pictures"] = len(scan.prior)
+            try:
+                scan.check()
+            except DataError as error:
+                errors.append(error)
+                problems += [Problem(found.where, "", found.what, found.fix) for found in scan.problems]
+    return Examination(facts, tuple(errors), tuple(problems))
+
+
+def _rows(error: TunekitError) -> list[Problem]:
+    return [Problem(error.where or "", "", error.message, error.hint or "")]
+
+
+def ready(loaded: Loaded) -> None:
+    """The checks before a run is launched: its model and its passes.
+
+    Raises:
+        ArtifactError, ModelError: the model is not there.
+        ChainError: the passes cannot run, or not in this order.
+    """
+    _chain(loaded, _model(loaded) if hasattr(loaded.config, "optimize") else None)
+
+
+def _model(loaded: Loaded) -> Artifact | None:
+    """What `model.source` is; None for a recipe without a model.
+
+    Raises:
+        ArtifactError, ModelError: nothing there.
+    """
+    model = getattr(loaded.config, "model", None)
+    if model is None:
+        return None
+    if model.family not in FAMILIES.names():
+        from tunekit import families
+
+        try:
+            families.get(model.family)
+        except ConfigError as error:
+            error.where = loaded.where("model.family")
+            raise
+    try:
+        return open_artifact(model.source, family=model.family)
+    except (ArtifactError, ModelError) as error:
+        error.where = loaded.where("model.source")
+        raise
+
+
+def _chain(loaded: Loaded, model: Artifact | None) -> str:
+    """Checks the passes of `optimize:` and describes them: "merge > export_onnx (onnx)".
+
+    Raises:
+        ChainError: unknown pass or key, or a wrong order.
+    """
+    from tunekit.passes.base import check_chain, parse_chain
+
+    config = loaded.config
+    passes = parse_chain(getattr(config, "optimize", []), loaded.chain_where)
+    if not passes:
+        return "none"
+    if hasattr(config, "adapter"):  # trained first
+        start = "adapter" if config.adapter else "torch"
+    else:
+        start = model.format if model else "torch"
+    end = check_chain(passes, start, loaded.chain_where)
+    return " > ".join(step.kind for step in passes) + f" ({end})"
+
+
+# Running ----------------------------------------------------------------------------------------------------
+
+
+def launch(config: str | Path, overrides: Sequence[str] = (), *, processes: int = 1) -> int:
+    """Checks a config and runs its recipe through accelerate; the recipe prints. Returns its exit code.
+
+    Raises:
+        TunekitError: something is wrong, and nothing was launched.
+    """
+    from tunekit import launch as launcher
+    from tunekit.config import load
+
+    loaded = load(config, overrides)
+    ready(loaded)
+    memory = getattr(loaded.config, "memory", None)
+    device = memory.device if memory else getattr(loaded.config, "device", "auto")
+    if processes > 1:
+        from tunekit import hardware
+
+        kind = hardware.probe(device).torch_device.partition(":")[0]
+        if kind in {"cuda", "xpu"}:
+            hardware.probe(f"{kind}:{processes - 1}")  # says so if there are fewer
+        device = kind
+    recipe = recipe_path(loaded.config.recipe)
+    return launcher.launch(recipe, loaded.path, overrides, processes=processes, cpu=device == "cpu")
+
+
+# Planning ---------------------------------------------------------------------------------------------------
+
+
+def picture_plans(plans: Sequence[Plan], file: Path) -> Path:
+    """Draws the memory of a step into an .svg (of one plan) or .html file.
+
+    Raises:
+        ConfigError: several plans, and an .svg.
+    """
+    from tunekit.memory import picture
+
+    if file.suffix == ".svg" and len(plans) > 1:
+        raise ConfigError(
+            f"{len(plans)} plans do not go into one .svg", where="--picture", hint="give an .html file"
+        )
+    return write_text(file, "\n".join(picture.draw(plan) for plan in plans))
+
+
+# Drawing ----------------------------------------------------------------------------------------------------
+
+
+def draw(
+    source: str,
+    prompts: Sequence[str],
+    *,
+    out: Path | str = "generated",
+    negative: str = "",
+    seed: int = 0,
+    count: int = 1,
+    steps: int = 30,
+    guidance: float = 7.5,
+    height: int | None = None,
+    width: int | None = None,
+    adapter: str | None = None,
+    family: str | None = None,
+    device: str = "auto",
+    provider: str | None = None,
+    dtype: str | None = None,
+    on_step: Callable[[str, int, int], object] | None = None,
+) -> Iterator[Path]:
+    """Draws pictures into files that say how they were made, and yields the paths.
+
+    Nothing happens before the first is asked for.
+
+    Args:
+        source: run folder, adapter, any artifact, diffusers folder, hub id, "builtin/..." or "tiny".
+        prompts: each is drawn `count` times.
+        out: a folder, or a .png file for one picture.
+        negative: what not to draw.
+        seed: of the first picture of each prompt; the next ones count up.
+        count: pictures of each prompt.
+        steps: sampling steps.
+        guidance: classifier-free guidance.
+        height: in pixels; the model's own if not given.
+        width: likewise.
+        adapter, family, device, provider, dtype: see `runtime.open_runtime`.
+        on_step: called with (what draws, sampling steps done, all of them).
+
+    Raises:
+        ConfigError: several pictures, and one file.
+        TunekitError: the source cannot be opened, or a picture cannot be written.
+    """
+    out = Path(out)
+    wanted = [(text, seed + index) for text in prompts for index in range(count)]
+    if out.suffix.lower() == ".png" and len(wanted) > 1:
+        raise ConfigError(
+            f"{len(wanted)} pictures do not go into one file", where="--out", hint="give a folder"
+        )
+    opened = open_artifact(source, family=family)
+
+    from tunekit import runtime
+
+    drawer = runtime.open_runtime(
+        opened, family=family, device=device, provider=provider, adapter=adapter, dtype=dtype
+    )
+    facts = {
+        "negative_prompt": negative,
+        "steps": str(steps),
+        "guidance": f"{guidance:g}",
+        "source": source,
+        "runtime": drawer.title,
+    }
+    total = steps * -(-len(wanted) // BATCH)
+    done = 0
+
+    def step(*_: object) -> None:
+        nonlocal done
+        done += 1
+        if on_step:
+            on_step(drawer.title, done, total)
+
+    try:
+        for start in range(0, len(wanted), BATCH):
+            group = wanted[start : start + BATCH]
+            pictures = runtime.generate(
+                drawer,
+                [text for text, _ in group],
+                seeds=[number for _, number in group],
+                negative_prompt=negative,
+                steps=steps,
+                guidance=guidance,
+                height=height,
+                width=width,
+                on_step=step,
+            )
+            for (text, number), picture in zip(group, pictures, strict=True):
+                path = _picture_path(out, text, number)
+                _save_png(path, picture, {"prompt": text, "seed": str(number), **facts})
+                yield path
+    finally:
+        drawer.close()
+
+
+def _picture_path(out: Path, prompt: str, seed: int) -> Path:
+    if out.suffix.lower() == ".png":
+        return out
+    slug = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60] or "picture"
+    path, again = out / f"{slug}-{seed}.png", 1
+    while path.exists():  # nothing that was drawn before is lost
+        again += 1
+        path = out / f"{slug}-{seed}-{again}.png"
+    return path
+
+
+def _save_png(path: Path, picture: Image.Image, facts: dict[str, str]) -> None:
+    """Writes a picture that says how it was made."""
+    from PIL.PngImagePlugin import PngInfo
+
+    import tunekit
+
+    info = PngInfo()
+    for name, text in {**facts, "software": f"tunekit {tunekit.__version__}"}.items():
+        info.add_text(name, text)
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, pnginfo=info)
