@@ -147,11 +147,15 @@ def show(
 
 
 @app.command("check")
-def check(config: Config, overrides: Overrides = None) -> None:
+def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Look at a config, its passes and every picture, and list all that is wrong. Starts nothing."""
     from tunekit import workspace
     from tunekit.config import load
 
+    if as_json:
+        examination = workspace.check(config, overrides or ())
+        _print_json(examination.as_json())
+        raise typer.Exit(2 if examination.problems else 0)
     loaded = load(config, overrides or ())
     found = workspace.examine(loaded)
     table = _table("what", "found")

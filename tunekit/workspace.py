@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from tunekit.memory.plan import Plan
 
 RUNS = Path("runs")
+SOURCES = ("path", "validation", "class_path")
+"""Keys of `data:` that name pictures."""
 BATCH = 4
 """Pictures drawn at once."""
 
@@ -176,14 +178,40 @@ class Examination:
     """What was found out about a config.
 
     Attributes:
+        path: the config's file.
         facts: what there is, by name: "recipe", "writes to", "model", "passes", "pictures", ...
         errors: what is wrong, as it is told to people.
         problems: the same, one row for each.
     """
 
+    path: str
     facts: dict[str, str | int]
     errors: tuple[TunekitError, ...] = ()
     problems: tuple[Problem, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """What `tunekit check --json` prints."""
+        return {
+            "version": 1,
+            "config": self.path,
+            "facts": {name.replace(" ", "_"): fact for name, fact in self.facts.items()},
+            "problems": [asdict(problem) for problem in self.problems],
+        }
+
+
+def check(config: str | Path, overrides: Sequence[str] = ()) -> Examination:
+    """Loads a config and examines it; what keeps it from loading is a problem like others."""
+    from tunekit.config import load
+
+    try:
+        loaded = load(config, overrides)
+    except TunekitError as error:
+        try:
+            path = find_config(config)
+        except ConfigError:
+            path = Path(config)
+        return Examination(str(path), {}, (error,), tuple(_rows(error)))
+    return examine(loaded)
 
 
 def examine(loaded: Loaded) -> Examination:
@@ -219,6 +247,9 @@ def examine(loaded: Loaded) -> Examination:
         try:
             scan = scan_data(data)
         except TunekitError as error:  # a name that is not bundled
+            keys = [key for key in SOURCES if f'"{getattr(data, key, None)}"' in error.message]
+            error.key = f"data.{keys[0]}" if keys else "data"
+            error.where = loaded.where(error.key)
             note(error)
         else:
             facts["pictures"] = len(scan.samples)
@@ -230,12 +261,17 @@ def examine(loaded: Loaded) -> Examination:
                 scan.check()
             except DataError as error:
                 errors.append(error)
-                problems += [Problem(found.where, "", found.what, found.fix) for found in scan.problems]
-    return Examination(facts, tuple(errors), tuple(problems))
+                for found in scan.problems:
+                    keys = [key for key in SOURCES if getattr(data, key, None) == found.where]
+                    key = f"data.{keys[0]}" if keys else ""
+                    problems.append(Problem(found.where, key, found.what, found.fix))
+    return Examination(str(loaded.path), facts, tuple(errors), tuple(problems))
 
 
 def _rows(error: TunekitError) -> list[Problem]:
-    return [Problem(error.where or "", "", error.message, error.hint or "")]
+    return [
+        Problem(part.where or "", part.key, part.message, part.hint or "") for part in error.parts or [error]
+    ]
 
 
 def ready(loaded: Loaded) -> None:
@@ -263,12 +299,12 @@ def _model(loaded: Loaded) -> Artifact | None:
         try:
             families.get(model.family)
         except ConfigError as error:
-            error.where = loaded.where("model.family")
+            error.where, error.key = loaded.where("model.family"), "model.family"
             raise
     try:
         return open_artifact(model.source, family=model.family)
     except (ArtifactError, ModelError) as error:
-        error.where = loaded.where("model.source")
+        error.where, error.key = loaded.where("model.source"), "model.source"
         raise
 
 
