@@ -178,7 +178,8 @@ def run(
     """Run a recipe, through accelerate. The same command again continues where it stopped."""
     from tunekit import workspace
 
-    raise typer.Exit(workspace.launch(config, overrides or (), processes=processes))
+    _, code = workspace.launch(config, overrides or (), processes=processes)
+    raise typer.Exit(code)
 
 
 # plan -------------------------------------------------------------------------------------------------------
@@ -202,15 +203,14 @@ def plan(
 ) -> None:
     """Predict a training's memory and find the fastest way that fits. No GPU, weights or network needed."""
     from tunekit import planning, workspace
-    from tunekit.config import load
 
     console = _console(stderr=True)
     plans = []
     for varied in planning.sweeps(overrides or [], sweep or []):
-        loaded = load(config, varied, stand_in="(not needed)")
-        found = planning.plan_config(
-            loaded,
-            device=device or ("all" if budget is None else None),
+        found = workspace.plan(
+            config,
+            *varied,
+            device=device,
             budget=budget,
             say=lambda line: console.print(line, style="dim"),
         )

@@ -6,13 +6,14 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from tunekit.artifacts import Artifact, RunFolder, open_artifact, write_text
 from tunekit.errors import (
     ArtifactError,
     ConfigError,
     DataError,
+    Interrupted,
     ModelError,
     OutputError,
     TunekitError,
@@ -27,6 +28,7 @@ from tunekit.yamlfile import config_names, find_config
 # once.
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from tunekit.config import Loaded
     from tunekit.memory.plan import Plan
@@ -331,8 +333,39 @@ def _chain(loaded: Loaded, model: Artifact | None) -> str:
 # Running ----------------------------------------------------------------------------------------------------
 
 
-def launch(config: str | Path, overrides: Sequence[str] = (), *, processes: int = 1) -> int:
-    """Checks a config and runs its recipe through accelerate; the recipe prints. Returns its exit code.
+def run(config: str | Path, *overrides: str, processes: int = 1) -> Artifact:
+    """Runs a recipe, through accelerate; called again, it continues where it stopped.
+
+    Call it from the main thread: until the recipe ends, it passes Ctrl-C and SIGTERM on to it.
+
+    Args:
+        config: a path, or the name of a ready-made config.
+        overrides: `a.b=c` each.
+        processes: one per GPU, or several on the CPU.
+
+    Returns:
+        What the run ends with: the last artifact of its chain, or what was trained.
+
+    Raises:
+        TunekitError: it did not start, for the reason that it says; or it failed, and has said why on stderr.
+            `exit_code` is the recipe's own. Interrupted: it was stopped, after a checkpoint.
+    """
+    loaded, code = launch(config, overrides, processes=processes)
+    folder = RunFolder(loaded.config.run_dir)
+    if code:
+        kind = Interrupted if code > 128 else TunekitError
+        error = kind(
+            "the run was stopped" if code > 128 else f"the run failed with exit code {code}",
+            where=str(folder.path),
+            hint="its own message is on stderr; the same call continues it",
+        )
+        error.exit_code = code
+        raise error
+    return folder.final()
+
+
+def launch(config: str | Path, overrides: Sequence[str] = (), *, processes: int = 1) -> tuple[Loaded, int]:
+    """Checks a config and runs its recipe, which prints. Returns the config and the recipe's exit code.
 
     Raises:
         TunekitError: something is wrong, and nothing was launched.
@@ -352,10 +385,47 @@ def launch(config: str | Path, overrides: Sequence[str] = (), *, processes: int 
             hardware.probe(f"{kind}:{processes - 1}")  # says so if there are fewer
         device = kind
     recipe = recipe_path(loaded.config.recipe)
-    return launcher.launch(recipe, loaded.path, overrides, processes=processes, cpu=device == "cpu")
+    code = launcher.launch(recipe, loaded.path, overrides, processes=processes, cpu=device == "cpu")
+    return loaded, code
 
 
 # Planning ---------------------------------------------------------------------------------------------------
+
+
+def plan(
+    config: str | Path | Loaded,
+    *overrides: str,
+    device: str | None = None,
+    budget: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Plan]:
+    """Predicts a training's memory and finds the fastest way that fits; no GPU or weights are needed.
+
+    Args:
+        config: a path, the name of a ready-made config, or what `load` returned.
+        overrides: `a.b=c` each; not for what is loaded already.
+        device: a card such as "rtx-3060", "all", or what answers here: "auto", "cuda:1". If neither this nor
+            `budget` is given, all cards.
+        budget: memory that may be used, "8 GiB".
+        say: takes lines of progress.
+
+    Returns:
+        One plan per card; of "all" some may not fit.
+
+    Raises:
+        ConfigError: in the config, or it trains nothing.
+        DeviceError: no such card, or it lacks what the config asks for.
+        DoesNotFit: the one card that was asked for does not do; says what would help.
+    """
+    from tunekit import planning
+    from tunekit.config import Loaded, load
+
+    if not isinstance(config, Loaded):
+        config = load(config, overrides, stand_in="(not needed)")
+    elif overrides:
+        raise ConfigError("overrides have no effect on a config that is loaded", hint="give them to load()")
+    chosen = device or ("all" if budget is None else None)
+    return planning.plan_config(config, device=chosen, budget=budget, say=say)
 
 
 def picture_plans(plans: Sequence[Plan], file: Path) -> Path:
@@ -374,6 +444,66 @@ def picture_plans(plans: Sequence[Plan], file: Path) -> Path:
 
 
 # Drawing ----------------------------------------------------------------------------------------------------
+
+
+class Sampling(TypedDict, total=False):
+    """How a picture is drawn, and how many at once; see `runtime.generate`."""
+
+    negative_prompt: str
+    steps: int
+    guidance: float
+    height: int | None
+    width: int | None
+    batch: int | None
+    on_step: Callable[[int, int, Tensor], None] | None
+
+
+def generate(
+    source: Artifact | str | Path,
+    prompts: str | Sequence[str],
+    *,
+    seeds: int | Sequence[int] = 0,
+    family: str | None = None,
+    device: str = "auto",
+    provider: str | None = None,
+    dtype: str | None = None,
+    adapter: str | Path | None = None,
+    **sampling: Unpack[Sampling],
+) -> list[Image.Image]:
+    """Opens a model, draws pictures with it and closes it; `open_runtime` keeps one open for more.
+
+    Args:
+        source: run folder, adapter, any artifact, diffusers folder, hub id, "builtin/..." or "tiny".
+        prompts: one per seed, or a single one for all.
+        seeds: one per prompt, or a single one for all.
+        family: its name, where the source does not say it.
+        device: "auto", "cpu", "cuda", "cuda:1", "xpu" or "mps".
+        provider: for ONNX: "cpu", "cuda", "tensorrt" or "openvino".
+        dtype: "fp32", "bf16" or "fp16", for torch and OpenVINO.
+        adapter: an adapter to put on the source.
+        sampling: negative_prompt, steps, guidance, height, width, batch, on_step.
+
+    Raises:
+        TunekitError: the source cannot be opened, or an option has no effect.
+    """
+    unknown = sorted(set(sampling) - set(Sampling.__annotations__))
+    if unknown:  # said before minutes of loading
+        raise TypeError(f"generate() takes no {', '.join(unknown)}")
+
+    from tunekit import runtime
+
+    drawer = runtime.open_runtime(
+        source, family=family, device=device, provider=provider, adapter=adapter, dtype=dtype
+    )
+    try:
+        return runtime.generate(
+            drawer,
+            [prompts] if isinstance(prompts, str) else prompts,
+            seeds=[seeds] if isinstance(seeds, int) else seeds,
+            **sampling,
+        )
+    finally:
+        drawer.close()
 
 
 def draw(
