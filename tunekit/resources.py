@@ -1,4 +1,4 @@
-"""Where the files that come with tunekit lie: recipes, configs, and the bundled model and pictures."""
+"""Where files lie: the recipes, configs, model and pictures that come with tunekit, and its cache."""
 
 from __future__ import annotations
 
@@ -48,6 +48,13 @@ def builtin(source: str) -> Path | None:
     names = builtin_names()
     hint = did_you_mean(source, names) or f"bundled: {', '.join(names) or 'nothing'}"
     raise ModelError(f'nothing is bundled under the name "{source}"', hint=hint)
+
+
+def cache_dir() -> Path:
+    """Where plans, traces and engines are kept between calls: `tunekit` in the user's cache folder."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("tunekit", appauthor=False)
 
 
 def resolve_path(text: str) -> Path:

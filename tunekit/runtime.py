@@ -23,6 +23,7 @@ from tunekit.artifacts import Artifact, open_artifact
 from tunekit.diffusion.sampling import initial_latents, sample
 from tunekit.errors import ArtifactError, ConfigError, DeviceError, ModelError, did_you_mean, require
 from tunekit.families.family import DTYPES, Conditioning, Family, Pipeline
+from tunekit.resources import cache_dir
 
 PROVIDERS = ("cpu", "cuda", "tensorrt", "openvino")
 ORT_PROVIDERS = {
@@ -704,7 +705,7 @@ def _ort_choice(
     if provider == "cuda":
         return lambda component: [cuda, cpu]
     # Building takes minutes; the next start takes the engines from here.
-    cache = Path.home() / ".cache" / "tunekit" / "tensorrt" / artifact.hash[:16]
+    cache = cache_dir() / "tensorrt" / artifact.hash[:16]
     options = {"device_id": index, "trt_engine_cache_enable": True, "trt_timing_cache_enable": True}
     return lambda component: [
         (
