@@ -18,7 +18,7 @@ from tunekit import hardware, optimizers
 from tunekit.artifacts import Artifact, RunFolder, write_json
 from tunekit.config import Loaded, TrainingRunConfig
 from tunekit.errors import ConfigError, DeviceError, OutOfMemory
-from tunekit.resources import builtin
+from tunekit.resources import builtin, cache_dir
 from tunekit.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ def _planned(
     """
     from tunekit.memory.plan import Plan, refuse
 
-    file = _cache() / "plans" / f"{_digest(config, place, name, processes)}.json"
+    file = cache_dir() / "plans" / f"{_digest(config, place, name, processes)}.json"
     try:
         made = Plan.load(json.loads(file.read_text(encoding="utf-8")))
         if made.fits or not strict:
@@ -316,11 +316,6 @@ def _digest(config: TrainingRunConfig, place: _Place, name: str, processes: int)
     for source in sources:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:24]
-
-
-def _cache() -> Path:
-    """Where plans and traces are kept between calls: `tunekit` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunekit"
 
 
 def _refuse_what_it_lacks(config: TrainingRunConfig, facts: hardware.DeviceFacts, loaded: Loaded) -> None:
@@ -400,7 +395,7 @@ def _planner(
         batch_size=-(-config.train.batch_size * rows // processes),
         memory=memory,
         may_change_optimizer=config.train.optimizer == optimizers.AUTO,
-        cache=_cache() / "traces",
+        cache=cache_dir() / "traces",
         say=say,
     )
     room = room_of(place.facts, budget=place.total, real=place.is_here)
