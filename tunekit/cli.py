@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from tunekit.config import SamplingConfig
     from tunekit.memory.plan import Plan
 
 app = typer.Typer(
