@@ -123,9 +123,7 @@ def test_timesteps_are_drawn_evenly_and_repeatably() -> None:
     objective = Discrete.from_scheduler(scheduler(**STABLE_DIFFUSION))
 
     def draw(count: int) -> Tensor:
-        return torch.stack(
-            [objective.draw(sample_generator(0, 0, str(i), "timestep")) for i in range(count)]
-        )
+        return torch.stack([objective.draw(sample_generator(0, 0, str(i), "timestep")) for i in range(count)])
 
     draws = draw(4000)
     assert torch.equal(draws[:20], draw(20))
@@ -279,9 +277,7 @@ def test_a_merge_that_predicts_v_with_zero_terminal_snr(name: str) -> None:
     made = configured(before, section)
     assert made.config.timestep_spacing == "trailing"
     objective = Discrete.from_scheduler(made, section)
-    reference = scheduler(
-        **STABLE_DIFFUSION, prediction_type="v_prediction", rescale_betas_zero_snr=True
-    )
+    reference = scheduler(**STABLE_DIFFUSION, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     assert objective.alphas_cumprod[-1] == 0
     torch.testing.assert_close(objective.alphas_cumprod, reference.alphas_cumprod)
     latents, noise = pair()

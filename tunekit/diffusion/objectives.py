@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tunekit.config import ObjectiveConfig
+from tunekit.config import ObjectiveConfig, SamplingConfig
+from tunekit.diffusion.sampling import sampler
 from tunekit.errors import ConfigError, ModelError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -290,9 +290,8 @@ def _offset_noise(generator: torch.Generator, shape: tuple[int, ...], offset: fl
 def configured(scheduler: Any, config: ObjectiveConfig) -> Any:
     """A scheduler that says what the `objective:` section knows better than its own configuration.
 
-    Zero terminal SNR needs a sampler that starts at the last timestep, and a base that predicts anything but
-    the noise, of which the last timestep consists (Lin et al. 2023, arXiv:2305.08891). Samplers that do not
-    know of it, such as PNDM, are replaced by DDIM.
+    Zero terminal SNR needs a base that predicts anything but the noise, of which the last timestep consists
+    (Lin et al. 2023, arXiv:2305.08891). Samplers that do not know of it, such as PNDM, give way to DDIM.
 
     Raises:
         ConfigError: zero terminal SNR for a base that predicts the noise.
@@ -300,23 +299,21 @@ def configured(scheduler: Any, config: ObjectiveConfig) -> Any:
     changes = scheduler_changes(config)
     if not changes:
         return scheduler
-    made = type(scheduler)
-    if config.zero_terminal_snr:
-        if changes.get("prediction_type", scheduler.config.get("prediction_type")) == "epsilon":
-            raise ConfigError(
-                "objective.zero_terminal_snr needs a base that predicts v: at the last timestep there is nothing"
-                " but noise, which says nothing about the picture",
-                hint="set objective.prediction to v_prediction, if the base was trained with it",
-            )
-        if "rescale_betas_zero_snr" not in inspect.signature(made.__init__).parameters:
-            from diffusers import DDIMScheduler
-
-            made, changes["clip_sample"] = DDIMScheduler, False
-    return made.from_config(scheduler.config, **changes)
+    predicted = changes.get("prediction_type", scheduler.config.get("prediction_type"))
+    if config.zero_terminal_snr and predicted == "epsilon":
+        raise ConfigError(
+            "objective.zero_terminal_snr needs a base that predicts v: at the last timestep there is nothing"
+            " but noise, which says nothing about the picture",
+            hint="set objective.prediction to v_prediction, if the base was trained with it",
+        )
+    return sampler(scheduler, SamplingConfig(scheduler=changes))
 
 
 def scheduler_changes(config: ObjectiveConfig) -> dict[str, Any]:
-    """Keys of a scheduler's configuration that the `objective:` section changes."""
+    """Keys of a scheduler's configuration that the `objective:` section changes.
+
+    With zero terminal SNR a sampler has to start at the last timestep.
+    """
     changes: dict[str, Any] = {}
     if config.prediction is not None:
         changes["prediction_type"] = config.prediction
