@@ -8,21 +8,14 @@ accelerate launch recipes/dreambooth.py --config configs/sd15/dreambooth.yaml da
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tunekit.config import CLASS_BATCH, DreamboothData, Loaded, TrainingRunConfig
+from tunekit.config import DreamboothData, Loaded, TrainingRunConfig
 from tunekit.launch import run_recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from PIL.Image import Image
-    from torch import Tensor, nn
-
-    from tunekit.data.cache import Batch
-    from tunekit.data.dreambooth import Draw
-    from tunekit.data.images import Scan
-    from tunekit.training.run import Run
+    from tunekit.data.cache import CachedDataset, Encoder
+    from tunekit.running import Base, Run
 
 
 class Config(TrainingRunConfig):
@@ -33,154 +26,50 @@ class Config(TrainingRunConfig):
 
 def main(config: Config, loaded: Loaded) -> None:
     """From a config to an adapter (or a model), its optimized versions and a report."""
-    from tunekit import planning
-    from tunekit.data.images import scan_data
-    from tunekit.passes.base import check_chain, parse_chain, run_chain
-    from tunekit.report import write as write_report
-    from tunekit.training.checkpoint import identity
-    from tunekit.training.run import open_run
+    from tunekit.running import open_run
 
-    # Whatever can be wrong with the chain or the pictures is said before anything has started.
-    chain = parse_chain(config.optimize, loaded.chain_where)
-    check_chain(chain, "adapter" if config.adapter else "torch", loaded.chain_where)
-    scan = scan_data(config.data)
-    scan.check()
-
-    # Memory is decided before anything is loaded: from here on nothing under `memory:` is open.
-    config, plan = planning.settle(config)
-    with open_run(config) as run:
-        learned = identity(config, scan.samples)
-        if run.begin(loaded.config, learned, plan):
-            with planning.replanning(config):
-                fine_tune(config, run, scan, learned)
-        artifact = run.close()  # the processes part here; the main one goes on alone
-        if artifact is None:
-            return
-        write_report(run.folder.path)
-        run_chain(
-            chain,
-            artifact,
-            run_dir=run.folder.path,
-            device=config.memory.device,
-            seed=config.seed,
-            prompts=config.preview.prompts,
-            negative_prompt=config.preview.negative_prompt,
-            data=config.data,
-            steps=config.preview.steps,
-            guidance=config.preview.guidance,
-            height=config.preview.height or config.data.resolution,
-            width=config.preview.width or config.data.resolution,
-            say=run.say,
-            after_step=lambda _: write_report(run.folder.path),
-        )
-        run.say(f"report: {run.folder.path / 'report.html'}")
+    with open_run(config, loaded) as run:
+        if run.begin():
+            teach(config, run)
+        run.optimize()
 
 
-def fine_tune(config: Config, run: Run, scan: Scan, learned: dict[str, Any]) -> None:
-    """Load, encode, adapt, train, save."""
+def teach(config: Config, run: Run) -> None:
+    """Load, draw the class, encode, adapt, train, save."""
+    from tunekit.data.cache import Draws, Stream
+    from tunekit.tasks import Denoising
+
+    base = run.load()
+    with run.encoding(base) as encoder:
+        prior = of_the_class(config, run, base, encoder) if config.data.class_prompt is not None else None
+        subject = encoder.dataset(run.scan.samples, config.data, seed=config.seed)
+    draws = Draws(
+        config.train.batch_size,
+        run.config.memory.micro_batch,  # as it was decided, not as it was given
+        prior_weight=config.data.prior_weight,  # goes into the weight of each row, which the loss reads
+    )
+    task = Denoising(run.fit(base), base.family, base.objective)
+    run.train(base, task, Stream(subject, base.objective, draws, seed=config.seed, prior=prior))
+
+
+def of_the_class(config: Config, run: Run, base: Base, encoder: Encoder) -> CachedDataset:
+    """Pictures of the class: those that are there, and those that the base draws in addition."""
     from functools import partial
 
-    from tunekit import families
-    from tunekit.data.cache import Encoder, Stream
-    from tunekit.data.dreambooth import class_folder, class_pictures
-    from tunekit.runtime import generate, torch_runtime
-    from tunekit.training.evaluation import previews
-    from tunekit.training.loop import train, weighted_mse
-    from tunekit.training.run import build_optimizer, fit_denoiser, load_base
+    from tunekit.data.dreambooth import class_folder, class_pictures, class_sampling
 
-    accelerator = run.accelerator
-    family = families.get(config.model.family)
-    pipeline = load_base(config, family)
-    objective = family.objective(pipeline, snr_gamma=config.train.snr_gamma)
-    size = (config.preview.height or config.data.resolution, config.preview.width or config.data.resolution)
-
-    def drawing() -> Draw:
-        pipeline.to(accelerator.device)
-        runtime = torch_runtime(family, pipeline, device=str(accelerator.device))
-
-        def draw(*, seeds: Sequence[int]) -> list[Image]:
-            with run.meter.phase("class_pictures"):
-                return generate(
-                    runtime,
-                    [str(config.data.class_prompt)],
-                    seeds=seeds,
-                    steps=config.data.class_steps,
-                    guidance=config.data.class_guidance,
-                    height=config.data.resolution,
-                    width=config.data.resolution,
-                    batch=config.memory.class_batch or CLASS_BATCH,
-                )
-
-        return draw
-
-    run.watch(pipeline)
-    encoder = Encoder(
-        family,
-        pipeline,
-        cache=run.cache(config.data),
-        accelerator=accelerator,
-        captions_on_host=bool(config.memory.encode_on_host),
-        measured=partial(run.meter.phase, "encode"),
+    data, seed = config.data, config.seed
+    drawing = partial(run.drawing, base, str(data.class_prompt), class_sampling(data))
+    pictures = class_pictures(
+        data,
+        class_folder(data, run.folder.path, model=config.model, seed=seed),
+        drawing,
+        seed=seed,
+        accelerator=run.accelerator,
         say=run.say,
     )
-    prior = None
-    if config.data.class_prompt is not None:
-        folder = class_folder(config.data, run.folder.path, model=config.model, seed=config.seed)
-        pictures = class_pictures(
-            config.data, folder, drawing, seed=config.seed, accelerator=accelerator, say=run.say
-        )
-        pipeline.to("cpu")  # from here on each network visits the device alone
-        prior = encoder.dataset(pictures, config.data, seed=config.seed)
-    dataset = encoder.dataset(scan.samples, config.data, seed=config.seed)
-    prompts = encoder.conditioning([*config.preview.prompts, config.preview.negative_prompt])
-    encoder.release(keep_vae=bool(config.preview.prompts))
-
-    fitted = fit_denoiser(config, family, pipeline, accelerator.device)
-    optimizer = build_optimizer(
-        config.train, fitted.parameters.values(), accelerator.device, in_backward=fitted.optimizer_in_backward
-    )
-    run.watch(pipeline, fitted, optimizer)
-    batches = Stream(
-        dataset,
-        objective,
-        batch_size=config.train.batch_size,
-        micro_batch=config.memory.micro_batch,
-        seed=config.seed,
-        prior=prior,
-        prior_weight=config.data.prior_weight,
-    )
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        noisy, target, weight = objective.sample(batch.latents, batch.noise, batch.timesteps)
-        prediction = family.denoise(model, noisy, batch.timesteps, batch.conditioning)
-        return weighted_mse(prediction, target, weight * batch.weights)  # 1, or the prior weight
-
-    result = train(
-        accelerator,
-        fitted.module,
-        optimizer,
-        batches,
-        loss,
-        config.train,
-        fitted=fitted,
-        meter=run.meter,
-        seed=config.seed,
-        tracker=run.tracker(config.train),
-        checkpoints=run.checkpoints(learned, config.train),
-        preview=previews(
-            pipeline,
-            family,
-            config.preview,
-            prompts,
-            run.folder.previews,
-            size,
-            accelerator.device,
-            tiled=bool(config.memory.vae_tiling),
-            meter=run.meter,
-        ),
-        preview_every=config.preview.every,
-    )
-    run.save(config, family, pipeline, result, learned, sum(p.numel() for p in fitted.parameters.values()))
+    base.pipeline.to("cpu")  # from here on each network visits the device alone
+    return encoder.dataset(pictures, data, seed=seed)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,13 @@ accelerate launch recipes/lora.py --config configs/sd15/lora.yaml data.path=phot
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tunekit.config import DataConfig, Loaded, TrainingRunConfig
 from tunekit.launch import run_recipe
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from tunekit.data.cache import Batch
-    from tunekit.data.images import Scan
-    from tunekit.diffusion.objectives import Objective
-    from tunekit.training.run import Run
+    from tunekit.running import Run
 
 
 class Config(TrainingRunConfig):
@@ -27,133 +22,33 @@ class Config(TrainingRunConfig):
 
 def main(config: Config, loaded: Loaded) -> None:
     """From a config to an adapter (or a model), its optimized versions and a report."""
-    from tunekit import planning
-    from tunekit.data.images import scan_data
-    from tunekit.passes.base import check_chain, parse_chain, run_chain
-    from tunekit.report import write as write_report
-    from tunekit.training.checkpoint import identity
-    from tunekit.training.run import open_run
+    from tunekit.running import open_run
 
-    # Whatever can be wrong with the chain or the pictures is said before anything has started.
-    chain = parse_chain(config.optimize, loaded.chain_where)
-    check_chain(chain, "adapter" if config.adapter else "torch", loaded.chain_where)
-    scan = scan_data(config.data)
-    scan.check()
-
-    # Memory is decided before anything is loaded: from here on nothing under `memory:` is open.
-    config, plan = planning.settle(config)
-    with open_run(config) as run:
-        learned = identity(config, scan.samples)
-        if run.begin(loaded.config, learned, plan):
-            with planning.replanning(config):
-                fine_tune(config, run, scan, learned)
-        artifact = run.close()  # the processes part here; the main one goes on alone
-        if artifact is None:
-            return
-        write_report(run.folder.path)
-        run_chain(
-            chain,
-            artifact,
-            run_dir=run.folder.path,
-            device=config.memory.device,
-            seed=config.seed,
-            prompts=config.preview.prompts,
-            negative_prompt=config.preview.negative_prompt,
-            data=config.data,
-            steps=config.preview.steps,
-            guidance=config.preview.guidance,
-            height=config.preview.height or config.data.resolution,
-            width=config.preview.width or config.data.resolution,
-            say=run.say,
-            after_step=lambda _: write_report(run.folder.path),
-        )
-        run.say(f"report: {run.folder.path / 'report.html'}")
+    with open_run(config, loaded) as run:
+        if run.begin():
+            fine_tune(config, run)
+        run.optimize()
 
 
-def fine_tune(config: Config, run: Run, scan: Scan, learned: dict[str, Any]) -> None:
+def fine_tune(config: Config, run: Run) -> None:
     """Load, encode, adapt, train, save."""
-    from functools import partial
+    from tunekit.data.cache import Draws, Stream
+    from tunekit.tasks import Denoising
+    from tunekit.training.evaluation import validation
 
-    from tunekit import families
-    from tunekit.data.cache import Encoder, Stream
-    from tunekit.training.evaluation import previews, validation
-    from tunekit.training.loop import train, weighted_mse
-    from tunekit.training.run import build_optimizer, fit_denoiser, load_base
+    base = run.load()
+    with run.encoding(base) as encoder:  # behind it text encoders and VAE have left memory
+        pictures = encoder.dataset(run.scan.samples, config.data, seed=config.seed)
+        held_out = encoder.dataset(run.scan.held_out, config.data, seed=config.seed, fixed=True)
 
-    accelerator = run.accelerator
-    family = families.get(config.model.family)
-    pipeline = load_base(config, family)
-    objective = family.objective(pipeline, snr_gamma=config.train.snr_gamma)
-    unweighted = family.objective(pipeline)  # for validation: comparable whatever is trained with
-    size = (config.preview.height or config.data.resolution, config.preview.width or config.data.resolution)
+    # Noise is added to the latents, and the denoiser asked for what the objective wants of them.
+    task = Denoising(run.fit(base), base.family, base.objective)
 
-    run.watch(pipeline)
-    encoder = Encoder(
-        family,
-        pipeline,
-        cache=run.cache(config.data),
-        accelerator=accelerator,
-        captions_on_host=bool(config.memory.encode_on_host),
-        measured=partial(run.meter.phase, "encode"),
-        say=run.say,
-    )
-    dataset = encoder.dataset(scan.samples, config.data, seed=config.seed)
-    held_out = encoder.dataset(scan.held_out, config.data, seed=config.seed, fixed=True)
-    prompts = encoder.conditioning([*config.preview.prompts, config.preview.negative_prompt])
-    encoder.release(keep_vae=bool(config.preview.prompts))
-
-    fitted = fit_denoiser(config, family, pipeline, accelerator.device)
-    optimizer = build_optimizer(
-        config.train, fitted.parameters.values(), accelerator.device, in_backward=fitted.optimizer_in_backward
-    )
-    run.watch(pipeline, fitted, optimizer)
-    batches = Stream(
-        dataset,
-        objective,
-        batch_size=config.train.batch_size,
-        micro_batch=config.memory.micro_batch,
-        seed=config.seed,
-        caption_dropout=config.data.caption_dropout,
-    )
-
-    def loss(model: nn.Module, batch: Batch, objective: Objective = objective) -> Tensor:
-        noisy, target, weight = objective.sample(batch.latents, batch.noise, batch.timesteps)
-        prediction = family.denoise(model, noisy, batch.timesteps, batch.conditioning)
-        return weighted_mse(prediction, target, weight)
-
-    result = train(
-        accelerator,
-        fitted.module,
-        optimizer,
-        batches,
-        loss,
-        config.train,
-        fitted=fitted,
-        meter=run.meter,
-        seed=config.seed,
-        tracker=run.tracker(config.train),
-        checkpoints=run.checkpoints(learned, config.train),
-        evaluate=validation(
-            held_out,
-            partial(loss, objective=unweighted),
-            unweighted,
-            config.memory.micro_batch or config.train.batch_size,
-            accelerator,
-        ),
-        preview=previews(
-            pipeline,
-            family,
-            config.preview,
-            prompts,
-            run.folder.previews,
-            size,
-            accelerator.device,
-            tiled=bool(config.memory.vae_tiling),
-            meter=run.meter,
-        ),
-        preview_every=config.preview.every,
-    )
-    run.save(config, family, pipeline, result, learned, sum(p.numel() for p in fitted.parameters.values()))
+    micro_batch = run.config.memory.micro_batch  # as it was decided, not as it was given
+    draws = Draws(config.train.batch_size, micro_batch, caption_dropout=config.data.caption_dropout)
+    batches = Stream(pictures, base.objective, draws, seed=config.seed)
+    evaluate = validation(held_out, task, micro_batch or config.train.batch_size, run.accelerator)
+    run.train(base, task, batches, evaluate)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ import diffusers
 import peft
 import torch
 from torch import Tensor, nn
+from tunekit.families.blueprint import Blueprint, Inputs, Part
 
 from tunekit import families
 from tunekit.config import AdapterConfig
-from tunekit.families.blueprint import Blueprint, Inputs, Part
 from tunekit.memory.allocator import least_capacity, replay
 from tunekit.memory.job import Job, trace_step
 from tunekit.memory.levers import Levers

@@ -28,10 +28,10 @@ import diffusers
 import peft
 import torch
 from torch import Tensor, nn
+from tunekit.families.blueprint import Blueprint
 
 from tunekit import families, hardware
 from tunekit.config import AdapterConfig, TrainConfig
-from tunekit.families.blueprint import Blueprint
 from tunekit.memory.allocator import replay
 from tunekit.memory.job import Job, adapted, trace_encode, trace_preview, trace_step
 from tunekit.memory.levers import Fitted, Levers, autocast_of, step_in_backward

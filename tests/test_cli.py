@@ -342,7 +342,7 @@ def test_generate_draws_what_it_says(trained: tuple[Path, Any], tunekit_command:
 
 
 def test_generate_numbers_pictures_it_would_overwrite(here: Path):
-    from tunekit.cli import _picture_path
+    from tunekit.workspace import _picture_path
 
     assert _picture_path(here, "A fox, running!", 3).name == "a-fox-running-3.png"
     (here / "a-fox-running-3.png").touch()

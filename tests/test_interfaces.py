@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from safetensors import safe_open
 
+from tunekit.resources import configs_dir
+
+CONFIGS = configs_dir()
 METRICS = {"step", "loss", "lr", "grad_norm", "samples_per_second", "seconds"}
 
 
@@ -76,6 +82,119 @@ def test_report(run: Path) -> None:
     merge, quantize, verify = (step["metrics"] for step in report["steps"])
     assert 0 < quantize["size_bytes"] < merge["size_bytes"]
     assert verify["psnr_db"] > 10 and 0 < verify["relative_error"] < 1 and 0 < verify["ssim"] <= 1
+
+
+def examined(config: str | Path, *overrides: str, code: int = 2) -> dict[str, Any]:
+    """What `check --json` prints, which is one document and nothing else."""
+    command = [sys.executable, "-m", "tunekit", "check", str(config), *overrides, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert (done.returncode, done.stderr) == (code, "")
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert set(found) == {"version", "config", "facts", "problems"}
+    assert found["version"] == 1
+    assert all(set(row) == {"place", "key", "message", "hint"} for row in found["problems"])
+    return found
+
+
+def test_check_of_a_good_config() -> None:
+    found = examined("tiny/lora", "optimize=[merge, export_onnx]", code=0)
+    assert found["problems"] == []
+    assert found["config"].endswith("configs/tiny/lora.yaml")
+    assert found["facts"] == {
+        "recipe": "lora",
+        "writes_to": "runs/tiny-lora",
+        "model": "tiny (torch)",
+        "passes": "merge > export_onnx (onnx)",
+        "pictures": 19,
+        "held_out": 5,
+    }
+
+
+BROKEN = """\
+recipe: lora
+model: {family: sd15, source: tiny}
+data: {path: photos, resolution: 32}
+train:
+  max_steps: many
+  lr: 1e-3
+  lrr: 1
+"""
+
+
+def test_check_of_a_config_that_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(BROKEN)
+    found = examined("mine.yaml", "adapter.rank=0")
+    assert (found["config"], found["facts"]) == ("mine.yaml", {})
+    assert found["problems"] == [
+        {"place": place, "key": key, "message": message, "hint": ""}
+        for place, key, message in (
+            ("command line", "adapter.rank", "must be at least 1, not 0"),
+            ("mine.yaml:5", "train.max_steps", 'must be a whole number, not "many"'),
+            ("mine.yaml:7", "train.lrr", 'unknown key; did you mean "lr"?'),
+        )
+    ]
+    Path("mine.yaml").write_text("recipe: lora\nseed: 1\nseed: 2\nname: x\nname: y\n")
+    places = [(row["place"], row["key"]) for row in examined("mine.yaml")["problems"]]
+    assert places == [("mine.yaml:3", "seed"), ("mine.yaml:5", "name")]
+    Path("mine.yaml").write_text("recipe: lorra\n")
+    (row,) = examined("mine.yaml")["problems"]
+    assert (row["place"], row["key"]) == ("mine.yaml:1", "recipe")
+    assert 'did you mean "lora"' in row["message"]
+    assert "lora" in row["hint"]
+    (row,) = examined("nowhere.yaml")["problems"]
+    assert (row["place"], row["key"]) == ("", "")
+    assert 'no config "nowhere.yaml"' in row["message"]
+
+
+def test_check_gives_each_picture_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_pictures: Callable[..., Path]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_pictures(Path("photos"))
+    Path("photos/00.txt").unlink()
+    Path("photos/01.png").write_bytes(b"no picture")
+    found = examined("tiny/lora", "data.path=photos", "data.validation=nowhere", "model.source=tinny")
+    assert found["facts"]["pictures"] == 2
+    model, *rows = found["problems"]
+    assert (model["place"], model["key"]) == ("command line", "model.source")
+    assert [(row["place"], row["key"]) for row in rows] == [
+        ("photos/00.png", ""),
+        ("photos/01.png", ""),
+        ("nowhere", "data.validation"),
+    ]
+    assert rows[0]["message"] == "no caption: 00.txt is missing"
+    assert rows[0]["hint"] == "write what it shows into 00.txt"
+    assert "cannot be read as a picture" in rows[1]["message"]
+    found = examined("tiny/lora", "data.path=builtin/pictures/stile", "optimize=[prune]")
+    assert [(row["place"], row["key"]) for row in found["problems"]] == [
+        ("command line", "optimize[0]"),
+        ("command line", "data.path"),
+    ]
+
+
+def test_check_of_a_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(CONFIGS / "tiny" / "lora.yaml", "mine.yaml")
+    with Path("mine.yaml").open("a") as file:
+        file.write("optimize:\n  - merge\n  - quantize: {scheme: int8}\n  - export_onnx\n")
+    (row,) = examined("mine.yaml", "optimize=[export_onnx, merge]")["problems"]
+    assert (row["place"], row["key"]) == ("command line", "optimize[0]")
+    assert "needs a torch model but the chain starts with adapter" in row["message"]
+    assert row["hint"] == "put `merge: {}` before it"
+    lines = Path("mine.yaml").read_text().splitlines()
+    file_line = len(lines) - 1
+    assert lines[file_line - 1].startswith("  - quantize")
+    Path("mine.yaml").write_text("\n".join(lines).replace("scheme: int8", "shceme: int8") + "\n  - prnue\n")
+    rows = examined("mine.yaml")["problems"]
+    assert [(row["place"], row["key"]) for row in rows] == [
+        (f"mine.yaml:{file_line}", "optimize[1].quantize.shceme"),
+        (f"mine.yaml:{file_line + 2}", "optimize[3]"),
+    ]
+    assert [row["message"] for row in rows] == [
+        'unknown key; did you mean "scheme"?',
+        "there is no pass 'prnue'; did you mean \"prune\"?",
+    ]
 
 
 def test_generate_takes_a_run_an_adapter_and_a_pass(run: Path, tmp_path: Path) -> None:

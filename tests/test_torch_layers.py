@@ -1,4 +1,4 @@
-"""tunekit/layers.py: packed weights, and layers that differ from the config. test_layers.py: the house."""
+"""tunekit/layers.py: packed weights, and layers that differ from the config."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from tunekit import families, layers
 from tunekit.config import AdapterConfig
 from tunekit.errors import MissingPackageError, ModelError
-from tunekit.structures import find
+from tunekit.passes.prunable import find
 
 FAMILY = families.get("sd15")
 SCHEMES = ["int8", "int4", "nf4"]

@@ -13,11 +13,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tunekit.config import SamplingConfig
 from tunekit.errors import ArtifactError, did_you_mean, output_errors
 from tunekit.resources import Source, builtin
+
+if TYPE_CHECKING:
+    from tunekit.config import SamplingConfig
 
 VERSION = 2
 """Of artifact.json; version 1, which says neither how the model is drawn with nor how it is opened, is read."""
@@ -337,7 +339,11 @@ def _opened(record: dict[str, Any]) -> Source | None:
 
 
 def _sampling(record: Any) -> SamplingConfig | None:
-    return None if record is None else SamplingConfig.model_validate(record)
+    if record is None:
+        return None
+    from tunekit.config import SamplingConfig  # pydantic, which `tunekit ls` does without
+
+    return SamplingConfig.model_validate(record)
 
 
 # Run folders -----------------------------------------------------------------------------------------------

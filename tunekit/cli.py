@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunekit.errors import (
-    ArtifactError,
-    ConfigError,
-    DataError,
-    ModelError,
-    OutputError,
-    TunekitError,
-    did_you_mean,
-)
+from tunekit.errors import TunekitError
 
 # Everything else is imported where it is used, so that `tunekit --help` and its like answer at once.
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from tunekit.artifacts import Artifact
-    from tunekit.config import Loaded
+    from tunekit.config import SamplingConfig
     from tunekit.memory.plan import Plan
 
 app = typer.Typer(
@@ -42,6 +33,11 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="a.b=c ...", help="values that replace the config's")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Steps = Annotated[int | None, typer.Option(min=1, help="sampling steps; default: the model's own")]
+Guidance = Annotated[
+    float | None, typer.Option(min=0, help="classifier-free guidance; default: the model's own")
+]
+Side = Annotated[int | None, typer.Option(help="pixels; default: the model's own")]
 Runs = Annotated[Path, typer.Option("--runs", help="folder of all runs")]
 
 
@@ -109,50 +105,15 @@ def _print_json(value: Any) -> None:
 # ls ---------------------------------------------------------------------------------------------------------
 
 
-def _first_line(path: Path) -> str:
-    """First line of a module's docstring, or of a YAML file's comment, without importing anything."""
-    with path.open(encoding="utf-8") as file:
-        head = file.read(400)
-    match = re.match(r'\s*(?:"""|#\s*)(.+?)(?:"""|\n|$)', head)
-    return match[1].strip() if match else ""
-
-
-def _run_state(path: Path) -> dict[str, Any] | None:
-    from tunekit.artifacts import RunFolder
-
-    run = RunFolder(path)
-    if not run.config.is_file():
-        return None
-    trained, passes = run.trained(), run.passes()
-    checkpoints = sorted(run.checkpoints.glob("step-*"))
-    final = passes[-1] if passes else trained
-    state = "trained" if trained else f"at {checkpoints[-1].name}" if checkpoints else "begun"
-    if passes:
-        state = f"{len(passes)} {'pass' if len(passes) == 1 else 'passes'} done"
-    return {"run": str(path), "state": state, "final": final.name if final else None}
-
-
 @app.command("ls")
 def ls(runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     """What there is: configs, recipes, families, passes, bundled models and pictures, runs."""
-    from tunekit.config import config_names, find_config
-    from tunekit.registry import FAMILIES, PASSES, Registry, recipe_names, recipe_path
-    from tunekit.resources import PACKAGE, builtin_names
+    from tunekit import workspace
 
-    def members(registry: Registry[Any]) -> dict[str, str]:
-        files = {name: PACKAGE / registry.package.split(".")[1] / f"{name}.py" for name in registry.names()}
-        return {name: _first_line(file) if file.is_file() else "plug-in" for name, file in files.items()}
-
-    found: dict[str, dict[str, str]] = {
-        "configs": {name: _first_line(find_config(name)) for name in config_names()},
-        "recipes": {name: _first_line(recipe_path(name)) for name in recipe_names()},
-        "families": members(FAMILIES),
-        "passes": members(PASSES),
-        "builtin": dict.fromkeys(builtin_names(), ""),
-    }
-    states = [state for path in sorted(runs.glob("*")) if (state := _run_state(path))]
+    found = workspace.inventory()
+    states = workspace.runs(runs)
     if as_json:
-        _print_json({**found, "runs": states})
+        _print_json({**found, "runs": [asdict(state) for state in states]})
         return
     console = _console()
     for title, entries in found.items():
@@ -163,7 +124,7 @@ def ls(runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
         console.print(table)
     table = _table("folder", "state", "final")
     for state in states:
-        table.add_row(state["run"], state["state"], state["final"] or "-")
+        table.add_row(state.run, state.state, state.final or "-")
     _heading(console, f"runs in {runs}")
     console.print(table if states else " none")
 
@@ -191,95 +152,26 @@ def show(
         print(dump_yaml(loaded.config), end="")
 
 
-def _model(loaded: Loaded) -> Artifact | None:
-    """What `model.source` is; None for a recipe without a model.
-
-    Raises:
-        ArtifactError, ModelError: nothing there.
-    """
-    from tunekit.artifacts import open_artifact
-    from tunekit.registry import FAMILIES
-
-    model = getattr(loaded.config, "model", None)
-    if model is None:
-        return None
-    if model.family not in FAMILIES.names():
-        from tunekit import families
-
-        try:
-            families.get(model.family)
-        except ConfigError as error:
-            error.where = loaded.where("model.family")
-            raise
-    try:
-        return open_artifact(model.source, family=model.family)
-    except (ArtifactError, ModelError) as error:
-        error.where = loaded.where("model.source")
-        raise
-
-
-def _chain(loaded: Loaded, model: Artifact | None) -> str:
-    """Checks the passes of `optimize:` and describes them: "merge > export_onnx (onnx)".
-
-    Raises:
-        ChainError: unknown pass or key, or a wrong order.
-    """
-    from tunekit.passes.base import check_chain, parse_chain
-
-    config = loaded.config
-    passes = parse_chain(getattr(config, "optimize", []), loaded.chain_where)
-    if not passes:
-        return "none"
-    if hasattr(config, "adapter"):  # trained first
-        start = "adapter" if config.adapter else "torch"
-    else:
-        start = model.format if model else "torch"
-    end = check_chain(passes, start, loaded.chain_where)
-    return " > ".join(step.kind for step in passes) + f" ({end})"
-
-
 @app.command("check")
-def check(config: Config, overrides: Overrides = None) -> None:
+def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Look at a config, its passes and every picture, and list all that is wrong. Starts nothing."""
+    from tunekit import workspace
     from tunekit.config import load
 
+    if as_json:
+        examination = workspace.check(config, overrides or ())
+        _print_json(examination.as_json())
+        raise typer.Exit(2 if examination.problems else 0)
     loaded = load(config, overrides or ())
-    problems: list[TunekitError] = []
+    found = workspace.examine(loaded)
     table = _table("what", "found")
-    table.add_row("recipe", loaded.config.recipe)
-    table.add_row("writes to", str(loaded.config.run_dir))
-    model = None
-    try:
-        model = _model(loaded)
-        if model is not None:
-            on_hub = model.path is None and model.source != "tiny"
-            kind = "on the hub: not looked at" if on_hub else model.format
-            table.add_row("model", f"{loaded.config.model.source} ({kind})")
-    except TunekitError as error:
-        problems.append(error)
-    try:
-        table.add_row("passes", _chain(loaded, model))
-    except TunekitError as error:
-        problems.append(error)
-    data = getattr(loaded.config, "data", None)
-    if data is not None:
-        from tunekit.data.images import scan_data
-
-        scan = scan_data(data)
-        table.add_row("pictures", str(len(scan.samples)))
-        if scan.held_out:
-            table.add_row("held out", str(len(scan.held_out)))
-        if scan.prior:
-            table.add_row("class pictures", str(len(scan.prior)))
-        try:
-            scan.check()
-        except DataError as error:
-            problems.append(error)
+    for name, fact in found.facts.items():
+        table.add_row(name, str(fact))
     console = _console()
     console.print(str(loaded.path), style="bold")
     console.print(table)
-    if problems:
-        raise TunekitError("\n".join(str(problem) for problem in problems))
+    if found.errors:
+        raise TunekitError("\n".join(map(str, found.errors)))
     console.print("all is well", style="green")
 
 
@@ -290,23 +182,9 @@ def run(
     processes: Annotated[int, typer.Option(min=1, help="one per GPU, or several on the CPU")] = 1,
 ) -> None:
     """Run a recipe, through accelerate. The same command again continues where it stopped."""
-    from tunekit.config import load
-    from tunekit.launch import launch
-    from tunekit.registry import recipe_path
+    from tunekit import workspace
 
-    loaded = load(config, overrides or ())
-    _chain(loaded, _model(loaded) if hasattr(loaded.config, "optimize") else None)
-    memory = getattr(loaded.config, "memory", None)
-    device = memory.device if memory else getattr(loaded.config, "device", "auto")
-    if processes > 1:
-        from tunekit import hardware
-
-        kind = hardware.probe(device).torch_device.partition(":")[0]
-        if kind in {"cuda", "xpu"}:
-            hardware.probe(f"{kind}:{processes - 1}")  # says so if there are fewer
-        device = kind
-    recipe = recipe_path(loaded.config.recipe)
-    code = launch(recipe, loaded.path, overrides or (), processes=processes, cpu=device == "cpu")
+    _, code = workspace.launch(config, overrides or (), processes=processes)
     raise typer.Exit(code)
 
 
@@ -330,30 +208,22 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Predict a training's memory and find the fastest way that fits. No GPU, weights or network needed."""
-    from tunekit import planning
-    from tunekit.config import load
+    from tunekit import planning, workspace
 
     console = _console(stderr=True)
     plans = []
     for varied in planning.sweeps(overrides or [], sweep or []):
-        loaded = load(config, varied, stand_in="(not needed)")
-        found = planning.plan_config(
-            loaded,
-            device=device or ("all" if budget is None else None),
+        found = workspace.plan(
+            config,
+            *varied,
+            device=device,
             budget=budget,
             say=lambda line: console.print(line, style="dim"),
         )
         plans.append((varied, found))
     if picture is not None:
-        from tunekit.artifacts import write_text
-        from tunekit.memory.picture import draw
-
-        drawings = [draw(made) for _, found in plans for made in found]
-        if picture.suffix == ".svg" and len(drawings) > 1:
-            raise ConfigError(
-                f"{len(drawings)} plans do not go into one .svg", where="--picture", hint="give an .html file"
-            )
-        console.print(f"picture: {write_text(picture, chr(10).join(drawings))}", style="dim")
+        file = workspace.picture_plans([made for _, found in plans for made in found], picture)
+        console.print(f"picture: {file}", style="dim")
     code = 0 if any(made.fits for _, found in plans for made in found) else 2
     if as_json:
         flat = [made.as_json() for _, found in plans for made in found]
@@ -424,6 +294,25 @@ def _show_plan(console: Console, made: Plan) -> None:
 # generate, bench, report ------------------------------------------------------------------------------------
 
 
+def _sampling(
+    steps: int | None,
+    guidance: float | None,
+    height: int | None,
+    width: int | None,
+    negative: str | None = None,
+) -> SamplingConfig:
+    """Options as a section, with the messages of one.
+
+    Raises:
+        ConfigError: a size that no model draws.
+    """
+    from tunekit.config import SamplingConfig, validate
+
+    given = {"steps": steps, "guidance": guidance, "height": height, "width": width}
+    known = {key: value for key, value in {**given, "negative_prompt": negative}.items() if value is not None}
+    return validate(SamplingConfig, known, lambda key: "command line")
+
+
 @app.command("generate")
 def generate(
     artifact: Annotated[
@@ -431,13 +320,13 @@ def generate(
         typer.Argument(help='run folder, adapter, any artifact, diffusers folder, hub id, or "builtin/..."'),
     ],
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="may be given several times")],
-    negative: Annotated[str, typer.Option(help="what not to draw")] = "",
+    negative: Annotated[str | None, typer.Option(help="what not to draw")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of the first picture; the next ones count up")] = 0,
     count: Annotated[int, typer.Option(min=1, help="pictures of each prompt")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="sampling steps")] = 30,
-    guidance: Annotated[float, typer.Option(min=0, help="classifier-free guidance")] = 7.5,
-    height: Annotated[int | None, typer.Option(help="pixels; default: the model's own")] = None,
-    width: Annotated[int | None, typer.Option(help="pixels; default: the model's own")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    height: Side = None,
+    width: Side = None,
     out: Annotated[Path, typer.Option(help="folder, or a .png file for one picture")] = Path("generated"),
     adapter: Annotated[str | None, typer.Option(help="adapter to put on the artifact")] = None,
     family: Annotated[str | None, typer.Option(help="if the artifact does not say it")] = None,
@@ -448,78 +337,32 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16, for torch and OpenVINO")] = None,
 ) -> None:
     """Draw pictures with a run, an adapter, any artifact of a chain, a diffusers folder or a hub id."""
-    from tunekit.artifacts import open_artifact
-
-    wanted = [(text, seed + index) for text in prompt for index in range(count)]
-    if out.suffix.lower() == ".png" and len(wanted) > 1:
-        raise ConfigError(
-            f"{len(wanted)} pictures do not go into one file", where="--out", hint="give a folder"
-        )
-    opened = open_artifact(artifact, family=family)
-
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from tunekit import runtime
+    from tunekit import workspace
 
-    drawer = runtime.open_runtime(
-        opened, family=family, device=device, provider=provider, adapter=adapter, dtype=dtype
-    )
-    facts = {
-        "negative_prompt": negative,
-        "steps": str(steps),
-        "guidance": f"{guidance:g}",
-        "source": artifact,
-        "runtime": drawer.title,
-    }
-    batch = 4
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = _console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(drawer.title, total=steps * -(-len(wanted) // batch))
-        for start in range(0, len(wanted), batch):
-            group = wanted[start : start + batch]
-            pictures = runtime.generate(
-                drawer,
-                [text for text, _ in group],
-                seeds=[number for _, number in group],
-                negative_prompt=negative,
-                steps=steps,
-                guidance=guidance,
-                height=height,
-                width=width,
-                on_step=lambda *_: progress.advance(task),
-            )
-            for (text, number), picture in zip(group, pictures, strict=True):
-                path = _picture_path(out, text, number)
-                _save_png(path, picture, {"prompt": text, "seed": str(number), **facts})
-                print(path)
-    drawer.close()
-
-
-def _picture_path(out: Path, prompt: str, seed: int) -> Path:
-    if out.suffix.lower() == ".png":
-        return out
-    slug = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60] or "picture"
-    path, again = out / f"{slug}-{seed}.png", 1
-    while path.exists():  # nothing that was drawn before is lost
-        again += 1
-        path = out / f"{slug}-{seed}-{again}.png"
-    return path
-
-
-def _save_png(path: Path, picture: Any, facts: dict[str, str]) -> None:
-    """Writes a picture that says how it was made."""
-    from PIL.PngImagePlugin import PngInfo
-
-    import tunekit
-    from tunekit.errors import output_errors
-
-    info = PngInfo()
-    for name, text in {**facts, "software": f"tunekit {tunekit.__version__}"}.items():
-        info.add_text(name, text)
-    with output_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, pnginfo=info)
+        task = progress.add_task("", visible=False)
+        sampling = _sampling(steps, guidance, height, width, negative)
+        for path in workspace.draw(
+            artifact,
+            prompt,
+            sampling,
+            out=out,
+            seed=seed,
+            count=count,
+            adapter=adapter,
+            family=family,
+            device=device,
+            provider=provider,
+            dtype=dtype,
+            on_step=lambda title, done, total: progress.update(
+                task, description=title, completed=done, total=total, visible=True
+            ),
+        ):
+            print(path)
 
 
 @app.command("bench")
@@ -528,11 +371,11 @@ def bench(
         list[str], typer.Argument(metavar="A B ...", help="as for generate; A is the baseline")
     ],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="taken in turn")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="sampling steps of a picture")] = 30,
+    steps: Steps = None,
     repeats: Annotated[int, typer.Option(min=1, help="rounds; each draws a picture with every artifact")] = 5,
-    guidance: Annotated[float, typer.Option(min=0, help="classifier-free guidance")] = 7.5,
-    height: Annotated[int | None, typer.Option(help="pixels; default: the model's own")] = None,
-    width: Annotated[int | None, typer.Option(help="pixels; default: the model's own")] = None,
+    guidance: Guidance = None,
+    height: Side = None,
+    width: Side = None,
     family: Annotated[str | None, typer.Option(help="if the artifacts do not say it")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu, mps")] = "auto",
     provider: Annotated[
@@ -583,27 +426,15 @@ def bench(
     _console().print(table)
 
 
-def _run_folder(name: str) -> Path:
-    """A run by its folder, or by its name under `runs`."""
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if (Path("runs") / name).is_dir():
-        return Path("runs") / name
-    near = [str(folder) for parent in (path.parent, Path("runs")) for folder in parent.glob("*")]
-    raise ArtifactError(
-        f'there is no run "{name}"', hint=did_you_mean(name, near) or "tunekit ls shows the runs"
-    )
-
-
 @app.command("report")
 def report(
     run: Annotated[str, typer.Argument(help="run folder, or its name under runs/")], as_json: AsJson = False
 ) -> None:
     """Write a run's report.html and report.json again, and show the figures."""
     from tunekit import report as reports
+    from tunekit import workspace
 
-    folder = _run_folder(run)
+    folder = workspace.find_run(run)
     if as_json:
         _print_json(reports.load(folder))
         return
@@ -698,28 +529,6 @@ def cp(
     force: Annotated[bool, typer.Option("--force", help="overwrite")] = False,
 ) -> None:
     """Copy a ready-made config or recipe, to make it your own."""
-    from tunekit.artifacts import write_text
-    from tunekit.config import config_names, find_config
-    from tunekit.registry import recipe_names, recipe_path
-    from tunekit.resources import configs_dir
+    from tunekit import workspace
 
-    key = name.removesuffix(".yaml").removesuffix(".py")
-    is_recipe = key in recipe_names() and (key not in config_names() or dest.suffix == ".py")
-    if not is_recipe and key not in config_names():
-        hint = did_you_mean(name, [*config_names(), *recipe_names()]) or "tunekit ls shows what there is"
-        raise ConfigError(f'there is no config or recipe "{name}"', hint=hint)
-    source = recipe_path(key) if is_recipe else find_config(configs_dir() / f"{key}.yaml")
-    target = dest / source.name if dest.is_dir() else dest
-    if target.exists() and not force:
-        raise OutputError(
-            "is there already", where=str(target), hint="choose another name, or --force to overwrite"
-        )
-    text = source.read_text(encoding="utf-8")
-    if not is_recipe:
-        # What a copy extends it must still find from its new place: by name among the ready-made ones.
-        def by_name(match: re.Match[str]) -> str:
-            base = (source.parent / match[2]).resolve()
-            return match[1] + base.relative_to(configs_dir().resolve()).as_posix()
-
-        text = re.sub(r"(?m)^(extends:\s*)([^\s#]+)", by_name, text)
-    print(write_text(target, text))
+    print(workspace.copy(name, dest, force=force))

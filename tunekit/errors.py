@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -18,15 +18,27 @@ class TunekitError(Exception):
         message: what was wrong, in one sentence.
         where: `file:line`, a path, or "command line".
         hint: what to change, as a line of its own.
+        key: dotted key of the config that it is about.
+        parts: what `message` lists, where that are several things.
     """
 
     exit_code = 2
 
-    def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str | None = None,
+        hint: str | None = None,
+        key: str = "",
+        parts: Sequence[TunekitError] = (),
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.where = where
         self.hint = hint
+        self.key = key
+        self.parts = tuple(parts)
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.message}" if self.where else self.message

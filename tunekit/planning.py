@@ -10,22 +10,22 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tunekit import hardware, optimizers
 from tunekit.artifacts import Artifact, RunFolder, write_json
 from tunekit.config import Loaded, TrainingRunConfig
 from tunekit.errors import ConfigError, DeviceError, OutOfMemory
-from tunekit.resources import builtin
+from tunekit.resources import builtin, cache_dir
 from tunekit.units import parse_bytes
 
 if TYPE_CHECKING:
     from tunekit.memory.plan import Plan
     from tunekit.memory.planner import Planner
     from tunekit.memory.room import Room
+    from tunekit.training.run import Processes
 
 C = TypeVar("C", bound=TrainingRunConfig)
 SHRINK, ATTEMPTS = 0.85, 3
@@ -100,72 +100,90 @@ def plan_config(
     return [_known(config, facts, size, say, strict=False) for facts in cards]
 
 
-def settle(config: C) -> tuple[C, Plan | None]:
+def settle(config: C, processes: Processes | None = None) -> tuple[C, Plan | None]:
     """What a run does on the device it is on: a config with nothing left to be decided, and the plan.
 
     Precision and optimizer are made definite; where `memory.budget` asks for it, the rest of `memory:` is
     planned for what is free. A run that was begun keeps what it was planned with as far as it changes what is
-    learned.
+    learned. The first process decides for all of them, by the device that has the least free, so that they
+    never differ.
+
+    Args:
+        processes: of the run; one alone if not given.
 
     Raises:
         DeviceError: the device is not there.
-        DoesNotFit: before anything is loaded.
+        DoesNotFit: before anything is loaded; on all processes.
     """
+    from tunekit.training.run import Processes
+
+    group = processes or Processes()
+    if config.memory.budget is not None:
+        hardware.forget()  # what an attempt before kept would not count as free
+    found = hardware.probe(config.memory.device)
+    host = None if found.kind == "cpu" else hardware.probe("cpu").free_bytes
+    devices, hosts = zip(*group.gather((found, host)), strict=True)
+    least = replace(
+        min(devices, key=lambda device: device.free_bytes),
+        supports_bf16=all(device.supports_bf16 for device in devices),
+    )
+    known = [size for size in hosts if size is not None]
+    free_on_host = min(known) if known else None
+    update, optimizer, plan = group.decide(lambda: _decide(config, least, free_on_host, group))
+    memory = config.memory.model_copy(update=update)
+    train = config.train.model_copy(update={"optimizer": optimizer})
+    return config.model_copy(update={"memory": memory, "train": train}), plan
+
+
+def _decide(
+    config: TrainingRunConfig, device: hardware.Device, host_bytes: int | None, group: Processes
+) -> tuple[dict[str, Any], str, Plan | None]:
+    """What `settle` puts under `memory:`, the optimizer, and the plan."""
     memory, train = config.memory, config.train
     precision = memory.precision
     if precision == "auto":
-        found = hardware.probe(memory.device)
-        precision = _best(found.kind, found.supports_bf16)
+        precision = hardware.best_precision(device.kind, device.supports_bf16)
     optimizer = optimizers.find(train.optimizer).name
+    kept: dict[str, Any] = {"precision": precision}
     begun = _begun(config.run_dir)
     if begun and memory.budget is not None:
         if train.optimizer == optimizers.AUTO:
             optimizer = begun["optimizer"]
-        kept = {"optimizer_in_backward": begun["optimizer_in_backward"]}
+        kept["optimizer_in_backward"] = begun["optimizer_in_backward"]
         if memory.base_precision is None:
             packed = begun["base_precision"] != begun["precision"]
             kept["base_precision"] = begun["base_precision"] if packed else "same"
-        memory = memory.model_copy(update=kept)
-    memory = memory.model_copy(update={"precision": precision})
-    pinned = train.model_copy(update={"optimizer": optimizer})
     if memory.budget is None or _is_trained(config):
-        return config.model_copy(update={"memory": memory, "train": pinned}), None
+        return kept, optimizer, None
+    pinned = train.model_copy(update={"optimizer": optimizer})
     asked = pinned if begun or train.optimizer != optimizers.AUTO else train
-    open_config = config.model_copy(update={"memory": memory, "train": asked})
+    open_config = config.model_copy(update={"memory": memory.model_copy(update=kept), "train": asked})
     budget = None if memory.budget == "auto" else parse_bytes(memory.budget)
     # It may have run out before there was a checkpoint.
     ran_out = _begun(config.run_dir, always=True).get("ran_out", ())
     lost = min((int(one["budget_bytes"]) for one in ran_out), default=None)
     if lost is not None:
         budget = min(budget or lost, lost)
-        hardware.forget()  # what the attempt before kept would not count as free
-    place = _here(config, memory.device, budget)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    made = _planned(open_config, place, place.title, lambda line: None, processes=processes)
-    settled = memory.model_copy(update=made.memory())
-    pinned = train.model_copy(update={"optimizer": made.optimizer})
-    return config.model_copy(update={"memory": settled, "train": pinned}), made
+    place = _place(open_config, device, host_bytes, budget, group.local)
+    made = _planned(open_config, place, place.title, lambda line: None, processes=group.count)
+    return {**kept, **made.memory()}, made.optimizer, made
 
 
-@contextmanager
-def replanning(config: TrainingRunConfig) -> Iterator[None]:
-    """Where a run trains: when memory runs out in spite of a plan, the next plan shall ask for less.
+def ran_out(config: TrainingRunConfig, error: BaseException) -> OutOfMemory | None:
+    """What to raise where memory ran out while a run trained in spite of its plan; None for other errors.
 
-    Raises:
-        OutOfMemory: its `replan` says whether to start again at once (`memory.on_oom=replan`).
+    The next plan shall ask for less, which is noted in plan.json. The error's `replan` says whether to start
+    again at once (`memory.on_oom=replan`).
     """
     from tunekit.training.loop import is_out_of_memory
 
-    try:
-        yield
-        return
-    except OutOfMemory as error:
+    if isinstance(error, OutOfMemory):
         short = error
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
+    elif is_out_of_memory(error):
         text = str(error).strip().partition("\n")[0]
         short = OutOfMemory(f"memory ran out ({text})", hint="memory.budget=auto plans a run that fits")
+    else:
+        return None
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # others may wait for this process
     plan = _begun(config.run_dir, always=True)
     if config.memory.budget is not None and plan and alone:
@@ -173,7 +191,7 @@ def replanning(config: TrainingRunConfig) -> Iterator[None]:
         less = {"budget_bytes": round(int(plan["device_bytes"]) * SHRINK), "why": short.message}
         write_json(config.run_dir / "plan.json", {**plan, "ran_out": [*known, less]})
         short.replan = config.memory.on_oom == "replan" and len(known) < ATTEMPTS
-    raise short.with_traceback(None) from None
+    return short
 
 
 def _begun(run_dir: Path, *, always: bool = False) -> dict[str, Any]:
@@ -230,7 +248,7 @@ def _known(
 ) -> Plan:
     """The plan for a card of the table; the second time without importing torch."""
     precision, notes = config.memory.precision, []
-    usable = _best(facts.kind, facts.supports_bf16)
+    usable = hardware.best_precision(facts.kind, facts.supports_bf16)
     if precision == "auto":
         precision = usable
     elif precision == "bf16" and not facts.supports_bf16:
@@ -259,7 +277,7 @@ def _planned(
     """
     from tunekit.memory.plan import Plan, refuse
 
-    file = _cache() / "plans" / f"{_digest(config, place, name, processes)}.json"
+    file = cache_dir() / "plans" / f"{_digest(config, place, name, processes)}.json"
     try:
         made = Plan.load(json.loads(file.read_text(encoding="utf-8")))
         if made.fits or not strict:
@@ -300,11 +318,6 @@ def _digest(config: TrainingRunConfig, place: _Place, name: str, processes: int)
     return digest.hexdigest()[:24]
 
 
-def _cache() -> Path:
-    """Where plans and traces are kept between calls: `tunekit` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunekit"
-
-
 def _refuse_what_it_lacks(config: TrainingRunConfig, facts: hardware.DeviceFacts, loaded: Loaded) -> None:
     """Errors for what was set and the card cannot do."""
     needs = []
@@ -328,6 +341,24 @@ def _here(config: TrainingRunConfig, device: str | None, budget: int | None) -> 
         asked = config.memory.precision
         return _Place("a card", facts, budget, "bf16" if asked == "auto" else asked)
     found = hardware.probe(device)
+    host = None if found.kind == "cpu" else hardware.probe("cpu").free_bytes
+    return _place(config, found, host, budget)
+
+
+def _place(
+    config: TrainingRunConfig,
+    found: hardware.Device,
+    host_bytes: int | None,
+    budget: int | None,
+    sharers: int = 1,
+) -> _Place:
+    """A device that answers.
+
+    Args:
+        host_bytes: free in the memory of the host; None where that is the device's own.
+        budget: bytes that may be used; None is all that is free.
+        sharers: processes on one machine, which share its processor's memory.
+    """
     facts = hardware.resembling(found) or replace(
         hardware.find("cpu"),
         kind=found.kind,
@@ -337,18 +368,12 @@ def _here(config: TrainingRunConfig, device: str | None, budget: int | None) -> 
     )
     precision = config.memory.precision
     if precision == "auto":
-        precision = _best(found.kind, found.supports_bf16)
+        precision = hardware.best_precision(found.kind, found.supports_bf16)
     total = min(budget, found.free_bytes) if budget else found.free_bytes
     on_cpu = found.kind == "cpu"
-    host = None if on_cpu else hardware.probe("cpu").free_bytes
-    return _Place(found.title, facts, total, precision, True, on_cpu, host, found.note)
-
-
-def _best(kind: str, supports_bf16: bool) -> Literal["fp32", "bf16", "fp16"]:
-    """What `memory.precision=auto` is on a device."""
-    if kind in ("cpu", "mps"):
-        return "fp32"
-    return "bf16" if supports_bf16 else "fp16"
+    if on_cpu:
+        total //= sharers
+    return _Place(found.title, facts, total, precision, True, on_cpu, host_bytes, found.note)
 
 
 def _planner(
@@ -370,12 +395,10 @@ def _planner(
         batch_size=-(-config.train.batch_size * rows // processes),
         memory=memory,
         may_change_optimizer=config.train.optimizer == optimizers.AUTO,
-        cache=_cache() / "traces",
+        cache=cache_dir() / "traces",
         say=say,
     )
     room = room_of(place.facts, budget=place.total, real=place.is_here)
-    if place.on_cpu:
-        room = replace(room, total=room.total // processes)
     room = replace(room, title=place.title, host_bytes=place.host_bytes, why_less=place.why_less)
     notes = []
     if job.blueprint.assumed:

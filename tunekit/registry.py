@@ -106,7 +106,7 @@ def recipe_path(name_or_path: str, *, where: str | None = None) -> Path:
         path = Path(text).expanduser()
         if path.is_file():
             return path.resolve()
-        raise ConfigError(f'the recipe file "{text}" does not exist', where=where)
+        raise ConfigError(f'the recipe file "{text}" does not exist', where=where, key="recipe")
     if text in recipe_names():
         return recipes_dir() / f"{text}.py"
     hint = did_you_mean(text, recipe_names())
@@ -114,6 +114,7 @@ def recipe_path(name_or_path: str, *, where: str | None = None) -> Path:
         f'there is no recipe "{text}"' + (f"; {hint}" if hint else ""),
         where=where,
         hint=f"known: {', '.join(recipe_names())}, or the path of a recipe file (.py)",
+        key="recipe",
     )
 
 
@@ -130,7 +131,7 @@ def load_recipe(name_or_path: str, *, where: str | None = None) -> ModuleType:
         return known
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f'"{path}" cannot be imported as a recipe', where=where)
+        raise ConfigError(f'"{path}" cannot be imported as a recipe', where=where, key="recipe")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # pydantic resolves annotations through sys.modules
     try:
@@ -141,5 +142,6 @@ def load_recipe(name_or_path: str, *, where: str | None = None) -> ModuleType:
     missing = [part for part in ("Config", "main") if not hasattr(module, part)]
     if missing:
         del sys.modules[name]
-        raise ConfigError(f'"{path}" is no recipe: it does not define {" and ".join(missing)}', where=where)
+        message = f'"{path}" is no recipe: it does not define {" and ".join(missing)}'
+        raise ConfigError(message, where=where, key="recipe")
     return module

@@ -1,4 +1,4 @@
-"""Where the files that come with tunekit lie: recipes, configs, and the bundled model and pictures."""
+"""Where files lie: the recipes, configs, model and pictures that come with tunekit, and its cache."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ def builtin(source: str) -> Path | None:
     raise ModelError(f'nothing is bundled under the name "{source}"', hint=hint)
 
 
+def cache_dir() -> Path:
+    """Where plans, traces and engines are kept between calls: `tunekit` in the user's cache folder."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("tunekit", appauthor=False)
+
+
 def resolve_path(text: str) -> Path:
     """A path as the user wrote it (`~` expanded), or the place of a "builtin/..." name."""
     return builtin(text) or Path(text).expanduser()
-
-
-def cache_dir() -> Path:
-    """Where tunekit keeps what it can make again: plans, traces, hashes, engines."""
-    import platformdirs
-
-    return platformdirs.user_cache_path("tunekit", appauthor=False)

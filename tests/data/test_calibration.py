@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from tunekit.data.examples import UNCONDITIONAL, Examples, gather
 
 from tunekit import families
 from tunekit.config import DataConfig
-from tunekit.data.examples import UNCONDITIONAL, Examples, gather
 from tunekit.errors import ConfigError
 
 FAMILY = families.get("sd15")

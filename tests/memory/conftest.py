@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from tunekit.families.blueprint import Blueprint
 
 from tunekit import families
-from tunekit.families.blueprint import Blueprint
 
 
 @pytest.fixture(scope="session")

@@ -17,11 +17,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from tunekit.families.blueprint import Blueprint
 
 from tunekit import families, layers, optimizers
 from tunekit.config import AdapterConfig, TrainConfig
 from tunekit.errors import ConfigError, MissingPackageError
-from tunekit.families.blueprint import Blueprint
 from tunekit.memory import job as jobs
 from tunekit.memory.job import Job, StepTrace, trace_preview, trace_step
 from tunekit.memory.levers import (

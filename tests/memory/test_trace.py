@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from tunekit.families.blueprint import Blueprint
 
 from tunekit import families
 from tunekit.config import AdapterConfig
 from tunekit.errors import ConfigError
-from tunekit.families.blueprint import Blueprint
 from tunekit.memory.job import Job, trace_encode, trace_preview, trace_step
 from tunekit.memory.levers import Levers, checkpoint_units, fit
 from tunekit.memory.trace import CPU, CUDA, Tracer

@@ -30,6 +30,7 @@ def test_all_passes_of_the_road_are_there():
         "verify",
         "benchmark",
     } <= set(NAMES)
+    assert not {"base", "prunable", "onnx_int8"} & set(NAMES)  # what passes are made of
 
 
 @pytest.mark.parametrize("name", NAMES)

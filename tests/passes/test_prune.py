@@ -12,9 +12,9 @@ from tunekit.artifacts import Artifact, open_artifact
 from tunekit.config import DataConfig
 from tunekit.errors import ConfigError
 from tunekit.passes.base import run_chain
+from tunekit.passes.prunable import find, parameters
 from tunekit.passes.prune import Prune, choose
 from tunekit.runtime import generate_pixels, open_runtime
-from tunekit.structures import find, parameters
 
 FAMILY = families.get("sd15")
 FEW = {"samples": 8}

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
+from tunekit.data.examples import Examples, gather
 
 from tunekit import families
-from tunekit.data.examples import Examples, gather
 from tunekit.training.distill import Distillation, output_error
 
 FAMILY = families.get("sd15")

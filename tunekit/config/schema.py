@@ -232,9 +232,11 @@ def validate(
             message += f"; set it here or give {dotted(key)}=... {_description(schema, key)}"
         elif present and message.startswith("must "):
             message += f", not {_shown_value(value)}"
-        lines.append((where(key), f"{dotted(key) or schema.__name__}: {message}"))
+        text = f"{dotted(key) or schema.__name__}: {message}"
+        lines.append((where(key), text, error(message, where=where(key), key=dotted(key))))
     lines.sort(key=lambda line: _line_order(line[0]))
-    raise error("\n".join(f"{place}: {text}" for place, text in lines))
+    listed = "\n".join(f"{place}: {text}" for place, text, _ in lines)
+    raise error(listed, parts=[part for *_, part in lines])
 
 
 def _line_order(place: str) -> tuple[str, int]:
@@ -319,7 +321,8 @@ def _recipe_schema(document: Document) -> type[RunConfig]:
     recipe = document.tree.get("recipe")
     where = document.where(("recipe",))
     if not isinstance(recipe, str) or recipe == REQUIRED:
-        raise ConfigError("recipe: is required: the name of a recipe, such as lora", where=where)
+        message = "recipe: is required: the name of a recipe, such as lora"
+        raise ConfigError(message, where=where, key="recipe")
     schema: type[RunConfig] = load_recipe(recipe, where=where).Config
     return schema
 

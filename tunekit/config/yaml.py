@@ -88,7 +88,9 @@ class Document:
             return  # it is no section, which is said when it is validated
         if name in there:
             raise ConfigError(
-                f"{dotted(former)}: is the former name of {dotted(key)}, which is set too", where=place
+                f"{dotted(former)}: is the former name of {dotted(key)}, which is set too",
+                where=place,
+                key=dotted(former),
             )
         there[name] = section.pop(last)
         self.places = {**self.places, key: place}
@@ -165,7 +167,7 @@ def parse(text: str, path: Path, *, start: Key = (), fixed: str | None = None) -
         ConfigError: bad syntax, or keys given twice.
     """
     places: dict[Key, str] = {}
-    problems: list[str] = []
+    problems: list[ConfigError] = []
     loader = _Loader(text.replace(REQUIRED, _STAND_IN))
 
     def place(node: yaml.Node) -> str:
@@ -184,7 +186,8 @@ def parse(text: str, path: Path, *, start: Key = (), fixed: str | None = None) -
         for key_node, value_node in node.value:
             child = (*key, str(key_node.value))
             if child in places:
-                problems.append(f"{place(key_node)}: {dotted(child)}: given twice, first at {places[child]}")
+                message = f"given twice, first at {places[child]}"
+                problems.append(ConfigError(message, where=place(key_node), key=dotted(child)))
                 continue
             places[child] = place(key_node)
             result[str(key_node.value)] = convert(value_node, child)
@@ -202,7 +205,8 @@ def parse(text: str, path: Path, *, start: Key = (), fixed: str | None = None) -
     finally:
         loader.dispose()
     if problems:
-        raise ConfigError("\n".join(problems))
+        listed = "\n".join(f"{found.where}: {found.key}: {found.message}" for found in problems)
+        raise ConfigError(listed, parts=problems)
     return Document(path, tree, places)
 
 
@@ -270,14 +274,17 @@ def _read_file(path: Path, children: tuple[Path, ...]) -> Document:
     where = document.where(("extends",))
     document.drop_places(("extends",))
     if not isinstance(parent, str):
-        raise ConfigError("extends: takes the path of one config file", where=where)
+        raise ConfigError("extends: takes the path of one config file", where=where, key="extends")
     # A config that was copied out of the ready-made ones still finds what it extends.
     candidates = (path.parent / parent, configs_dir() / parent, configs_dir() / f"{parent}.yaml")
     base = next((candidate for candidate in candidates if candidate.is_file()), None)
     if base is None:
         raise ConfigError(
-            f'extends: there is no "{parent}"', where=where, hint="the path is relative to this file"
+            f'extends: there is no "{parent}"',
+            where=where,
+            hint="the path is relative to this file",
+            key="extends",
         )
     if base.resolve() in {item.resolve() for item in (*children, path)}:
-        raise ConfigError(f'extends: "{parent}" leads back to this file', where=where)
+        raise ConfigError(f'extends: "{parent}" leads back to this file', where=where, key="extends")
     return document.lay_over(_read_file(base, (*children, path)))

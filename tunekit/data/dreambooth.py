@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunekit.artifacts import clean_leftovers
-from tunekit.config import CLASS_BATCH, DreamboothData, ModelConfig
+from tunekit.config import CLASS_BATCH, DreamboothData, ModelConfig, SamplingConfig
 from tunekit.data.images import SUFFIXES, Sample, Scan, scan_data
 from tunekit.diffusion.noise import stable_seed
 from tunekit.errors import output_errors
@@ -42,6 +42,14 @@ def class_folder(data: DreamboothData, run_dir: Path, *, model: ModelConfig, see
     return run_dir / f"class-{hashlib.blake2b(json.dumps(drawn).encode(), digest_size=4).hexdigest()}"
 
 
+def class_sampling(data: DreamboothData) -> SamplingConfig:
+    """How class pictures are drawn."""
+    side = data.resolution
+    return SamplingConfig(
+        steps=data.class_steps, guidance=data.class_guidance, height=side, width=side, negative_prompt=""
+    )
+
+
 def class_pictures(
     data: DreamboothData,
     folder: Path,
@@ -71,28 +79,43 @@ def class_pictures(
     wanted = [
         folder / f"drawn-{index:04d}.png" for index in range(data.class_pictures - len(present) + len(own))
     ]
-    missing = [index for index, path in enumerate(wanted) if not path.exists()]
-    if missing:
-        groups = sorted({index // GROUP for index in missing})
-        if accelerator.is_main_process:
-            say(f"drawing {len(missing)} class pictures of {data.class_prompt!r}")
-            with output_errors(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            clean_leftovers(folder)
-        accelerator.wait_for_everyone()
-        draw = drawing()
-        rank, processes = accelerator.process_index, accelerator.num_processes
-        for done, group in enumerate(groups[rank::processes], start=1):
+    groups = _missing(wanted)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    draw: Draw | None = None
+
+    def fill(mine: list[int], of: int) -> Draw | None:
+        """Draw groups of pictures."""
+        drawer = draw
+        for done, group in enumerate(mine, start=1):
+            drawer = drawer or drawing()
             indices = range(group * GROUP, min(len(wanted), (group + 1) * GROUP))
-            drawn = draw(seeds=[stable_seed(seed, "class picture", index) for index in indices])
+            drawn = drawer(seeds=[stable_seed(seed, "class picture", index) for index in indices])
             for index, picture in zip(indices, drawn, strict=True):
                 _write(wanted[index], picture)
             if accelerator.is_main_process:
-                say(f"class pictures: {min(done * processes * GROUP, len(missing))}/{len(missing)}")
-        accelerator.wait_for_everyone()
+                say(f"class pictures: {min(done * of * GROUP, len(wanted))}/{len(wanted)}")
+        return drawer
+
+    if groups and accelerator.is_main_process:
+        say(f"drawing {sum(not path.exists() for path in wanted)} class pictures of {data.class_prompt!r}")
+    if groups and accelerator.is_local_main_process:
+        with output_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        clean_leftovers(folder)
+    accelerator.wait_for_everyone()
+    draw = fill(groups[rank::processes], processes)
+    accelerator.wait_for_everyone()
+    if accelerator.is_local_main_process:  # another machine's disk may not be this one's
+        fill(_missing(wanted), 1)
+    accelerator.wait_for_everyone()
     scan = _scan(data, folder)
     scan.check()
     return list(scan.samples[: data.class_pictures])
+
+
+def _missing(wanted: list[Path]) -> list[int]:
+    """The groups in which a picture is missing on this disk."""
+    return sorted({index // GROUP for index, path in enumerate(wanted) if not path.exists()})
 
 
 def _scan(data: DreamboothData, folder: Path) -> Scan:

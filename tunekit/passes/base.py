@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import tunekit
 from tunekit.artifacts import Artifact, RunFolder, Step, atomic_folder, clean_leftovers
 from tunekit.config import Section, validate
-from tunekit.errors import ChainError, VerificationFailed, did_you_mean
+from tunekit.errors import ChainError, TunekitError, VerificationFailed, did_you_mean
 from tunekit.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -242,31 +242,35 @@ def parse_chain(items: Sequence[Any], where: Where = lambda index, key: "optimiz
     from tunekit.registry import PASSES
 
     chain: list[Pass] = []
-    problems: list[str] = []
+    listed: list[str] = []
+    problems: list[TunekitError] = []
+
+    def refuse(index: int, kind: str, message: str) -> None:
+        place, key = where(index, None), f"optimize[{index}]"
+        listed.append(f"{place}: {key}{f' ({kind})' if kind else ''}: {message}")
+        problems.append(ChainError(message.rstrip("; "), where=place, key=key))
+
     for index, item in enumerate(items):
-        label = f"{where(index, None)}: optimize[{index}]"
         if isinstance(item, str):
             item = {item: {}}
         if not isinstance(item, dict) or len(item) != 1:
-            problems.append(
-                f"{label}: expected a pass and its settings, such as `prune: {{ratio: 0.3}}`, got {item!r}"
-            )
+            message = f"expected a pass and its settings, such as `prune: {{ratio: 0.3}}`, got {item!r}"
+            refuse(index, "", message)
             continue
         ((kind, settings),) = item.items()
         if kind not in PASSES.names():
-            problems.append(
-                " ".join([f"{label}: there is no pass {kind!r};", did_you_mean(str(kind), PASSES.names())])
-            )
+            refuse(index, "", f"there is no pass {kind!r}; {did_you_mean(str(kind), PASSES.names())}")
             continue
         if settings is not None and not isinstance(settings, dict):
-            problems.append(f"{label} ({kind}): settings must be a mapping, got {settings!r}")
+            refuse(index, str(kind), f"settings must be a mapping, got {settings!r}")
             continue
         try:
             chain.append(_validate(PASSES.get(kind), settings or {}, index, where))
         except ChainError as error:
-            problems.append(error.message)
+            listed.append(error.message)
+            problems += error.parts
     if problems:
-        raise ChainError("\n".join(problems))
+        raise ChainError("\n".join(listed), parts=problems)
     return chain
 
 
@@ -287,9 +291,11 @@ def check_chain(
                 f"optimize[{index}] ({step.kind}) needs {needs} but {giver} {current}",
                 where=where(index, None),
                 hint=_order_hint(step, current),
+                key=f"optimize[{index}]",
             )
         if trouble := step.problem(current, passes[:index]):
-            raise ChainError(f"optimize[{index}] ({step.kind}) {trouble}", where=where(index, None))
+            message = f"optimize[{index}] ({step.kind}) {trouble}"
+            raise ChainError(message, where=where(index, None), key=f"optimize[{index}]")
         current = step.produces or current
     return current
 
@@ -420,10 +426,18 @@ def _digest(step: Pass, history: Sequence[Artifact], shared: list[Any]) -> str:
 
 
 def _validate(cls: type[Pass], settings: dict[str, Any], index: int, where: Where) -> Pass:
-    def place(key: tuple[str | int, ...]) -> str:
-        return f"{where(index, str(key[0]) if key else None)}: optimize[{index}] ({cls.kind})"
+    label, own = f": optimize[{index}] ({cls.kind})", f"optimize[{index}].{cls.kind}"
 
-    return validate(cls, settings, place, error=ChainError)
+    def place(key: tuple[str | int, ...]) -> str:
+        return where(index, str(key[0]) if key else None) + label
+
+    try:
+        return validate(cls, settings, place, error=ChainError)
+    except ChainError as error:
+        for part in error.parts:  # their place and key in the config, not in the pass
+            part.where = (part.where or "").removesuffix(label)
+            part.key = f"{own}.{part.key}" if part.key else own
+        raise
 
 
 _WORDS = {

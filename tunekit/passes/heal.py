@@ -70,7 +70,7 @@ class Heal(Pass):
         from tunekit.config import TrainConfig
         from tunekit.data.cache import Stream
         from tunekit.data.examples import UNCONDITIONAL
-        from tunekit.structures import parameters
+        from tunekit.passes.prunable import parameters
         from tunekit.training.distill import Distillation, output_error
         from tunekit.training.loop import train
         from tunekit.training.run import build_optimizer

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tunekit.artifacts import Artifact
     from tunekit.data.examples import Examples
     from tunekit.families.family import Family
-    from tunekit.structures import Structures
+    from tunekit.passes.prunable import Structures
 
 Target = Literal["feed_forward", "heads", "resnet"]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -29,7 +29,7 @@ class Prune(Pass):
     """Removes whole feed-forward channels, attention heads and residual-block groups; shapes shrink.
 
     Structures are ranked by how far the output moves when one is silenced, to first order (`taylor`, see
-    `tunekit.structures.Sensitivity` for the measure and its sources), per cost that leaves with it. What
+    `tunekit.passes.prunable.Sensitivity` for the measure and its sources), per cost that leaves with it. What
     is left computes exactly what the same model with those structures silenced computes.
     """
 
@@ -72,16 +72,17 @@ class Prune(Pass):
         """
         import copy
 
-        from tunekit import families, structures
+        from tunekit import families
+        from tunekit.passes import prunable
         from tunekit.training.distill import output_error
 
         family = families.get(context.family)
         pipeline = family.load(artifact.source)
         denoiser = family.denoiser(pipeline).requires_grad_(False)
         parent = copy.deepcopy(denoiser)
-        before, macs_before = structures.parameters(denoiser), structures.macs(family, pipeline)
+        before, macs_before = prunable.parameters(denoiser), prunable.macs(family, pipeline)
         found = [
-            item for item in structures.find(denoiser, self.targets) if not self._kept(item.name, denoiser)
+            item for item in prunable.find(denoiser, self.targets) if not self._kept(item.name, denoiser)
         ]
         with context.examples(family, pipeline, artifact, count=min(self.samples, DRAWN)) as (
             examples,
@@ -89,11 +90,11 @@ class Prune(Pass):
         ):
             denoiser.to(accelerator.device)
             if self.importance == "magnitude":
-                scores = structures.magnitudes(found)
+                scores = prunable.magnitudes(found)
             else:
                 scores = self._sensitivity(found, family, denoiser, examples)
             costs = (
-                structures.macs_each(found, family, pipeline)
+                prunable.macs_each(found, family, pipeline)
                 if self.cost == "macs"
                 else [item.parameters for item in found]
             )
@@ -102,9 +103,9 @@ class Prune(Pass):
         context.save(family, pipeline, artifact)
         return Outcome(
             metrics={
-                "parameters": structures.parameters(denoiser),
+                "parameters": prunable.parameters(denoiser),
                 "parameters_before": before,
-                "macs": structures.macs(family, pipeline),
+                "macs": prunable.macs(family, pipeline),
                 "macs_before": macs_before,
                 "relative_error": error,
             },
@@ -121,7 +122,7 @@ class Prune(Pass):
     ) -> list[torch.Tensor]:
         import torch
 
-        from tunekit.structures import Sensitivity
+        from tunekit.passes.prunable import Sensitivity
 
         generator = torch.Generator().manual_seed(examples.seed)
         device = next(denoiser.parameters()).device

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from tunekit.artifacts import Artifact
     from tunekit.families.family import Conditioning, Family
-    from tunekit.graphs import Feeds, Layer
+    from tunekit.passes.onnx_int8 import Feeds, Layer
     from tunekit.runtime import Runtime
 
     Call = tuple[Tensor, Tensor, Conditioning]
@@ -168,7 +168,7 @@ class Quantize(Pass):
         self, source: Path, context: Context, component: str, calls: Sequence[Feeds], *, computes: bool
     ) -> dict[str, Any]:
         """Quantizes one graph; returns a row for the report."""
-        from tunekit.graphs import Graph, measure_ranges
+        from tunekit.passes.onnx_int8 import Graph, measure_ranges
 
         context.say(component)
         path, mode = source / component / GRAPH, self.mode if computes else "weight_only"

@@ -14,6 +14,7 @@ from tunekit.artifacts import Artifact
 from tunekit.errors import ConfigError, DeviceError, ModelError
 from tunekit.families.family import Family
 from tunekit.hardware import Device
+from tunekit.resources import cache_dir
 from tunekit.runtime.base import Runtime
 from tunekit.runtime.graph import Array, first_line, graph_pipeline
 
@@ -120,7 +121,7 @@ def _ort_choice(
     if provider == "cuda":
         return lambda component: [cuda, cpu]
     # Building takes minutes; the next start takes the engines from here.
-    cache = Path.home() / ".cache" / "tunekit" / "tensorrt" / artifact.hash[:16]
+    cache = cache_dir() / "tensorrt" / artifact.hash[:16]
     options = {"device_id": index, "trt_engine_cache_enable": True, "trt_timing_cache_enable": True}
     return lambda component: [
         (

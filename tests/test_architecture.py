@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,27 +13,19 @@ import pytest
 from tunekit.registry import PASSES, recipe_names, recipe_path
 from tunekit.resources import PACKAGE
 
-# Each imports only from those below. Names on one line are siblings and do not know each other.
-LAYERS = [
-    {"__main__"},
-    {"cli"},
-    {"planning"},
-    {"passes"},
-    {"training"},
-    {"memory", "data", "runtime"},
-    {"adapters", "report", "doctor", "structures"},
-    {"families"},
-    {"diffusion", "layers", "launch", "graphs"},
-    {"config"},
-    {"hardware", "optimizers", "artifacts"},
-    {"units", "registry", "quiet"},
-    {"resources"},
-    {"errors"},
-]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+# Each imports only from those to its right; names within { } are siblings and do not know each other.
+# CONTRIBUTING.md says the same.
+LAYERS = """
+    __main__ > cli > workspace > running > planning > passes > training > {memory, data, runtime}
+        > {adapters, tasks, report, doctor} > families > {diffusion, layers, launch} > artifacts > config
+        > {hardware, optimizers} > {units, registry, quiet} > resources > errors
+"""
+RANK = {name: rank for rank, names in enumerate(LAYERS.split(">")) for name in re.findall(r"\w+", names)}
+REPOSITORY = Path(__file__).parents[1]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 WITHOUT_TORCH = [
     "cli",
+    "workspace",
     "report",
     "artifacts",
     "hardware",
@@ -51,12 +44,16 @@ def layer(module: str) -> str:
 
 
 def imports(path: Path) -> list[tuple[int, str]]:
-    """Every module of tunekit that a file imports, also inside functions, but not for type checkers only."""
+    """Everything of tunekit that a file imports, also inside functions, but not for type checkers only.
+
+    A package that imports lazily, in `__getattr__`, names for type checkers what that finds: this counts.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    is_lazy = any(isinstance(node, ast.FunctionDef) and node.name == "__getattr__" for node in tree.body)
     typing_only = {
         id(node)
         for branch in ast.walk(tree)
-        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
+        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test) and not is_lazy
         for statement in branch.body
         for node in ast.walk(statement)
     }
@@ -68,17 +65,49 @@ def imports(path: Path) -> list[tuple[int, str]]:
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}:{node.lineno}: a relative import"
-            if node.module == "tunekit":
-                found += [(node.lineno, f"tunekit.{alias.name}") for alias in node.names]
-            else:
-                found.append((node.lineno, node.module or ""))
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
     return [(line, name) for line, name in found if name.split(".")[0] in {"tunekit", "recipes"}]
+
+
+def dotted(path: Path) -> str:
+    """The name of a module by its file; a package's is that of its folder."""
+    parts = ("tunekit", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Which modules each module runs when it is imported or called, its own packages' `__init__` apart."""
+    files = {dotted(path): path for path in MODULES}
+    graph = {}
+    for module, path in files.items():
+        above = {module[:end] for end in range(len(module)) if module[end] == "."} | {module}
+        found = set()
+        for _, name in imports(path):
+            parts = name.split(".")
+            found |= {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
+        graph[module] = (found & files.keys()) - above
+    return graph
+
+
+def cycles(graph: dict[str, set[str]]) -> list[tuple[str, ...]]:
+    """Groups of modules each of which reaches all others."""
+    reached: dict[str, set[str]] = {}
+    for start, first in graph.items():
+        seen: set[str] = set()
+        waiting = list(first)
+        while waiting:
+            if (module := waiting.pop()) not in seen:
+                seen.add(module)
+                waiting += graph[module]
+        reached[start] = seen
+    groups = (tuple(other for other in sorted(reached[one]) if one in reached[other]) for one in graph)
+    return sorted({group for group in groups if group})
 
 
 @pytest.mark.parametrize("path", MODULES, ids=[str(path.relative_to(PACKAGE)) for path in MODULES])
 def test_imports_only_go_down(path: Path):
     own = layer("tunekit." + path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."))
-    if own == "__init__":
+    if own == "__init__":  # names are imported when they are asked for: see test_public_names.py
         assert imports(path) == []
         return
     assert own in RANK, f"tunekit/{own} has no place in LAYERS"
@@ -88,6 +117,24 @@ def test_imports_only_go_down(path: Path):
         if name.startswith("recipes") or (other in RANK and other != own and RANK[other] <= RANK[own]):
             wrong.append(f"{path}:{line} imports {name}")
     assert not wrong
+
+
+def test_contributing_states_these_layers():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    blocks = [block for block in text.split("\n\n") if block.startswith("    ") and " > " in block]
+    assert [block.split() for block in blocks] == [LAYERS.split()]
+    parts = {layer(f"tunekit.{path.relative_to(PACKAGE).parts[0].removesuffix('.py')}") for path in MODULES}
+    assert parts - {"__init__"} == set(RANK)
+
+
+def test_no_module_is_imported_in_a_circle():
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a", "e"}, "e": set()}) == [("b", "c")]
+    graph = import_graph()
+    assert "tunekit.memory.plan" in graph["tunekit.memory.planner"]
+    assert "tunekit.config.schema" in graph["tunekit.config"]
+    found = cycles(graph)
+    print(f"{len(graph)} modules, {sum(map(len, graph.values()))} imports, {len(found)} cycles")
+    assert found == []
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)

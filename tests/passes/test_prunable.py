@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tunekit import families, layers
-from tunekit.structures import Sensitivity, find, macs, macs_each, magnitudes, parameters
+from tunekit.passes.prunable import Sensitivity, find, macs, macs_each, magnitudes, parameters
 
 FAMILY = families.get("sd15")
 ALL = ["feed_forward", "heads", "resnet"]

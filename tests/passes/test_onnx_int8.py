@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tunekit.graphs import Graph, measure_ranges
+from tunekit.passes.onnx_int8 import Graph, measure_ranges
 
 DRAW = np.random.default_rng(0)
 

@@ -61,7 +61,8 @@ def _feed_forward(name: str, block: Any) -> Structures | None:
     net = getattr(block, "net", None)
     if type(block).__name__ != "FeedForward" or not isinstance(net, nn.ModuleList):
         return None
-    entry, out = getattr(net[0], "proj", None), net[2]
+    entry: Any = getattr(net[0], "proj", None)
+    out: Any = net[2]
     if not _plain(entry, out) or entry.out_features % out.in_features:
         return None
     # A gated activation computes value and gate in one layer, one after the other: both halves of one
@@ -78,7 +79,7 @@ def _feed_forward(name: str, block: Any) -> Structures | None:
 
 
 def _heads(name: str, block: Any) -> Structures | None:
-    projections = [getattr(block, key, None) for key in ("to_q", "to_k", "to_v")]
+    projections: list[Any] = [getattr(block, key, None) for key in ("to_q", "to_k", "to_v")]
     to_out = getattr(block, "to_out", None)
     if not isinstance(to_out, nn.ModuleList) or not _plain(*projections, to_out[0]):
         return None
@@ -92,16 +93,20 @@ def _heads(name: str, block: Any) -> Structures | None:
         channels = [head * width + index for head in kept for index in range(width)]
         for key, layer in zip(("to_q", "to_k", "to_v"), projections, strict=True):
             setattr(block, key, _take(layer, rows=channels))
-        out = to_out[0]
+        out: Any = to_out[0]
         to_out[0] = _take(out, columns=channels)
         layers.set_heads(block, len(kept))
 
-    parameters = width * (sum(map(_row_size, projections)) + to_out[0].out_features)
-    return Structures(name, "heads", block.heads, width, parameters, to_out[0], keep)
+    consumer: Any = to_out[0]
+    parameters = width * (sum(map(_row_size, projections)) + consumer.out_features)
+    return Structures(name, "heads", block.heads, width, parameters, consumer, keep)
 
 
 def _resnet(name: str, block: Any) -> Structures | None:
     names = ("conv1", "norm2", "conv2", "time_emb_proj")
+    conv1: Any
+    conv2: Any
+    time: Any
     conv1, norm, conv2, time = (getattr(block, key, None) for key in names)
     if not _plain(conv1, conv2, *([time] if time is not None else [])) or not isinstance(norm, nn.GroupNorm):
         return None
@@ -141,7 +146,8 @@ def _take(
     layer: nn.Linear | nn.Conv2d, *, rows: Sequence[int] | None = None, columns: Sequence[int] | None = None
 ) -> nn.Module:
     """A layer with some output channels (rows) or input channels (columns) of `layer`."""
-    weight, bias = layer.weight.detach(), layer.bias
+    weight = layer.weight.detach()
+    bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]
     if rows is not None:
         weight = weight[list(rows)]
         bias = None if bias is None else nn.Parameter(bias.detach()[list(rows)].clone())
@@ -192,7 +198,7 @@ class Sensitivity:
     def add(self, output: Tensor, generator: torch.Generator) -> None:
         """Takes the denoiser's output [B, ...], made with gradients, of B more examples."""
         direction = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
-        (output * direction).sum().backward()
+        (output * direction).sum().backward()  # type: ignore[no-untyped-call]
         self.examples += len(output)
 
     @property
@@ -213,7 +219,7 @@ class Sensitivity:
                 gates = product.view(len(product), item.count, item.width).sum(2)
                 self._sums[index] += gates.square().sum(0).cpu()
 
-            x.register_hook(gradient)
+            x.register_hook(gradient)  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -240,9 +246,9 @@ def macs(family: Family, pipeline: Pipeline) -> int:
     """Multiply-adds of the denoiser's linear and convolution layers for one picture and step."""
     total = 0
 
-    def count(module: nn.Module, args: Any, output: Tensor) -> None:
+    def count(module: Any, args: Any, output: Tensor) -> None:
         nonlocal total
-        total += output.numel() * module.weight[0].numel()  # type: ignore[index, union-attr, operator]
+        total += output.numel() * module.weight[0].numel()
 
     counted = [m for m in family.denoiser(pipeline).modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     _one_step(family, pipeline, dict.fromkeys(counted, count))
@@ -257,8 +263,8 @@ def macs_each(found: Sequence[Structures], family: Family, pipeline: Pipeline) -
     """
     places: dict[nn.Module, int] = {}
 
-    def note(module: nn.Module, args: Any, output: Tensor) -> None:
-        places[module] = output.numel() // module.weight.shape[0]  # type: ignore[union-attr, operator]
+    def note(module: Any, args: Any, output: Tensor) -> None:
+        places[module] = output.numel() // module.weight.shape[0]
 
     _one_step(family, pipeline, dict.fromkeys((item.consumer for item in found), note))
     return [round(item.parameters * item.everywhere * places[item.consumer]) for item in found]

@@ -1,0 +1,259 @@
+"""What the documents tell a reader to write or to type works: every YAML block, every line of a shell block.
+
+A command line runs through the real command, in a folder with stand-ins for what a reader brings (mine.yaml,
+photos/, runs/mine). Two things are not done: a recipe is not launched, once all the checks before have
+passed, and a plan of another family than sd15 would take a minute, so that one of sd15 is made in its place.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+from tunekit.yamlfile import REQUIRED
+
+from tunekit import cli, hardware, planning, workspace
+from tunekit.artifacts import Artifact, RunFolder, Step
+from tunekit.config import Loaded, load
+from tunekit.memory.plan import Plan
+from tunekit.resources import PACKAGE, resolve_path
+from tunekit.units import parse_bytes
+
+ROOT = PACKAGE.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"(\$ )?((\./)?scripts/\w|(tunekit|git|pip|python|accelerate) )")
+SHELLS = {"bash", "sh", "shell", "console"}
+
+
+# Reading the documents --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """Code of a document: fenced, in the language that it names, or indented, in none."""
+
+    document: str
+    line: int
+    language: str
+    text: str
+
+    @property
+    def is_shell(self) -> bool:
+        """Whether a reader would type it: it says so, or there is a command in it."""
+        return self.language in SHELLS or any(COMMAND.match(line) for line in self.text.splitlines())
+
+    def commands(self) -> Iterator[tuple[str, list[str]]]:
+        """The place and words of each command, without its comment; `a && b` are two."""
+        for number, line in enumerate(self.text.splitlines(), start=self.line):
+            for part in line.removeprefix("$ ").split(" && "):
+                if words := shlex.split(part, comments=True):
+                    yield f"{self.document}:{number}", words
+
+
+def blocks(document: str, text: str) -> Iterator[Block]:
+    """The code of a document, by line."""
+    lines = text.splitlines()
+    index = 0
+    while index < len(lines):
+        start = index
+        if fence := re.match(r"(```+)\s*(\w*)", lines[index]):
+            index = lines.index(fence[1], start + 1)
+            yield Block(document, start + 2, fence[2] or "text", "\n".join(lines[start + 1 : index]))
+        elif lines[index].startswith("    ") and not lines[index - 1].strip():
+            while index < len(lines) and (lines[index].startswith("    ") or not lines[index].strip()):
+                index += 1
+            yield Block(document, start + 1, "", "\n".join(line[4:] for line in lines[start:index]).rstrip())
+            continue
+        index += 1
+
+
+BLOCKS = [
+    block
+    for path in DOCUMENTS
+    for block in blocks(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
+]
+YAMLS = [block for block in BLOCKS if block.language in {"yaml", "yml"}]
+LINES = [line for block in BLOCKS if block.is_shell for line in block.commands()]
+
+
+def lines_of(program: str) -> list[Any]:
+    """The lines that begin with a program, as parameters of a test."""
+    return [
+        pytest.param(words, id=f"{place} {shlex.join(words)}")
+        for place, words in LINES
+        if words[0].removeprefix("./").startswith(program)
+    ]
+
+
+def test_blocks_are_found() -> None:
+    """None of the tests below passes because it has nothing to test."""
+    text = """\
+Text.
+
+    tunekit ls    # all of it
+    $ ls && pwd
+
+```yaml
+a: 1
+```
+
+- a list
+    tunekit nothing
+
+    tunekit/        a folder
+
+```
+tunekit prints
+```
+"""
+    found = list(blocks("x.md", text))
+    assert [(block.line, block.language, block.is_shell) for block in found] == [
+        (3, "", True),
+        (7, "yaml", False),
+        (13, "", False),
+        (16, "text", True),
+    ]
+    assert list(found[0].commands()) == [
+        ("x.md:3", ["tunekit", "ls"]),
+        ("x.md:4", ["ls"]),
+        ("x.md:4", ["pwd"]),
+    ]
+    assert {words[1] for _, words in LINES if words[0] == "tunekit"} >= {
+        *("plan", "run", "cp", "check", "generate", "bench"),
+    }
+    assert YAMLS and lines_of("scripts/") and lines_of("pip")
+
+
+def test_every_line_is_of_a_kind_that_is_tested() -> None:
+    untested = [("git", "clone"), ("cd", "tunekit")]
+    others = [
+        (place, words)
+        for place, words in LINES
+        if words[0] not in {"tunekit", "pip"}
+        and not re.match(r"(\./)?scripts/", words[0])
+        and tuple(words[:2]) not in untested
+    ]
+    assert others == []
+
+
+# YAML -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [pytest.param(it, id=f"{it.document}:{it.line}") for it in YAMLS])
+def test_yaml(block: Block, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(block.text, encoding="utf-8")
+    if "recipe" in yaml.safe_load(block.text.replace(REQUIRED, "given")):
+        workspace.ready(load(file, stand_in="given"))
+
+
+# The shell --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def brought(tmp_path_factory: pytest.TempPathFactory, tiny_source: Path) -> Path:
+    """What a reader has, or has after the lines before: pictures, and the run of the README's own config."""
+    folder = tmp_path_factory.mktemp("brought")
+    (folder / "photos").mkdir()
+    for path in resolve_path("builtin/pictures/style").iterdir():
+        if path.suffix == ".png":
+            with Image.open(path) as picture:  # as large as photos are
+                picture.convert("RGB").resize((512, 512)).save(folder / "photos" / f"{path.stem}.jpg")
+        else:
+            (folder / "photos" / path.name).write_bytes(path.read_bytes())
+    text = next(block.text for block in YAMLS if block.document == "README.md")
+    chain = yaml.safe_load(text.replace(REQUIRED, "given"))["optimize"]
+    run = RunFolder(folder / "runs" / "mine")
+    names = []
+    for index, item in enumerate(chain, start=1):
+        kind = item if isinstance(item, str) else next(iter(item))
+        made = run.pass_folder(index, kind, "0" * 8)
+        made.mkdir(parents=True)
+        names.append(made.name)
+        Artifact(made, tiny_source, "torch", "sd15", str(tiny_source), (Step(kind, made.name),)).write()
+    run.write_chain(names)
+    workspace.copy("sd15/lora", run.config)
+    return folder
+
+
+@pytest.fixture
+def desk(brought: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder like a checkout, with what a reader brings; the working directory of this test."""
+    probe = hardware.probe  # with one GPU, `--processes 2` is refused for a reason
+    monkeypatch.setattr(hardware, "probe", lambda name="auto": probe("cpu" if name == "auto" else name))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(brought / "cache"))  # a trace serves several lines
+    for path in (ROOT / "configs", ROOT / "recipes", brought / "photos", brought / "runs"):
+        (tmp_path / path.name).symlink_to(path)
+    mine = workspace.copy("sd15/lora", "mine.yaml")
+    mine.write_text(mine.read_text(encoding="utf-8").replace(REQUIRED, "photos"), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("words", lines_of("tunekit"))
+def test_tunekit(words: list[str], desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[Path] = []
+
+    def launch(recipe: Path, config: Path, *_: object, **__: object) -> int:
+        launched.append(recipe)
+        return 0
+
+    planned = planning.plan_config
+
+    def plan(loaded: Loaded, *, device: str | None, budget: str | None, **options: Any) -> list[Plan]:
+        if loaded.config.model.family == "sd15" and device != "all":
+            return planned(loaded, device=device, budget=budget, **options)
+        if device not in (None, "all", *planning.HERE):
+            hardware.find(device)
+        if budget is not None:
+            parse_bytes(budget)
+        return planned(load("sd15/lora", stand_in="given"), device="rtx-3060")
+
+    monkeypatch.setattr("tunekit.launch.launch", launch)
+    monkeypatch.setattr(planning, "plan_config", plan)
+    _, command, *arguments = words
+    if command == "cp":
+        (desk / arguments[1]).unlink(missing_ok=True)
+    elif command == "bench":
+        arguments += ["--steps", "1", "--repeats", "1", "--no-memory"]
+    expanded = [name for word in arguments for name in sorted(glob.glob(word)) or [word]]
+    with pytest.raises(SystemExit) as done:
+        cli.app([command, *expanded], prog_name="tunekit")
+    assert done.value.code in (None, 0)
+    if command == "run":
+        assert launched and all(path.is_file() for path in launched)
+    for option in ("--out", "--picture"):
+        if option in arguments:
+            assert (desk / arguments[arguments.index(option) + 1]).exists()
+
+
+@pytest.mark.parametrize("words", lines_of("scripts/"))
+def test_scripts(words: list[str]) -> None:
+    script = ROOT / words[0]
+    assert os.access(script, os.X_OK)
+    known = script.read_text(encoding="utf-8")
+    if script.suffix == ".py":
+        asked = [sys.executable, str(script), "--help"]
+        known = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    for option in words[1:]:
+        assert not option.startswith("-") or option.partition("=")[0] in known
+
+
+@pytest.mark.parametrize("words", lines_of("pip"))
+def test_pip_installs_extras_that_there_are(words: list[str]) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.findall(r"\[(.+?)\]", " ".join(words))
+    assert named
+    assert {extra for group in named for extra in group.split(",")} <= set(extras)

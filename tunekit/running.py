@@ -1,0 +1,442 @@
+"""A training run: its folder and lock, its processes, its plan, and what comes before and after the loop.
+
+with open_run(config, loaded) as run:     # chain and pictures checked, memory decided, folder held
+if run.begin():                       # there is something left to train
+fine_tune(config, run)
+run.optimize()                        # the passes, and the report
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tunekit import families, planning
+from tunekit.adapters import save_adapter
+from tunekit.artifacts import (
+    Artifact,
+    Metric,
+    RunFolder,
+    Step,
+    atomic_folder,
+    clean_leftovers,
+    open_artifact,
+    write_json,
+    write_text,
+)
+from tunekit.config import CLASS_BATCH, Loaded, SamplingConfig, TrainingRunConfig, dump_yaml
+from tunekit.data.cache import Encoder, Stream
+from tunekit.data.images import Scan, scan_data
+from tunekit.diffusion.objectives import Objective, configured, scheduler_changes
+from tunekit.errors import OutOfMemory
+from tunekit.families.family import DTYPES, Conditioning, Family, Pipeline
+from tunekit.families.loading import source_files
+from tunekit.memory.levers import Fitted, Levers, fit
+from tunekit.memory.measure import Meter
+from tunekit.memory.picture import draw
+from tunekit.memory.plan import Plan
+from tunekit.passes.base import Context, Pass, check_chain, parse_chain, run_chain
+from tunekit.report import write as write_report
+from tunekit.runtime import generate, torch_runtime
+from tunekit.tasks import Task
+from tunekit.training.checkpoint import Checkpoints, compare_identities, identity, only_writer
+from tunekit.training.evaluation import Previewer
+from tunekit.training.loop import Hooks, Result, train
+from tunekit.training.run import Processes, build_optimizer, close_accelerator, open_accelerator
+from tunekit.training.tracking import Tracker
+from tunekit.units import format_bytes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model, opened for training."""
+
+    family: Family
+    pipeline: Pipeline
+    objective: Objective
+
+
+@dataclass
+class Run:
+    """One run: its folder, its processes, and where its lines go.
+
+    Attributes:
+        config: with nothing under `memory:` left open.
+        given: as it was given.
+        folder: where it writes.
+        accelerator: its device and processes.
+        meter: measures what was planned, phase by phase.
+        scan: its pictures.
+        chain: the passes that follow.
+        plan: None where nothing was planned.
+    """
+
+    config: TrainingRunConfig
+    given: TrainingRunConfig
+    folder: RunFolder
+    accelerator: Accelerator
+    meter: Meter
+    scan: Scan
+    chain: Sequence[Pass]
+    plan: Plan | None = None
+    learns: bool = False
+    """Whether it is training now, so that memory which runs out is the plan's fault."""
+    prompts: dict[str, Conditioning] = field(default_factory=dict)
+    """Conditioning of the previews' prompts, without the batch dimension."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes."""
+        return bool(self.accelerator.is_main_process)
+
+    def say(self, line: str) -> None:
+        """Print on the main process."""
+        if self.main:
+            print(line, flush=True)
+
+    @cached_property
+    def family(self) -> Family:
+        """Of the base."""
+        return families.get(self.config.model.family)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What is learned, see `checkpoint.identity`."""
+        return identity(self.config, self.scan.samples)
+
+    @cached_property
+    def sampling(self) -> SamplingConfig:
+        """How the run's pictures are drawn: as it says, else as its base says, else as the family does."""
+        config = self.config
+        side = self._data.resolution
+        asked = config.preview.sampling.over(SamplingConfig(height=side, width=side))
+        own = open_artifact(config.model.source, family=config.model.family).sampling
+        usual = self.family.facts.sampling.over(SamplingConfig(negative_prompt=""))
+        whole = asked.over(own).over(usual)
+        scheduler = {**scheduler_changes(config.objective), **(whole.scheduler or {})}
+        return whole.model_copy(update={"scheduler": scheduler or None})
+
+    @property
+    def _data(self) -> Any:
+        return self.config.data  # type: ignore[attr-defined]  # each training recipe declares its own
+
+    @property
+    def cache(self) -> Path:
+        """Where encoded pictures are kept: by default beside the run folders, shared by all runs."""
+        named = self._data.cache
+        return Path(named).expanduser() if named is not None else self.folder.path.parent / ".cache"
+
+    # Before --------------------------------------------------------------------------------------------------
+
+    def begin(self) -> bool:
+        """Whether there is something to train; writes config.yaml and plan.json once they fit what is there.
+
+        Raises:
+            ResumeError: what is there was made by another configuration; names the keys.
+        """
+        trained = self.folder.trained()
+        details = Artifact.load(trained).lineage[-1].details if trained else None
+        if trained and details:
+            compare_identities(details["identity"], self.identity, trained)
+        self._checkpoints.check()
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            write_text(self.folder.config, dump_yaml(self.given))
+            if self.plan is not None:
+                self._write_plan(self.plan)
+        if details and int(details["step"]) >= self.config.train.max_steps:
+            self.say(f"training is finished ({details['step']} steps): {trained}")
+            return False
+        self.learns = True
+        return True
+
+    def _write_plan(self, plan: Plan) -> None:
+        self.meter.active = True
+        file = self.folder.path / "plan.json"
+        content = plan.as_json()
+        if file.is_file():  # what went wrong in this run's earlier lives stays known
+            before = json.loads(file.read_text(encoding="utf-8"))
+            content |= {key: before[key] for key in ("ran_out",) if key in before}
+        write_json(file, content)
+        write_text(self.folder.path / "plan.svg", draw(plan))
+        self.say(
+            f"plan: {plan.words}; needs {format_bytes(plan.device_bytes)} of"
+            f" {format_bytes(plan.budget_bytes)} (most in the phase {plan.peak_phase}),"
+            f" step time x{plan.relative_step_time:.2f}"
+        )
+        if plan.approximates:
+            self.say(f"plan: {' and '.join(plan.approximates)}: changes a little what is learned")
+
+    def load(self) -> Base:
+        """Open the base, each network in the type that it computes in while it is trained."""
+        config, memory, family = self.config, self.config.memory, self.family
+        trained = torch.float32 if config.adapter is None else DTYPES[memory.precision]
+        pack = memory.base_precision if memory.base_precision in ("int8", "nf4") else ""
+        with self.meter.phase("load"):
+            pipeline = family.load(config.model.opened, family.facts.dtypes(trained), pack=pack)
+        pipeline.scheduler = configured(pipeline.scheduler, config.objective)
+        self._watch(pipeline)
+        return Base(family, pipeline, family.objective(pipeline, config.objective))
+
+    @contextmanager
+    def encoding(self, base: Base) -> Iterator[Encoder]:
+        """Gives what encodes pictures and captions; afterwards its networks have left memory."""
+        config = self.config
+        encoder = Encoder(
+            base.family,
+            base.pipeline,
+            cache=self.cache,
+            accelerator=self.accelerator,
+            captions_on_host=bool(config.memory.encode_on_host),
+            measured=partial(self.meter.phase, "encode"),
+            files=source_files(config.model.opened, base.family.facts),
+            say=self.say,
+        )
+        yield encoder
+        negative = self.sampling.negative_prompt or ""
+        self.prompts = encoder.conditioning([*config.preview.prompts, negative])
+        encoder.release(keep_vae=bool(config.preview.prompts))
+
+    def drawing(self, base: Base, prompt: str, sampling: SamplingConfig) -> Callable[..., list[Image]]:
+        """Gives a function that draws pictures of `prompt` with the base; `seeds=[1, 2]` gives two."""
+        pipeline, device = base.pipeline, self.accelerator.device
+        pipeline.to(device)
+        runtime = torch_runtime(base.family, pipeline, device=str(device))
+        batch = self.config.memory.class_batch or CLASS_BATCH
+
+        def drawn(*, seeds: Sequence[int]) -> list[Image]:
+            with self.meter.phase("class_pictures"):
+                return generate(runtime, [prompt], sampling, seeds=seeds, batch=batch)
+
+        return drawn
+
+    # The loop ------------------------------------------------------------------------------------------------
+
+    def fit(self, base: Base) -> Fitted:
+        """Put the denoiser on the device as it is trained, with its adapter and the memory levers.
+
+        Raises:
+            ConfigError, AdapterError, MissingPackageError: see `levers.fit`.
+        """
+        return fit(
+            base.family.denoiser(base.pipeline),
+            self.config.adapter,
+            base.family.facts,
+            Levers.of(self.config.memory),
+            device=self.accelerator.device,
+            seed=self.config.seed,
+        )
+
+    def train(
+        self,
+        base: Base,
+        task: Task,
+        batches: Stream,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    ) -> None:
+        """Train, preview, keep checkpoints, and save what was learned."""
+        config, accelerator, fitted = self.config, self.accelerator, task.fitted
+        optimizer = build_optimizer(
+            config.train,
+            fitted.parameters.values(),
+            accelerator.device,
+            in_backward=fitted.optimizer_in_backward,
+        )
+        self._watch(base.pipeline, fitted, optimizer)
+        events = self.folder.path / "tensorboard" if "tensorboard" in config.train.trackers else None
+        hooks = Hooks(
+            seed=config.seed,
+            meter=self.meter,
+            tracker=Tracker(self.folder.metrics, tensorboard=events),
+            checkpoints=self._checkpoints,
+            evaluate=evaluate,
+            preview=self._previewer(base),
+            preview_every=config.preview.every,
+        )
+        result = train(accelerator, task, optimizer, batches, config.train, hooks)
+        self._save(base, fitted, result)
+
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.folder.checkpoints, self.identity, self.config.train.keep_checkpoints)
+
+    def _watch(
+        self, pipeline: Pipeline, fitted: Fitted | None = None, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        """Tell the meter what is in memory from now on."""
+        self.meter.there = partial(_in_memory, pipeline, fitted, optimizer)
+
+    def _previewer(self, base: Base) -> Previewer | None:
+        config = self.config
+        if not config.preview.prompts:
+            return None
+        return Previewer(
+            base.family,
+            base.pipeline,
+            config.preview,
+            self.sampling,
+            self.prompts,
+            self.folder.previews,
+            self.meter,
+            tiled=bool(config.memory.vae_tiling),
+        )
+
+    def _save(self, base: Base, fitted: Fitted, result: Result) -> None:
+        """Write the trained adapter to `adapter/`, or the whole pipeline to `model/`, with its artifact.json.
+
+        Raises:
+            OutputError: nothing half-written is left.
+        """
+        if not self.main:
+            return
+        config, family = self.config, base.family
+        final = self.folder.adapter if config.adapter else self.folder.model
+        metrics: dict[str, Metric] = {
+            "steps": result.step,
+            "loss": result.loss,
+            **result.metrics,
+            "parameters": sum(parameter.numel() for parameter in fitted.parameters.values()),
+            "samples_per_second": round(result.step * config.train.batch_size / max(result.seconds, 1e-9), 3),
+        }
+        step = Step(
+            kind="train",
+            artifact=final.name,
+            settings=json.loads(config.model_dump_json(exclude={"optimize", "runs"})),
+            seconds=round(result.seconds, 3),
+            metrics=metrics,
+            details={"identity": self.identity, "step": result.step},
+        )
+        with self.meter.phase("save"), atomic_folder(final) as folder:
+            denoiser = family.denoiser(base.pipeline)
+            if config.adapter:
+                save_adapter(
+                    folder,
+                    denoiser,
+                    family,
+                    config.adapter,
+                    name=config.name,
+                    base_source=config.model.source,
+                    title=config.name,
+                )
+            else:
+                whole = family.load(config.model.opened)
+                setattr(whole, family.facts.denoiser_name, denoiser.to("cpu", torch.float32))
+                whole.scheduler = base.pipeline.scheduler
+                family.save(whole, folder)
+            Artifact(
+                path=folder,
+                model_path=folder,
+                format="adapter" if config.adapter else "torch",
+                family=family.name,
+                source=str(folder),
+                lineage=(step,),
+                base=config.model.source if config.adapter else None,
+                opened=config.model.opened if config.adapter else None,
+                sampling=self.sampling,
+            ).write()
+        if self.meter.active:
+            self.meter.write(self.folder.path / "plan.json")
+        self.say(f"saved {final}")
+
+    # After ---------------------------------------------------------------------------------------------------
+
+    def optimize(self) -> None:
+        """Run the passes on what was trained, and write the report, after each of them too.
+
+        The processes part here; the main one goes on as an ordinary single one.
+
+        Raises:
+            VerificationFailed: a step missed its thresholds.
+        """
+        self.learns = False
+        close_accelerator(self.accelerator)
+        trained = self.folder.trained()
+        if not self.main or trained is None:
+            return
+        config, path = self.config, self.folder.path
+        write_report(path)
+        context = Context(
+            run_dir=path,
+            device=config.memory.device,
+            seed=config.seed,
+            prompts=tuple(config.preview.prompts),
+            sampling=self.sampling,
+            data=self._data,
+            say=self.say,
+        )
+        run_chain(self.chain, Artifact.load(trained), context, after_step=lambda _: write_report(path))
+        self.say(f"report: {path / 'report.html'}")
+
+
+def _in_memory(
+    pipeline: Pipeline, fitted: Fitted | None, optimizer: torch.optim.Optimizer | None
+) -> Iterator[torch.Tensor]:
+    host = {id(tensor) for tensor in fitted.host.tensors} if fitted and fitted.host else set()
+    for module in pipeline.components.values():
+        if isinstance(module, nn.Module):
+            yield from (t for t in (*module.parameters(), *module.buffers()) if id(t) not in host)
+    if fitted:
+        yield from fitted.parameters.values()
+    for state in optimizer.state.values() if optimizer else ():
+        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+@contextmanager
+def open_run(config: TrainingRunConfig, loaded: Loaded) -> Iterator[Run]:
+    """Check, decide, and hold the run folder for as long as the run lives.
+
+    Whatever can be wrong with the chain or the pictures is said before anything has started; memory is
+    decided before anything is loaded, once for all processes.
+
+    Raises:
+        ChainError, DataError: the passes or the pictures.
+        DeviceError, ConfigError, DoesNotFit: see `open_accelerator` and `planning.settle`.
+        ArtifactError: another process is writing to this run.
+        OutputError: the folder cannot be written.
+        OutOfMemory: while it trained; its `replan` says whether to start again at once.
+    """
+    chain = parse_chain(config.optimize, loaded.chain_where)
+    check_chain(chain, "adapter" if config.adapter else "torch", loaded.chain_where)
+    scan = scan_data(config.data)  # type: ignore[attr-defined]
+    scan.check()
+    settled, plan = planning.settle(config, Processes.of(config.memory.device))
+    accelerator = open_accelerator(settled.memory, settled.train.batch_size, settled.adapter)
+    meter = Meter(accelerator.device, active=False)
+    run = Run(settled, config, RunFolder(config.run_dir), accelerator, meter, scan, chain, plan)
+    with _held(run):
+        try:
+            yield run
+        except (OutOfMemory, RuntimeError) as error:
+            if not run.learns:
+                raise
+            short = planning.ran_out(settled, error)
+            if short is None:
+                raise
+            if short.replan:  # in this process, with another accelerator
+                close_accelerator(accelerator)
+            raise short.with_traceback(None) from None
+
+
+@contextmanager
+def _held(run: Run) -> Iterator[None]:
+    """The run folder, locked by the main process; the others wait until it is."""
+    if not run.main:
+        run.accelerator.wait_for_everyone()
+        yield
+        return
+    with only_writer(run.folder.path, run.say):
+        clean_leftovers(run.folder.path)
+        run.accelerator.wait_for_everyone()
+        yield

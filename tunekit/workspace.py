@@ -1,0 +1,615 @@
+"""What the command, a notebook or a page asks of tunekit. It answers with data and prints nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+from tunekit.artifacts import Artifact, RunFolder, open_artifact, write_text
+from tunekit.config import config_names, find_config
+from tunekit.errors import (
+    ArtifactError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    ModelError,
+    OutputError,
+    TunekitError,
+    did_you_mean,
+    output_errors,
+)
+from tunekit.registry import FAMILIES, PASSES, Registry, recipe_names, recipe_path
+from tunekit.resources import PACKAGE, builtin_names, configs_dir
+
+# What takes longer to import (pydantic, torch) is imported where it is used, so that `tunekit ls` answers at
+# once.
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from tunekit.config import Loaded, SamplingConfig
+    from tunekit.memory.plan import Plan
+
+RUNS = Path("runs")
+SOURCES = ("path", "validation", "class_path")
+"""Keys of `data:` that name pictures."""
+BATCH = 4
+"""Pictures drawn at once."""
+
+
+# What there is ----------------------------------------------------------------------------------------------
+
+
+def inventory() -> dict[str, dict[str, str]]:
+    """The configs, recipes, families, passes and bundled things, each name with a line about it."""
+
+    def members(registry: Registry[Any]) -> dict[str, str]:
+        files = {name: PACKAGE / registry.package.split(".")[1] / f"{name}.py" for name in registry.names()}
+        return {name: _first_line(file) if file.is_file() else "plug-in" for name, file in files.items()}
+
+    return {
+        "configs": {name: _first_line(find_config(name)) for name in config_names()},
+        "recipes": {name: _first_line(recipe_path(name)) for name in recipe_names()},
+        "families": members(FAMILIES),
+        "passes": members(PASSES),
+        "builtin": dict.fromkeys(builtin_names(), ""),
+    }
+
+
+def _first_line(path: Path) -> str:
+    """First line of a module's docstring, or of a YAML file's comment, without importing anything."""
+    with path.open(encoding="utf-8") as file:
+        head = file.read(400)
+    match = re.match(r'\s*(?:"""|#\s*)(.+?)(?:"""|\n|$)', head)
+    return match[1].strip() if match else ""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run has come.
+
+    Attributes:
+        run: its folder.
+        state: "trained", "at step-000200", "2 passes done", "begun".
+        final: the folder in it that is the result so far.
+    """
+
+    run: str
+    state: str
+    final: str | None
+
+
+def runs(folder: Path | str = RUNS) -> list[RunState]:
+    """The runs in a folder of runs."""
+    return [state for path in sorted(Path(folder).glob("*")) if (state := _run_state(path))]
+
+
+def _run_state(path: Path) -> RunState | None:
+    run = RunFolder(path)
+    if not run.config.is_file():
+        return None
+    trained, passes = run.trained(), run.passes()
+    checkpoints = sorted(run.checkpoints.glob("step-*"))
+    final = passes[-1] if passes else trained
+    state = "trained" if trained else f"at {checkpoints[-1].name}" if checkpoints else "begun"
+    if passes:
+        state = f"{len(passes)} {'pass' if len(passes) == 1 else 'passes'} done"
+    return RunState(str(path), state, final.name if final else None)
+
+
+def find_run(name: str) -> Path:
+    """A run by its folder, or by its name under `runs`.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if (RUNS / name).is_dir():
+        return RUNS / name
+    near = [str(folder) for parent in (path.parent, RUNS) for folder in parent.glob("*")]
+    raise ArtifactError(
+        f'there is no run "{name}"', hint=did_you_mean(name, near) or "tunekit ls shows the runs"
+    )
+
+
+def copy(name: str, dest: Path | str, *, force: bool = False) -> Path:
+    """Copies a ready-made config or recipe; what a config extends is found from its new place too.
+
+    Args:
+        name: as `inventory` has it.
+        dest: file or folder.
+        force: overwrite.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        ConfigError: nothing of that name.
+        OutputError: the file is there already, or cannot be written.
+    """
+    dest = Path(dest)
+    key = name.removesuffix(".yaml").removesuffix(".py")
+    is_recipe = key in recipe_names() and (key not in config_names() or dest.suffix == ".py")
+    if not is_recipe and key not in config_names():
+        hint = did_you_mean(name, [*config_names(), *recipe_names()]) or "tunekit ls shows what there is"
+        raise ConfigError(f'there is no config or recipe "{name}"', hint=hint)
+    source = recipe_path(key) if is_recipe else find_config(configs_dir() / f"{key}.yaml")
+    target = dest / source.name if dest.is_dir() else dest
+    if target.exists() and not force:
+        raise OutputError(
+            "is there already", where=str(target), hint="choose another name, or --force to overwrite"
+        )
+    text = source.read_text(encoding="utf-8")
+    if not is_recipe:
+        # What a copy extends it must still find from its new place: by name among the ready-made ones.
+        def by_name(match: re.Match[str]) -> str:
+            base = (source.parent / match[2]).resolve()
+            return match[1] + base.relative_to(configs_dir().resolve()).as_posix()
+
+        text = re.sub(r"(?m)^(extends:\s*)([^\s#]+)", by_name, text)
+    return write_text(target, text)
+
+
+# Checking ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a config, or with what it names.
+
+    Attributes:
+        place: "file:line", "command line", or the path of a picture.
+        key: dotted key of the config that it is about, "" if it is about none.
+        message: what is wrong.
+        hint: what to change; "" where the message says it.
+    """
+
+    place: str
+    key: str
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was found out about a config.
+
+    Attributes:
+        path: the config's file.
+        facts: what there is, by name: "recipe", "writes to", "model", "passes", "pictures", ...
+        errors: what is wrong, as it is told to people.
+        problems: the same, one row for each.
+    """
+
+    path: str
+    facts: dict[str, str | int]
+    errors: tuple[TunekitError, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """What `tunekit check --json` prints."""
+        return {
+            "version": 1,
+            "config": self.path,
+            "facts": {name.replace(" ", "_"): fact for name, fact in self.facts.items()},
+            "problems": [asdict(problem) for problem in self.problems],
+        }
+
+
+def check(config: str | Path, overrides: Sequence[str] = ()) -> Examination:
+    """Loads a config and examines it; what keeps it from loading is a problem like others."""
+    from tunekit.config import load
+
+    try:
+        loaded = load(config, overrides)
+    except TunekitError as error:
+        try:
+            path = find_config(config)
+        except ConfigError:
+            path = Path(config)
+        return Examination(str(path), {}, (error,), tuple(_rows(error)))
+    return examine(loaded)
+
+
+def examine(loaded: Loaded) -> Examination:
+    """Looks at a config's model, its passes and every picture, and collects all that is wrong."""
+    facts: dict[str, str | int] = {
+        "recipe": loaded.config.recipe,
+        "writes to": str(loaded.config.run_dir),
+    }
+    errors: list[TunekitError] = []
+    problems: list[Problem] = []
+
+    def note(error: TunekitError) -> None:
+        errors.append(error)
+        problems.extend(_rows(error))
+
+    model = None
+    try:
+        model = _model(loaded)
+        if model is not None:
+            on_hub = model.path is None and model.source != "tiny"
+            kind = "on the hub: not looked at" if on_hub else model.format
+            facts["model"] = f"{loaded.config.model.source} ({kind})"
+    except TunekitError as error:
+        note(error)
+    try:
+        facts["passes"] = _chain(loaded, model)
+    except TunekitError as error:
+        note(error)
+    data = getattr(loaded.config, "data", None)
+    if data is not None:
+        from tunekit.data.images import scan_data
+
+        try:
+            scan = scan_data(data)
+        except TunekitError as error:  # a name that is not bundled
+            keys = [key for key in SOURCES if f'"{getattr(data, key, None)}"' in error.message]
+            error.key = f"data.{keys[0]}" if keys else "data"
+            error.where = loaded.where(error.key)
+            note(error)
+        else:
+            facts["pictures"] = len(scan.samples)
+            if scan.held_out:
+                facts["held out"] = len(scan.held_out)
+            if scan.prior:
+                facts["class pictures"] = len(scan.prior)
+            try:
+                scan.check()
+            except DataError as error:
+                errors.append(error)
+                for found in scan.problems:
+                    keys = [key for key in SOURCES if getattr(data, key, None) == found.where]
+                    key = f"data.{keys[0]}" if keys else ""
+                    problems.append(Problem(found.where, key, found.what, found.fix))
+    return Examination(str(loaded.path), facts, tuple(errors), tuple(problems))
+
+
+def _rows(error: TunekitError) -> list[Problem]:
+    return [
+        Problem(part.where or "", part.key, part.message, part.hint or "") for part in error.parts or [error]
+    ]
+
+
+def ready(loaded: Loaded) -> None:
+    """The checks before a run is launched: its model and its passes.
+
+    Raises:
+        ArtifactError, ModelError: the model is not there.
+        ChainError: the passes cannot run, or not in this order.
+    """
+    _chain(loaded, _model(loaded) if hasattr(loaded.config, "optimize") else None)
+
+
+def _model(loaded: Loaded) -> Artifact | None:
+    """What `model.source` is; None for a recipe without a model.
+
+    Raises:
+        ArtifactError, ModelError: nothing there.
+    """
+    model = getattr(loaded.config, "model", None)
+    if model is None:
+        return None
+    from tunekit import families
+
+    try:
+        families.get(model.family)
+    except ConfigError as error:
+        error.where, error.key = loaded.where("model.family"), "model.family"
+        raise
+    try:
+        return open_artifact(model.source, family=model.family)
+    except (ArtifactError, ModelError) as error:
+        error.where, error.key = loaded.where("model.source"), "model.source"
+        raise
+
+
+def _chain(loaded: Loaded, model: Artifact | None) -> str:
+    """Checks the passes of `optimize:` and describes them: "merge > export_onnx (onnx)".
+
+    Raises:
+        ChainError: unknown pass or key, or a wrong order.
+    """
+    from tunekit.passes.base import check_chain, parse_chain
+
+    config = loaded.config
+    passes = parse_chain(getattr(config, "optimize", []), loaded.chain_where)
+    if not passes:
+        return "none"
+    if hasattr(config, "adapter"):  # trained first
+        start = "adapter" if config.adapter else "torch"
+    else:
+        start = model.format if model else "torch"
+    end = check_chain(passes, start, loaded.chain_where)
+    return " > ".join(step.kind for step in passes) + f" ({end})"
+
+
+# Running ----------------------------------------------------------------------------------------------------
+
+
+def run(config: str | Path, *overrides: str, processes: int = 1) -> Artifact:
+    """Runs a recipe, through accelerate; called again, it continues where it stopped.
+
+    Call it from the main thread: until the recipe ends, it passes Ctrl-C and SIGTERM on to it.
+
+    Args:
+        config: a path, or the name of a ready-made config.
+        overrides: `a.b=c` each.
+        processes: one per GPU, or several on the CPU.
+
+    Returns:
+        What the run ends with: the last artifact of its chain, or what was trained.
+
+    Raises:
+        TunekitError: it did not start, for the reason that it says; or it failed, and has said why on stderr.
+            `exit_code` is the recipe's own. Interrupted: it was stopped, after a checkpoint.
+    """
+    loaded, code = launch(config, overrides, processes=processes)
+    folder = RunFolder(loaded.config.run_dir)
+    if code:
+        kind = Interrupted if code > 128 else TunekitError
+        error = kind(
+            "the run was stopped" if code > 128 else f"the run failed with exit code {code}",
+            where=str(folder.path),
+            hint="its own message is on stderr; the same call continues it",
+        )
+        error.exit_code = code
+        raise error
+    return folder.final()
+
+
+def launch(config: str | Path, overrides: Sequence[str] = (), *, processes: int = 1) -> tuple[Loaded, int]:
+    """Checks a config and runs its recipe, which prints. Returns the config and the recipe's exit code.
+
+    Raises:
+        TunekitError: something is wrong, and nothing was launched.
+    """
+    from tunekit import launch as launcher
+    from tunekit.config import load
+
+    loaded = load(config, overrides)
+    ready(loaded)
+    memory = getattr(loaded.config, "memory", None)
+    device = memory.device if memory else getattr(loaded.config, "device", "auto")
+    if processes > 1:
+        from tunekit import hardware
+
+        kind = hardware.probe(device).torch_device.partition(":")[0]
+        if kind in {"cuda", "xpu"}:
+            hardware.probe(f"{kind}:{processes - 1}")  # says so if there are fewer
+        device = kind
+    recipe = recipe_path(loaded.config.recipe)
+    code = launcher.launch(recipe, loaded.path, overrides, processes=processes, cpu=device == "cpu")
+    return loaded, code
+
+
+# Planning ---------------------------------------------------------------------------------------------------
+
+
+def plan(
+    config: str | Path | Loaded,
+    *overrides: str,
+    device: str | None = None,
+    budget: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Plan]:
+    """Predicts a training's memory and finds the fastest way that fits; no GPU or weights are needed.
+
+    Args:
+        config: a path, the name of a ready-made config, or what `load` returned.
+        overrides: `a.b=c` each; not for what is loaded already.
+        device: a card such as "rtx-3060", "all", or what answers here: "auto", "cuda:1". If neither this nor
+            `budget` is given, all cards.
+        budget: memory that may be used, "8 GiB".
+        say: takes lines of progress.
+
+    Returns:
+        One plan per card; of "all" some may not fit.
+
+    Raises:
+        ConfigError: in the config, or it trains nothing.
+        DeviceError: no such card, or it lacks what the config asks for.
+        DoesNotFit: the one card that was asked for does not do; says what would help.
+    """
+    from tunekit import planning
+    from tunekit.config import Loaded, load
+
+    if not isinstance(config, Loaded):
+        config = load(config, overrides, stand_in="(not needed)")
+    elif overrides:
+        raise ConfigError("overrides have no effect on a config that is loaded", hint="give them to load()")
+    chosen = device or ("all" if budget is None else None)
+    return planning.plan_config(config, device=chosen, budget=budget, say=say)
+
+
+def picture_plans(plans: Sequence[Plan], file: Path) -> Path:
+    """Draws the memory of a step into an .svg (of one plan) or .html file.
+
+    Raises:
+        ConfigError: several plans, and an .svg.
+    """
+    from tunekit.memory import picture
+
+    if file.suffix == ".svg" and len(plans) > 1:
+        raise ConfigError(
+            f"{len(plans)} plans do not go into one .svg", where="--picture", hint="give an .html file"
+        )
+    return write_text(file, "\n".join(picture.draw(plan) for plan in plans))
+
+
+# Drawing ----------------------------------------------------------------------------------------------------
+
+
+class Opening(TypedDict, total=False):
+    """How a model is opened; see `runtime.open_runtime`."""
+
+    family: str | None
+    device: str
+    provider: str | None
+    dtype: str | None
+    adapter: str | Path | None
+
+
+class Options(Opening, total=False):
+    """How a model is opened, how a picture is drawn (`SamplingConfig`), and how many at once."""
+
+    steps: int
+    guidance: float
+    negative_prompt: str
+    height: int
+    width: int
+    scheduler: dict[str, Any]
+    batch: int
+    on_step: Callable[[int, int, Tensor], None]
+
+
+def generate(
+    source: Artifact | str | Path,
+    prompts: str | Sequence[str],
+    *,
+    seeds: int | Sequence[int] = 0,
+    **options: Unpack[Options],
+) -> list[Image.Image]:
+    """Opens a model, draws pictures with it and closes it; `open_runtime` keeps one open for more.
+
+    Args:
+        source: run folder, adapter, any artifact, diffusers folder, hub id, "builtin/..." or "tiny".
+        prompts: one per seed, or a single one for all.
+        seeds: one per prompt, or a single one for all.
+        options: family (its name, where the source does not say it); device ("auto", "cpu", "cuda",
+            "cuda:1", "xpu", "mps"); provider (of ONNX models: "cpu", "cuda", "tensorrt", "openvino"); dtype
+            ("fp32", "bf16", "fp16", of torch and OpenVINO); adapter (to put on the source). steps, guidance,
+            negative_prompt, height, width, scheduler: the model's own where they are not given. batch
+            (pictures at once), on_step.
+
+    Raises:
+        TunekitError: the source cannot be opened, or an option has no effect.
+    """
+    known = {**Options.__annotations__, **Opening.__annotations__}
+    if unknown := sorted(set(options) - set(known)):  # said before minutes of loading
+        raise TypeError(f"generate() takes no {', '.join(unknown)}")
+
+    from tunekit import runtime
+    from tunekit.config import SamplingConfig
+
+    given: dict[str, Any] = dict(options)
+    opening = {name: given.pop(name) for name in Opening.__annotations__ if name in given}
+    drawing = {name: given.pop(name) for name in ("batch", "on_step") if name in given}
+    sampling = SamplingConfig(**given)
+    drawer = runtime.open_runtime(source, **opening)
+    try:
+        return runtime.generate(
+            drawer,
+            [prompts] if isinstance(prompts, str) else prompts,
+            sampling,
+            seeds=[seeds] if isinstance(seeds, int) else seeds,
+            **drawing,
+        )
+    finally:
+        drawer.close()
+
+
+def draw(
+    source: str,
+    prompts: Sequence[str],
+    sampling: SamplingConfig | None = None,
+    *,
+    out: Path | str = "generated",
+    seed: int = 0,
+    count: int = 1,
+    on_step: Callable[[str, int, int], object] | None = None,
+    **opening: Unpack[Opening],
+) -> Iterator[Path]:
+    """Draws pictures into files that say how they were made, and yields the paths.
+
+    Nothing happens before the first is asked for.
+
+    Args:
+        source: run folder, adapter, any artifact, diffusers folder, hub id, "builtin/..." or "tiny".
+        prompts: each is drawn `count` times.
+        sampling: how; what it leaves open is the model's own.
+        out: a folder, or a .png file for one picture.
+        seed: of the first picture of each prompt; the next ones count up.
+        count: pictures of each prompt.
+        on_step: called with (what draws, sampling steps done, all of them).
+        opening: see `runtime.open_runtime`.
+
+    Raises:
+        ConfigError: several pictures, and one file.
+        TunekitError: the source cannot be opened, or a picture cannot be written.
+    """
+    out = Path(out)
+    wanted = [(text, seed + index) for text in prompts for index in range(count)]
+    if out.suffix.lower() == ".png" and len(wanted) > 1:
+        raise ConfigError(
+            f"{len(wanted)} pictures do not go into one file", where="--out", hint="give a folder"
+        )
+    opened = open_artifact(source, family=opening.get("family"))
+
+    from tunekit import runtime
+    from tunekit.config import SamplingConfig
+
+    drawer = runtime.open_runtime(opened, **opening)
+    whole = (sampling or SamplingConfig()).over(drawer.sampling)
+    facts = {
+        "negative_prompt": whole.negative_prompt or "",
+        "steps": str(whole.steps),
+        "guidance": f"{whole.guidance:g}",
+        "source": source,
+        "runtime": drawer.title,
+    }
+    total = (whole.steps or 1) * -(-len(wanted) // BATCH)
+    done = 0
+
+    def step(*_: object) -> None:
+        nonlocal done
+        done += 1
+        if on_step:
+            on_step(drawer.title, done, total)
+
+    try:
+        for start in range(0, len(wanted), BATCH):
+            group = wanted[start : start + BATCH]
+            pictures = runtime.generate(
+                drawer,
+                [text for text, _ in group],
+                whole,
+                seeds=[number for _, number in group],
+                on_step=step,
+            )
+            for (text, number), picture in zip(group, pictures, strict=True):
+                path = _picture_path(out, text, number)
+                _save_png(path, picture, {"prompt": text, "seed": str(number), **facts})
+                yield path
+    finally:
+        drawer.close()
+
+
+def _picture_path(out: Path, prompt: str, seed: int) -> Path:
+    if out.suffix.lower() == ".png":
+        return out
+    slug = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60] or "picture"
+    path, again = out / f"{slug}-{seed}.png", 1
+    while path.exists():  # nothing that was drawn before is lost
+        again += 1
+        path = out / f"{slug}-{seed}-{again}.png"
+    return path
+
+
+def _save_png(path: Path, picture: Image.Image, facts: dict[str, str]) -> None:
+    """Writes a picture that says how it was made."""
+    from PIL.PngImagePlugin import PngInfo
+
+    import tunekit
+
+    info = PngInfo()
+    for name, text in {**facts, "software": f"tunekit {tunekit.__version__}"}.items():
+        info.add_text(name, text)
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, pnginfo=info)
