@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
+import shutil
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -11,15 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 
 from tunekit import families
-from tunekit.config import DataConfig
-from tunekit.data.cache import Batch, CachedDataset, Encoder, Stream
+from tunekit.config import DataConfig, ObjectiveConfig
+from tunekit.data import cache
+from tunekit.data.cache import CachedDataset, Draws, Encoder, Stream
 from tunekit.data.images import CROPS, Sample, Transform, scan_data
+from tunekit.diffusion.batch import Batch
 from tunekit.diffusion.noise import sample_generator
 from tunekit.errors import DataError, NonFiniteError, OutputError
+from tunekit.families.loading import source_files
+from tunekit.resources import Source
 
 MakePictures = Callable[..., Path]
 FAMILY = families.get("sd15")
@@ -60,13 +68,14 @@ def dataset(pipeline: Any, pictures: Path, tmp_path_factory: pytest.TempPathFact
 
 def test_latents_and_conditioning_are_the_familys(pipeline: Any, dataset: CachedDataset) -> None:
     for index, sample in enumerate(dataset.samples):
-        pixels = Transform(dataset.shapes[index]).apply(sample.open())
+        height, width = dataset.shapes[index]
+        pixels = Transform((width, height)).apply(sample.open())
         mean, std = dataset.moments(index)
         assert torch.equal(torch.cat([mean, std]), FAMILY.encode_image(pipeline, pixels[None])[0])
         known = dataset.conditioning(sample.caption)
         for name, value in FAMILY.encode_prompt(pipeline, [sample.caption]).items():
             assert torch.equal(known[name], value[0])
-    assert Counter(dataset.shapes) == {(32, 32): 4, (40, 24): 2, (24, 40): 1}
+    assert Counter(dataset.shapes) == {(32, 32): 4, (24, 40): 2, (40, 24): 1}  # (height, width)
 
 
 def test_what_is_cached_is_not_encoded_again(pipeline: Any, pictures: Path, tmp_path: Path) -> None:
@@ -113,6 +122,258 @@ def test_keys_follow_everything_a_latent_depends_on(pictures: Path, tmp_path: Pa
         next(pipeline.text_encoder.parameters()).mul_(1.01)
     encoder(pipeline, tmp_path).dataset([one], data, seed=0)
     assert len(list((tmp_path / "conditioning").glob("*"))) == captions + 2
+
+
+# As files have been named since version 1; caches of Stable Diffusion 1.x that were filled then are used.
+
+
+def digest(*parts: Any) -> str:
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def hash_of(module: Any) -> str:
+    made = hashlib.blake2b(digest_size=16)
+    config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
+    passing = ("transformers_version", "dtype", "torch_dtype", "architectures")
+    known = {key: value for key, value in config.items() if key[0] != "_" and key not in passing}
+    made.update(json.dumps(known, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        made.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        made.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return made.hexdigest()
+
+
+def vocabulary_of(tokenizer: Any) -> str:
+    return digest(sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length)
+
+
+def names_of_version_1(pipeline: Any, samples: list[Sample], keys: list[str]) -> set[str]:
+    """Files of the cache for samples whose crops have these keys, for their captions and the empty one."""
+    vae, text = (
+        hash_of(pipeline.vae),
+        digest(hash_of(pipeline.text_encoder), vocabulary_of(pipeline.tokenizer)),
+    )
+    latents = {
+        f"latents/{digest(1, 'sd15', vae, sample.id, sample.content, key, 32)}.safetensors"
+        for sample, key in zip(samples, keys, strict=True)
+    }
+    prompts = ["", *(sample.caption for sample in samples)]
+    return latents | {f"conditioning/{digest(1, 'sd15', text, p)}.safetensors" for p in prompts}
+
+
+@pytest.mark.parametrize(
+    ("source", "sizes"),
+    [
+        ("tiny", {"square": "32x32", "wide": "40x24", "tall": "24x40"}),
+        ("builtin/emoji-64", dict.fromkeys(("square", "wide", "tall"), "32x32")),
+    ],
+)
+def test_a_cache_of_version_1_is_used(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, sizes: dict[str, str]
+) -> None:
+    """Files under the names that they had then are read, and nothing is encoded again."""
+    found, data = samples(pictures), DataConfig(path=str(pictures), resolution=32)
+    keys = [f"{sizes[sample.id.split('/')[0]]} 0.500000 0.500000 0" for sample in found]
+    pipeline = FAMILY.load(source)
+    names = names_of_version_1(pipeline, found, keys)
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        kind = {"moments": torch.zeros(8, 4, 4)} if name.startswith("latents") else {"states": torch.zeros(3)}
+        safetensors.torch.save_file(kind, tmp_path / name)
+    for method in ("encode_image", "encode_prompt"):
+        monkeypatch.setattr(type(FAMILY), method, lambda *_: pytest.fail("encoded again"))
+    said: list[str] = []
+    made = encoder(pipeline, tmp_path, said).dataset(found, data, seed=0)
+    assert said == []
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.safetensors")} == names
+    assert not made.moments(0)[0].any() and set(made.conditioning(found[0].caption)) == {"states"}
+    assert set(made.beside(0)) == {"frame"}  # known without the file
+
+
+RECORDED = {
+    "": "57eb9f29def05fcb5508c9f03c394126",
+    "a red cat": "50aaec8119cff1d1b20e85b79134c4ac",
+    "größer 🐈": "bf36618e088681351518136288043981",
+}
+
+
+def test_names_of_files_are_recorded_values(pipeline: Any, tmp_path: Path) -> None:
+    """Taken from the code of version 1, with hashes of the weights that are fixed."""
+    made = encoder(pipeline, tmp_path)
+    made._vae, made._text = "vae", "text"
+    one = Sample("größe/fox.png", "a fox", 40, 40, "content", "where", bytes)
+    file = made._latent_file(one, Transform((32, 48), 0.25, 0.125, True), 40)
+    assert file == tmp_path / "latents" / "64e8316f24822e58975fbdf98bfd9b61.safetensors"
+    expected = {
+        prompt: tmp_path / "conditioning" / f"{name}.safetensors" for prompt, name in RECORDED.items()
+    }
+    for path in expected.values():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    assert made.prompts(RECORDED) == expected
+
+
+def test_names_follow_what_the_pipeline_makes_of_the_empty_prompt(tmp_path: Path) -> None:
+    """SDXL's is zeros or encoded, as its model_index.json says."""
+    family = families.get("sdxl")
+    files = []
+    for zeros in (True, False):
+        pipeline = family.tiny()
+        pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
+        made = Encoder(
+            family, pipeline, cache=tmp_path, accelerator=Accelerator(cpu=True), say=lambda line: None
+        )
+        known = made.conditioning(["", "a"])
+        assert bool(known[""]["encoder_hidden_states"].any()) == (not zeros)
+        files.append(made.prompts(["", "a"]))
+    assert not set(files[0].values()) & set(files[1].values())
+
+
+# Hashes of weights
+
+
+@pytest.fixture
+def hashing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The classes of the modules that were hashed; notes are kept in a folder of the test's own."""
+    monkeypatch.setattr(cache, "cache_dir", lambda: tmp_path / "notes")
+    seen: list[str] = []
+    hashed = cache._hash_module
+
+    def note(module: Any) -> str:
+        seen.append(type(module).__name__)
+        return hashed(module)
+
+    monkeypatch.setattr(cache, "_hash_module", note)
+    return seen
+
+
+def opened(folder: Path, dtype: torch.dtype = torch.float32) -> Encoder:
+    source = Source(str(folder))
+    return Encoder(
+        FAMILY,
+        FAMILY.load(source, dtype),
+        cache=folder / "cache",
+        accelerator=Accelerator(cpu=True),
+        files=source_files(source, FAMILY.facts),
+    )
+
+
+def test_weights_are_hashed_once_as_long_as_their_files_stay(
+    tiny_source: Path, tmp_path: Path, hashing: list[str]
+) -> None:
+    folder = shutil.copytree(tiny_source, tmp_path / "model")
+    first = opened(folder)
+    assert sorted(hashing) == ["AutoencoderKL", "CLIPTextModel"]
+    hashing.clear()
+    again = opened(folder)
+    assert hashing == []
+    assert (again._vae, again._text) == (first._vae, first._text)
+    assert first._vae == hash_of(first.pipeline.vae)  # and is no other hash than that of the weights
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["quant_conv.bias"] += 1
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    changed = opened(folder)
+    assert hashing == ["AutoencoderKL"]
+    assert changed._vae == hash_of(changed.pipeline.vae) != first._vae and changed._text == first._text
+    hashing.clear()
+    assert opened(folder)._vae == changed._vae and hashing == []
+
+
+def test_another_configuration_or_another_folder_is_hashed_anew(
+    tiny_source: Path, tmp_path: Path, hashing: list[str]
+) -> None:
+    folder = shutil.copytree(tiny_source, tmp_path / "model")
+    first = opened(folder)
+    config = folder / "vae" / "config.json"
+    config.write_text(config.read_text().replace('"scaling_factor": 0.5', '"scaling_factor": 0.25'))
+    hashing.clear()
+    assert opened(folder)._vae != first._vae
+    assert hashing == ["AutoencoderKL"]
+    hashing.clear()
+    moved = opened(shutil.copytree(tiny_source, tmp_path / "copy"))
+    assert sorted(hashing) == ["AutoencoderKL", "CLIPTextModel"]
+    assert (moved._vae, moved._text) == (first._vae, first._text)
+
+
+@pytest.mark.parametrize("damage", ["", "zz", "cut"])
+def test_a_damaged_note_is_written_again(
+    tiny_source: Path, tmp_path: Path, hashing: list[str], damage: str
+) -> None:
+    first = opened(tiny_source)
+    for note in (tmp_path / "notes" / "hashes").iterdir():
+        note.write_text(note.read_text()[:7] if damage == "cut" else damage)
+    assert opened(tiny_source)._vae == first._vae
+    assert len(hashing) == 4
+
+
+def test_where_nothing_can_be_noted_weights_are_hashed_each_time(
+    tiny_source: Path, tmp_path: Path, hashing: list[str]
+) -> None:
+    (tmp_path / "notes").write_text("a file where the folder should be")
+    assert opened(tiny_source)._vae == opened(tiny_source)._vae
+    assert len(hashing) == 4
+
+
+def test_weights_that_come_from_no_file_are_hashed_each_time(
+    pipeline: Any, tmp_path: Path, hashing: list[str]
+) -> None:
+    for _ in range(2):
+        encoder(pipeline, tmp_path)
+    assert len(hashing) == 4 and not (tmp_path / "notes").exists()
+
+
+# What stays in memory
+
+
+def test_what_was_used_last_stays_in_memory_up_to_some_bytes(tmp_path: Path) -> None:
+    files = [tmp_path / f"{index}.safetensors" for index in range(6)]
+    for index, file in enumerate(files):
+        safetensors.torch.save_file({"a": torch.full((25,), float(index)), "b": torch.zeros(75)}, file)
+    recent = cache._Recent(1000)  # two of 400 bytes
+    first = recent(files[0])
+    assert float(first["a"][0]) == 0 and recent.held == 400
+    assert recent(files[0]) is first
+    for file in files[1:4]:
+        recent(file)
+        assert recent.held <= 1000
+    assert recent.held == 800
+    files[0].unlink()
+    with pytest.raises(DataError, match=r"0\.safetensors"):
+        recent(files[0])
+    kept = recent(files[2])
+    recent(files[4])  # the third goes, as it was not used since
+    for file in files[2:5]:
+        file.unlink()
+    assert recent(files[2]) is kept and float(recent(files[4])["a"][0]) == 4
+    with pytest.raises(DataError, match=r"3\.safetensors"):
+        recent(files[3])
+    assert recent.held == 800
+
+
+def test_a_file_larger_than_the_limit_is_the_only_one_that_stays(tmp_path: Path) -> None:
+    for name, size in (("small", 10), ("large", 1000)):
+        safetensors.torch.save_file({"a": torch.zeros(size)}, tmp_path / name)
+    recent = cache._Recent(1000)
+    recent(tmp_path / "small")
+    large = recent(tmp_path / "large")
+    assert recent.held == 4000 and recent(tmp_path / "large") is large
+    recent(tmp_path / "small")
+    assert recent.held == 40
+
+
+def test_a_data_set_holds_no_more_than_it_may(
+    pipeline: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its limit is in bytes: a thousand captions of SDXL would be more than half a gigabyte."""
+    monkeypatch.setattr(cache, "RECENT_BYTES", 20_000)
+    data = DataConfig(path=str(pictures), resolution=32)
+    made = encoder(pipeline, tmp_path).dataset(samples(pictures), data, seed=0)
+    steps = stream(made, pipeline)
+    for step in range(8):
+        steps.step(step, 0, 1)
+        assert 0 < made._load.held <= 20_000
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) > 40_000
 
 
 def test_nan_latents_name_the_file(pictures: Path, tmp_path: Path) -> None:
@@ -180,7 +441,7 @@ def test_random_crops_and_flips_are_cached_variants(pipeline: Any, pictures: Pat
     assert encoder(pipeline, tmp_path).dataset(wide, data, seed=3, fixed=True).variants(0) == 1
     # Over the epochs each variant is seen.
     objective = FAMILY.objective(pipeline)
-    stream = Stream(made, objective, batch_size=2, seed=0)
+    stream = Stream(made, objective, Draws(batch_size=2), seed=0)
     latents = [row for step in range(40) for batch in stream.step(step, 0, 1) for row in batch.latents]
     known = [made.moments(index, variant)[0] for index in range(2) for variant in range(CROPS * 2)]
     nearest = [min(range(16), key=lambda i: float((row - known[i]).abs().mean())) for row in latents]
@@ -190,8 +451,22 @@ def test_random_crops_and_flips_are_cached_variants(pipeline: Any, pictures: Pat
 # Streaming
 
 
-def stream(dataset: CachedDataset, pipeline: Any, **options: Any) -> Stream:
-    return Stream(dataset, FAMILY.objective(pipeline), **{"batch_size": 4, "seed": 0, **options})
+def stream(
+    dataset: CachedDataset,
+    pipeline: Any,
+    *,
+    seed: int = 0,
+    prior: CachedDataset | None = None,
+    objective: ObjectiveConfig | None = None,
+    **draws: Any,
+) -> Stream:
+    return Stream(
+        dataset,
+        FAMILY.objective(pipeline, objective),
+        Draws(**{"batch_size": 4, **draws}),
+        seed=seed,
+        prior=prior,
+    )
 
 
 def rows(batches: list[Batch]) -> list[tuple[Any, ...]]:
@@ -199,10 +474,9 @@ def rows(batches: list[Batch]) -> list[tuple[Any, ...]]:
     return sorted(
         (
             name,
-            float(batch.weights[i]),
-            int(batch.timesteps[i]),
-            batch.latents[i].tolist(),
-            batch.noise[i].tolist(),
+            float(batch.weight[i]),
+            float(batch.timesteps[i]),
+            sorted((key, value[i].tolist()) for key, value in batch.rows.items()),
             sorted((key, value[i].tolist()) for key, value in batch.conditioning.items()),
         )
         for batch in batches
@@ -210,9 +484,13 @@ def rows(batches: list[Batch]) -> list[tuple[Any, ...]]:
     )
 
 
-def test_rows_do_not_depend_on_processes_or_micro_batches(dataset: CachedDataset, pipeline: Any) -> None:
-    whole = stream(dataset, pipeline, caption_dropout=0.5)
-    split = stream(dataset, pipeline, caption_dropout=0.5, micro_batch=1)
+@pytest.mark.parametrize("offset", [0.0, 0.25])
+def test_rows_do_not_depend_on_processes_or_micro_batches(
+    dataset: CachedDataset, pipeline: Any, offset: float
+) -> None:
+    options: dict[str, Any] = {"caption_dropout": 0.5, "objective": ObjectiveConfig(noise_offset=offset)}
+    whole = stream(dataset, pipeline, **options)
+    split = stream(dataset, pipeline, micro_batch=1, **options)
     for step in range(6):
         expected = rows(whole.step(step, 0, 1))
         assert len(expected) == 4
@@ -222,11 +500,31 @@ def test_rows_do_not_depend_on_processes_or_micro_batches(dataset: CachedDataset
         assert [row[0] for row in expected] == sorted(whole.ids(step))
 
 
+def test_noise_offset_belongs_to_the_sample(dataset: CachedDataset, pipeline: Any) -> None:
+    """A constant per channel on top of the very noise that there is without it."""
+    plain, moved = (
+        stream(dataset, pipeline, micro_batch=1, objective=ObjectiveConfig(noise_offset=offset))
+        for offset in (0.0, 0.25)
+    )
+    seen: dict[str, Any] = {}
+    for step in range(2):
+        for one, other in zip(plain.step(step, 0, 1), moved.step(step, 0, 1), strict=True):
+            difference = other.noise - one.noise
+            constant = difference.mean((2, 3), keepdim=True)
+            torch.testing.assert_close(difference, constant.expand_as(difference), atol=1e-5, rtol=0)
+            assert constant.abs().max() > 0.01
+            seen[one.ids[0]] = constant.flatten().tolist()
+            assert torch.equal(one.latents, other.latents) and torch.equal(one.timesteps, other.timesteps)
+    assert len({tuple(value) for value in seen.values()}) == len(seen)
+
+
 def test_micro_batches_have_one_shape_and_a_limit(dataset: CachedDataset, pipeline: Any) -> None:
     for step in range(8):
         for batch in stream(dataset, pipeline, micro_batch=3).step(step, 0, 1):
             assert len(batch.ids) == len(batch.latents) == len(batch.timesteps) <= 3
-            assert batch.latents.dtype == torch.float32
+            assert {value.dtype for value in batch.tensors()} == {torch.float32}
+            assert all(len(value) == len(batch) for value in batch.tensors())
+            assert set(batch.rows) == {"latents", "noise", "timesteps", "weight", "frame"}
 
 
 def test_an_epoch_holds_every_sample_once(dataset: CachedDataset, pipeline: Any) -> None:
@@ -244,8 +542,7 @@ def test_draws_change_with_the_epoch_and_the_seed(dataset: CachedDataset, pipeli
     objective = FAMILY.objective(pipeline)
 
     def draw(seed: int, epoch: int) -> Batch:
-        options = {"objective": objective, "dropout": 0.0, "weight": 1.0, "tag": ""}
-        return dataset.batch(2, seed=seed, epoch=epoch, **options)  # type: ignore[arg-type]
+        return dataset.batch(2, seed=seed, epoch=epoch, objective=objective, draws=Draws())
 
     first = draw(0, 0)
     for other in (draw(0, 1), draw(1, 0)):

@@ -1,34 +1,29 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from tunekit.data.examples import UNCONDITIONAL, Examples, gather
 
 from tunekit import families
-from tunekit.config import DataConfig
+from tunekit.config import DataConfig, SamplingConfig
+from tunekit.data.calibration import UNCONDITIONAL, CalibrationSet, Material, gather
 from tunekit.errors import ConfigError
+from tunekit.families import Family
 
 FAMILY = families.get("sd15")
 
 
-def collect(folder: Path, **options: Any) -> tuple[Examples, list[str]]:
+def collect(folder: Path, family: Family = FAMILY, **options: Any) -> tuple[CalibrationSet, list[str]]:
     said: list[str] = []
-    known = {"data": None, "prompts": ["a cat", "a dog"], "count": 3, "size": (64, 64), "seed": 0}
-    examples = gather(
-        FAMILY,
-        FAMILY.tiny(),
-        Accelerator(cpu=True),
-        guidance=3.0,
-        cache=folder / "cache",
-        model_hash="tiny",
-        say=said.append,
-        **{**known, **options},
-    )
-    return examples, said
+    drawing = SamplingConfig(height=64, width=64, guidance=3.0)
+    known: dict[str, Any] = {"data": None, "prompts": ("a cat", "a dog"), "count": 3, "seed": 0}
+    sampling = drawing.model_copy(update=options.pop("sampling", {}))
+    material = Material(sampling=sampling, cache=folder / "cache", model_hash="tiny", **{**known, **options})
+    return gather(family, family.tiny(), Accelerator(cpu=True), material, said.append), said
 
 
 def test_the_runs_pictures_come_first(pictures: Path, tmp_path: Path):
@@ -54,7 +49,7 @@ def test_without_pictures_the_model_draws_some(tmp_path: Path):
 
 def test_nothing_to_learn_from_is_said(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"neither pictures nor prompts.*\n.*prompts"):
-        collect(tmp_path, prompts=[])
+        collect(tmp_path, prompts=())
 
 
 def test_examples_cover_all_timesteps_and_purposes_differ(tmp_path: Path):
@@ -72,3 +67,33 @@ def test_examples_cover_all_timesteps_and_purposes_differ(tmp_path: Path):
     other = list(examples.batches(40, 4, purpose="two"))
     assert not any(torch.equal(a.noise, b.noise) for a, b in zip(other, batches, strict=True))
     assert all(torch.equal(a.timesteps, b.timesteps) for a, b in zip(other, batches, strict=True))
+
+
+@pytest.mark.parametrize("name", families.runnable())
+def test_every_family_can_be_drawn_from(name: str, tmp_path: Path):
+    """SDXL is told the size of a drawn picture, when it is drawn and when it is learned from."""
+    family = families.get(name)
+    examples, _ = collect(tmp_path, family, count=2, sampling={"height": 32, "width": 48})
+    (batch,) = examples.batches(2, 2, purpose="one")
+    assert batch.frame.tolist() == [[32, 48, 0, 0, 32, 48]] * 2
+    pipeline = family.tiny()
+    assert batch.latents.shape[1:] == family.latent_shape(pipeline, 32, 48)
+    told = family.conditioning(batch.conditioning, batch.frame)
+    with torch.no_grad():
+        made = family.denoise(family.denoiser(pipeline), batch.latents, batch.timesteps, told)
+    assert made.shape == batch.latents.shape and made.isfinite().all()
+
+
+def test_another_sampler_draws_other_pictures(tmp_path: Path):
+    """Its configuration is a part of the names, and where none is asked for they are those of before."""
+    first, _ = collect(tmp_path)
+    names = {path.name for path in (tmp_path / "cache" / "drawn").iterdir()}
+    settings = f"tiny {(4, 16, 16)} 3.0 20"
+    assert names == {
+        f"{hashlib.sha256(f'{settings} {i} {prompt}'.encode()).hexdigest()[:32]}.safetensors"
+        for i, prompt in enumerate(("a cat", "a dog", "a cat"))
+    }
+    other, said = collect(tmp_path, sampling={"scheduler": {"timestep_spacing": "trailing"}})
+    assert "drawing 3 pictures to learn from" in said
+    assert not torch.equal(first.dataset.moments(0)[0], other.dataset.moments(0)[0])
+    assert collect(tmp_path, sampling={"scheduler": {"timestep_spacing": "trailing"}})[1] == []

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tunekit import families
 from tunekit.config import DreamboothData, ModelConfig
-from tunekit.data.dreambooth import Draw, class_folder, class_pictures
+from tunekit.data.dreambooth import Draw, class_folder, class_pictures, class_sampling
 from tunekit.data.images import Sample
 from tunekit.errors import DataError, OutputError
 from tunekit.runtime import generate, torch_runtime
@@ -43,7 +43,7 @@ class Base:
             if len(self.seeds) >= self.stop_after:
                 raise KeyboardInterrupt
             self.seeds += seeds
-            return generate(self.runtime, ["a disc"], seeds=seeds, steps=2, guidance=5, height=32, width=32)
+            return generate(self.runtime, ["a disc"], class_sampling(data()), seeds=seeds)
 
         return draw
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tunekit.diffusion.metrics import MAX_PSNR_DB, psnr_db, relative_error, ssim, to_float
+from tunekit.diffusion.metrics import MAX_PSNR_DB, psnr_db, relative_error, ssim
+from tunekit.runtime import to_images
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -67,9 +68,25 @@ def test_ssim_of_pictures_smaller_than_the_window() -> None:
     assert ssim(noise(1, 3, 8, 8), noise(1, 3, 8, 8)) == pytest.approx(1)
 
 
-def test_to_float_keeps_every_value() -> None:
+def to_float(images: list[Image.Image]) -> Tensor:
+    """Pictures of one size as [B, 3, H, W] float32 in [0, 1]."""
+    arrays = [np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in images]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def test_pictures_of_eight_bits_keep_every_value() -> None:
     values = np.arange(2 * 4 * 3, dtype=np.uint8).reshape(2, 4, 3) * 10
     pixels = to_float([Image.fromarray(values), Image.fromarray(255 - values)])
     assert pixels.shape == (2, 3, 2, 4)
     assert torch.equal((pixels[0] * 255).round().to(torch.uint8).permute(1, 2, 0), torch.from_numpy(values))
     torch.testing.assert_close(pixels[1], 1 - pixels[0])
+    drawn = to_images(pixels)
+    assert [np.asarray(picture).tolist() for picture in drawn] == [values.tolist(), (255 - values).tolist()]
+
+
+def test_eight_bits_cost_what_rounding_costs() -> None:
+    """The error is uniform over one step of 1/255, so its mean square is a twelfth of the step's."""
+    picture = noise(1, 3, 64, 64)
+    rounded = to_float(to_images(picture))
+    assert (rounded - picture).abs().max() <= 0.5 / 255 + 1e-6
+    assert psnr_db(rounded, picture) == pytest.approx(10 * math.log10(12 * 255**2), abs=0.3)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from tunekit import families
+from tunekit.config import SamplingConfig
 from tunekit.diffusion.metrics import relative_error
-from tunekit.diffusion.sampling import initial_latents, sample
+from tunekit.diffusion.sampling import initial_latents, sample, sampler
+from tunekit.errors import ConfigError
 
 PROMPTS = ["a red cat", "the moon"]
 SEEDS = [3, 4]
@@ -41,7 +43,9 @@ def use(pipeline: Any, scheduler: str, **settings: Any) -> None:
     pipeline.scheduler = getattr(diffusers, scheduler)(**{k: shared[k] for k in keys}, **settings)
 
 
-def ours(pipeline: Any, prompts: list[str], seeds: list[int], **options: Any) -> Tensor:
+def ours(
+    pipeline: Any, prompts: list[str], seeds: list[int], *, on_step: Any = None, **options: Any
+) -> Tensor:
     shape = FAMILY.latent_shape(pipeline, SIZE["height"], SIZE["width"])
     return sample(
         lambda latents, t, conditioning: FAMILY.denoise(pipeline.unet, latents, t, conditioning),
@@ -49,8 +53,10 @@ def ours(pipeline: Any, prompts: list[str], seeds: list[int], **options: Any) ->
         initial_latents(seeds, shape),
         FAMILY.encode_prompt(pipeline, prompts),
         FAMILY.encode_prompt(pipeline, ["a blue dog"] * len(prompts)),
+        SamplingConfig(**{"steps": 4, "guidance": 5.0, **options}),
+        begin=FAMILY.begin,
         seeds=seeds,
-        **{"steps": 4, "guidance": 5.0, **options},
+        on_step=on_step,
     )
 
 
@@ -71,21 +77,94 @@ def test_equals_diffusers(pipeline: Any, scheduler: str, guidance: float) -> Non
     assert (FAMILY.decode(pipeline, latents) - expected).abs().max() <= 1e-5
 
 
-def test_eta_reaches_the_scheduler(pipeline: Any) -> None:
-    use(pipeline, "DDIMScheduler")
-    latents = ours(pipeline, PROMPTS, SEEDS, eta=0.8)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),  # takes a generator
+        ("DDIMScheduler", {"timestep_spacing": "trailing"}),
+        (None, {"timestep_spacing": "linspace"}),
+    ],
+)
+def test_another_sampler_may_be_asked_for(pipeline: Any, name: str | None, settings: dict[str, Any]) -> None:
+    """By class, by keys, or both; what is not named stays as the model has it."""
+    import diffusers
+
+    use(pipeline, "PNDMScheduler", prediction_type="v_prediction")
+    own = pipeline.scheduler
+    asked = {**({"class": name} if name else {}), **settings}
+    latents = ours(pipeline, PROMPTS, SEEDS, scheduler=asked)
+    made = getattr(diffusers, name or "PNDMScheduler").from_config(own.config, **settings)
+    assert made.config.prediction_type == "v_prediction" and made.config.beta_end == own.config.beta_end
+    pipeline.scheduler = made
     expected = pipeline(
         PROMPTS,
         negative_prompt=["a blue dog"] * 2,
         num_inference_steps=4,
         guidance_scale=5.0,
-        eta=0.8,
         generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
         output_type="latent",
         **SIZE,
     ).images
     assert relative_error(latents, expected) <= 1e-5
-    assert relative_error(latents, ours(pipeline, PROMPTS, SEEDS)) > 0.1
+    pipeline.scheduler = own
+    assert relative_error(latents, ours(pipeline, PROMPTS, SEEDS)) > 0.01
+
+
+@pytest.mark.parametrize("name", ["NoSuchScheduler", "UNet2DConditionModel"])
+def test_an_unknown_sampler_is_named(pipeline: Any, name: str) -> None:
+    with pytest.raises(ConfigError, match=f'diffusers has no scheduler "{name}"'):
+        sampler(pipeline.scheduler, SamplingConfig(scheduler={"class": name}))
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"use_karas_sigmas": True}, r'PNDMScheduler has no key "use_karas_sigmas"'),
+        (
+            {"class": "EulerDiscreteScheduler", "use_karas_sigmas": True},
+            r'no key "use_karas_sigmas"\n.*did you mean "use_karras_sigmas"',
+        ),
+        (
+            {"class": "PNDMScheduler", "rescale_betas_zero_snr": True},
+            r'PNDMScheduler has no key "rescale_betas_zero_snr"',
+        ),
+    ],
+)
+def test_keys_that_a_sampler_does_not_have_are_refused(
+    pipeline: Any, asked: dict[str, Any], words: str
+) -> None:
+    """diffusers leaves them out without a word."""
+    use(pipeline, "PNDMScheduler")
+    with pytest.raises(ConfigError, match=words):
+        sampler(pipeline.scheduler, SamplingConfig(scheduler=asked))
+
+
+def test_a_sampler_that_knows_no_zero_terminal_snr_gives_way(pipeline: Any) -> None:
+    """As an artifact asks for it that was trained so on a base with PNDM."""
+    use(pipeline, "PNDMScheduler")
+    asked = {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    }
+    made = sampler(pipeline.scheduler, SamplingConfig(scheduler=asked))
+    assert type(made).__name__ == "DDIMScheduler" and not made.config.clip_sample
+    assert float(made.alphas_cumprod[-1]) == 0
+    asked["rescale_betas_zero_snr"] = False
+    assert type(sampler(pipeline.scheduler, SamplingConfig(scheduler=asked))).__name__ == "PNDMScheduler"
+    use(pipeline, "EulerDiscreteScheduler")
+    asked["rescale_betas_zero_snr"] = True
+    made = sampler(pipeline.scheduler, SamplingConfig(scheduler=asked))
+    assert type(made).__name__ == "EulerDiscreteScheduler" and made.config.rescale_betas_zero_snr
+
+
+def test_asking_for_another_sampler_changes_nothing_that_was_given(pipeline: Any) -> None:
+    use(pipeline, "PNDMScheduler")
+    before, asked = dict(pipeline.scheduler.config), {"class": "DDIMScheduler", "clip_sample": False}
+    assert type(sampler(pipeline.scheduler, SamplingConfig(scheduler=asked))).__name__ == "DDIMScheduler"
+    assert asked == {"class": "DDIMScheduler", "clip_sample": False}
+    assert dict(pipeline.scheduler.config) == before
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -126,6 +205,24 @@ def test_without_a_negative_prompt_the_denoiser_sees_each_picture_once(pipeline:
 
     conditioning = {"encoder_hidden_states": torch.zeros(2, 3, 4)}
     noise = initial_latents(SEEDS, (4, 8, 8))
-    sample(denoise, pipeline.scheduler, noise, conditioning, None, steps=2, guidance=7.5)
-    sample(denoise, pipeline.scheduler, noise, conditioning, conditioning, steps=2, guidance=7.5)
-    assert rows == [2, 2, 4, 4]
+    guided, plain = (SamplingConfig(steps=2, guidance=guidance) for guidance in (7.5, 1.0))
+    for negative, how in ((None, guided), (conditioning, guided), (conditioning, plain)):
+        sample(denoise, pipeline.scheduler, noise, conditioning, negative, how, begin=FAMILY.begin)
+    assert rows == [2, 2, 4, 4, 2, 2]
+
+
+def test_timesteps_are_float32_rows(pipeline: Any) -> None:
+    """Samplers that step between whole numbers exist, and a denoiser takes one time per row."""
+    use(pipeline, "EulerDiscreteScheduler", timestep_spacing="linspace")
+    seen: list[Tensor] = []
+
+    def denoise(latents: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        seen.append(timestep)
+        return latents
+
+    conditioning = {"encoder_hidden_states": torch.zeros(2, 3, 4)}
+    noise = initial_latents(SEEDS, (4, 8, 8))
+    how = SamplingConfig(steps=5, guidance=1.0)
+    sample(denoise, pipeline.scheduler, noise, conditioning, None, how, begin=FAMILY.begin)
+    assert all(times.dtype == torch.float32 and times.shape == (2,) for times in seen)
+    assert [float(times[0]) for times in seen] == [999.0, 749.25, 499.5, 249.75, 0.0]

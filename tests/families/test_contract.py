@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,15 +11,16 @@ import torch
 from torch import Tensor
 
 from tunekit import families
+from tunekit.config import ObjectiveConfig
 from tunekit.diffusion.metrics import relative_error
-from tunekit.errors import ConfigError
-from tunekit.families import Family
+from tunekit.errors import ConfigError, ModelError
+from tunekit.families import Family, Frame
 
 PROMPTS = ["a red cat", "the moon"]
 TINY_BYTES = 20_000_000
 
 
-@pytest.fixture(scope="module", params=families.FAMILIES.names())
+@pytest.fixture(scope="module", params=families.runnable())
 def family(request: pytest.FixtureRequest) -> Family:
     return families.get(request.param)
 
@@ -40,9 +42,14 @@ def pixels(count: int, height: int, width: int) -> Tensor:
 
 
 def inputs(family: Family, pipeline: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    shape = family.latent_shape(pipeline, *family.default_size(pipeline))
+    """Two rows that differ in all they have, also in what part of which picture they are."""
+    height, width = family.default_size(pipeline)
+    shape = family.latent_shape(pipeline, height, width)
     noisy = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
-    return noisy, torch.tensor([20, 700]), family.encode_prompt(pipeline, PROMPTS)
+    frames = [Frame.whole(height, width), Frame((300, 200), (4, 0), (height, width))]
+    encoded = family.encode_prompt(pipeline, PROMPTS)
+    told = family.conditioning(encoded, torch.stack([frame.row for frame in frames]))
+    return noisy, torch.tensor([20.0, 700.0]), told
 
 
 def settings(scheduler: Any) -> dict[str, Any]:
@@ -71,8 +78,18 @@ def test_facts_name_things_that_exist(family: Family, pipeline: Any) -> None:
     assert getattr(pipeline, facts.denoiser_name) is family.denoiser(pipeline)
     assert facts.denoiser_name in facts.kohya_prefixes
     assert facts.encoders and all(prefixes for prefixes in facts.kohya_prefixes.values())
-    for component in {*facts.kohya_prefixes, *(name for pair in facts.encoders for name in pair)}:
-        assert getattr(pipeline, component) is not None
+    for part in facts.components:
+        assert getattr(pipeline, part.name) is not None
+        if part.tokenizer:
+            assert getattr(pipeline, part.tokenizer).model_max_length <= part.tokens
+        if part.role != "scheduler":
+            assert type(getattr(pipeline, part.name)) is part.type
+        assert len(part.kohya) == len(set(part.kohya))
+    assert set(facts.kohya_prefixes) <= {part.name for part in facts.components}
+    prefixes = [prefix for part in facts.components for prefix in part.kohya]
+    assert len(prefixes) == len(set(prefixes))
+    networks = {name for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    assert {part.name for part in facts.components if part.role != "scheduler"} == networks
     assert facts.default_source.count("/") == 1
     assert facts.ss_base_model_version and facts.modelspec_architecture and facts.title
 
@@ -91,6 +108,49 @@ def test_everything_is_in_eval_mode(pipeline: Any) -> None:
     assert not any(part.training for part in pipeline.components.values() if hasattr(part, "training"))
 
 
+def test_sensitive_parts_and_inputs_exist(family: Family, pipeline: Any) -> None:
+    """What loses most in few bits is a part of the network; what keeps its type is an input of its graph."""
+    inputs = {graph.name: graph.inputs for graph in family.export_components(pipeline)}
+    for part in family.facts.components:
+        for path in part.sensitive:
+            assert getattr(pipeline, part.name).get_submodule(path) is not None
+        assert set(part.keeps) <= set(inputs.get(part.name, {}))
+    assert family.facts.denoiser.sensitive and family.facts.denoiser.keeps
+
+
+def test_each_part_has_a_type_of_its_own(family: Family) -> None:
+    """VAE and text encoders stay float32 while the denoiser computes in 16 bits."""
+    made = family.load("tiny", family.facts.dtypes(torch.bfloat16))
+    for part in family.facts.components:
+        if part.role != "scheduler":
+            wanted = torch.bfloat16 if part.role == "denoiser" else torch.float32
+            assert {t.dtype for t in getattr(made, part.name).parameters()} == {wanted}, part.name
+    half = family.facts.drawing_dtypes(torch.float16)
+    assert {name for name, kind in half.items() if kind == torch.float32} == set(family.facts.overflowing)
+
+
+def test_sizes_are_those_of_the_pipeline(family: Family, pipeline: Any, saved: str) -> None:
+    """Planning sees the shapes that encoding and denoising will have, without a weight."""
+    sizes = [families.sizes_of(family.name, source) for source in ("tiny", saved)]
+    height, width = family.default_size(pipeline)
+    encoded = {
+        key: (tuple(value.shape), value.dtype)
+        for key, value in family.encode_prompt(pipeline, PROMPTS).items()
+    }
+    for found in sizes:
+        assert not found.assumed
+        assert {k: (tuple(v.shape), v.dtype) for k, v in found.encoded(2).items()} == encoded
+        assert found.latents(3, height, width).shape == (3, *family.latent_shape(pipeline, height, width))
+        stand_in = found.pipeline()
+        for part in found.networks:
+            network = getattr(stand_in, part.name)
+            assert {k: v.shape for k, v in network.state_dict().items()} == {
+                k: v.shape for k, v in getattr(pipeline, part.name).state_dict().items()
+            }
+            assert all(value.is_meta for value in network.parameters())
+        assert family.objective(stand_in).num_train_timesteps == 1000
+
+
 def test_save_and_load_change_nothing(family: Family, pipeline: Any, saved: str) -> None:
     assert families.detect(saved) == family.name
     loaded = family.load(saved)
@@ -105,7 +165,7 @@ def test_save_and_load_change_nothing(family: Family, pipeline: Any, saved: str)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_come_in_the_dtype_asked_for(family: Family, saved: str, dtype: torch.dtype) -> None:
-    kinds = {t.dtype for t in weights(family.load(saved, dtype=dtype)).values() if t.is_floating_point()}
+    kinds = {t.dtype for t in weights(family.load(saved, dtype)).values() if t.is_floating_point()}
     assert kinds == {dtype}
 
 
@@ -180,12 +240,32 @@ def test_the_denoiser_listens_to_everything(family: Family, pipeline: Any) -> No
 
 
 def test_the_objective_belongs_to_the_scheduler(family: Family, pipeline: Any) -> None:
-    objective = family.objective(pipeline, snr_gamma=5.0)
-    assert objective.num_train_timesteps == pipeline.scheduler.config.num_train_timesteps
-    assert objective.snr_gamma == 5.0
+    objective = family.objective(pipeline, ObjectiveConfig(snr_gamma=5.0))
+    config = pipeline.scheduler.config
+    assert objective.num_train_timesteps == config.num_train_timesteps
+    assert objective.prediction_type == config.prediction_type  # type: ignore[attr-defined]
     noisy, timestep, _ = inputs(family, pipeline)
-    again, target, weight = objective.sample(noisy, noisy, timestep)
+    again, times, target, weight = objective.sample(noisy, noisy, timestep)
     assert again.shape == target.shape == noisy.shape and weight.shape == timestep.shape
+    assert torch.equal(times, timestep)
+    plain = family.objective(pipeline).sample(noisy, noisy, timestep)
+    assert not torch.equal(weight, plain.weight) and plain.weight.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
+    ],
+)
+def test_a_scheduler_of_flow_matching_is_refused(family: Family, name: str, settings: dict[str, Any]) -> None:
+    """Its betas, where it has some, are those of another model: training on them would teach noise."""
+    import diffusers
+
+    pipeline = SimpleNamespace(scheduler=getattr(diffusers, name)(**settings))
+    with pytest.raises(ModelError, match=f"its scheduler is {name}"):
+        family.objective(pipeline)
 
 
 def test_blocks_are_parts_of_the_denoiser(family: Family, pipeline: Any) -> None:
@@ -211,13 +291,55 @@ def test_blocks_are_in_the_order_they_run(family: Family, pipeline: Any) -> None
     assert ran == [path for path, _ in family.blocks(denoiser)]
 
 
+@torch.no_grad()
+def test_every_block_gives_the_pictures_state(family: Family, pipeline: Any) -> None:
+    denoiser = family.denoiser(pipeline)
+    states: dict[str, Any] = {}
+    handles = [
+        block.register_forward_hook(
+            lambda module, args, output, path=path: states.update({path: family.picture_state(output)})
+        )
+        for path, block in family.blocks(denoiser)
+    ]
+    noisy, timestep, known = inputs(family, pipeline)
+    plain = family.denoise(denoiser, noisy, timestep, known)
+    before = dict(states)
+    moved = family.denoise(denoiser, noisy + 0.5, timestep, known)
+    for handle in handles:
+        handle.remove()
+    assert not torch.equal(plain, moved)
+    for path, state in before.items():
+        assert isinstance(state, Tensor) and len(state) == 2, path
+        assert not torch.equal(state, states[path]), f"{path}: does not depend on the picture"
+
+
+def test_module_names_of_kohya_files_are_unique(family: Family, pipeline: Any) -> None:
+    for name, prefixes in family.facts.kohya_prefixes.items():
+        network = getattr(pipeline, name)
+        paths = [
+            path
+            for path, module in network.named_modules()
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+        ]
+        names = family.adapter_names(name, paths)
+        assert set(names) == set(paths) and prefixes
+        written = [known[0] for known in names.values()]
+        assert len(set(written)) == len(paths)
+        assert not any("." in part for known in names.values() for part in known)
+        owners: dict[str, str] = {}
+        for path, known in names.items():
+            for part in known:
+                assert owners.setdefault(part, path) == path
+
+
 def test_every_lora_target_names_layers(family: Family, pipeline: Any) -> None:
     paths = [
         path
         for path, module in family.denoiser(pipeline).named_modules()
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
     ]
-    for target in family.lora_targets:
+    assert family.facts.lora_targets
+    for target in family.facts.lora_targets:
         assert any(path.endswith("." + target) for path in paths), target
 
 
@@ -252,6 +374,7 @@ def test_export_components_compute_what_the_family_computes(family: Family, pipe
     noisy, timestep, conditioning = inputs(family, pipeline)
     denoiser = components[family.facts.denoiser_name]
     known = [conditioning[name] for name in denoiser.inputs if name in conditioning]
+    assert len(known) == len(conditioning)
     prediction = denoiser.module(noisy, timestep[:1].float(), *known)
     expected = family.denoise(family.denoiser(pipeline), noisy, timestep[:1].expand(2), conditioning)
     torch.testing.assert_close(prediction, expected)

@@ -18,6 +18,7 @@ from tunekit.config import (
     DataConfig,
     MemoryConfig,
     ModelConfig,
+    ObjectiveConfig,
     PreviewConfig,
     TrainConfig,
     TrainingRunConfig,
@@ -40,6 +41,7 @@ def config(**changes: Any) -> Config:
         "data": DataConfig(path="photos", resolution=64),
         "train": TrainConfig(max_steps=10, lr=0.001, batch_size=2),
         "memory": MemoryConfig(),
+        "objective": ObjectiveConfig(),
         "preview": PreviewConfig(),
     }
     top: dict[str, Any] = {"recipe": "lora", "name": "x", "seed": 0}
@@ -69,7 +71,7 @@ def test_what_matters_to_learning_is_named_when_it_changes() -> None:
     assert changed_keys(usual, usual) == []
     assert changed_keys(usual, config(train__lr=0.002)) == ["train.lr"]
     assert changed_keys(usual, config(seed=1)) == ["seed"]
-    assert changed_keys(usual, config(adapter__rank=8, train__snr_gamma=5.0)) == [
+    assert changed_keys(usual, config(adapter__rank=8, objective__snr_gamma=5.0)) == [
         "adapter.rank",
         "train.snr_gamma",
     ]
@@ -78,10 +80,66 @@ def test_what_matters_to_learning_is_named_when_it_changes() -> None:
         "memory.precision",
         "train.batch_size",
     ]
+    for name, value in {
+        "timesteps": "uniform",
+        "shift": 3.0,
+        "prediction": "v_prediction",
+        "zero_terminal_snr": True,
+        "noise_offset": 0.1,
+        "loss": "huber",
+    }.items():
+        assert changed_keys(usual, config(**{f"objective__{name}": value})) == [f"objective.{name}"]
+    assert changed_keys(
+        config(objective__loss="huber"),
+        config(objective=ObjectiveConfig(loss="huber", huber_delta=0.5)),
+    ) == ["objective.huber_delta"]
     pictures = ["data (its pictures or captions)"]
     assert changed_keys(usual, usual, samples=(sample("bb"),)) == pictures
     assert changed_keys(usual, usual, samples=(sample(caption="a dog"),)) == pictures
     assert changed_keys(usual, usual, samples=()) == pictures
+
+
+RECORDED = {
+    "adapter.alpha": 16.0,
+    "adapter.dropout": 0.0,
+    "adapter.kind": "lora",
+    "adapter.rank": 4,
+    "adapter.targets": None,
+    "data (its pictures or captions)": "b2d4eab8b8bd2f06038d0bde5ccef3b0",
+    "data.buckets": True,
+    "data.caption_column": None,
+    "data.caption_dropout": 0.1,
+    "data.caption_prefix": "",
+    "data.crop": "center",
+    "data.flip": False,
+    "data.image_column": None,
+    "data.resolution": 64,
+    "data.split": "train",
+    "memory.precision": "fp32",
+    "model.allow_pickle": False,
+    "model.family": "sd15",
+    "model.revision": None,
+    "model.source": "tiny",
+    "model.variant": None,
+    "seed": 0,
+    "train.batch_size": 2,
+    "train.betas": [0.9, 0.999],
+    "train.eps": 1e-08,
+    "train.lr": 0.001,
+    "train.max_grad_norm": 1.0,
+    "train.optimizer": "adamw",
+    "train.schedule": "constant",
+    "train.snr_gamma": None,
+    "train.warmup_steps": 0,
+    "train.weight_decay": 0.01,
+}
+"""Of `config()`, as runs wrote it down before there was a section `objective:`."""
+
+
+def test_runs_from_before_there_was_an_objective_section_go_on() -> None:
+    """min-SNR was `train.snr_gamma`, and nothing else of the loss could be chosen."""
+    assert identity(config(), [sample()]) == RECORDED
+    assert identity(config(objective__snr_gamma=5.0), [sample()]) == {**RECORDED, "train.snr_gamma": 5.0}
 
 
 def test_what_does_not_matter_may_change() -> None:
@@ -148,6 +206,29 @@ def test_newest_whole_checkpoint_is_read_and_old_ones_go(tmp_path: Path) -> None
     assert saved.trainable["a.weight"].tolist() == [[20, 20], [20, 20]]
     assert saved.optimizer["state"][0]["exp_avg"].tolist() == [20, 20]
     assert saved.state["seconds"] == 1.5
+
+
+def test_what_a_task_remembers_is_read_back(tmp_path: Path) -> None:
+    made = Checkpoints(tmp_path, {})
+    state = {"step": 5, "seconds": 1.0, "metrics": {}, "recent": [], "scaler": None}
+    folder = made.save({"a": torch.zeros(1)}, {}, state, task={"average": torch.arange(3.0)})
+    saved = made.load()
+    assert saved is not None and saved.task["average"].tolist() == [0, 1, 2]
+    (folder / "task.safetensors").write_bytes(b"cut")
+    with pytest.raises(ResumeError, match="damaged"):
+        made.load()
+
+
+def test_a_task_that_remembers_nothing_has_no_file(tmp_path: Path) -> None:
+    """As checkpoints were written before tasks could, which are read the same."""
+    made = Checkpoints(tmp_path, {})
+    assert sorted(path.name for path in save(made, 5).iterdir()) == [
+        "optimizer.pt",
+        "state.json",
+        "trainable.safetensors",
+    ]
+    saved = made.load()
+    assert saved is not None and saved.task == {}
 
 
 def test_another_identity_is_refused(tmp_path: Path) -> None:

@@ -11,23 +11,35 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from tunekit import families
-from tunekit.config import DataConfig, PreviewConfig
-from tunekit.data.cache import Batch, CachedDataset, Encoder
+from tunekit.config import DataConfig, ObjectiveConfig, PreviewConfig
+from tunekit.data.cache import CachedDataset, Encoder
 from tunekit.data.images import scan_data
 from tunekit.diffusion.noise import sample_generator
+from tunekit.families import Family, Frame
+from tunekit.memory.levers import Fitted
+from tunekit.memory.measure import Meter
 from tunekit.runtime import generate, torch_runtime
-from tunekit.training.evaluation import LEVELS, preview_name, previews, validation
-from tunekit.training.loop import weighted_mse
+from tunekit.tasks import Denoising
+from tunekit.training.evaluation import LEVELS, Previewer, preview_name, validation
 
-FAMILY = families.get("sd15")
+
+@pytest.fixture(params=families.runnable())
+def family(request: pytest.FixtureRequest) -> Family:
+    return families.get(request.param)
 
 
 @pytest.fixture
-def encoder(accelerator: Accelerator, tmp_path: Path) -> Encoder:
-    return Encoder(FAMILY, FAMILY.tiny(), cache=tmp_path, accelerator=accelerator, say=lambda line: None)
+def encoder(family: Family, accelerator: Accelerator, tmp_path: Path) -> Encoder:
+    return Encoder(family, family.tiny(), cache=tmp_path, accelerator=accelerator, say=lambda line: None)
+
+
+def task(encoder: Encoder, **options: Any) -> Denoising:
+    family, pipeline = encoder.family, encoder.pipeline
+    objective = family.objective(pipeline, ObjectiveConfig(**options))
+    return Denoising(Fitted.plain(family.denoiser(pipeline)), family, objective)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 5])
@@ -38,65 +50,97 @@ def test_validation_loss(
     accelerator: Accelerator,
     micro_batch: int,
 ) -> None:
-    pipeline = encoder.pipeline
-    data = DataConfig(path=str(make_pictures(tmp_path / "p", 2)), resolution=32)
+    family, pipeline = encoder.family, encoder.pipeline
+    data = DataConfig(path=str(make_pictures(tmp_path / "p", 2, (64, 40))), resolution=32, buckets=False)
     dataset = encoder.dataset(list(scan_data(data).samples), data, seed=0, fixed=True)
-    objective = FAMILY.objective(pipeline)
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        noisy, target, weight = objective.sample(batch.latents, batch.noise, batch.timesteps)
-        return weighted_mse(FAMILY.denoise(model, noisy, batch.timesteps, batch.conditioning), target, weight)
-
-    measure = validation(dataset, loss, objective, micro_batch, accelerator)
+    measure = validation(dataset, task(encoder), micro_batch, accelerator)
     assert measure is not None
     measured = measure(pipeline.unet)["val_loss"]
 
     expected = []
+    objective = family.objective(pipeline)
+    frame = Frame((40, 64), (0, 10), (32, 32)).rows(1)  # 51 x 32 pixels, of which 19 columns are cut off
     with torch.no_grad():
         for index, sample in enumerate(dataset.samples):
             latents = dataset.moments(index)[0][None]
-            conditioning = FAMILY.encode_prompt(pipeline, [sample.caption])
+            conditioning = family.conditioning(family.encode_prompt(pipeline, [sample.caption]), frame)
             for level in range(LEVELS):
                 noise = torch.randn(
                     latents.shape, generator=sample_generator(0, level, sample.id, "validation")
                 )
-                time = torch.tensor([int((level + 0.5) / LEVELS * 1000)])
-                noisy, target, _ = objective.sample(latents, noise, time)
-                prediction = FAMILY.denoise(pipeline.unet, noisy, time, conditioning)
+                time = torch.tensor([float(int((level + 0.5) / LEVELS * 1000))])
+                noisy, _, target, _ = objective.sample(latents, noise, time)
+                prediction = family.denoise(pipeline.unet, noisy, time, conditioning)
                 expected.append(float((prediction - target).square().mean()))
     assert measured == pytest.approx(sum(expected) / len(expected), rel=1e-5)
     assert measure(pipeline.unet)["val_loss"] == measured
 
 
-def test_nothing_held_out_means_no_validation(accelerator: Accelerator) -> None:
-    assert validation(CachedDataset([], [], [], {}), lambda *_: torch.zeros(1), None, 1, accelerator) is None  # type: ignore[arg-type]
+def test_validation_does_not_depend_on_how_the_loss_is_made(
+    encoder: Encoder, tmp_path: Path, make_pictures: Callable[..., Path], accelerator: Accelerator
+) -> None:
+    """Runs with other weights, another loss or moved noise can be compared by it."""
+    data = DataConfig(path=str(make_pictures(tmp_path / "p", 1)), resolution=32)
+    dataset = encoder.dataset(list(scan_data(data).samples), data, seed=0, fixed=True)
+    figures = set()
+    for options in ({}, {"snr_gamma": 5.0}, {"loss": "huber"}, {"noise_offset": 0.1}):
+        measure = validation(dataset, task(encoder, **options), 4, accelerator)
+        assert measure is not None
+        figures.add(measure(encoder.pipeline.unet)["val_loss"])
+    assert len(figures) == 1
 
 
-def test_previews_are_what_generate_draws(encoder: Encoder, tmp_path: Path) -> None:
+def test_nothing_held_out_means_no_validation(encoder: Encoder, accelerator: Accelerator) -> None:
+    assert validation(CachedDataset([], [], [], {}), task(encoder), 1, accelerator) is None
+
+
+def previewer(encoder: Encoder, config: PreviewConfig, folder: Path) -> Previewer:
+    sampling = config.sampling.over(torch_runtime(encoder.family, encoder.pipeline).sampling)
+    encoded = encoder.conditioning([*config.prompts, sampling.negative_prompt or ""])
+    meter = Meter(torch.device("cpu"), active=False)
+    return Previewer(encoder.family, encoder.pipeline, config, sampling, encoded, folder, meter)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"negative_prompt": "blurry", "guidance": 3.0},
+        {"guidance": 1.0, "scheduler": {"class": "DDIMScheduler", "timestep_spacing": "trailing"}},
+        {},  # all as the model has it; SDXL's empty negative prompt is zeros
+    ],
+)
+def test_previews_are_what_generate_draws(encoder: Encoder, tmp_path: Path, options: dict[str, Any]) -> None:
     """Drawn with the encoders gone, yet the very pictures of `tunekit generate`."""
     prompts = ["A red fox, running!", "a clock"]
-    config = PreviewConfig(prompts=prompts, negative_prompt="blurry", steps=4, guidance=3.0, seed=7)
+    config = PreviewConfig(prompts=prompts, steps=4, seed=7, height=32, width=48, **options)
     pipeline: Any = encoder.pipeline
-    expected = generate(
-        torch_runtime(FAMILY, pipeline),
-        prompts,
-        negative_prompt="blurry",
-        seeds=[7, 8],
-        steps=4,
-        guidance=3.0,
-        height=32,
-        width=48,
-        batch=1,
-    )
-    encoded = encoder.conditioning([*prompts, "blurry"])
+    runtime = torch_runtime(encoder.family, pipeline)
+    expected = generate(runtime, prompts, config.sampling, seeds=[7, 8], batch=1)
+    draw = previewer(encoder, config, tmp_path / "previews")
     encoder.release(keep_vae=True)
-    draw = previews(pipeline, FAMILY, config, encoded, tmp_path / "previews", (32, 48), torch.device("cpu"))
-    assert draw is not None
     draw(pipeline.unet, 200)
     files = sorted((tmp_path / "previews" / "step-000200").iterdir())
     assert [file.name for file in files] == ["00-a-red-fox-running.png", "01-a-clock.png"]
     for file, picture in zip(files, expected, strict=True):
         assert np.array_equal(np.asarray(Image.open(file)), np.asarray(picture))
+
+
+def test_previews_show_the_whole_frame(encoder: Encoder, tmp_path: Path) -> None:
+    """Whatever was cut out of the pictures that are learned from."""
+    seen: list[Any] = []
+    config = PreviewConfig(prompts=["a"], steps=2, guidance=3.0, height=32, width=48)
+    draw = previewer(encoder, config, tmp_path / "previews")
+    network = encoder.family.denoiser(encoder.pipeline)
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs.get("added_cond_kwargs", {}).get("time_ids"))
+
+    handle = network.register_forward_pre_hook(note, with_kwargs=True)
+    draw(network, 0)
+    handle.remove()
+    assert len(seen) > 1
+    if "time_ids" in encoder.family.facts.denoiser.keeps:
+        assert all(rows.tolist() == [[32, 48, 0, 0, 32, 48]] * 2 for rows in seen)
 
 
 def test_preview_names_are_safe() -> None:

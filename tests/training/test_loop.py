@@ -8,7 +8,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from tunekit.errors import Interrupted, NonFiniteError, OutOfMemory, OutputError
 from tunekit.memory.levers import Fitted, step_in_backward
 from tunekit.training import loop
 from tunekit.training.checkpoint import Checkpoints
-from tunekit.training.loop import Result, learning_rate, train, weighted_mse
+from tunekit.training.loop import Hooks, Result, train
+from tunekit.training.schedule import learning_rate
 from tunekit.training.tracking import Tracker, read_metrics
 
 
@@ -81,34 +82,67 @@ def settings(**options: Any) -> TrainConfig:
     return TrainConfig(**{"max_steps": 12, "lr": 0.05, "batch_size": 6, "checkpoint_every": 5, **options})
 
 
+Loss = Callable[..., Tensor]
+"""(model, batch) -> values per row."""
+
+
+@dataclass
+class Fitting:
+    """The task of these tests: a loss, and a count of updates that it remembers between lives."""
+
+    fitted: Fitted
+    rows: Loss
+    parts: dict[str, Loss] = field(default_factory=dict)
+    told: list[int] = field(default_factory=list)
+    count: int = 0
+
+    def loss(self, model: nn.Module, batch: Rows) -> dict[str, Tensor]:
+        return {"loss": self.rows(model, batch), **{k: part(model, batch) for k, part in self.parts.items()}}
+
+    def updated(self, step: int) -> None:
+        self.told.append(step)
+        self.count += step
+
+    def state(self) -> dict[str, Tensor]:
+        return {"count": torch.tensor(self.count)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.count = int(state["count"])
+
+
 def fit(
     accelerator: Accelerator,
     config: TrainConfig,
     *,
     batches: Line | None = None,
-    loss: Callable[..., Tensor] = squared,
+    loss: Loss = squared,
+    model: nn.Module | None = None,
+    task: Fitting | None = None,
     folder: Path | None = None,
-    identity: dict[str, Any] | None = None,
-    **options: Any,
+    **hooks: Any,
 ) -> tuple[nn.Module, Result]:
-    model = options.pop("model", None) or linear()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Train a model, or what a task has fitted; with `folder`, metrics and checkpoints are kept there."""
+    task = task or Fitting(Fitted.plain(model or linear()), loss)
     optimizer = optimizers.build(
-        config.optimizer, parameters, lr=config.lr, weight_decay=config.weight_decay, device="cpu"
+        config.optimizer,
+        list(task.fitted.parameters.values()),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        device="cpu",
     )
     if folder is not None:
-        options["tracker"] = Tracker(folder / "metrics.jsonl")
-        options["checkpoints"] = Checkpoints(folder / "checkpoints", identity or {}, config.keep_checkpoints)
-    options.setdefault("say", lambda line: None)
-    result = train(accelerator, model, optimizer, batches or Line(), loss, config, **options)
-    return model, result
+        hooks["tracker"] = Tracker(folder / "metrics.jsonl")
+        hooks["checkpoints"] = Checkpoints(folder / "checkpoints", {}, config.keep_checkpoints)
+    hooks.setdefault("say", lambda line: None)
+    result = train(accelerator, task, optimizer, batches or Line(), config, Hooks(**hooks))
+    return task.fitted.module, result
 
 
 def weights(model: nn.Module) -> list[Any]:
     return [parameter.tolist() for parameter in model.parameters()]
 
 
-def poisoned_at(step: int, value: float = math.nan) -> Callable[..., Tensor]:
+def poisoned_at(step: int, value: float = math.nan) -> Loss:
     """A loss that is bad for the second sample of one step."""
 
     def loss(model: nn.Module, batch: Rows) -> Tensor:
@@ -213,10 +247,59 @@ def test_schedules() -> None:
     assert rates("cosine") == [1, 0.9045, 0.6545, 0.3455, 0.0955]
 
 
-def test_weighted_mse() -> None:
-    prediction, target = torch.zeros(2, 3, 2, 2), torch.ones(2, 3, 2, 2)
-    target[1] = 2
-    assert weighted_mse(prediction, target, torch.tensor([1.0, 0.5])).tolist() == [1, 2]
+# Tasks
+
+
+def test_a_task_is_told_of_each_update(accelerator: Accelerator) -> None:
+    task = Fitting(Fitted.plain(linear()), squared)
+    fit(accelerator, settings(), task=task)
+    assert task.told == list(range(1, 13))
+
+
+def test_what_a_task_remembers_is_kept_with_the_weights(accelerator: Accelerator, tmp_path: Path) -> None:
+    """An average of the weights, say: it goes on where it was, and not from the start."""
+    for death, done in ((8, 5), (12, 10)):
+        task = Fitting(Fitted.plain(linear()), dying_at(death))
+        with pytest.raises(Killed):
+            fit(accelerator, settings(), task=task, folder=tmp_path)
+        assert (tmp_path / "checkpoints" / f"step-{done:06d}" / "task.safetensors").is_file()
+    task = Fitting(Fitted.plain(linear()), squared)
+    fit(accelerator, settings(), task=task, folder=tmp_path)
+    assert task.told == [11, 12]
+    assert task.count == sum(range(1, 13))
+
+
+def test_parts_of_a_loss_are_written_down(accelerator: Accelerator, tmp_path: Path) -> None:
+    """Each as a mean over the samples, however they were split; only `loss` is minimized."""
+
+    def half(model: nn.Module, batch: Rows) -> Tensor:
+        return 0.5 * squared(model, batch)
+
+    def constant(model: nn.Module, batch: Rows) -> Tensor:
+        return torch.full((len(batch.ids),), 3.0)
+
+    plain, _ = fit(accelerator, settings(), folder=tmp_path / "plain")
+    parts = {"half": half, "constant": constant}
+    task = Fitting(Fitted.plain(linear()), squared, parts)
+    model, _ = fit(
+        accelerator, settings(), task=task, batches=Line(cuts=(4, 1, 1)), folder=tmp_path / "parts"
+    )
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    rows = read_metrics(tmp_path / "parts" / "metrics.jsonl")
+    assert set(rows[0]) == {
+        "step",
+        "loss",
+        "loss_half",
+        "loss_constant",
+        "lr",
+        "grad_norm",
+        "samples_per_second",
+        "seconds",
+    }
+    for row in rows:
+        assert row["loss_half"] == pytest.approx(row["loss"] / 2)
+        assert row["loss_constant"] == pytest.approx(3.0)
 
 
 # What is written down
@@ -306,7 +389,7 @@ class Killed(Exception):
     """Stands for SIGKILL: nothing of the loop's own clean-up may be needed."""
 
 
-def dying_at(step: int) -> Callable[..., Tensor]:
+def dying_at(step: int) -> Loss:
     def loss(model: nn.Module, batch: Rows) -> Tensor:
         if batch.ids[0].startswith(f"s{step - 1}-"):
             raise Killed
@@ -315,7 +398,7 @@ def dying_at(step: int) -> Callable[..., Tensor]:
     return loss
 
 
-def dropping_out(inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def dropping_out(inner: Loss) -> Loss:
     """A loss with dropout in it, to see that random numbers resume too."""
 
     def loss(model: nn.Module, batch: Rows) -> Tensor:
@@ -468,9 +551,7 @@ def test_full_disk_leaves_nothing_that_looks_whole(accelerator: Accelerator, tmp
 # Memory running out
 
 
-def starving_at(
-    step: int, message: str = "CUDA out of memory. Tried to allocate 2 GiB."
-) -> Callable[..., Tensor]:
+def starving_at(step: int, message: str = "CUDA out of memory. Tried to allocate 2 GiB.") -> Loss:
     """A loss for which there is no memory at one step."""
 
     def loss(model: nn.Module, batch: Rows) -> Tensor:
@@ -590,21 +671,18 @@ def test_out_of_memory_with_the_optimizer_in_backward_saves_nothing(
 ) -> None:
     """In a step that did not end some parameters are new already; the loop cannot tell which."""
 
-    def train_in_backward(loss: Callable[..., Tensor], folder: Path) -> nn.Module:
+    def train_in_backward(loss: Loss, folder: Path) -> nn.Module:
         model = linear()
         parameters = dict(model.named_parameters())
         optimizer = optimizers.build("adamw", parameters.values(), lr=0.05, per_parameter=True)
         step_in_backward(optimizer)
         train(
             accelerator,
-            model,
+            Fitting(Fitted(model, parameters, optimizer_in_backward=True), loss),
             optimizer,
             Line(),
-            loss,
             settings(max_grad_norm=None, schedule="cosine"),
-            fitted=Fitted(model, parameters, optimizer_in_backward=True),
-            checkpoints=Checkpoints(folder / "checkpoints", {}),
-            say=lambda line: None,
+            Hooks(checkpoints=Checkpoints(folder / "checkpoints", {}), say=lambda line: None),
         )
         return model
 

@@ -105,6 +105,7 @@ class Encoder:
         self._text = _digest(
             *(hashed(part.name) for part in family.facts.encoders),
             *(_vocabulary(getattr(pipeline, part.tokenizer)) for part in family.facts.encoders),
+            *_prompt_options(pipeline),
         )
 
     def dataset(
@@ -272,7 +273,7 @@ class CachedDataset:
         return mean, std
 
     def beside(self, index: int, variant: int = 0) -> dict[str, Tensor]:
-        """What is kept beside a latent, without the batch dimension: its frame, and other tensors of its file."""
+        """What is kept beside a latent, without the batch dimension: its frame, and all else in its file."""
         others = self._load(self._latents[index][variant])
         kept = {name: value for name, value in others.items() if name != "moments"}
         return {**kept, "frame": self._frames[index][variant].row}
@@ -576,6 +577,12 @@ def _hash_module(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _prompt_options(pipeline: Any) -> list[Any]:
+    """What else of a pipeline says how prompts are encoded; most have none."""
+    known = dict(pipeline.config)
+    return [known[key] for key in ("force_zeros_for_empty_prompt",) if key in known]
 
 
 def _vocabulary(tokenizer: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ class Material:
         data: pictures; None lets the model draw `count` of them from `prompts`.
         prompts: what to draw.
         count: how many to draw.
-        sampling: reads height, width and guidance of drawn pictures; none of them is None.
+        sampling: reads height, width and guidance of drawn pictures, none of them None, and the scheduler.
         cache: folder for what is encoded or drawn; it is shared, as the names say what went in.
         model_hash: hash of the model's files, part of the names of drawn pictures.
         seed: of noise, crops and drawn pictures.
@@ -135,12 +136,15 @@ def _drawn(
 ) -> tuple[list[Sample], list[list[Path]], Frame]:
     """Sample latents with the pipeline's denoiser; those already in the cache are not drawn again."""
     height, width = material.sampling.height, material.sampling.width
-    assert height is not None and width is not None
+    assert height is not None
+    assert width is not None
     count, seed = material.count, material.seed
     prompts = [material.prompts[index % len(material.prompts)] for index in range(count)]
     shape, frame = family.latent_shape(pipeline, height, width), Frame.whole(height, width)
     guidance = material.sampling.guidance
     settings = f"{material.model_hash} {shape} {guidance} {DRAWING_STEPS}"
+    if material.sampling.scheduler:
+        settings += f" {json.dumps(material.sampling.scheduler, sort_keys=True)}"
     files = [
         material.cache
         / "drawn"

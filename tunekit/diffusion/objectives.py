@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tunekit.config import ObjectiveConfig
+from tunekit.config import ObjectiveConfig, SamplingConfig
+from tunekit.diffusion.sampling import sampler
 from tunekit.errors import ConfigError, ModelError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -207,10 +208,10 @@ class FlowMatching:
                 )
 
     @classmethod
-    def from_scheduler(
-        cls, scheduler: Any, config: ObjectiveConfig | None = None, *, shift: float = 1.0
-    ) -> FlowMatching:
-        """Check that a diffusers scheduler is one for flow matching.
+    def from_scheduler(cls, scheduler: Any, config: ObjectiveConfig | None = None) -> FlowMatching:
+        """Check that a diffusers scheduler is one for flow matching, and read its shift.
+
+        A shift that follows the size of a picture (`use_dynamic_shifting`) belongs to sampling alone.
 
         Raises:
             ModelError: it is not.
@@ -222,8 +223,9 @@ class FlowMatching:
                 f"its scheduler is {name}, and this family learns by flow matching",
                 hint="a model of discrete diffusion belongs to another family: check model.family",
             )
+        shift = settings.get("shift" if name.startswith("FlowMatch") else "flow_shift")
         return cls(
-            shift,
+            1.0 if settings.get("use_dynamic_shifting") else float(shift or 1.0),
             config=config or ObjectiveConfig(),
             num_train_timesteps=int(settings.get("num_train_timesteps", 1000)),
         )
@@ -288,14 +290,30 @@ def _offset_noise(generator: torch.Generator, shape: tuple[int, ...], offset: fl
 def configured(scheduler: Any, config: ObjectiveConfig) -> Any:
     """A scheduler that says what the `objective:` section knows better than its own configuration.
 
-    Zero terminal SNR needs a sampler that starts at the last timestep (Lin et al. 2023, arXiv:2305.08891).
+    Zero terminal SNR needs a base that predicts anything but the noise, of which the last timestep consists
+    (Lin et al. 2023, arXiv:2305.08891). Samplers that do not know of it, such as PNDM, give way to DDIM.
+
+    Raises:
+        ConfigError: zero terminal SNR for a base that predicts the noise.
     """
     changes = scheduler_changes(config)
-    return type(scheduler).from_config(scheduler.config, **changes) if changes else scheduler
+    if not changes:
+        return scheduler
+    predicted = changes.get("prediction_type", scheduler.config.get("prediction_type"))
+    if config.zero_terminal_snr and predicted == "epsilon":
+        raise ConfigError(
+            "objective.zero_terminal_snr needs a base that predicts v: at the last timestep there is nothing"
+            " but noise, which says nothing about the picture",
+            hint="set objective.prediction to v_prediction, if the base was trained with it",
+        )
+    return sampler(scheduler, SamplingConfig(scheduler=changes))
 
 
 def scheduler_changes(config: ObjectiveConfig) -> dict[str, Any]:
-    """Keys of a scheduler's configuration that the `objective:` section changes."""
+    """Keys of a scheduler's configuration that the `objective:` section changes.
+
+    With zero terminal SNR a sampler has to start at the last timestep.
+    """
     changes: dict[str, Any] = {}
     if config.prediction is not None:
         changes["prediction_type"] = config.prediction

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tunekit.config import SamplingConfig
-from tunekit.errors import ConfigError
+from tunekit.errors import ConfigError, did_you_mean
 
 __all__ = ["Begin", "Denoise", "SamplingConfig", "initial_latents", "sample", "sampler"]
 
@@ -19,6 +19,8 @@ Denoise = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(latents [B, C, h, w], timesteps [B], conditioning) -> prediction [B, C, h, w]."""
 Begin = Callable[[Any, int, Tensor], Tensor]
 """(fresh scheduler, steps, unit noise) -> the latents it starts from; see `Family.begin`."""
+ZERO_SNR = "rescale_betas_zero_snr"
+"""Key of the schedulers that can end in noise alone."""
 OnStep = Callable[[int, int, Tensor], None]
 """Called with (steps done, all steps, latents) after each; some samplers call the denoiser more often than
 the steps that were asked for, and so count more."""
@@ -32,18 +34,35 @@ def initial_latents(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
 def sampler(scheduler: Any, sampling: SamplingConfig) -> Any:
     """A fresh sampler, configured like `scheduler` but for what `sampling.scheduler` says.
 
+    Where no class is named and the model's own does not know of zero terminal SNR, it is DDIM.
+
     Raises:
-        ConfigError: a class that diffusers does not have.
+        ConfigError: a class that diffusers does not have, or a key that the class does not have.
     """
+    import diffusers
+
     changes = dict(sampling.scheduler or {})
     made = type(scheduler)
     if name := changes.pop("class", None):
-        import diffusers
-
         made = getattr(diffusers, str(name), None)
         if made is None or not hasattr(made, "set_timesteps"):
             raise ConfigError(
                 f'diffusers has no scheduler "{name}"', hint="such as EulerDiscreteScheduler or LCMScheduler"
+            )
+    known = inspect.signature(made.__init__).parameters
+    if ZERO_SNR not in known and ZERO_SNR in changes:
+        if not changes[ZERO_SNR]:
+            del changes[ZERO_SNR]  # it has no such schedule anyway
+        elif not name:
+            made = diffusers.DDIMScheduler
+            known = inspect.signature(made.__init__).parameters
+            changes.setdefault("clip_sample", False)  # latents are not within [-1, 1]
+    for key in changes:
+        if key not in known:
+            own = [parameter for parameter in known if parameter != "self"]
+            raise ConfigError(
+                f'{made.__name__} has no key "{key}"',
+                hint=did_you_mean(key, own) or f"known: {', '.join(own)}",
             )
     return made.from_config(scheduler.config, **changes)
 

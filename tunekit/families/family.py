@@ -231,7 +231,7 @@ class ExportComponent:
 
 
 class Planned(Protocol):
-    """What planning a family's memory needs. Methods take the pipeline (or the denoiser) and keep no state."""
+    """What planning a family's memory needs. Methods take the pipeline or the denoiser and keep no state."""
 
     name: str
     facts: FamilyFacts

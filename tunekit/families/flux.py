@@ -93,7 +93,7 @@ class Flux:
     def conditioning(
         self, encoded: Conditioning, frame: Tensor, guidance: float | None = None
     ) -> Conditioning:
-        """Adds the guidance that dev is told; 1 while training."""
+        """Adds the guidance that dev is told, and schnell is not; 1 while training."""
         rows = frame.new_full((len(frame),), 1.0 if guidance is None else guidance)
         return {**encoded, "guidance": rows}
 
@@ -102,12 +102,15 @@ class Flux:
     ) -> Tensor:
         *_, height, width = noisy.shape
         text = conditioning["encoder_hidden_states"]
+        known = dict(conditioning)
+        if not _bare(denoiser).config.guidance_embeds:
+            del known["guidance"]
         made = denoiser(
             hidden_states=pack(noisy),
             timestep=timestep / 1000,
             img_ids=positions(height // PATCH, width // PATCH, noisy.device),
             txt_ids=torch.zeros(text.shape[1], 3, device=noisy.device),
-            **conditioning,
+            **known,
             return_dict=False,
         )[0]
         return unpack(made, height, width)
@@ -122,6 +125,11 @@ class Flux:
 
     def picture_state(self, output: Any) -> Tensor | None:
         return answers.last_state(output)  # the text comes first
+
+
+def _bare(denoiser: nn.Module) -> Any:
+    """The network itself, which DDP wraps."""
+    return getattr(denoiser, "module", denoiser)
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -255,7 +255,7 @@ def pipeline_class_name(source: Source) -> str:
 
 
 def component_configs(source: Source, names: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Read the config.json of some components, of a folder or a hub id; those that cannot be read are left out."""
+    """Read the config.json of some components of a folder or a hub id, as far as they can be read."""
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         with suppress(Exception):  # diffusers and the hub raise many kinds; an absent file is no error here

@@ -35,7 +35,7 @@ class SD15:
     """Stable Diffusion 1.x; see `Family` for what each method promises."""
 
     name: ClassVar[str] = "sd15"
-    # Sizes: https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5, the config.json of each folder
+    # Sizes: the config.json of each folder of https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5
     facts: ClassVar[FamilyFacts] = FamilyFacts(
         title="Stable Diffusion 1.x",
         base_title="Stable Diffusion 1.5",

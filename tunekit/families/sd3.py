@@ -100,7 +100,7 @@ class SD3:
         t5 = pipeline.text_encoder_3
         long = t5(tokens["text_encoder_3"].to(t5.device))[0]
         short = torch.cat(clip, dim=-1)
-        short = F.pad(short, (0, long.shape[-1] - short.shape[-1])).to(long.dtype)
+        short = F.pad(short, (0, long.shape[-1] - short.shape[-1]))
         return {
             "encoder_hidden_states": torch.cat([short, long], dim=-2),
             "pooled_projections": torch.cat(pooled, dim=-1),

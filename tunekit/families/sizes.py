@@ -145,7 +145,7 @@ def sized(family: Planned, source: Source) -> Sizes:
     """The sizes of a folder, read from its config.json files; nothing is downloaded.
 
     Args:
-        source: folder, "builtin/..." or hub id; of a hub id, the sizes of the family's usual base are assumed.
+        source: folder, "builtin/..." or hub id, for which the sizes of the family's usual base are assumed.
 
     Raises:
         ModelError: a folder without the family's components.

@@ -191,7 +191,7 @@ def example(*shape: int, like: nn.Module) -> Tensor:
 
 
 def token_ids(length: int) -> Tensor:
-    """An input of text encoders; int32 is what both Optimum and diffusers' ONNX pipeline feed without a cast."""
+    """An input of text encoders; int32 is what Optimum and diffusers' ONNX pipeline feed without a cast."""
     return torch.arange(2 * length, dtype=torch.int32).reshape(2, length) % 100
 
 

@@ -90,7 +90,8 @@ class Previewer:
         """Draw with the denoiser as it is after `step`."""
         pipeline, sampling = self.pipeline, self.sampling
         device = next(model.parameters()).device
-        assert sampling.height is not None and sampling.width is not None
+        assert sampling.height is not None
+        assert sampling.width is not None
         if self.tiled:
             tile_vae(pipeline.vae, factor=2 ** (len(pipeline.vae.config.block_out_channels) - 1))
         shape = self.family.latent_shape(pipeline, sampling.height, sampling.width)
