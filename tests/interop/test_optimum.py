@@ -87,7 +87,7 @@ def test_models_saved_here_draw_the_same_there(tiny_source: Path, tmp_path: Path
 @pytest.mark.slow
 def test_core_tests_pass_there(in_optimum: Run) -> None:
     tests = (
-        *("tests/diffusion", "tests/families", "tests/test_adapters.py", "tests/test_architecture.py"),
+        *("tests/diffusion", "tests/families", "tests/adapters", "tests/test_architecture.py"),
         *("tests/test_runtime.py", "tests/training/test_checkpoint.py", "tests/training/test_loop.py"),
     )
     done = in_optimum("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, timeout=1800)
