@@ -6,11 +6,12 @@ import ast
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tunekit.registry import PASSES, recipe_names, recipe_path
+from tunekit.registry import FAMILIES, PASSES, recipe_names, recipe_path
 from tunekit.resources import PACKAGE
 
 # Each imports only from those to its right; names within { } are siblings and do not know each other.
@@ -160,17 +161,181 @@ def test_recipes_say_what_they_take_without_torch(name: str):
     assert ast.get_docstring(ast.parse(recipe_path(name).read_text(encoding="utf-8")))
 
 
-def test_families_are_compared_only_inside_families():
-    from tunekit.registry import FAMILIES
+# A family's name is known inside families/ alone -----------------------------------------------------------
 
-    names = set(FAMILIES.names())
-    wrong = []
-    for path in MODULES:
-        if layer("tunekit." + path.relative_to(PACKAGE).as_posix().replace("/", ".")) == "families":
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Compare):
-                constants = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
-                if names & {value for value in constants if isinstance(value, str)}:
-                    wrong.append(f"{path}:{node.lineno}")
-    assert not wrong
+
+@dataclass(frozen=True)
+class Known:
+    """What tells families apart.
+
+    Attributes:
+        names: "sdxl".
+        others: titles, classes of pipelines, names of bases: whatever else belongs to some families only.
+        classes: of the families themselves.
+    """
+
+    names: frozenset[str]
+    others: frozenset[str] = frozenset()
+    classes: frozenset[str] = frozenset()
+
+    @classmethod
+    def of_all(cls) -> Known:
+        """Of every family that is there, also those that are planned only."""
+        found = [family for _, family in FAMILIES.items()]
+        others = set()
+        for facts in (family.facts for family in found):
+            others |= {facts.title, facts.base_title, facts.ss_base_model_version, *facts.pipeline_classes}
+            others |= {facts.modelspec_architecture, facts.default_source}
+        classes = frozenset(type(family).__name__ for family in found)
+        return cls(frozenset(FAMILIES.names()), frozenset(others - {""}), classes)
+
+    def is_part(self, text: str) -> bool:
+        """Whether a text can tell one name from another by a piece of it."""
+        return len(text) > 1 and any(text in name for name in self.names)
+
+
+PIECES = {"startswith", "endswith", "removeprefix", "removesuffix", "find", "index", "count", "partition"}
+PIECES |= {"rpartition", "split", "match", "fullmatch", "search", "compile", "fnmatch", "replace"}
+"""Functions that compare a text with a part of another."""
+
+
+def told_apart(source: str, known: Known) -> list[tuple[int, str]]:
+    """Where a module tells families apart: (line, what it says).
+
+    A text that is a family's name has no other use than to be compared, be it by ==, in, match, a table or
+    its `get`; so each of them counts that is no docstring. A piece of a name counts in a comparison and in
+    what compares pieces. So do the modules and classes of the families.
+    """
+    tree = ast.parse(source)
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            text = node.value
+            if isinstance(parents.get(node), ast.Expr):
+                continue  # a docstring
+            whole = text in known.names or text in known.others or text in known.classes
+            if whole or (known.is_part(text) and _compares_pieces(node, parents)):
+                found.append((node.lineno, text))
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            module = getattr(node, "module", None)
+            for alias in node.names:
+                path = f"{module}.{alias.name}" if module else alias.name
+                parts = path.split(".")
+                inside = parts[:2] == ["tunekit", "families"]
+                if inside and (known.names & set(parts[2:]) or parts[-1] in known.classes):
+                    found.append((node.lineno, path))
+        elif isinstance(node, ast.Attribute) and node.attr in known.names | known.classes:
+            found.append((node.lineno, ast.unparse(node)))
+        elif isinstance(node, ast.keyword) and node.arg in known.names:
+            found.append((node.value.lineno, node.arg))  # dict(sdxl=...)
+    return sorted(found)
+
+
+def _compares_pieces(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+    """Whether a text stands in a comparison, or is given to a function that compares pieces."""
+    while (above := parents.get(node)) is not None and not isinstance(above, ast.stmt):
+        if isinstance(above, ast.Compare | ast.pattern):
+            return True
+        if isinstance(above, ast.Call):
+            name = getattr(above.func, "attr", getattr(above.func, "id", ""))
+            return name in PIECES and node is not above.func
+        if not isinstance(above, ast.Tuple | ast.List | ast.Set | ast.BoolOp):
+            return False
+        node = above
+    return False
+
+
+PRETENDED = Known(
+    frozenset({"sd15", "sdxl", "flux"}),
+    frozenset({"Stable Diffusion XL", "FluxPipeline"}),
+    frozenset({"SDXL"}),
+)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'name == "sdxl"',
+        '"sdxl" != family.name',
+        'name in ("sd15", "sdxl")',
+        'name not in {"flux"}',
+        'name is "flux"',
+        'SPECIAL = frozenset(["flux"])',
+        'match name:\n    case "sdxl":\n        pass',
+        'match name:\n    case "sd15" | "sdxl":\n        pass',
+        'match name:\n    case "sd" | "other":\n        pass',
+        'match config:\n    case {"family": "flux"}:\n        pass',
+        'name.startswith("sd")',
+        'name.startswith(("fl", "other"))',
+        'name.endswith("xl")',
+        'name.removesuffix("xl") != name',
+        'name[:2] == "sd"',
+        '"xl" in name',
+        'not "xl" in name',
+        're.match("flu", name)',
+        'fnmatch(name, "sdxl")',
+        'steps = {"sdxl": 40, "sd15": 30}[name]',
+        'table["sdxl"]',
+        'table.get("sdxl")',
+        'table.setdefault("flux", 1)',
+        "dict(sdxl=40).get(name, 30)",
+        'getattr(settings, "sdxl")',
+        "settings.sdxl",
+        'families.get("sd15") is family',
+        'def steps(family="sdxl"):\n    pass',
+        'CODES = ["sdxl"]',
+        'family.facts.title == "Stable Diffusion XL"',
+        'type(pipeline).__name__ == "FluxPipeline"',
+        'type(family).__name__ == "SDXL"',
+        "isinstance(family, sdxl.SDXL)",
+        "from tunekit.families.sdxl import SDXL",
+        "from tunekit.families import sdxl",
+        "import tunekit.families.flux",
+        'if x:\n    value = 1 if name == "sdxl" else 2',
+    ],
+)
+def test_a_comparison_of_families_is_found(code: str):
+    assert told_apart(code, PRETENDED), code
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        '"""Works for sdxl."""',
+        'def f():\n    """sdxl"""',
+        'class A:\n    x: int = 1\n    """sdxl"""',
+        'hint = "such as sdxl or flux"',
+        'print(f"the family {name} is no sdxl of mine")',
+        "name == other",
+        "name in families.runnable()",
+        "families.get(name).facts.sampling",
+        "from tunekit.families import get, sizes_of",
+        "from tunekit.families.family import Family",
+        'name == "s"',
+        'name.startswith("")',
+        'name.startswith("FlowMatch")',
+        'key == "unet"',
+        'say("sd")',
+        'extra = {"sd": 1}',
+        "sdxl = 5",
+    ],
+)
+def test_what_compares_no_families_is_left_alone(code: str):
+    assert told_apart(code, PRETENDED) == []
+
+
+def test_families_are_told_apart_only_inside_families():
+    known = Known.of_all()
+    assert {"sd15", "sd2", "sdxl", "sd3", "flux"} <= known.names and "SDXL" in known.classes
+    inside = PACKAGE / "families"
+    files = [path for path in MODULES if not path.is_relative_to(inside)]
+    files += sorted((REPOSITORY / "recipes").rglob("*.py"))
+    wrong = [
+        f"{path.relative_to(REPOSITORY)}:{line}: {text}"
+        for path in files
+        for line, text in told_apart(path.read_text(encoding="utf-8"), known)
+    ]
+    assert wrong == []
+    within = [told_apart(path.read_text(encoding="utf-8"), known) for path in inside.glob("*.py")]
+    assert sum(map(len, within)) > 30  # the families themselves

@@ -12,7 +12,9 @@ from tunekit import config as package
 from tunekit.config import (
     DataConfig,
     DreamboothData,
+    ObjectiveConfig,
     RunConfig,
+    SamplingConfig,
     Section,
     TrainingRunConfig,
     dump_yaml,
@@ -218,6 +220,79 @@ def test_the_optimizer_is_auto_unless_named(config: Path):
         assert load("mine.yaml", [f"train.optimizer={name}"], Lora).config.train.optimizer == name
 
 
+def test_what_is_learned_is_as_the_base_was_trained_unless_said(config: Path):
+    objective = load("mine.yaml", [], Lora).config.objective
+    assert objective == ObjectiveConfig()
+    assert {name for name, value in objective if value is not None} == {"noise_offset", "loss", "huber_delta"}
+    whole = "{prediction: v_prediction, zero_terminal_snr: true, snr_gamma: 5, noise_offset: 0.05}"
+    made = load("mine.yaml", [f"objective={whole}"], Lora).config.objective
+    assert made.prediction == "v_prediction" and made.zero_terminal_snr and made.noise_offset == 0.05
+    flow = load("mine.yaml", ["objective={timesteps: logit_normal, shift: 3, loss: huber}"], Lora)
+    assert flow.config.objective.shift == 3.0
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("objective.huber_delta=0.5", "objective.huber_delta: has no effect: loss is not huber"),
+        ("objective.shift=0", "objective.shift: must be greater than 0, not 0"),
+        ("objective.noise_offset=-1", "objective.noise_offset: must be at least 0, not -1"),
+        ("objective.snr_gamma=0", "objective.snr_gamma: must be greater than 0, not 0"),
+        ("objective.prediction=v", "objective.prediction: must be 'epsilon', 'v_prediction' or 'sample'"),
+        ("objective.timesteps=sigmoid", "objective.timesteps: must be 'uniform' or 'logit_normal'"),
+        ("objective.loss=l1", "objective.loss: must be 'mse' or 'huber', not \"l1\""),
+    ],
+)
+def test_objectives_that_are_none(config: Path, override: str, expected: str):
+    assert f"command line: {expected}" in complaint(override)
+
+
+def test_the_former_name_of_min_snr_is_read(config: Path):
+    """And its place is told where it is wrong."""
+    config.write_text(GOOD + "  snr_gamma: 5\n")
+    loaded = load("mine.yaml", [], Lora)
+    assert loaded.config.objective.snr_gamma == 5.0
+    assert loaded.where("objective.snr_gamma") == "mine.yaml:7"
+    assert load("mine.yaml", ["train.snr_gamma=3"], Lora).config.objective.snr_gamma == 3.0
+    assert "train.snr_gamma: is the former name of objective.snr_gamma, which is set too" in complaint(
+        "objective.snr_gamma=4"
+    )
+    config.write_text(GOOD + "  snr_gamma: much\n")
+    assert complaint() == 'mine.yaml:7: objective.snr_gamma: must be a number, not "much"'
+    config.write_text(GOOD + "  snr_gamma: null\n")
+    assert load("mine.yaml", [], Lora).config.objective.snr_gamma is None
+
+
+def test_previews_take_what_pictures_are_drawn_with(config: Path):
+    text = "{prompts: [a fox], steps: 4, scheduler: {class: EulerDiscreteScheduler, use_karras_sigmas: true}}"
+    preview = load("mine.yaml", [f"preview={text}"], Lora).config.preview
+    assert preview.sampling == SamplingConfig(
+        steps=4, scheduler={"class": "EulerDiscreteScheduler", "use_karras_sigmas": True}
+    )
+    assert type(preview.sampling) is SamplingConfig
+    for key in ("steps=4", "negative_prompt=blurry", "scheduler={class: X}", "height=64", "seed=3"):
+        assert f"preview.{key.partition('=')[0]}: has no effect: preview.prompts is empty" in complaint(
+            f"preview.{key}"
+        )
+
+
+def test_what_is_left_open_is_taken_from_another():
+    """The run, then the artifact, then the family: none of them has to say all."""
+    run = SamplingConfig(steps=4, negative_prompt="")
+    artifact = SamplingConfig(steps=8, guidance=3.0, negative_prompt="blurry", scheduler={"class": "X"})
+    whole = run.over(artifact).over(SamplingConfig(height=64, guidance=7.5))
+    assert whole == SamplingConfig(
+        steps=4, guidance=3.0, negative_prompt="", height=64, scheduler={"class": "X"}
+    )
+    assert run.over(None) is run
+    assert [SamplingConfig(guidance=value).guided for value in (None, 0.0, 1.0, 1.5)] == [
+        False,
+        False,
+        False,
+        True,
+    ]
+
+
 @pytest.mark.parametrize("key", ["betas=[0.8, 0.9]", "eps=1e-6"])
 def test_options_the_optimizer_does_not_take(config: Path, key: str):
     expected = f"train.{key.partition('=')[0]}: has no effect: adafactor does not take it"
@@ -228,8 +303,9 @@ def test_options_the_optimizer_does_not_take(config: Path, key: str):
 
 
 def test_a_default_written_out_is_no_error(config: Path):
-    loaded = load("mine.yaml", ["preview.guidance=7.5"], Lora)
-    assert loaded.config.preview.guidance == 7.5
+    loaded = load("mine.yaml", ["preview.guidance=null", "preview.seed=0"], Lora)
+    assert loaded.config.preview.guidance is None
+    load("mine.yaml", ["objective.loss=mse", "objective.huber_delta=0.1"], Lora)
     load("mine.yaml", ["train.optimizer=adafactor", "train.betas=[0.9, 0.999]"], Lora)
 
 
