@@ -26,11 +26,10 @@ def sample_pixels(
 ) -> Tensor:
     """Draw one batch from prompts that are encoded already; pixels [B, 3, H, W] in [0, 1]."""
     sampling = sampling.over(runtime.sampling)
-    assert sampling.height is not None and sampling.width is not None
     latents = sample(
         runtime.denoise,
         runtime.scheduler,
-        initial_latents(seeds, runtime.latent_shape(sampling.height, sampling.width)),
+        initial_latents(seeds, runtime.latent_shape(*runtime.size(sampling))),
         conditioning,
         negative,
         sampling,
