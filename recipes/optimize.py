@@ -10,35 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from tunekit.config import (
-    DataConfig,
-    Loaded,
-    MemoryConfig,
-    ModelConfig,
-    PreviewConfig,
-    RunConfig,
-    changed,
-    dump_yaml,
-    wrong,
-)
+from tunekit import config as sections
+from tunekit.config import Loaded, changed, wrong
 from tunekit.launch import run_recipe
 
 if TYPE_CHECKING:
     from tunekit.artifacts import Artifact
 
 
-class Config(RunConfig):
+class Config(sections.RunConfig):
     """A model and what is to be done with it."""
 
-    model: ModelConfig
+    model: sections.ModelConfig
     """The model; its source may also be a run, an adapter or an artifact of a chain."""
     optimize: list[dict[str, Any] | str] = Field(min_length=1)
     """Passes to run, in order."""
-    preview: PreviewConfig = PreviewConfig()
+    preview: sections.PreviewConfig = sections.PreviewConfig()
     """Pictures of verify and benchmark; prompts also calibrate quantize, and feed heal if data is null."""
-    data: DataConfig | None = None
+    data: sections.DataConfig | None = None
     """Pictures that prune and heal learn from; null lets the model draw some."""
-    memory: MemoryConfig = MemoryConfig()
+    memory: sections.MemoryConfig = sections.MemoryConfig()
     """The device."""
 
     @model_validator(mode="after")
@@ -57,7 +48,7 @@ def main(config: Config, loaded: Loaded) -> None:
         return  # passes are not spread over processes
 
     from tunekit.artifacts import RunFolder, write_text
-    from tunekit.passes.base import check_chain, parse_chain, run_chain
+    from tunekit.passes.base import Context, check_chain, parse_chain, run_chain
     from tunekit.report import write as write_report
     from tunekit.training.checkpoint import only_writer
 
@@ -65,29 +56,23 @@ def main(config: Config, loaded: Loaded) -> None:
     artifact = find_model(config, loaded)
     check_chain(chain, artifact.format, loaded.chain_where)
     run = RunFolder(config.run_dir)
+    context = Context(
+        run_dir=run.path,
+        device=config.memory.device,
+        seed=config.seed,
+        prompts=tuple(config.preview.prompts),
+        sampling=config.preview.sampling,
+        data=config.data,
+        say=lambda line: print(line, flush=True),
+    )
     with only_writer(run.path):
-        write_text(run.config, dump_yaml(config))
-        run_chain(
-            chain,
-            fetched(config, artifact),
-            run_dir=run.path,
-            device=config.memory.device,
-            seed=config.seed,
-            prompts=config.preview.prompts,
-            negative_prompt=config.preview.negative_prompt,
-            data=config.data,
-            steps=config.preview.steps,
-            guidance=config.preview.guidance,
-            height=config.preview.height,
-            width=config.preview.width,
-            say=lambda line: print(line, flush=True),
-            after_step=lambda _: write_report(run.path),
-        )
+        write_text(run.config, sections.dump_yaml(config))
+        run_chain(chain, fetched(config, artifact), context, lambda _: write_report(run.path))
     print(f"report: {run.path / 'report.html'}", flush=True)
 
 
 def find_model(config: Config, loaded: Loaded) -> Artifact:
-    """Open `model.source`, whatever it is.
+    """Open `model.source`, whatever it is, as the other keys of `model` say.
 
     Raises:
         ConfigError: it is of another family than the config says.
@@ -97,40 +82,38 @@ def find_model(config: Config, loaded: Loaded) -> Artifact:
     from tunekit.artifacts import open_artifact
     from tunekit.errors import ConfigError
 
-    artifact = open_artifact(config.model.source, family=config.model.family)
-    if artifact.family and artifact.family != config.model.family:
+    model = config.model
+    artifact = open_artifact(model.source, family=model.family)
+    if artifact.family and artifact.family != model.family:
         raise ConfigError(
-            f"model.family is {config.model.family}, but the source is of family {artifact.family}",
+            f"model.family is {model.family}, but the source is of family {artifact.family}",
             where=loaded.where("model.family"),
         )
-    return replace(artifact, family=config.model.family)
+    opened = model.opened if model.opened.is_special else artifact.opened
+    return replace(artifact, family=model.family, opened=opened)
 
 
 def fetched(config: Config, artifact: Artifact) -> Artifact:
-    """The artifact as files: what is on the hub or opened in a special way goes to `model/` once."""
+    """The artifact as plain files: what is on the hub or opened in a special way goes to `model/` once."""
+    from dataclasses import replace
+
     from tunekit import families
     from tunekit.artifacts import Artifact, RunFolder, Step, atomic_folder
 
-    how = config.model.model_dump(mode="json")
-    special = config.model.revision or config.model.variant or config.model.allow_pickle
-    if artifact.model_path is not None and not special:
+    plain = artifact.model_path is not None and artifact.opened is None
+    if plain or artifact.format != "torch":  # `opened` is of the base, where it is an adapter
         return artifact
     final = RunFolder(config.run_dir).model
-    if (final / "artifact.json").is_file() and (there := Artifact.load(final)).lineage[0].settings == how:
+    step = Step(kind="fetch", artifact=final.name, settings=config.model.model_dump(mode="json"))
+    if (final / "artifact.json").is_file() and (there := Artifact.load(final)).lineage[
+        0
+    ].settings == step.settings:
         return there
-    family = families.get(config.model.family)
-    options = {key: how[key] for key in ("revision", "variant", "allow_pickle")}
+    family = families.get(artifact.family)
     with atomic_folder(final) as folder:
-        family.save(family.load(config.model.source, **options), folder)
-        step = Step(kind="fetch", artifact=final.name, settings=how)
-        Artifact(
-            path=folder,
-            model_path=folder,
-            format="torch",
-            family=family.name,
-            source=str(folder),
-            lineage=(step,),
-        ).write()
+        family.save(family.load(artifact.model_source), folder)
+        made = Artifact(folder, folder, "torch", family.name, str(folder), lineage=(step,))
+        replace(made, sampling=artifact.sampling).write()
     return Artifact.load(final)
 
 

@@ -52,14 +52,13 @@ def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_onnx(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline as an fp32 ONNX artifact; made once, as it takes a while. Do not write into it."""
     from tunekit.artifacts import open_artifact
-    from tunekit.passes.base import run_chain
+    from tunekit.passes.base import Context, run_chain
     from tunekit.passes.export_onnx import ExportOnnx
 
     made = run_chain(
         [ExportOnnx()],
         open_artifact(tiny_source, family="sd15"),
-        run_dir=tmp_path_factory.mktemp("onnx"),
-        say=lambda line: None,
+        Context(run_dir=tmp_path_factory.mktemp("onnx"), say=lambda line: None),
     )
     assert made.path is not None
     return made.path

@@ -17,8 +17,8 @@ from torch import Tensor
 from tunekit import families
 from tunekit.adapters import add_adapter, save_adapter
 from tunekit.artifacts import Artifact
-from tunekit.config import AdapterConfig
-from tunekit.diffusion.metrics import psnr_db, relative_error, to_float
+from tunekit.config import AdapterConfig, SamplingConfig
+from tunekit.diffusion.metrics import psnr_db, relative_error
 from tunekit.diffusion.sampling import initial_latents
 from tunekit.errors import (
     ArtifactError,
@@ -40,7 +40,8 @@ from tunekit.runtime import (
 
 FAMILY = families.get("sd15")
 PROMPTS = ["a red cat", "the moon"]
-DRAW: dict[str, Any] = {"seeds": [3, 4], "steps": 3, "guidance": 4.0, "negative_prompt": "blue"}
+FEW = SamplingConfig(steps=3, guidance=4.0, negative_prompt="blue")
+SEEDS = [3, 4]
 CPU = {"device": "cpu"}
 
 
@@ -51,7 +52,7 @@ def eager(tiny_source: Path) -> Runtime:
 
 @pytest.fixture(scope="module")
 def expected(eager: Runtime) -> Tensor:
-    return generate_pixels(eager, PROMPTS, **DRAW)
+    return generate_pixels(eager, PROMPTS, FEW, seeds=SEEDS)
 
 
 @pytest.fixture(scope="module", params=["cpu", "openvino"])
@@ -65,7 +66,7 @@ def trained(seed: int = 0) -> Any:
     """A tiny denoiser with an adapter that does something."""
     pipeline = FAMILY.tiny()
     draw = torch.Generator().manual_seed(seed)
-    for name, parameter in add_adapter(pipeline.unet, ADAPTER, FAMILY.lora_targets):
+    for name, parameter in add_adapter(pipeline.unet, ADAPTER, FAMILY.facts.lora_targets):
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1, generator=draw)
     return pipeline
@@ -108,24 +109,25 @@ def test_a_folder_draws_what_diffusers_draws(eager: Runtime, expected: Tensor) -
 
 
 def test_a_picture_does_not_depend_on_its_batch(eager: Runtime, expected: Tensor) -> None:
-    alone = generate_pixels(eager, PROMPTS, **DRAW, batch=1)
+    alone = generate_pixels(eager, PROMPTS, FEW, seeds=SEEDS, batch=1)
     assert (alone - expected).abs().max() < 1e-4
-    swapped = generate_pixels(eager, PROMPTS[::-1], **{**DRAW, "seeds": [4, 3]}).flip(0)
+    swapped = generate_pixels(eager, PROMPTS[::-1], FEW, seeds=SEEDS[::-1]).flip(0)
     assert (swapped - expected).abs().max() < 1e-4
 
 
 def test_pictures_are_the_rounded_pixels(eager: Runtime, expected: Tensor) -> None:
-    pictures = generate(eager, PROMPTS, **DRAW)
+    pictures = generate(eager, PROMPTS, FEW, seeds=SEEDS)
     assert all(isinstance(picture, Image.Image) and picture.size == (64, 64) for picture in pictures)
-    assert (to_float(pictures) - expected).abs().max() <= 0.5 / 255 + 1e-6
+    values = np.stack([np.asarray(picture, np.float32) / 255 for picture in pictures])
+    assert np.abs(values - expected.permute(0, 2, 3, 1).numpy()).max() <= 0.5 / 255 + 1e-6
     assert np.asarray(to_images(torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1))[0]).tolist() == [
         [[0, 128, 255]]
     ]
 
 
 def test_one_prompt_with_many_seeds_and_one_seed_with_many_prompts(eager: Runtime, expected: Tensor) -> None:
-    assert torch.allclose(generate_pixels(eager, PROMPTS[:1], **DRAW)[0], expected[0], atol=1e-4)
-    many = generate_pixels(eager, PROMPTS, **{**DRAW, "seeds": [3]})
+    assert torch.allclose(generate_pixels(eager, PROMPTS[:1], FEW, seeds=SEEDS)[0], expected[0], atol=1e-4)
+    many = generate_pixels(eager, PROMPTS, FEW, seeds=[3])
     assert torch.allclose(many[0], expected[0], atol=1e-4) and many.shape == expected.shape
     with pytest.raises(ConfigError, match="2 prompts and 3 seeds"):
         generate(eager, PROMPTS, seeds=[1, 2, 3])
@@ -134,9 +136,12 @@ def test_one_prompt_with_many_seeds_and_one_seed_with_many_prompts(eager: Runtim
 
 
 def test_other_sizes(eager: Runtime) -> None:
-    assert generate(eager, ["a"], seeds=[0], steps=1, height=40, width=72)[0].size == (72, 40)
-    with pytest.raises(ConfigError, match="multiple of 8"):
-        generate(eager, ["a"], seeds=[0], steps=1, height=44)
+    def draw(**size: int) -> Image.Image:
+        return generate(eager, ["a"], SamplingConfig(steps=1, **size), seeds=[0])[0]
+
+    assert draw(height=40, width=72).size == (72, 40)
+    with pytest.raises(ConfigError, match="multiple of"):
+        eager.latent_shape(44, 64)
 
 
 def test_progress(eager: Runtime) -> None:
@@ -144,9 +149,8 @@ def test_progress(eager: Runtime) -> None:
     generate(
         eager,
         ["a"],
+        SamplingConfig(steps=2, guidance=1.0),
         seeds=[0],
-        steps=2,
-        guidance=1.0,
         on_step=lambda done, of, latents: seen.append((done, of)),
     )
     assert seen == [(1, 3), (2, 3), (3, 3)]  # PNDM asks once more than it has steps
@@ -158,7 +162,7 @@ def test_narrower_types(tiny_source: Path, expected: Tensor, dtype: str, least: 
     assert runtime.title == f"torch {dtype} cpu"
     conditioning = runtime.encode_prompt(["a"])["encoder_hidden_states"]
     assert conditioning.dtype == torch.float32
-    assert psnr_db(generate_pixels(runtime, PROMPTS, **DRAW), expected) > least
+    assert psnr_db(generate_pixels(runtime, PROMPTS, FEW, seeds=SEEDS), expected) > least
 
 
 def test_threads_are_set_before_each_use(tiny_source: Path) -> None:
@@ -183,7 +187,7 @@ def test_images_are_encoded(eager: Runtime) -> None:
 def test_an_adapter_a_run_and_a_base_with_an_adapter_draw_alike(
     adapter: Path, tiny_source: Path, expected: Tensor
 ) -> None:
-    wanted = generate_pixels(torch_runtime(FAMILY, trained()), PROMPTS, **DRAW)
+    wanted = generate_pixels(torch_runtime(FAMILY, trained()), PROMPTS, FEW, seeds=SEEDS)
     assert psnr_db(wanted, expected) < 40  # the adapter shows
     for source, options in (
         (adapter, {}),
@@ -191,7 +195,9 @@ def test_an_adapter_a_run_and_a_base_with_an_adapter_draw_alike(
         (tiny_source, {"adapter": adapter}),
         (tiny_source, {"adapter": adapter / "style.kohya.safetensors"}),
     ):
-        assert torch.equal(generate_pixels(open_runtime(source, **options, **CPU), PROMPTS, **DRAW), wanted)
+        assert torch.equal(
+            generate_pixels(open_runtime(source, **options, **CPU), PROMPTS, FEW, seeds=SEEDS), wanted
+        )
 
 
 def test_an_adapter_that_names_no_base(adapter: Path) -> None:
@@ -204,14 +210,19 @@ def test_two_adapters(adapter: Path) -> None:
         open_runtime(adapter, adapter=adapter, **CPU)
 
 
-def test_the_base_is_opened_as_it_was_for_training(adapter: Path, tiny_source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_base_is_opened_as_it_was_for_training(
+    version: int, adapter: Path, tiny_source: Path, tmp_path: Path
+) -> None:
     base = shutil.copytree(tiny_source, tmp_path / "base")
     for file in base.glob("*/*.safetensors"):
         file.rename(file.with_suffix(".half.safetensors"))
     copy = shutil.copytree(adapter, tmp_path / "adapter")
     record = json.loads((copy / "artifact.json").read_text())
     step = {"kind": "train", "artifact": "adapter", "settings": {"model": {"variant": "half"}}}
-    (copy / "artifact.json").write_text(json.dumps(record | {"base": str(base), "lineage": [step]}))
+    record |= {"version": version, "base": str(base)}
+    record |= {"lineage": [step]} if version == 1 else {"opened": {"variant": "half"}}
+    (copy / "artifact.json").write_text(json.dumps(record))
     assert open_runtime(copy, **CPU).title == "torch fp32 cpu"
 
 
@@ -219,7 +230,7 @@ def test_the_base_is_opened_as_it_was_for_training(adapter: Path, tiny_source: P
 
 
 def test_graphs_draw_what_torch_draws(graphs: Runtime, expected: Tensor) -> None:
-    pixels = generate_pixels(graphs, PROMPTS, **DRAW)
+    pixels = generate_pixels(graphs, PROMPTS, FEW, seeds=SEEDS)
     print(f"{graphs.title}: {psnr_db(pixels, expected):.1f} dB")
     assert psnr_db(pixels, expected) >= 60
     assert graphs.title in ("onnxruntime CPUExecutionProvider", "openvino f32 CPU")
@@ -256,7 +267,7 @@ def test_threads_and_precision_reach_openvino(tiny_onnx: Path, expected: Tensor)
     compiled = runtime.pipeline.unet.graph.compiled
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
     assert runtime.title == "openvino bf16 CPU"
-    assert psnr_db(generate_pixels(runtime, PROMPTS, **DRAW), expected) > 20
+    assert psnr_db(generate_pixels(runtime, PROMPTS, FEW, seeds=SEEDS), expected) > 20
 
 
 def test_a_closed_runtime_has_let_go(tiny_onnx: Path) -> None:
@@ -269,6 +280,7 @@ def test_a_batch_larger_than_a_graph_takes_is_split() -> None:
     class Doubler:
         inputs = {"sample": (np.dtype(np.float16), [None, 2]), "timestep": (np.dtype(np.int64), [1])}
         max_rows = 2
+        unbatched: frozenset[str] = frozenset()
 
         def __init__(self) -> None:
             self.rows: list[int] = []

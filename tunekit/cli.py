@@ -343,7 +343,13 @@ def generate(
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = _console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        redirect_stdout=False,  # the paths may go into a file
+        disable=not console.is_terminal,
+    ) as progress:
         task = progress.add_task("", visible=False)
         sampling = _sampling(steps, guidance, height, width, negative)
         for path in workspace.draw(

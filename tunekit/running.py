@@ -77,6 +77,7 @@ class Run:
         given: as it was given.
         folder: where it writes.
         accelerator: its device and processes.
+        main: whether this is the process that writes; it is asked for after the accelerator is gone, too.
         meter: measures what was planned, phase by phase.
         scan: its pictures.
         chain: the passes that follow.
@@ -87,6 +88,7 @@ class Run:
     given: TrainingRunConfig
     folder: RunFolder
     accelerator: Accelerator
+    main: bool
     meter: Meter
     scan: Scan
     chain: Sequence[Pass]
@@ -95,11 +97,6 @@ class Run:
     """Whether it is training now, so that memory which runs out is the plan's fault."""
     prompts: dict[str, Conditioning] = field(default_factory=dict)
     """Conditioning of the previews' prompts, without the batch dimension."""
-
-    @property
-    def main(self) -> bool:
-        """Whether this is the process that writes."""
-        return bool(self.accelerator.is_main_process)
 
     def say(self, line: str) -> None:
         """Print on the main process."""
@@ -414,7 +411,8 @@ def open_run(config: TrainingRunConfig, loaded: Loaded) -> Iterator[Run]:
     settled, plan = planning.settle(config, Processes.of(config.memory.device))
     accelerator = open_accelerator(settled.memory, settled.train.batch_size, settled.adapter)
     meter = Meter(accelerator.device, active=False)
-    run = Run(settled, config, RunFolder(config.run_dir), accelerator, meter, scan, chain, plan)
+    folder, main = RunFolder(config.run_dir), bool(accelerator.is_main_process)
+    run = Run(settled, config, folder, accelerator, main, meter, scan, chain, plan)
     with _held(run):
         try:
             yield run

@@ -303,10 +303,17 @@ def _model(loaded: Loaded) -> Artifact | None:
         error.where, error.key = loaded.where("model.family"), "model.family"
         raise
     try:
-        return open_artifact(model.source, family=model.family)
+        opened = open_artifact(model.source, family=model.family)
     except (ArtifactError, ModelError) as error:
         error.where, error.key = loaded.where("model.source"), "model.source"
         raise
+    if opened.family and opened.family != model.family:
+        raise ConfigError(
+            f"model.family is {model.family}, but the source is of family {opened.family}",
+            where=loaded.where("model.family"),
+            key="model.family",
+        )
+    return opened
 
 
 def _chain(loaded: Loaded, model: Artifact | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate import Accelerator
@@ -121,3 +122,33 @@ def test_folder_is_named_after_what_the_pictures_depend_on(tmp_path: Path) -> No
         folder(data(), seed=1),
     ]
     assert len({usual, *others}) == 4
+
+
+class Rank:
+    """One of two processes, each on a machine of its own."""
+
+    num_processes = 2
+    is_local_main_process = True
+
+    def __init__(self, number: int) -> None:
+        self.process_index = number
+        self.is_main_process = number == 0
+
+    def wait_for_everyone(self) -> None:
+        """The other one is on another disk, and nothing of it is to be seen here."""
+
+
+def test_two_machines_each_have_all_pictures(tmp_path: Path) -> None:
+    """Each process draws its share; what the other drew is on the other's disk, and was not found."""
+    whole = pictures(tmp_path / "whole", Base(), data())
+    for number in range(2):
+        accelerator: Any = Rank(number)
+        found = class_pictures(
+            data(),
+            tmp_path / str(number),
+            Base().drawing,
+            seed=0,
+            accelerator=accelerator,
+            say=lambda line: None,
+        )
+        assert [sample.content for sample in found] == [sample.content for sample in whole]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tunekit.config import SamplingConfig
 from tunekit.diffusion.metrics import psnr_db
 from tunekit.diffusion.sampling import initial_latents
 from tunekit.runtime import generate_pixels, open_runtime
@@ -43,9 +44,8 @@ def test_diffusers_draws_the_same_picture(tiny_onnx: Path, tmp_path: Path) -> No
             width=2 * width,
             output_type="np",
         ).images
-        ours = generate_pixels(
-            runtime, ["a red cat"], seeds=[5], steps=8, guidance=5.0, height=height, width=width
-        )
+        sampling = SamplingConfig(steps=8, guidance=5.0, height=height, width=width)
+        ours = generate_pixels(runtime, ["a red cat"], sampling, seeds=[5])
         psnr = psnr_db(torch.from_numpy(np.asarray(theirs)).permute(0, 3, 1, 2), ours)
         print(f"diffusers {diffusers.__version__}, {height} x {width}: {psnr:.1f} dB")
         assert psnr >= 60

@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 
+from tunekit.config import SamplingConfig
 from tunekit.diffusion.metrics import psnr_db
 from tunekit.runtime import generate_pixels, open_runtime
 
@@ -58,14 +59,17 @@ def test_optimum_draws_the_same_pictures(tiny_onnx: Path, tmp_path: Path, in_opt
     in_optimum(HERE / "draw_with_optimum.py", tmp_path / "requests.json")
     runtime = open_runtime(tiny_onnx)
     for request in requests:
-        ours = generate_pixels(
-            runtime,
-            request["prompts"],  # type: ignore[arg-type]
-            seeds=request["seeds"],  # type: ignore[arg-type]
+        sampling = SamplingConfig(
             steps=8,
             guidance=5.0,
             height=request["height"],  # type: ignore[arg-type]
             width=request["width"],  # type: ignore[arg-type]
+        )
+        ours = generate_pixels(
+            runtime,
+            request["prompts"],  # type: ignore[arg-type]
+            sampling,
+            seeds=request["seeds"],  # type: ignore[arg-type]
         )
         psnr = psnr_db(pixels(Path(request["out"])), ours)  # type: ignore[arg-type]
         print(f"Optimum, {request['height']} x {request['width']}: {psnr:.1f} dB")
@@ -87,7 +91,7 @@ def test_models_saved_here_draw_the_same_there(tiny_source: Path, tmp_path: Path
 @pytest.mark.slow
 def test_core_tests_pass_there(in_optimum: Run) -> None:
     tests = (
-        *("tests/diffusion", "tests/families", "tests/test_adapters.py", "tests/test_architecture.py"),
+        *("tests/diffusion", "tests/families", "tests/adapters", "tests/test_architecture.py"),
         *("tests/test_runtime.py", "tests/training/test_checkpoint.py", "tests/training/test_loop.py"),
     )
     done = in_optimum("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, timeout=1800)

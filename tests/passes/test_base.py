@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -9,13 +10,15 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
+import tunekit
 from tunekit.artifacts import Artifact, RunFolder, open_artifact
-from tunekit.config import load
+from tunekit.config import DataConfig, SamplingConfig, load
 from tunekit.errors import ChainError, OutputError, VerificationFailed
 from tunekit.passes.base import (
     Context,
@@ -34,6 +37,7 @@ from tunekit.passes.merge import Merge
 from tunekit.passes.prune import Prune
 from tunekit.passes.quantize import Quantize
 from tunekit.passes.verify import Verify
+from tunekit.resources import Source
 
 QUIET: Callable[[str], None] = lambda line: None  # noqa: E731
 
@@ -92,8 +96,10 @@ def start(tmp_path: Path) -> Artifact:
     return open_artifact(folder, family="sd15")
 
 
-def run(passes: list[Pass], start: Artifact, folder: Path, **options: object) -> Artifact:
-    return run_chain(passes, start, run_dir=folder / "run", say=QUIET, **options)  # type: ignore[arg-type]
+def run(
+    passes: list[Pass], start: Artifact, folder: Path, after_step: Any = None, **options: Any
+) -> Artifact:
+    return run_chain(passes, start, Context(run_dir=folder / "run", say=QUIET, **options), after_step)
 
 
 def names(folder: Path) -> list[str]:
@@ -216,7 +222,7 @@ def test_finished_steps_are_not_run_again(start: Artifact, tmp_path: Path):
     run(chain, start, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*/artifact.json")}
     said: list[str] = []
-    again = run_chain(chain, start, run_dir=tmp_path / "run", say=said.append)
+    again = run_chain(chain, start, Context(run_dir=tmp_path / "run", say=said.append))
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 3
     assert all("already there" in line for line in said) and len(said) == 3
     assert Path(again.source, "model.txt").read_text() == "maa"
@@ -240,12 +246,68 @@ def test_a_changed_look_leaves_the_model_steps_alone(start: Artifact, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "change", [{"prompts": ["a cat"]}, {"seed": 1}, {"steps": 3}, {"guidance": 2.0}, {"height": 64}]
+    "change",
+    [
+        {"prompts": ("a cat",)},
+        {"seed": 1},
+        *(
+            {"sampling": SamplingConfig(**{key: value})}
+            for key, value in {
+                "steps": 3,
+                "guidance": 2.0,
+                "height": 64,
+                "negative_prompt": "blue",
+                "scheduler": {"class": "LCMScheduler"},
+            }.items()
+        ),
+    ],
 )
 def test_another_picture_is_another_result(start: Artifact, tmp_path: Path, change: dict[str, object]):
     run([Look()], start, tmp_path)
     run([Look()], start, tmp_path, **change)
     assert len(names(tmp_path)) == 2
+
+
+def test_what_is_the_models_own_anyway_is_no_other_result(start: Artifact, tmp_path: Path):
+    for sampling in (SamplingConfig(), SamplingConfig(steps=30, guidance=7.5, negative_prompt="")):
+        run([Look()], start, tmp_path, sampling=sampling)
+    student = replace(start, sampling=SamplingConfig(steps=4))
+    for steps in (8, 9):  # it takes four whatever the run says
+        run([Look()], student, tmp_path, sampling=SamplingConfig(steps=steps))
+    assert len(names(tmp_path)) == 2
+
+
+def test_folders_of_older_chains_are_found(start: Artifact, tmp_path: Path):
+    """The name of a step is a hash of the same list as ever."""
+    data = DataConfig(path="photos")
+    sampling = SamplingConfig(steps=6, guidance=3, height=64)
+    run([Look()], start, tmp_path, seed=3, prompts=("a cat",), sampling=sampling, data=data)
+    shared = [3, ["a cat"], "", 6, 3.0, 64, None, data.model_dump(mode="json")]
+    described = ["look", {"limit": 99}, [start.hash], shared, tunekit.__version__]
+    wanted = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:8]
+    assert names(tmp_path) == [f"01-look-{wanted}"]
+
+
+class Hasten(Mark):
+    """Makes a model of few steps."""
+
+    kind: ClassVar[str] = "hasten"
+
+    def run(self, artifact: Artifact, context: Context) -> Outcome:
+        outcome = super().run(artifact, context)
+        outcome.sampling = SamplingConfig(steps=4, guidance=1)
+        return outcome
+
+
+def test_every_artifact_says_how_it_is_drawn_with_and_opened(start: Artifact, tmp_path: Path):
+    opened = Source("", variant="fp16")
+    start = replace(start, opened=opened, sampling=SamplingConfig(guidance=2))
+    run([Look(), Hasten(), Look()], start, tmp_path, sampling=SamplingConfig(steps=9, guidance=3, height=64))
+    looked, hastened, after = (Artifact.load(tmp_path / "run" / name) for name in names(tmp_path))
+    assert looked.sampling == SamplingConfig(steps=9, guidance=2, height=64)  # its own, then the run's
+    assert hastened.sampling == after.sampling == SamplingConfig(steps=4, guidance=1, height=64)
+    assert looked.model_source == Source(start.source, variant="fp16")
+    assert hastened.model_source == after.model_source == Source(hastened.source)  # written here: plain
 
 
 def test_another_model_is_another_result(start: Artifact, tmp_path: Path):
@@ -297,7 +359,7 @@ import sys, time
 from pathlib import Path
 from typing import ClassVar
 from tunekit.artifacts import open_artifact
-from tunekit.passes.base import Outcome, Pass, run_chain
+from tunekit.passes.base import Context, Outcome, Pass, run_chain
 
 class Slow(Pass):
     '''Writes half of its file, says so, and takes its time.'''
@@ -314,7 +376,7 @@ class Slow(Pass):
         return Outcome()
 
 start = open_artifact(Path(sys.argv[1]), family="sd15")
-last = run_chain([Slow(word="a"), Slow(word="b"), Slow(word="c")], start, run_dir=Path(sys.argv[2]))
+last = run_chain([Slow(word="a"), Slow(word="b"), Slow(word="c")], start, Context(run_dir=Path(sys.argv[2])))
 print("done", Path(last.source, "model.txt").read_text(), flush=True)
 """
 
@@ -355,6 +417,6 @@ def test_figures_carry_their_units():
 
 def test_a_step_says_what_it_did(start: Artifact, tmp_path: Path):
     said: list[str] = []
-    run_chain([Mark()], start, run_dir=tmp_path / "run", say=said.append)
+    run_chain([Mark()], start, Context(run_dir=tmp_path / "run", say=said.append))
     assert said[0] == "01 mark ..." and said[-1].startswith("01 mark: ") and "length 2" in said[-1]
     json.dumps(Artifact.load(next((tmp_path / "run").glob("01-*"))).lineage[-1].metrics)

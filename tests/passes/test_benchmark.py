@@ -12,9 +12,10 @@ import torch
 
 from tunekit import families
 from tunekit.artifacts import Artifact, open_artifact
+from tunekit.config import SamplingConfig
 from tunekit.errors import ChainError, ConfigError
 from tunekit.passes.base import Context, check_chain, parse_chain
-from tunekit.passes.benchmark import FIGURES, Benchmark, compare, percentile, ratios
+from tunekit.passes.benchmark import FIGURES, Benchmark, Settings, compare, percentile, ratios
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,8 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def result(tiny_source: Path, larger: Artifact) -> dict[str, Any]:
     threads = torch.get_num_threads()
     result = compare(
-        [open_artifact(tiny_source, family="sd15"), larger], steps=2, repeats=3, threads=1, device="cpu"
+        [open_artifact(tiny_source, family="sd15"), larger],
+        Settings(sampling=SamplingConfig(steps=2), repeats=3, threads=1, device="cpu"),
     )
     assert gc.isenabled()
     assert torch.get_num_threads() == threads
@@ -85,7 +87,7 @@ def test_pass_compares_with_parent_and_first(
         seed=0,
         history=history,
         run_dir=tmp_path,
-        steps=2,
+        sampling=SamplingConfig(steps=2),
         say=said.append,
     )
     outcome = Benchmark(repeats=2, memory=False, threads=1).run(history[-1], context)

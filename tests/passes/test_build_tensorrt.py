@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tunekit.artifacts import Artifact
 from tunekit.errors import ChainError, DeviceError, ModelError
-from tunekit.passes.base import check_chain, parse_chain, run_chain
+from tunekit.passes.base import Context, check_chain, parse_chain, run_chain
 from tunekit.runtime import open_runtime
 
 needs_tensorrt = pytest.mark.skipif(
@@ -27,7 +27,7 @@ def test_one_engine_per_capability(tiny_onnx: Path, tmp_path: Path) -> None:
     chain = parse_chain(
         [{"build_tensorrt": {"devices": ["rtx-3060", "rtx-4090", "rtx-3090"], "batch": [1, 2, 3]}}]
     )
-    made = run_chain(chain, Artifact.load(tiny_onnx), run_dir=tmp_path)
+    made = run_chain(chain, Artifact.load(tiny_onnx), Context(run_dir=tmp_path))
     assert made.format == "tensorrt"
     assert made.path is not None
     for component in COMPONENTS:
@@ -96,7 +96,7 @@ def test_nodes_it_cannot_take_are_named(tiny_onnx: Path, tmp_path: Path, kind: s
     artifact = _folder_with(tiny_onnx, tmp_path / "model", nodes, weights)
     chain = parse_chain([{"build_tensorrt": {"devices": ["rtx-3060"]}}])
     with pytest.raises(ModelError) as raised:
-        run_chain(chain, artifact, run_dir=tmp_path / "run")
+        run_chain(chain, artifact, Context(run_dir=tmp_path / "run"))
     print(raised.value)
     assert "TensorRT-RTX cannot read text_encoder" in str(raised.value)
     assert named in str(raised.value)

@@ -13,9 +13,10 @@ import torch
 
 from tunekit import families, layers
 from tunekit.artifacts import Artifact, open_artifact
+from tunekit.config import SamplingConfig
 from tunekit.diffusion.metrics import psnr_db, relative_error
 from tunekit.errors import ChainError, MissingPackageError, ModelError
-from tunekit.passes.base import parse_chain, run_chain
+from tunekit.passes.base import Context, parse_chain, run_chain
 from tunekit.passes.export_onnx import check_inputs, export_component, graph_error
 from tunekit.runtime import generate_pixels, open_runtime
 
@@ -104,10 +105,10 @@ def test_components_equal_torch_at_other_sizes(
 def test_pictures_equal_torch(tiny_source: Path, tiny_onnx: Path, provider: str) -> None:
     if provider == "openvino":
         pytest.importorskip("openvino")
-    options = {"seeds": [1, 2, 3], "steps": 12, "guidance": 6.0, "height": 48, "width": 80}
+    sampling = SamplingConfig(steps=12, guidance=6.0, height=48, width=80)
     prompts = ["a red cat", "the moon", "a house"]
-    wanted = generate_pixels(open_runtime(tiny_source, family="sd15"), prompts, **options)  # type: ignore[arg-type]
-    drawn = generate_pixels(open_runtime(tiny_onnx, provider=provider), prompts, **options)  # type: ignore[arg-type]
+    eager, graphs = open_runtime(tiny_source, family="sd15"), open_runtime(tiny_onnx, provider=provider)
+    wanted, drawn = (generate_pixels(side, prompts, sampling, seeds=[1, 2, 3]) for side in (eager, graphs))
     psnr = psnr_db(drawn, wanted)
     print(f"{provider}: {psnr:.1f} dB")
     assert psnr >= 60
@@ -119,7 +120,8 @@ def test_pruned_in_fp16(tiny_source: Path, tmp_path: Path) -> None:
         [{"prune": {"ratio": 0.3, "importance": "magnitude"}}, {"export_onnx": {"dtype": "fp16"}}]
     )
     source = open_artifact(tiny_source, family="sd15")
-    made = run_chain(chain, source, run_dir=tmp_path, prompts=["a cat"], height=32, width=32)
+    sampling = SamplingConfig(steps=4, height=32, width=32)
+    made = run_chain(chain, source, Context(run_dir=tmp_path, prompts=("a cat",), sampling=sampling))
     assert made.path is not None
     assert made.step is not None
     print(made.step.metrics)
@@ -129,8 +131,9 @@ def test_pruned_in_fp16(tiny_source: Path, tmp_path: Path) -> None:
     assert types == {onnx.TensorProto.FLOAT16}
     full = onnx.load(made.path / "vae_decoder" / "model.onnx").graph
     assert full.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
-    drawn = generate_pixels(open_runtime(made), ["a cat"], seeds=[1], steps=4)
-    wanted = generate_pixels(open_runtime(next(tmp_path.glob("01-prune-*"))), ["a cat"], seeds=[1], steps=4)
+    drawn = generate_pixels(open_runtime(made), ["a cat"], seeds=[1])
+    wanted = generate_pixels(open_runtime(next(tmp_path.glob("01-prune-*"))), ["a cat"], seeds=[1])
+    assert drawn.shape[-2:] == (32, 32)
     assert psnr_db(drawn, wanted) > 40
 
 
@@ -158,7 +161,7 @@ def test_packed_weights_are_refused(tmp_path: Path) -> None:
         run_chain(
             parse_chain(["quantize", "export_onnx"]),
             open_artifact("tiny", family="sd15"),
-            run_dir=tmp_path,
+            Context(run_dir=tmp_path),
         )
     family = families.get("sd15")
     pipeline = family.tiny()
@@ -166,12 +169,14 @@ def test_packed_weights_are_refused(tmp_path: Path) -> None:
     family.save(pipeline, tmp_path / "packed")
     source = open_artifact(tmp_path / "packed", family="sd15")
     with pytest.raises(ModelError, match="packed to few bits"):
-        run_chain(parse_chain(["export_onnx"]), source, run_dir=tmp_path / "run")
+        run_chain(parse_chain(["export_onnx"]), source, Context(run_dir=tmp_path / "run"))
     assert not list((tmp_path / "run").glob("*export_onnx*")), "nothing half-written is left"
 
 
 def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(MissingPackageError) as raised:
-        run_chain(parse_chain(["export_onnx"]), open_artifact("tiny", family="sd15"), run_dir=tmp_path)
+        run_chain(
+            parse_chain(["export_onnx"]), open_artifact("tiny", family="sd15"), Context(run_dir=tmp_path)
+        )
     assert str(raised.value) == 'ONNX export needs the package "onnxscript": pip install "tunekit[onnx]"'

@@ -8,7 +8,7 @@ import torch
 from tunekit import families, layers
 from tunekit.artifacts import Artifact, open_artifact
 from tunekit.config import DataConfig
-from tunekit.passes.base import run_chain
+from tunekit.passes.base import Context, run_chain
 from tunekit.passes.heal import Heal
 from tunekit.passes.prune import Prune
 
@@ -21,11 +21,13 @@ def healed(source: Path, folder: Path, step: Heal, data: DataConfig | None = Non
     return run_chain(
         [PRUNE, step],
         open_artifact(source, family="sd15"),
-        run_dir=folder / "run",
-        prompts=["a cat", "a dog"],
-        data=data,
-        device="cpu",
-        say=lambda line: None,
+        Context(
+            run_dir=folder / "run",
+            prompts=("a cat", "a dog"),
+            data=data,
+            device="cpu",
+            say=lambda line: None,
+        ),
     )
 
 

@@ -10,8 +10,8 @@ from tunekit import families, layers
 from tunekit.adapters import add_adapter, save_adapter
 from tunekit.artifacts import Artifact, Step, open_artifact
 from tunekit.config import AdapterConfig
-from tunekit.errors import AdapterError
-from tunekit.passes.base import run_chain
+from tunekit.errors import ArtifactError
+from tunekit.passes.base import Context, run_chain
 from tunekit.passes.merge import Merge
 from tunekit.runtime import open_runtime
 
@@ -23,7 +23,7 @@ def make_adapter(folder: Path, source: str | None, **config: Any) -> Artifact:
     settings = AdapterConfig(rank=4, alpha=2, **config)
     denoiser = FAMILY.denoiser(FAMILY.tiny())
     generator = torch.Generator().manual_seed(5)
-    for name, parameter in add_adapter(denoiser, settings, FAMILY.lora_targets):
+    for name, parameter in add_adapter(denoiser, settings, FAMILY.facts.lora_targets):
         if "magnitude" not in name:
             parameter.data.normal_(0, 0.2, generator=generator)
     save_adapter(folder, denoiser, FAMILY, settings, name="test", title="test", base_source=None)
@@ -46,7 +46,7 @@ def outputs(runtime: Any) -> torch.Tensor:
 
 
 def merged(artifact: Artifact, folder: Path, **settings: Any) -> Artifact:
-    return run_chain([Merge(**settings)], artifact, run_dir=folder / "run", say=lambda line: None)
+    return run_chain([Merge(**settings)], artifact, Context(run_dir=folder / "run", say=lambda line: None))
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -91,7 +91,7 @@ def test_a_quantized_base_stays_quantized(tmp_path: Path):
 def test_an_adapter_without_a_base_asks_for_it(tiny_source: Path, tmp_path: Path):
     make_adapter(tmp_path / "adapter", None)
     bare = open_artifact(tmp_path / "adapter" / "test.kohya.safetensors", family="sd15")
-    with pytest.raises(AdapterError, match=r"does not say which base.*\n.*merge: \{base"):
+    with pytest.raises(ArtifactError, match=r"does not say which base.*\n.*merge: \{base"):
         merged(bare, tmp_path)
     assert list((tmp_path / "run").glob("*")) == []
     result = merged(bare, tmp_path, base=str(tiny_source))

@@ -9,9 +9,9 @@ import torch
 
 from tunekit import families, layers
 from tunekit.artifacts import Artifact, open_artifact
-from tunekit.config import DataConfig
+from tunekit.config import DataConfig, SamplingConfig
 from tunekit.errors import ConfigError
-from tunekit.passes.base import run_chain
+from tunekit.passes.base import Context, run_chain
 from tunekit.passes.prunable import find, parameters
 from tunekit.passes.prune import Prune, choose
 from tunekit.runtime import generate_pixels, open_runtime
@@ -25,9 +25,8 @@ def pruned(
 ) -> Artifact:
     start = open_artifact(source, family="sd15")
     step = Prune(**{**FEW, **settings})
-    return run_chain(
-        [step], start, run_dir=folder / "run", prompts=prompts, data=data, device="cpu", say=lambda line: None
-    )
+    context = Context(run_dir=folder / "run", prompts=prompts, data=data, device="cpu", say=lambda line: None)
+    return run_chain([step], start, context)
 
 
 def unet(artifact: Artifact) -> Any:
@@ -79,7 +78,9 @@ def test_the_table_tells_what_left(result: Artifact):
 
 
 def test_the_runtime_draws_with_it(result: Artifact):
-    pixels = generate_pixels(open_runtime(result, device="cpu"), ["a cat"], seeds=[0], steps=2)
+    pixels = generate_pixels(
+        open_runtime(result, device="cpu"), ["a cat"], SamplingConfig(steps=2), seeds=[0]
+    )
     assert pixels.shape == (1, 3, 64, 64) and pixels.isfinite().all()
 
 

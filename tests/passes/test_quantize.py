@@ -12,14 +12,15 @@ from onnx import TensorProto
 
 from tunekit import families, layers
 from tunekit.artifacts import Artifact, open_artifact
+from tunekit.config import SamplingConfig
 from tunekit.diffusion.metrics import psnr_db
 from tunekit.errors import ArtifactError, ChainError, MissingPackageError
-from tunekit.passes.base import parse_chain, run_chain
+from tunekit.passes.base import Context, parse_chain, run_chain
 from tunekit.passes.quantize import Quantize, _resolve
 from tunekit.runtime import generate_pixels, open_runtime
 
 FAMILY = families.get("sd15")
-PROMPTS = ["a cat", "a dog"]
+PROMPTS = ("a cat", "a dog")
 # Lowest signal-to-noise ratio of the tiny model's output. Random weights are harder on rounding than
 # trained ones: a trained 11M U-Net has 44 dB where this has 34.
 LEAST_SQNR_DB = {"weight_only": 30, "dynamic": 29, "static": 15}
@@ -30,17 +31,19 @@ def quantized(source: Path, folder: Path, **settings: Any) -> Artifact:
     return run_chain(
         [Quantize(**settings)],
         open_artifact(source, family="sd15"),
-        run_dir=folder / "run",
-        prompts=PROMPTS,
-        steps=6,
-        device="cpu",
-        say=lambda line: None,
+        Context(
+            run_dir=folder / "run",
+            prompts=PROMPTS,
+            sampling=SamplingConfig(steps=6),
+            device="cpu",
+            say=lambda line: None,
+        ),
     )
 
 
 def draw(source: Artifact | Path, **options: Any) -> torch.Tensor:
     runtime = open_runtime(source, family="sd15", device="cpu", **options)
-    return generate_pixels(runtime, PROMPTS, seeds=[0, 1], steps=3)
+    return generate_pixels(runtime, PROMPTS, SamplingConfig(steps=3), seeds=[0, 1])
 
 
 # Torch -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from PIL import Image
 
 from tunekit import families, hardware
 from tunekit.artifacts import Artifact, open_artifact
+from tunekit.config import SamplingConfig
 from tunekit.errors import ChainError, VerificationFailed
 from tunekit.passes.base import Context, Outcome, Pass, check_chain, parse_chain, run_chain
 from tunekit.passes.export_onnx import ExportOnnx
@@ -48,9 +49,7 @@ def chain(source: Path, tmp_path: Path, passes: Sequence[Pass], **options: Any) 
     return run_chain(
         passes,
         open_artifact(source, family="sd15"),
-        run_dir=tmp_path,
-        prompts=("a cat", "the moon"),
-        **options,
+        Context(run_dir=tmp_path, prompts=("a cat", "the moon"), **options),
     )
 
 
@@ -66,7 +65,7 @@ def look(verify: Verify, history: Sequence[Artifact], folder: Path) -> Outcome:
             seed=3,
             history=tuple(history),
             run_dir=folder,
-            steps=4,
+            sampling=SamplingConfig(steps=4),
         ),
     )
 

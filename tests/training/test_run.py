@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from tunekit import families
-from tunekit.config import AdapterConfig, MemoryConfig, ModelConfig, TrainConfig, TrainingRunConfig
+from tunekit.config import AdapterConfig, MemoryConfig
 from tunekit.errors import DeviceError
-from tunekit.memory.levers import Fitted
-from tunekit.training.run import close_accelerator, fit_denoiser, open_accelerator
+from tunekit.families import Family, Frame
+from tunekit.memory.levers import Fitted, Levers, fit
+from tunekit.training.run import close_accelerator, open_accelerator
 
 FAMILY = families.get("sd15")
 ADAPTER = AdapterConfig(rank=2, alpha=2.0)
@@ -27,16 +28,25 @@ def clean_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def fitted(pipeline: Any, memory: MemoryConfig, adapter: AdapterConfig | None, seed: int = 0) -> Fitted:
-    config = TrainingRunConfig(
-        recipe="lora",
-        seed=seed,
-        model=ModelConfig(family="sd15", source="tiny"),
-        adapter=adapter,
-        train=TrainConfig(max_steps=2, lr=1e-2),
-        memory=memory,
-    )
-    return fit_denoiser(config, FAMILY, pipeline, torch.device("cpu"))
+@pytest.fixture(params=families.runnable())
+def family(request: pytest.FixtureRequest) -> Family:
+    return families.get(request.param)
+
+
+def fitted(
+    family: Family, pipeline: Any, memory: MemoryConfig, adapter: AdapterConfig | None, seed: int = 0
+) -> Fitted:
+    levers = Levers.of(memory)
+    return fit(family.denoiser(pipeline), adapter, family.facts, levers, device="cpu", seed=seed)
+
+
+def predicted(
+    family: Family, pipeline: Any, model: Any, noisy: torch.Tensor, prompts: list[str]
+) -> torch.Tensor:
+    """What a denoiser makes of latents at timesteps of their own."""
+    frames = Frame.whole(*family.default_size(pipeline)).rows(len(prompts))
+    told = family.conditioning(family.encode_prompt(pipeline, prompts), frames)
+    return family.denoise(model, noisy, torch.tensor([10.0, 700.0])[: len(noisy)], told)
 
 
 def test_fp16_on_the_cpu_is_an_error() -> None:
@@ -60,13 +70,13 @@ def test_precisions_follow_each_other_in_one_process(adapter: AdapterConfig | No
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_every_adapter_tensor_moves(kind: str, checkpointing: bool, precision: str) -> None:
+def test_every_adapter_tensor_moves(family: Family, kind: str, checkpointing: bool, precision: str) -> None:
     """Behind frozen inputs the reentrant kind of checkpointing would give no gradients at all."""
-    pipeline = FAMILY.tiny()
+    pipeline = family.tiny()
     memory = MemoryConfig(precision=precision, gradient_checkpointing=checkpointing, device="cpu")
     adapter = AdapterConfig(kind=kind, rank=2, alpha=2.0)
     accelerator = open_accelerator(memory, 2, adapter)
-    made = fitted(pipeline, memory, adapter)
+    made = fitted(family, pipeline, memory, adapter)
     low = torch.bfloat16 if precision == "bf16" else torch.float32
     assert {parameter.dtype for parameter in made.module.parameters()} == {low}
     assert all(parameter.dtype == torch.float32 for parameter in made.parameters.values())
@@ -78,10 +88,9 @@ def test_every_adapter_tensor_moves(kind: str, checkpointing: bool, precision: s
     model, optimizer = accelerator.prepare(made.module, optimizer)
     model.train()
     generator = torch.Generator().manual_seed(0)
-    conditioning = FAMILY.encode_prompt(pipeline, ["one", "two"])
     for _ in range(2):  # lora_B starts at zero, so lora_A moves from the second step on
         noisy = torch.randn(2, 4, 8, 8, generator=generator)
-        prediction = FAMILY.denoise(model, noisy, torch.tensor([10, 700]), conditioning)
+        prediction = predicted(family, pipeline, model, noisy, ["one", "two"])
         accelerator.backward(prediction.float().square().mean())
         optimizer.step()
         made.write_back()
@@ -95,21 +104,22 @@ def test_every_adapter_tensor_moves(kind: str, checkpointing: bool, precision: s
 
 def test_the_seed_decides_the_first_weights_of_the_adapter() -> None:
     memory = MemoryConfig(device="cpu")
-    one, same, other = (fitted(FAMILY.tiny(), memory, ADAPTER, seed=seed).parameters for seed in (1, 1, 2))
+    one, same, other = (
+        fitted(FAMILY, FAMILY.tiny(), memory, ADAPTER, seed=seed).parameters for seed in (1, 1, 2)
+    )
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_checkpointing_does_not_change_gradients() -> None:
+def test_checkpointing_does_not_change_gradients(family: Family) -> None:
     gradients = []
     for checkpointing in (False, True):
-        pipeline = FAMILY.tiny()
+        pipeline = family.tiny()
         memory = MemoryConfig(gradient_checkpointing=checkpointing, device="cpu")
-        denoiser = fitted(pipeline, memory, None).module
+        denoiser = fitted(family, pipeline, memory, None).module
         denoiser.train()
         noisy = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        conditioning = FAMILY.encode_prompt(pipeline, ["one"])
-        FAMILY.denoise(denoiser, noisy, torch.tensor([10]), conditioning).square().mean().backward()
+        predicted(family, pipeline, denoiser, noisy, ["one"]).square().mean().backward()
         gradients.append({name: parameter.grad for name, parameter in denoiser.named_parameters()})
     assert all(gradient is not None for gradient in gradients[1].values())
     torch.testing.assert_close(gradients[0], gradients[1])

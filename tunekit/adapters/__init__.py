@@ -14,13 +14,15 @@ from tunekit.adapters.attach import (
     load_adapter_state,
     merge_adapter,
 )
-from tunekit.adapters.delta import Delta, Deltas
+from tunekit.adapters.delta import Delta, Deltas, Dora, Lora
 from tunekit.adapters.files import adapter_file, read_adapter, save_adapter
 from tunekit.adapters.layouts import from_kohya, from_peft, to_kohya
 
 __all__ = [
     "Delta",
     "Deltas",
+    "Dora",
+    "Lora",
     "adapter_file",
     "adapter_state",
     "add_adapter",

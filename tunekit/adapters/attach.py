@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from tunekit import layers
-from tunekit.adapters.delta import NAME, State, adapted, delta_of, modules_of, peft_state, some, targetable
+from tunekit.adapters.delta import (
+    KINDS,
+    NAME,
+    Delta,
+    State,
+    adapted,
+    deltas_of,
+    modules_of,
+    parameters_of,
+    peft_state,
+    some,
+)
 from tunekit.adapters.files import read_adapter
 from tunekit.config import AdapterConfig
 from tunekit.diffusion.noise import stable_seed
@@ -38,7 +47,7 @@ def add_adapter(
         AdapterError: a target that matches no Linear or Conv2d.
     """
     targets = list(config.targets or default_targets)
-    paths = [path for path, _ in targetable(denoiser)]
+    paths = list(modules_of(denoiser))
     for target in targets:
         if not any(path == target or path.endswith("." + target) for path in paths):
             ends = sorted(
@@ -49,28 +58,16 @@ def add_adapter(
                 hint=f"there are: {', '.join(ends)}",
             )
     denoiser.requires_grad_(False)
-    _inject(
-        denoiser,
-        LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,  # annotated int; any float works
-            lora_dropout=config.dropout,
-            target_modules=targets,
-            use_dora=config.kind == "dora",
-        ),
-    )
+    kind = KINDS[config.kind]
+    _inject(denoiser, kind, kind.settings(config.rank, config.alpha, targets, config.dropout))
     for path, layer in adapted(denoiser):
-        weight = layer.lora_A[NAME].weight
-        generator = torch.Generator().manual_seed(stable_seed(seed, "adapter", path))
-        draw = torch.empty(weight.shape)
-        nn.init.kaiming_uniform_(draw, a=math.sqrt(5), generator=generator)
-        weight.data.copy_(draw)
+        kind.draw(layer, torch.Generator().manual_seed(stable_seed(seed, "adapter", path)))
     return [(name, p) for name, p in denoiser.named_parameters() if p.requires_grad]
 
 
 def adapter_state(denoiser: nn.Module) -> State:
     """Return the adapter's tensors in PEFT layout without a prefix; they share memory with the model."""
-    return peft_state({path: delta_of(layer) for path, layer in adapted(denoiser)}, modules_of(denoiser))
+    return peft_state(deltas_of(denoiser))
 
 
 def load_adapter_state(denoiser: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -102,19 +99,14 @@ def load_adapter(
     for component, deltas in read_adapter(pipeline, family, source, allow_pickle=allow_pickle).items():
         module = getattr(pipeline, component)
         most = next(iter(deltas.values()))
-        _inject(
-            module,
-            LoraConfig(
-                r=most.rank,
-                lora_alpha=most.alpha,
-                rank_pattern={f"^{path}": d.rank for path, d in deltas.items() if d.rank != most.rank},
-                alpha_pattern={f"^{path}": d.alpha for path, d in deltas.items() if d.alpha != most.alpha},
-                target_modules=list(deltas),
-                use_dora=most.magnitude is not None,
-            ),
-        )
+        settings = type(most).settings(most.rank, most.alpha, list(deltas), 0.0)
+        settings["rank_pattern"] = {f"^{path}": d.rank for path, d in deltas.items() if d.rank != most.rank}
+        settings["alpha_pattern"] = {
+            f"^{path}": d.alpha for path, d in deltas.items() if d.alpha != most.alpha
+        }
+        _inject(module, type(most), settings)
         with torch.no_grad():
-            load_adapter_state(module, peft_state(deltas, modules_of(module)))
+            load_adapter_state(module, peft_state(deltas))
         module.eval()
 
 
@@ -147,15 +139,15 @@ def merge_adapter(
     return sum(len(deltas) for deltas in read.values())
 
 
-def _inject(module: Any, config: LoraConfig) -> None:
+def _inject(module: Any, kind: type[Delta], settings: Mapping[str, Any]) -> None:
     if NAME in getattr(module, "peft_config", {}):
         raise AdapterError(
             "there is an adapter in this model already", hint="merge it, or load the base anew"
         )
     with torch.random.fork_rng(devices=[]):  # peft draws initial weights from the global state
-        module.add_adapter(config, NAME)
-    for name, parameter in module.named_parameters():
-        adapter = ".lora_" in name
-        parameter.requires_grad_(adapter)
-        if adapter and parameter.dtype != torch.float32:
+        module.add_adapter(kind.config(**settings), NAME)
+    module.requires_grad_(False)
+    for _, layer in adapted(module):
+        for parameter in parameters_of(layer):
+            parameter.requires_grad_(True)
             parameter.data = parameter.data.float()

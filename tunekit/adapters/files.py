@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tunekit.adapters.delta import Deltas, State, adapted, delta_of, modules_of, peft_state, some
+from tunekit.adapters.delta import Deltas, State, deltas_of, modules_of, peft_state, some
 from tunekit.adapters.layouts import HEADER_KEY, parse, to_kohya
 from tunekit.artifacts import ADAPTER_FILE
 from tunekit.config import AdapterConfig
@@ -50,30 +50,21 @@ def save_adapter(
         OutputError: the disk is full or unwritable; no file is left half-written.
     """
     component = family.facts.denoiser_name
-    deltas: Deltas = {component: {path: delta_of(layer) for path, layer in adapted(denoiser)}}
+    deltas: Deltas = {component: deltas_of(denoiser)}
     modules = {component: modules_of(denoiser)}
     first = next(iter(deltas[component].values()), None)
     if first is None:
         raise AdapterError("there is no adapter in the denoiser to save")
-    peft = {f"{component}.{key}": t for key, t in peft_state(deltas[component], modules[component]).items()}
-    # Only keys that every peft version knows: diffusers hands them all to LoraConfig.
-    settings = {
-        "r": first.rank,
-        "lora_alpha": first.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": sorted(deltas[component]),
-        "use_dora": first.magnitude is not None,
-        "rank_pattern": {},  # asked for by diffusers before 0.40
-        "alpha_pattern": {},
-    }
-    kohya = to_kohya(deltas, family)
-    modelspec = _modelspec(kohya, family, title, base_source)
+    peft = {f"{component}.{key}": tensor for key, tensor in peft_state(deltas[component]).items()}
+    settings = first.settings(first.rank, first.alpha, sorted(deltas[component]), config.dropout)
+    kohya = to_kohya(deltas, modules, family)
     files = {
         folder / ADAPTER_FILE: (
             peft,
             {
                 "format": "pt",
                 HEADER_KEY: json.dumps({f"{component}.{k}": v for k, v in settings.items()}, indent=2),
+                **_modelspec(peft, family, title, base_source),
             },
         ),
         folder / f"{name}.kohya.safetensors": (
@@ -84,9 +75,9 @@ def save_adapter(
                 "ss_network_module": "networks.lora",
                 "ss_network_dim": str(first.rank),
                 "ss_network_alpha": str(first.alpha),
-                "ss_v2": "False",
+                "ss_v2": str(family.facts.ss_v2),
                 "ss_output_name": name,
-                **modelspec,
+                **_modelspec(kohya, family, title, base_source),
             },
         ),
     }
@@ -155,7 +146,10 @@ def _check_same(path: Path, wanted: Deltas, read: Deltas) -> None:
             )
         for name, delta in updates.items():
             other = read[component][name]
-            same = torch.equal(other.down, delta.down.cpu()) and torch.equal(other.up, delta.up.cpu())
+            found, meant = other.peft(), delta.peft()
+            same = found.keys() == meant.keys() and all(
+                torch.equal(found[key], tensor.cpu()) for key, tensor in meant.items()
+            )
             if not same or not math.isclose(other.alpha, delta.alpha, rel_tol=1e-6):
                 raise AdapterError(
                     f"the file just written differs from the adapter in {name}", where=str(path)

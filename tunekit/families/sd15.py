@@ -200,7 +200,7 @@ class SD15:
         return answers.first_state(output)  # a down block also gives what it hands across
 
     def adapter_names(self, component: str, paths: Collection[str]) -> dict[str, tuple[str, ...]]:
-        return answers.underscored(paths)
+        return answers.underscored(paths) if component == "unet" else unet.encoder_names(paths)
 
     def export_components(self, pipeline: Pipeline) -> list[ExportComponent]:
         network, encoder = pipeline.unet, pipeline.text_encoder

@@ -241,7 +241,7 @@ class SDXL:
     def adapter_names(self, component: str, paths: Collection[str]) -> dict[str, tuple[str, ...]]:
         """Kohya's tools train the U-Net as it was published; diffusers' names occur too, and are read."""
         if component != "unet":
-            return answers.underscored(paths)
+            return unet.encoder_names(paths)
         published = unet.published_names(paths)
         return {path: (published[path].replace(".", "_"), path.replace(".", "_")) for path in paths}
 

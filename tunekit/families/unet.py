@@ -140,6 +140,19 @@ def published_names(paths: Collection[str]) -> dict[str, str]:
     return {path: _published(path, down, up, attended) for path in paths}
 
 
+def encoder_names(paths: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """`Family.adapter_names` of a CLIP text encoder.
+
+    transformers 5 dropped the level `text_model` of encoders without a projection; kohya's files keep it.
+    """
+    names = {}
+    for path in paths:
+        short = path.removeprefix("text_model.")
+        inside = short if short.startswith("text_projection") else f"text_model.{short}"
+        names[path] = tuple(name.replace(".", "_") for name in dict.fromkeys((inside, short)))
+    return names
+
+
 def _count(paths: Collection[str], prefix: str) -> int:
     found = {path.removeprefix(prefix).partition(".")[0] for path in paths if path.startswith(prefix)}
     return len(found)

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tunekit
 from tunekit.artifacts import Artifact, RunFolder, Step, atomic_folder, clean_leftovers
-from tunekit.config import Section, validate
+from tunekit.config import SamplingConfig, Section, validate
 from tunekit.errors import ChainError, TunekitError, VerificationFailed, did_you_mean
 from tunekit.units import format_bytes, format_count, format_seconds
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from tunekit.config import DataConfig, DreamboothData
-    from tunekit.data.examples import Examples
+    from tunekit.data.calibration import CalibrationSet
     from tunekit.families.family import Family, Pipeline
 
 Metric = float | int | bool | str | None
@@ -86,32 +86,33 @@ class Pass(Section):
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass may know besides its own fields and the artifact."""
+    """What a pass may know besides its own fields and the artifact.
 
-    folder: Path
-    """Where to write; it is renamed to the step's folder when the pass returns."""
-    family: str
-    """Name of the model family."""
-    device: str
-    """Torch device that was asked for, e.g. "auto", "cpu", "cuda:0"."""
-    seed: int
-    history: tuple[Artifact, ...]
-    """The chain's input and the artifact after each earlier step; the last one is the pass's input."""
+    Whoever runs a chain fills the attributes up to `say`; `run_chain` adds the others for each step.
+
+    Attributes:
+        run_dir: the run's folder.
+        device: torch device that was asked for, e.g. "auto", "cpu", "cuda:0".
+        seed: of all that is drawn.
+        prompts: what the run cares about, for pictures and calibration; may be empty.
+        sampling: how pictures are drawn with models that do not say it themselves.
+        data: the pictures the model was trained on, where the run knows them.
+        say: shows one line of progress.
+        folder: where to write; it is renamed to the step's folder when the pass returns.
+        family: name of the model family.
+        history: the chain's input and the artifact after each earlier step; the last one is the pass's input.
+    """
+
     run_dir: Path
+    device: str = "auto"
+    seed: int = 0
     prompts: tuple[str, ...] = ()
-    """Prompts the run cares about, for pictures and calibration; may be empty."""
-    negative_prompt: str = ""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     data: DataConfig | DreamboothData | None = None
-    """The pictures the model was trained on, where the run knows them."""
-    steps: int = 30
-    """Denoiser steps of a picture."""
-    guidance: float = 7.5
-    """Classifier-free guidance scale of a picture."""
-    height: int | None = None
-    """Height of a picture in pixels; None means the model's own."""
-    width: int | None = None
     say: Callable[[str], None] = print
-    """Shows one line of progress."""
+    folder: Path = Path()
+    family: str = ""
+    history: tuple[Artifact, ...] = ()
 
     @property
     def base_source(self) -> str | None:
@@ -131,6 +132,17 @@ class Context:
         whole = [model for model in models if model.format == "torch"]
         return whole[0] if whole and whole[0].source != models[-1].source else None
 
+    def sampling_of(self, model: Artifact) -> SamplingConfig:
+        """How a model is drawn with: as it says itself, else as the run says, else as is usual in its family.
+
+        What is left open is the height and the width, for which the model has its own (`Runtime.sampling`),
+        and the scheduler.
+        """
+        from tunekit import families
+
+        usual = families.get(self.family).facts.sampling.over(SamplingConfig(negative_prompt=""))
+        return inherited(model, self.sampling).over(usual)
+
     @contextmanager
     def examples(
         self,
@@ -140,7 +152,7 @@ class Context:
         *,
         count: int,
         precision: Literal["fp32", "bf16", "fp16"] = "fp32",
-    ) -> Iterator[tuple[Examples, Accelerator]]:
+    ) -> Iterator[tuple[CalibrationSet, Accelerator]]:
         """Gives the run's pictures, or pictures that the model draws itself, and where to compute.
 
         Args:
@@ -154,31 +166,24 @@ class Context:
             DeviceError: the device does not answer.
         """
         from tunekit.config import MemoryConfig
-        from tunekit.data.examples import gather
+        from tunekit.data.calibration import Material, gather
         from tunekit.training.run import close_accelerator, open_accelerator
 
         # After a training over several processes only the main one is left, and must not wait for the others.
         launched = {name: os.environ.pop(name) for name in LAUNCHER_VARIABLES if name in os.environ}
         accelerator = open_accelerator(MemoryConfig(device=self.device, precision=precision), batch_size=1)
         try:
-            default = family.default_size(pipeline)
-            yield (
-                gather(
-                    family,
-                    pipeline,
-                    accelerator,
-                    data=self.data,
-                    prompts=self.prompts,
-                    count=count,
-                    size=(self.height or default[0], self.width or default[1]),
-                    guidance=self.guidance,
-                    cache=self.cache,
-                    model_hash=model.hash,
-                    seed=self.seed,
-                    say=self.say,
-                ),
-                accelerator,
+            height, width = family.default_size(pipeline)
+            material = Material(
+                data=self.data,
+                prompts=self.prompts,
+                count=count,
+                sampling=self.sampling_of(model).over(SamplingConfig(height=height, width=width)),
+                cache=self.cache,
+                model_hash=model.hash,
+                seed=self.seed,
             )
+            yield gather(family, pipeline, accelerator, material, self.say), accelerator
         finally:
             close_accelerator(accelerator)
             os.environ.update(launched)
@@ -216,6 +221,8 @@ class Outcome:
     """`{"file", "label", "prompt", "seed"}` each; `file`, under `pictures/`, relative to `context.folder`."""
     format: str | None = None
     """Format of the result where it is not the one the class states."""
+    sampling: SamplingConfig | None = None
+    """How the result is drawn with, where that is otherwise than its parent: one that learned few steps."""
     failure: str | None = None
     """Set when a threshold was missed: the step is kept with its figures, then the chain stops."""
 
@@ -227,6 +234,11 @@ def distinct_models(history: Iterable[Artifact]) -> list[Artifact]:
         if not models or artifact.source != models[-1].source:
             models.append(artifact)
     return models
+
+
+def inherited(parent: Artifact, sampling: SamplingConfig) -> SamplingConfig:
+    """How a model is drawn with: what it says itself, over what the run says."""
+    return (parent.sampling or SamplingConfig()).over(sampling)
 
 
 def parse_chain(items: Sequence[Any], where: Where = lambda index, key: "optimize") -> list[Pass]:
@@ -303,25 +315,14 @@ def check_chain(
 def run_chain(
     passes: Sequence[Pass],
     artifact: Artifact,
-    *,
-    run_dir: Path,
-    device: str = "auto",
-    seed: int = 0,
-    prompts: Sequence[str] = (),
-    negative_prompt: str = "",
-    data: DataConfig | DreamboothData | None = None,
-    steps: int = 30,
-    guidance: float = 7.5,
-    height: int | None = None,
-    width: int | None = None,
-    say: Callable[[str], None] = print,
+    context: Context,
     after_step: Callable[[Artifact], object] | None = None,
 ) -> Artifact:
-    """Runs the chain in `run_dir` and returns the last artifact. Steps that are there are not run again.
+    """Runs the chain in `context.run_dir` and returns the last artifact. Steps that are there are skipped.
 
     Args:
         artifact: what the chain starts from.
-        data, prompts, negative_prompt, steps, guidance, height, width: see `Context`.
+        context: what all steps share.
         after_step: called with the artifact after each step, a failing one too (the report is written here).
 
     Raises:
@@ -329,50 +330,29 @@ def run_chain(
         VerificationFailed: a step missed its thresholds; its folder and figures are there.
     """
     check_chain(passes, artifact.format)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    clean_leftovers(run_dir)
+    run = RunFolder(context.run_dir)
+    run.path.mkdir(parents=True, exist_ok=True)
+    clean_leftovers(run.path)
     history = [artifact]
-    # What a result may depend on besides settings: a changed prompt must not find yesterday's pictures.
-    shared = [
-        seed,
-        list(prompts),
-        negative_prompt,
-        steps,
-        guidance,
-        height,
-        width,
-        data.model_dump(mode="json") if data else None,
-    ]
     for index, step in enumerate(passes, start=1):
-        digest = _digest(step, history, shared)
-        folder = RunFolder(run_dir).pass_folder(index, step.kind, digest)
         label = f"{index:02d} {step.kind}"
+        now = dataclasses.replace(
+            context,
+            family=artifact.family,
+            history=tuple(history),
+            say=lambda line, label=label: context.say(f"{label}: {line}"),  # type: ignore[misc]
+        )
+        folder = run.pass_folder(index, step.kind, _digest(step, now))
         if (folder / "artifact.json").is_file():
             result = Artifact.load(folder)
-            say(f"{label}: already there ({folder.name})")
+            context.say(f"{label}: already there ({folder.name})")
         else:
-            say(f"{label} ...")
-            context = Context(
-                folder=folder,
-                family=artifact.family,
-                device=device,
-                seed=seed,
-                history=tuple(history),
-                run_dir=run_dir,
-                prompts=tuple(prompts),
-                negative_prompt=negative_prompt,
-                data=data,
-                steps=steps,
-                guidance=guidance,
-                height=height,
-                width=width,
-                say=lambda line, label=label: say(f"{label}: {line}"),  # type: ignore[misc]
-            )
-            result = _run_step(step, history[-1], context, folder)
+            context.say(f"{label} ...")
+            result = _run_step(step, now, folder)
             made = result.lineage[-1]
-            say(f"{label}: {format_seconds(made.seconds)}, {describe_metrics(made.metrics)}")
+            context.say(f"{label}: {format_seconds(made.seconds)}, {describe_metrics(made.metrics)}")
         history.append(result)
-        RunFolder(run_dir).write_chain([item.path.name for item in history[1:] if item.path])
+        run.write_chain([item.path.name for item in history[1:] if item.path])
         if after_step:
             after_step(result)
         failure = result.lineage[-1].details.get("failure")
@@ -385,7 +365,8 @@ def run_chain(
     return history[-1]
 
 
-def _run_step(step: Pass, parent: Artifact, context: Context, final: Path) -> Artifact:
+def _run_step(step: Pass, context: Context, final: Path) -> Artifact:
+    parent = context.history[-1]
     started = time.perf_counter()
     with atomic_folder(final) as folder:
         outcome = step.run(parent, dataclasses.replace(context, folder=folder))
@@ -400,6 +381,8 @@ def _run_step(step: Pass, parent: Artifact, context: Context, final: Path) -> Ar
             format=outcome.format or step.produces or parent.format,
             family=parent.family,
             base=None if step.changes_model else parent.base,
+            opened=None if step.changes_model else parent.opened,  # what was written here is plain
+            sampling=(outcome.sampling or SamplingConfig()).over(inherited(parent, context.sampling)),
             recorded_hash=None if step.changes_model else parent.hash,
         )
         metrics = dict(outcome.metrics)
@@ -419,9 +402,25 @@ def _run_step(step: Pass, parent: Artifact, context: Context, final: Path) -> Ar
     return Artifact.load(final)
 
 
-def _digest(step: Pass, history: Sequence[Artifact], shared: list[Any]) -> str:
-    models = [model.hash for model in distinct_models(history)]
-    described = [step.kind, step.model_dump(mode="json"), models, shared, tunekit.__version__]
+def _digest(step: Pass, context: Context) -> str:
+    """Of all that a result depends on: a changed prompt must not find yesterday's pictures."""
+    models = distinct_models(context.history)
+    drawn = [context.sampling_of(model) for model in models]
+    own = drawn[-1]
+    shared: list[Any] = [
+        context.seed,
+        list(context.prompts),
+        own.negative_prompt,
+        own.steps,
+        own.guidance,
+        own.height,
+        own.width,
+        context.data.model_dump(mode="json") if context.data else None,
+    ]
+    if own.scheduler or any(other != own for other in drawn):
+        shared.append([sampling.model_dump(mode="json") for sampling in drawn])
+    hashes = [model.hash for model in models]
+    described = [step.kind, step.model_dump(mode="json"), hashes, shared, tunekit.__version__]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -26,14 +26,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from tunekit.config import SamplingConfig
 from tunekit.errors import ConfigError, DeviceError
 from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.resources import Source
 
 if TYPE_CHECKING:
     from tunekit.artifacts import Artifact
@@ -55,7 +57,7 @@ class Benchmark(Pass):
     changes_model: ClassVar[bool] = False
 
     steps: int | None = Field(None, ge=1)
-    """Denoiser steps of a picture; None: the run's."""
+    """Sampling steps of a picture, for every model; null: each model's own."""
     repeats: int = Field(5, ge=1)
     """Rounds; each draws one picture with every model."""
     threads: int | None = Field(None, ge=1)
@@ -75,22 +77,18 @@ class Benchmark(Pass):
         """Measures the model, its parent and the first whole model of the chain."""
         parent, first = context.reference("parent"), context.reference("first")
         models = {model.source: model for model in (parent, first, artifact) if model is not None}
-        result = compare(
-            list(models.values()),
+        settings = Settings(
             prompts=context.prompts or (PROMPT,),
-            steps=self.steps or context.steps,
+            sampling=SamplingConfig(steps=self.steps),
             repeats=self.repeats,
-            negative_prompt=context.negative_prompt,
-            guidance=context.guidance,
-            height=context.height,
-            width=context.width,
             device=context.device,
             provider=self.provider,
             threads=self.threads,
             memory=self.memory,
             seed=context.seed,
-            say=context.say,
         )
+        sides = [replace(model, sampling=context.sampling_of(model)) for model in models.values()]
+        result = compare(sides, settings, context.say)
         figures = dict(zip(models, result["artifacts"], strict=True))
         own = figures[artifact.source]
         metrics = {name: own[name] for name in FIGURES}
@@ -111,7 +109,7 @@ class Benchmark(Pass):
             for source, model in models.items()
             if model.path is not None and source != artifact.source
         }
-        table = [{name: row[name] for name in ("title", *FIGURES)} for row in result["artifacts"]]
+        table = [{name: row[name] for name in ("title", "steps", *FIGURES)} for row in result["artifacts"]]
         return Outcome(
             metrics=metrics,
             details={"note": note, "settings": result["settings"], "artifacts": others, "models": table},
@@ -128,39 +126,48 @@ FIGURES = (
 )
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How models are measured, the same for all.
+
+    Attributes:
+        prompts: taken in turn, one per round.
+        sampling: how pictures are drawn; what it leaves open is each model's own.
+        repeats: rounds.
+        device: "auto", "cpu", "cuda:0".
+        provider: of the ONNX models among them.
+        threads: CPU threads; None: as many as torch takes here.
+        memory: whether to measure peak memory too.
+        seed: of the first picture.
+    """
+
+    prompts: tuple[str, ...] = (PROMPT,)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    repeats: int = 5
+    device: str = "auto"
+    provider: str | None = None
+    threads: int | None = None
+    memory: bool = True
+    seed: int = 0
+
+
 def compare(
     artifacts: Sequence[Artifact | str | Path],
-    *,
-    prompts: Sequence[str] = (PROMPT,),
-    steps: int = 30,
-    repeats: int = 5,
-    negative_prompt: str = "",
-    guidance: float = 7.5,
-    height: int | None = None,
-    width: int | None = None,
-    device: str = "auto",
-    provider: str | None = None,
-    threads: int | None = None,
-    memory: bool = True,
-    seed: int = 0,
+    settings: Settings | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measures models in turns; the first is the baseline of the ratios.
 
     Args:
         artifacts: anything that `open_runtime` opens.
-        prompts: taken in turn, one per round, the same for every model.
-        steps: denoiser steps of a picture.
-        repeats: rounds.
-        provider: of the ONNX models among them.
-        threads: CPU threads of every model; None: as many as torch takes here.
-        memory: whether to measure peak memory too.
+        settings: how.
         say: shows one line of progress.
 
     Returns:
         `{"version": 1, "settings": {...}, "artifacts": [...]}`; an artifact has `source`, `title`, the
-        figures named at the top of this module, `rounds_ms` (its pictures) and, from the second on,
-        `speedup`, `slower` and `size_ratio` against the first.
+        figures named at the top of this module, what it was drawn with (`steps`, `guidance`, `pixels`),
+        `rounds_ms` (its pictures) and, from the second on, `speedup`, `slower` and `size_ratio` against the
+        first.
 
     Raises:
         ConfigError: nothing to measure.
@@ -174,41 +181,44 @@ def compare(
 
     if not artifacts:
         raise ConfigError("nothing to measure: name at least one artifact")
+    settings = settings or Settings()
     opened = [a if isinstance(a, Artifact) else open_artifact(a) for a in artifacts]
     before = torch.get_num_threads()
-    threads = threads or before
+    threads = settings.threads or before
     busy = _busy()
     if busy:
         say(busy)
     sides = []
     try:
         for artifact in opened:
-            own_provider = provider if artifact.format == "onnx" else None
-            runtime = open_runtime(artifact, device=device, provider=own_provider, threads=threads)
-            sides.append(_Side(artifact, runtime, describe(artifact, runtime), own_provider))
-        task = _Task(list(prompts), negative_prompt, steps, guidance, height, width, seed)
+            provider = settings.provider if artifact.format == "onnx" else None
+            runtime = open_runtime(artifact, device=settings.device, provider=provider, threads=threads)
+            sampling = settings.sampling.over(runtime.sampling)
+            sides.append(_Side(artifact, runtime, describe(artifact, runtime), provider, sampling))
         with _collector_off():
-            for number in range(-1, repeats):
+            for number in range(-1, settings.repeats):
                 # Round -1 warms up. Nobody is always first: whoever follows finds the caches another left.
                 shift = number % len(sides)
                 for side in sides[shift:] + sides[:shift]:
-                    side.measure(task, number)
+                    side.measure(settings, number)
                 if number >= 0:
                     latest = ", ".join(f"{side.pictures[-1]:.0f} ms" for side in sides)
-                    say(f"round {number + 1} of {repeats}: a picture took {latest}")
+                    say(f"round {number + 1} of {settings.repeats}: a picture took {latest}")
     finally:
         torch.set_num_threads(before)
-    pixels = task.size(sides[0].runtime)
     for side in sides:
         side.runtime.close()
     gc.collect()
     rows = []
     for side in sides:
-        peak = _peak_memory(side, task, threads, device) if memory else None
+        peak = _peak_memory(side, settings, threads) if settings.memory else None
         rows.append(
             {
                 "source": side.artifact.source,
                 "title": side.title,
+                "steps": side.sampling.steps,
+                "guidance": side.sampling.guidance,
+                "pixels": [side.sampling.height, side.sampling.width],
                 "denoiser_ms_p50": percentile(side.calls, 50),
                 "denoiser_ms_p95": percentile(side.calls, 95),
                 "picture_ms_p50": percentile(side.pictures, 50),
@@ -220,16 +230,13 @@ def compare(
         )
     for row in rows[1:]:
         row |= ratios(row, rows[0])
-    settings = {
-        "steps": steps,
-        "guidance": guidance,
-        "repeats": repeats,
+    shared = {
+        "repeats": settings.repeats,
         "threads": threads,
-        "device": device,
-        "pixels": list(pixels),
+        "device": settings.device,
         "busy": busy,
     }
-    return {"version": VERSION, "settings": settings, "artifacts": rows}
+    return {"version": VERSION, "settings": shared, "artifacts": rows}
 
 
 def ratios(row: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
@@ -267,65 +274,40 @@ def percentile(values: Sequence[float], share: float) -> float:
 # Time ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What every model draws."""
-
-    prompts: list[str]
-    negative_prompt: str
-    steps: int
-    guidance: float
-    height: int | None
-    width: int | None
-    seed: int
-
-    def size(self, runtime: Runtime) -> tuple[int, int]:
-        own = runtime.default_size
-        return self.height or own[0], self.width or own[1]
-
-    def draw(self, runtime: Runtime, number: int) -> None:
-        from tunekit.runtime import generate
-
-        generate(
-            runtime,
-            [self.prompts[number % len(self.prompts)]],
-            seeds=[self.seed + number],
-            negative_prompt=self.negative_prompt,
-            steps=self.steps,
-            guidance=self.guidance,
-            height=self.height,
-            width=self.width,
-        )
-
-
 @dataclass
 class _Side:
     artifact: Artifact
     runtime: Runtime
     title: str
     provider: str | None
+    sampling: SamplingConfig
+    """How it is drawn with; nothing of it is None but the scheduler."""
     calls: list[float] = field(default_factory=list)
     """Milliseconds per denoiser call."""
     pictures: list[float] = field(default_factory=list)
     """Milliseconds per picture, one per round."""
 
-    def measure(self, task: _Task, number: int) -> None:
+    def measure(self, settings: Settings, number: int) -> None:
         """One round; round -1 is not kept, and the first call of each round brings the caches back."""
         import torch
 
         from tunekit.diffusion.sampling import initial_latents
+        from tunekit.runtime import generate
 
-        shape = self.runtime.latent_shape(*task.size(self.runtime))
-        latents = initial_latents([task.seed, task.seed + 1], shape)
-        conditioning = self.runtime.encode_prompt([task.negative_prompt, task.prompts[0]])
-        middle = torch.tensor(int(self.runtime.scheduler.config.num_train_timesteps) // 2)
+        runtime, sampling = self.runtime, self.sampling
+        shape = runtime.latent_shape(*runtime.size(sampling))
+        latents = initial_latents([settings.seed, settings.seed + 1], shape)
+        prompts = settings.prompts
+        conditioning = runtime.conditioning([sampling.negative_prompt or "", prompts[0]], sampling)
+        middle = torch.tensor(int(runtime.scheduler.config.num_train_timesteps) // 2)
         calls = []
         for _ in range(CALLS + 1):
             started = time.perf_counter()
-            self.runtime.denoise(latents, middle, conditioning)
+            runtime.denoise(latents, middle, conditioning)
             calls.append((time.perf_counter() - started) * 1e3)
+        drawn = max(number, 0)
         started = time.perf_counter()
-        task.draw(self.runtime, max(number, 0))
+        generate(runtime, [prompts[drawn % len(prompts)]], sampling, seeds=[settings.seed + drawn])
         picture = (time.perf_counter() - started) * 1e3
         if number >= 0:
             self.calls += calls[1:]
@@ -348,18 +330,17 @@ def _collector_off() -> Iterator[None]:
 # Memory ----------------------------------------------------------------------------------------------------
 
 
-def _peak_memory(side: _Side, task: _Task, threads: int, device: str) -> int | None:
+def _peak_memory(side: _Side, settings: Settings, threads: int) -> int | None:
     """Asks a fresh process; see `_measure_memory`."""
     request = {
-        "source": side.artifact.source,
+        "source": asdict(side.artifact.model_source),
+        "artifact": side.artifact.source,
         "family": side.artifact.family,
         "provider": side.provider,
         "threads": threads,
-        "device": device,
-        "prompt": task.prompts[0],
-        "guidance": task.guidance,
-        "height": task.height,
-        "width": task.width,
+        "device": settings.device,
+        "prompt": settings.prompts[0],
+        "sampling": side.sampling.model_dump(mode="json"),
     }
     import tunekit
 
@@ -392,32 +373,26 @@ def _measure_memory(request: dict[str, Any]) -> int | None:
     from tunekit.runtime import generate, open_runtime, torch_runtime
 
     torch.set_num_threads(request["threads"])
-    artifact = open_artifact(request["source"], family=request["family"] or None)
-    family = families.get(artifact.family or families.detect(artifact.source))
+    artifact = open_artifact(request["artifact"], family=request["family"] or None)
+    artifact = replace(artifact, opened=Source(**request["source"]))
+    family = families.get(artifact.family or families.detect(artifact.model_source))
     place = hardware.probe(request["device"])
     if place.kind != "cpu" and artifact.format != "torch":
         return None
     # Libraries load their parts when these are first used. A tiny model uses them all.
     tiny = torch_runtime(family, family.tiny(), device=place.torch_device, threads=request["threads"])
-    generate(tiny, ["warm up"], seeds=[0], steps=1)
+    generate(tiny, ["warm up"], SamplingConfig(steps=1), seeds=[0])
     tiny.close()
     if artifact.format == "onnx":
         __import__("openvino" if request["provider"] == "openvino" else "onnxruntime")
     del tiny
     gc.collect()
+    few = SamplingConfig(**{**request["sampling"], "steps": 2})
     with hardware.peak_memory(place.torch_device) as peak:
         runtime = open_runtime(
             artifact, device=request["device"], provider=request["provider"], threads=request["threads"]
         )
-        generate(
-            runtime,
-            [request["prompt"]],
-            seeds=[0],
-            steps=2,
-            guidance=request["guidance"],
-            height=request["height"],
-            width=request["width"],
-        )
+        generate(runtime, [request["prompt"]], few, seeds=[0])
     return peak.peak_bytes - peak.start_bytes
 
 

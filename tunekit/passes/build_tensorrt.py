@@ -130,7 +130,7 @@ class BuildTensorrt(Pass):
             shutil.copy2(source / "model_index.json", context.folder)
             for component in components:
                 shutil.copy2(source / component / "config.json", context.folder / component)
-            for folder in ("scheduler", *(tokenizer for tokenizer, _ in family.facts.encoders)):
+            for folder in ("scheduler", *(encoder.tokenizer for encoder in family.facts.encoders)):
                 shutil.copytree(source / folder, context.folder / folder)
         index = {"version": VERSION, PACKAGE: trt.__version__, "engines": targets, "shapes": shapes}
         write_json(context.folder / INDEX, index)
@@ -161,7 +161,7 @@ class BuildTensorrt(Pass):
         ]
         latents = [family.latent_shape(pipeline, *size)[1:] for size in zip(*pixels, strict=True)]
         heights, widths = zip(*latents, strict=True)
-        tokens = int(read(f"{family.facts.encoders[0][0]}/tokenizer_config.json")["model_max_length"])
+        tokens = int(read(f"{family.facts.encoders[0].tokenizer}/tokenizer_config.json")["model_max_length"])
         rows: dict[str, Range] = {denoiser: (self.batch[0], 2 * self.batch[1], 2 * self.batch[2])}
         sides: dict[str, Any] = {"vae_encoder": pixels}
         return {

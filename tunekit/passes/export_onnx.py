@@ -78,7 +78,7 @@ class ExportOnnx(Pass):
         from tunekit import families
 
         family = families.get(context.family)
-        pipeline = family.load(artifact.source, dtype=torch.float32)
+        pipeline = family.load(artifact.model_source)
         _refuse_packed(family.denoiser(pipeline), artifact.source)
         components = family.export_components(pipeline)
         checks = {component.name: check_inputs(component) for component in components}
@@ -87,7 +87,7 @@ class ExportOnnx(Pass):
         if self.dtype == "fp16":
             # In place, so the pipeline is halved too, and the family now gives fp16 example inputs.
             for component in components:
-                if component.name not in family.facts.fp32_components:
+                if component.component not in family.facts.overflowing:
                     component.module.half()
             components = family.export_components(pipeline)
 
@@ -240,7 +240,7 @@ def _write_rest(family: Family, pipeline: Any, components: list[str], folder: Pa
 
     from tunekit.families.loading import save_tokenizer
 
-    tokenizers = [tokenizer for tokenizer, _ in family.facts.encoders]
+    tokenizers = [encoder.tokenizer for encoder in family.facts.encoders]
     with output_errors(folder):
         pipeline.scheduler.save_pretrained(folder / "scheduler")
         for name in tokenizers:

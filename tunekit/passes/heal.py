@@ -68,18 +68,19 @@ class Heal(Pass):
         """
         from tunekit import families
         from tunekit.config import TrainConfig
-        from tunekit.data.cache import Stream
-        from tunekit.data.examples import UNCONDITIONAL
+        from tunekit.data.cache import Draws, Stream
+        from tunekit.data.calibration import UNCONDITIONAL
+        from tunekit.memory.levers import Fitted
         from tunekit.passes.prunable import parameters
         from tunekit.training.distill import Distillation, output_error
-        from tunekit.training.loop import train
+        from tunekit.training.loop import Hooks, train
         from tunekit.training.run import build_optimizer
 
         family = families.get(context.family)
         origin = context.reference("parent")
         assert origin is not None  # `problem` has seen to it
-        parent = family.load(origin.source)
-        pipeline = family.load(artifact.source)
+        parent = family.load(origin.model_source)
+        pipeline = family.load(artifact.model_source)
         denoiser, teacher = family.denoiser(pipeline), family.denoiser(parent)
         settings = TrainConfig(
             max_steps=self.max_steps,
@@ -100,23 +101,18 @@ class Heal(Pass):
             batches = Stream(
                 examples.dataset,
                 examples.objective,
-                batch_size=self.batch_size,
-                micro_batch=self.micro_batch,
+                Draws(self.batch_size, self.micro_batch, caption_dropout=UNCONDITIONAL),
                 seed=context.seed,
-                caption_dropout=UNCONDITIONAL,
             )
             kept = {name: value.cpu().clone() for name, value in denoiser.state_dict().items()}
-            denoiser.train().requires_grad_(True)
+            fitted = Fitted.plain(denoiser.train().requires_grad_(True))
             result = train(
                 accelerator,
-                denoiser,
-                build_optimizer(settings, list(denoiser.parameters()), accelerator.device),
+                Distillation(fitted, family, teacher, examples.objective, self.feature_weight),
+                build_optimizer(settings, fitted.parameters.values(), accelerator.device),
                 batches,
-                Distillation(family, denoiser, teacher, examples, self.feature_weight),
                 settings,
-                seed=context.seed,
-                say=context.say,
-                title="heal",
+                Hooks(seed=context.seed, say=context.say, title="heal"),
             )
             denoiser.eval().requires_grad_(False)
             after = trained = output_error(family, denoiser, teacher, examples)

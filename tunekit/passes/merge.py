@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from tunekit.errors import AdapterError
 from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.resources import Source
 
 if TYPE_CHECKING:
     from tunekit.artifacts import Artifact
@@ -22,7 +22,8 @@ class Merge(Pass):
     produces: ClassVar[str | None] = "torch"
 
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type of the merged weights on disk; what follows in the chain computes from them."""
+    """Type of the merged weights on disk; what follows in the chain computes from them. Of a model in fp16,
+    what overflows there stays fp32; the family knows it."""
     base: str | None = None
     """Source of the base model, for an adapter that does not name its own."""
 
@@ -30,29 +31,20 @@ class Merge(Pass):
         """Loads the base in fp32, merges and saves.
 
         Raises:
-            AdapterError: the adapter names no base, or does not fit it.
+            ArtifactError: the adapter names no base.
+            AdapterError: it does not fit the base.
         """
         from tunekit import families
         from tunekit.adapters import merge_adapter
         from tunekit.families.family import DTYPES
+        from tunekit.families.loading import cast
 
-        source = self.base or artifact.base
-        if source is None:
-            raise AdapterError(
-                "the adapter does not say which base it was trained on",
-                where=artifact.source,
-                hint="name it: merge: {base: ...}",
-            )
-        # How the base was opened for training is how it opens now.
-        trained_on = artifact.lineage[0].settings.get("model", {}) if artifact.lineage else {}
-        options = {
-            key: trained_on[key] for key in ("revision", "variant", "allow_pickle") if key in trained_on
-        }
         family = families.get(context.family)
-        pipeline = family.load(source, **(options if self.base is None else {}))
-        layers = merge_adapter(pipeline, family, artifact.source)
+        source = Source(self.base) if self.base else artifact.model_source
+        pipeline = family.load(source)
+        layers = merge_adapter(pipeline, family, artifact.source, allow_pickle=source.allow_pickle)
         if self.dtype != "fp32":
-            pipeline.to(DTYPES[self.dtype])
+            cast(pipeline, family.facts, family.facts.drawing_dtypes(DTYPES[self.dtype]))
         family.save(pipeline, context.folder)
         parameters = sum(parameter.numel() for parameter in family.denoiser(pipeline).parameters())
         return Outcome(metrics={"parameters": parameters, "merged_layers": layers})

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tunekit import layers
-from tunekit.families.family import Family, Pipeline
+from tunekit.families.family import Family, Frame, Pipeline
 
 Target = Literal["feed_forward", "heads", "resnet"]
 
@@ -277,10 +277,11 @@ def _one_step(family: Family, pipeline: Pipeline, hooks: Mapping[nn.Module, Call
     handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
     try:
         place = next(denoiser.parameters())
-        shape = family.latent_shape(pipeline, *family.default_size(pipeline))
-        known = {key: value.to(place) for key, value in family.encode_prompt(pipeline, [""]).items()}
-        timestep = torch.zeros(1, dtype=torch.int64, device=place.device)
-        family.denoise(denoiser, torch.zeros(1, *shape).to(place), timestep, known)
+        size = family.default_size(pipeline)
+        told = family.conditioning(family.encode_prompt(pipeline, [""]), Frame.whole(*size).rows(1))
+        known = {key: value.to(place) for key, value in told.items()}
+        latents = torch.zeros(1, *family.latent_shape(pipeline, *size)).to(place)
+        family.denoise(denoiser, latents, torch.zeros(1, device=place.device), known)
     finally:
         for handle in handles:
             handle.remove()

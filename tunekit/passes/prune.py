@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tunekit.artifacts import Artifact
-    from tunekit.data.examples import Examples
+    from tunekit.data.calibration import CalibrationSet
     from tunekit.families.family import Family
     from tunekit.passes.prunable import Structures
 
@@ -77,7 +77,7 @@ class Prune(Pass):
         from tunekit.training.distill import output_error
 
         family = families.get(context.family)
-        pipeline = family.load(artifact.source)
+        pipeline = family.load(artifact.model_source)
         denoiser = family.denoiser(pipeline).requires_grad_(False)
         parent = copy.deepcopy(denoiser)
         before, macs_before = prunable.parameters(denoiser), prunable.macs(family, pipeline)
@@ -118,7 +118,7 @@ class Prune(Pass):
         return under(name, denoiser, self.keep)
 
     def _sensitivity(
-        self, found: Sequence[Structures], family: Family, denoiser: nn.Module, examples: Examples
+        self, found: Sequence[Structures], family: Family, denoiser: nn.Module, examples: CalibrationSet
     ) -> list[torch.Tensor]:
         import torch
 
@@ -129,9 +129,10 @@ class Prune(Pass):
         with Sensitivity(found) as sensitivity:
             for batch in examples.batches(self.samples, 4, purpose="importance"):
                 moved = batch.to(device)
-                noisy, _, _ = examples.objective.sample(moved.latents, moved.noise, moved.timesteps)
+                noised = examples.objective.sample(moved.latents, moved.noise, moved.timesteps)
+                told = family.conditioning(moved.conditioning, moved.frame)
                 # The weights are frozen, so it is the input that gradients have to begin at.
-                output = family.denoise(denoiser, noisy.requires_grad_(), moved.timesteps, moved.conditioning)
+                output = family.denoise(denoiser, noised.noisy.requires_grad_(), noised.timesteps, told)
                 sensitivity.add(output, generator)
         return sensitivity.scores
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from tunekit.artifacts import PICTURES, RECORD, write_json
-from tunekit.config import no_effect
+from tunekit.config import SamplingConfig, no_effect
 from tunekit.errors import ArtifactError, output_errors, require
 from tunekit.passes.base import Context, Metric, Outcome, Pass
 
@@ -114,10 +114,14 @@ class Quantize(Pass):
                 where=artifact.source,
                 hint=f"leave components out, or write components: [{name}]",
             )
-        pipeline = family.load(artifact.source)
+        pipeline = family.load(artifact.model_source)
         denoiser = family.denoiser(pipeline)
-        runtime = torch_runtime(family, pipeline, device=hardware.probe(context.device).torch_device)
-        calls = list(_calls(runtime, context, PROBE_STEPS, prompts=_prompts(context)[:DRAWN_TOGETHER]))
+        runtime = torch_runtime(
+            family, pipeline, artifact=artifact, device=hardware.probe(context.device).torch_device
+        )
+        sampling = context.sampling_of(artifact).over(runtime.sampling)
+        few = sampling.model_copy(update={"steps": min(sampling.steps or PROBE_STEPS, PROBE_STEPS)})
+        calls = list(_calls(runtime, few, context.seed, prompts=_prompts(context)[:DRAWN_TOGETHER]))
         wanted = [runtime.denoise(*call) for call in calls]
         kept = (
             self.keep
@@ -256,13 +260,13 @@ def _prompts(context: Context) -> list[str]:
     return list(dict.fromkeys(prompts)) or [""]
 
 
-def _calls(runtime: Runtime, context: Context, steps: int, prompts: Sequence[str]) -> Iterator[Call]:
+def _calls(runtime: Runtime, sampling: SamplingConfig, seed: int, prompts: Sequence[str]) -> Iterator[Call]:
     """Draws one batch of latents and yields the denoiser's inputs of every step, guidance pairs included."""
     from tunekit.diffusion.sampling import initial_latents, sample
 
-    default = runtime.default_size
-    shape = runtime.latent_shape(context.height or default[0], context.width or default[1])
-    seeds = [context.seed + index for index in range(len(prompts))]
+    shape = runtime.latent_shape(*runtime.size(sampling))
+    seeds = [seed + index for index in range(len(prompts))]
+    negative = [sampling.negative_prompt or ""] * len(prompts)
     calls: list[Call] = []
 
     def denoise(rows: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
@@ -273,10 +277,10 @@ def _calls(runtime: Runtime, context: Context, steps: int, prompts: Sequence[str
         denoise,
         runtime.scheduler,
         initial_latents(seeds, shape),
-        runtime.encode_prompt(list(prompts)),
-        runtime.encode_prompt([context.negative_prompt] * len(prompts)),
-        steps=steps,
-        guidance=context.guidance,
+        runtime.conditioning(list(prompts), sampling),
+        runtime.conditioning(negative, sampling) if sampling.guided else None,
+        sampling,
+        begin=runtime.family.begin,
         seeds=seeds,
     )
     yield from calls
@@ -284,17 +288,17 @@ def _calls(runtime: Runtime, context: Context, steps: int, prompts: Sequence[str
 
 def _recorded(artifact: Artifact, context: Context, family: Family, count: int) -> list[Feeds]:
     """What the denoiser's graph is fed while the model draws: `count` calls, spread over all timesteps."""
-    import dataclasses
-
     from tunekit.runtime import open_runtime
 
     runtime = open_runtime(artifact, device="cpu", provider="cpu")
+    sampling = context.sampling_of(artifact).over(runtime.sampling)
     module: Any = family.denoiser(runtime.pipeline)
     feeds: list[Feeds] = []
 
     class Recorder:
         def __init__(self, graph: Any) -> None:
             self.graph, self.inputs, self.max_rows = graph, graph.inputs, graph.max_rows
+            self.unbatched = graph.unbatched
 
         def run(self, given: Feeds) -> Feeds:
             feeds.append(given)
@@ -306,8 +310,7 @@ def _recorded(artifact: Artifact, context: Context, family: Family, count: int) 
     drawn = 0
     while len(feeds) < count:
         batch = [prompts[(drawn + index) % len(prompts)] for index in range(DRAWN_TOGETHER)]
-        seeded = dataclasses.replace(context, seed=context.seed + drawn)
-        for _ in _calls(runtime, seeded, context.steps, batch):
+        for _ in _calls(runtime, sampling, context.seed + drawn, batch):
             pass
         drawn += DRAWN_TOGETHER
     runtime.close()

@@ -5,10 +5,14 @@ Everything is compared with a reference, on the same inputs and seeds:
 - each component, over several batch sizes, resolutions and timesteps: ||a - b|| / ||b||;
 - the latents after every step of the sampler, each side going its own way, so that small errors may add up;
 - the final pictures, before they are rounded to 8 bits: PSNR and SSIM.
+
+Each side draws as it says itself (`Artifact.sampling`). A model of four steps and its parent of thirty have
+no steps in common, so of them only the pictures are compared.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from tunekit.artifacts import PICTURES
+from tunekit.config import SamplingConfig
 from tunekit.errors import ChainError, DeviceError, output_errors
 from tunekit.passes.base import Context, Outcome, Pass
 
@@ -30,6 +35,8 @@ if TYPE_CHECKING:
 
 PROMPTS = ("a red apple", "a smiling face", "a house", "a blue car")
 """Drawn where the run states none."""
+STEPS = 20
+"""Sampling steps at most, where none are asked for: more show nothing that these do not."""
 AT_ONCE = 4
 Provider = Literal["cpu", "cuda", "tensorrt", "openvino"]
 
@@ -47,8 +54,8 @@ class Verify(Pass):
     """Runtimes an ONNX model is meant for; each is checked. None: the one `tunekit generate` takes here."""
     pictures: int = Field(4, ge=1, le=64)
     """How many pictures are drawn; the run's prompts are taken in turn."""
-    steps: int = Field(20, ge=1)
-    """Denoiser steps of a picture."""
+    steps: int | None = Field(None, ge=1)
+    """Sampling steps of a picture, for both sides; null: each model's own, at most 20."""
     max_relative_error: float | None = Field(None, gt=0)
     """Largest relative error that a component may have; None: it is only reported."""
     min_psnr_db: float | None = None
@@ -86,15 +93,22 @@ class Verify(Pass):
         prompts = list(islice(cycle(context.prompts or PROMPTS), self.pictures))
         seeds = [context.seed + i for i in range(self.pictures)]
 
-        def draw(runtime: Runtime) -> _Drawn:
-            return _draw(runtime, prompts, seeds, self.steps, context)
-
         runtime = open_runtime(reference, device=context.device)
         name = describe(reference, runtime)
         context.say(f"reference: {name}")
-        trials = _trials(runtime, prompts, context)
+        # Pictures can be compared at one size alone: that of the model that is looked at.
+        own = context.sampling_of(artifact)
+        size = SamplingConfig(height=own.height, width=own.width)
+
+        def draw(model: Artifact, runtime: Runtime) -> _Drawn:
+            sampling = size.over(context.sampling_of(model)).over(runtime.sampling)
+            steps = self.steps or min(sampling.steps or STEPS, STEPS)
+            return _draw(runtime, prompts, seeds, sampling.model_copy(update={"steps": steps}))
+
+        wanted = draw(reference, runtime)
+        size = SamplingConfig(height=wanted.sampling.height, width=wanted.sampling.width)
+        trials = _trials(runtime, prompts, context.seed, wanted.sampling)
         expected = [trial.run(runtime) for trial in trials]
-        wanted = draw(runtime)
         runtime.close()
         saved = _save(wanted.pixels, "reference", name, prompts, seeds, context)
 
@@ -104,15 +118,20 @@ class Verify(Pass):
             runtime = open_runtime(artifact, device=context.device, provider=provider)
             title = describe(artifact, runtime)
             context.say(title)
-            found = draw(runtime)
+            found = draw(artifact, runtime)
             got = [trial.run(runtime) for trial in trials]
             sides.append(_compare(runtime.title, got, expected, found, wanted))
             runtime.close()
             saved += _save(found.pixels, provider or "candidate", title, prompts, seeds, context)
-        return self._outcome(name, trials, sides, saved)
+        note = f"reference: {name}; {self.pictures} pictures of {found.sampling.steps} steps"
+        if sides[-1].trajectory is None:
+            note += (
+                f", of the reference {wanted.sampling.steps}; its way to them is another, and not compared"
+            )
+        return self._outcome(note, trials, sides, saved)
 
     def _outcome(
-        self, reference: str, trials: list[_Trial], sides: list[_Side], pictures: list[dict[str, Any]]
+        self, note: str, trials: list[_Trial], sides: list[_Side], pictures: list[dict[str, Any]]
     ) -> Outcome:
         components = list(dict.fromkeys(trial.component for trial in trials))
         names = ["relative error" if len(sides) == 1 else f"relative error, {side.title}" for side in sides]
@@ -120,6 +139,7 @@ class Verify(Pass):
         def columns(values: Iterable[float]) -> dict[str, float]:
             return dict(zip(names, values, strict=True))
 
+        ways = [side.trajectory for side in sides if side.trajectory is not None]
         metrics: dict[str, Any] = {
             # Of several runtimes the worst counts: the file is meant for all of them.
             "relative_error": _worst(error for side in sides for error in side.errors),
@@ -132,7 +152,7 @@ class Verify(Pass):
                 )
                 for component in components
             },
-            "relative_error_trajectory": _worst(side.trajectory[-1] for side in sides),
+            "relative_error_trajectory": _worst(way[-1] for way in ways) if ways else None,
             "psnr_db": min(side.psnr_db for side in sides),
             "psnr_db_worst": min(psnr for side in sides for psnr in side.psnrs),
             "ssim": min(side.ssim for side in sides),
@@ -141,14 +161,13 @@ class Verify(Pass):
         return Outcome(
             metrics=metrics,
             details={
-                "note": f"reference: {reference}; {self.pictures} pictures of {self.steps} steps",
+                "note": note,
                 "components": [
                     {**trial.row, **columns(side.errors[i] for side in sides)}
                     for i, trial in enumerate(trials)
                 ],
                 "trajectory": [
-                    {"step": i + 1, **columns(side.trajectory[i] for side in sides)}
-                    for i in range(len(sides[0].trajectory))
+                    {"step": i + 1, **columns(errors)} for i, errors in enumerate(zip(*ways, strict=True))
                 ],
                 "runtimes": [
                     {"runtime": side.title, "psnr_db": side.psnr_db, "ssim": side.ssim} for side in sides
@@ -163,7 +182,7 @@ class Verify(Pass):
         missed = []
         for side in sides:
             error, psnr, ssim = _worst(side.errors), min(side.psnrs), min(side.ssims)
-            if not all(map(math.isfinite, (error, side.trajectory[-1], psnr, ssim))):
+            if not (side.finite and math.isfinite(error)):
                 missed.append(f"{side.title} gives values that are not finite")
                 continue
             if self.max_relative_error is not None and error > self.max_relative_error:
@@ -203,17 +222,19 @@ class _Trial:
         return {"component": self.component, "batch": self.batch, "pixels": size, "timestep": self.timestep}
 
 
-def _trials(reference: Runtime, prompts: list[str], context: Context) -> list[_Trial]:
+def _trials(reference: Runtime, prompts: list[str], seed: int, sampling: SamplingConfig) -> list[_Trial]:
     """Three batch sizes, each with a resolution of its own and with an early, a middle and a late timestep.
 
     Conditioning and pictures are those of the reference, so that a component is judged alone.
+
+    Args:
+        sampling: height and width of the largest pictures, and the guidance that denoisers may be told.
     """
     import torch
 
     from tunekit.diffusion.sampling import initial_latents
 
-    default = reference.default_size
-    height, width = context.height or default[0], context.width or default[1]
+    height, width = reference.size(sampling)
     multiple = reference.family.resolution_multiple(reference.pipeline)
     half_height, half_width = (max(multiple, side // 2 // multiple * multiple) for side in (height, width))
     last = int(reference.scheduler.config.num_train_timesteps) - 1
@@ -222,10 +243,12 @@ def _trials(reference: Runtime, prompts: list[str], context: Context) -> list[_T
     for batch, size in enumerate(sizes, start=1):
         texts = [prompts[i % len(prompts)] for i in range(batch)]
         trials.append(_Trial("text_encoder", batch, None, None, partial(_encode, prompts=texts)))
-        conditioning = reference.encode_prompt(texts)
-        latents = initial_latents(range(context.seed, context.seed + batch), reference.latent_shape(*size))
+        told = reference.conditioning(
+            texts, sampling.model_copy(update={"height": size[0], "width": size[1]})
+        )
+        latents = initial_latents(range(seed, seed + batch), reference.latent_shape(*size))
         for timestep in (last, last // 2, last // 50):
-            given = (latents, torch.tensor(timestep), conditioning)
+            given = (latents, torch.tensor(timestep), told)
             run = partial(_denoise, given=given)
             trials.append(_Trial("denoiser", batch, size, timestep, run))
         pixels = reference.decode(latents) * 2 - 1
@@ -261,12 +284,19 @@ class _Drawn:
     """Latents [N, C, h, w] after each step."""
     pixels: Tensor
     """[N, 3, H, W] in [0, 1]."""
+    sampling: SamplingConfig
+    sampler: str
+    """Class and settings of the sampler; the same text and as many steps are the same way."""
 
 
-def _draw(runtime: Runtime, prompts: list[str], seeds: list[int], steps: int, context: Context) -> _Drawn:
+def _draw(runtime: Runtime, prompts: list[str], seeds: list[int], sampling: SamplingConfig) -> _Drawn:
     import torch
 
+    from tunekit.diffusion.sampling import sampler
     from tunekit.runtime import generate_pixels
+
+    way = sampler(runtime.scheduler, sampling)
+    settings = {key: value for key, value in way.config.items() if not key.startswith("_")}
 
     parts: list[list[Tensor]] = []
     pixels = []
@@ -275,17 +305,18 @@ def _draw(runtime: Runtime, prompts: list[str], seeds: list[int], steps: int, co
         drawn = generate_pixels(
             runtime,
             prompts[start : start + AT_ONCE],
+            sampling,
             seeds=seeds[start : start + AT_ONCE],
-            negative_prompt=context.negative_prompt,
-            steps=steps,
-            guidance=context.guidance,
-            height=context.height,
-            width=context.width,
             on_step=lambda done, of, now, latents=latents: latents.append(now.clone()),  # type: ignore[misc]
         )
         parts.append(latents)
         pixels.append(drawn)
-    return _Drawn([torch.cat(step) for step in zip(*parts, strict=True)], torch.cat(pixels))
+    return _Drawn(
+        [torch.cat(step) for step in zip(*parts, strict=True)],
+        torch.cat(pixels),
+        sampling,
+        f"{type(way).__name__} {json.dumps(settings, sort_keys=True, default=str)}",
+    )
 
 
 @dataclass(frozen=True)
@@ -295,8 +326,10 @@ class _Side:
     title: str
     errors: list[float]
     """Relative error per trial."""
-    trajectory: list[float]
-    """Relative error of the latents per step."""
+    trajectory: list[float] | None
+    """Relative error of the latents per step; None where the two sides take other steps."""
+    finite: bool
+    """Whether its pictures and latents are numbers."""
     psnr_db: float
     """Of all pictures as one."""
     psnrs: list[float]
@@ -310,10 +343,14 @@ def _compare(title: str, got: list[Tensor], expected: list[Tensor], found: _Draw
 
     pairs = list(zip(found.pixels[:, None], wanted.pixels[:, None], strict=True))
     ssims = [ssim(a, b) for a, b in pairs]
+    same_way = (found.sampling.steps, found.sampler) == (wanted.sampling.steps, wanted.sampler)
     return _Side(
         title=title,
         errors=[relative_error(a, b) for a, b in zip(got, expected, strict=True)],
-        trajectory=[relative_error(a, b) for a, b in zip(found.trajectory, wanted.trajectory, strict=True)],
+        trajectory=[relative_error(a, b) for a, b in zip(found.trajectory, wanted.trajectory, strict=True)]
+        if same_way
+        else None,
+        finite=all(bool(value.isfinite().all()) for value in (found.pixels, *found.trajectory)),
         psnr_db=psnr_db(found.pixels, wanted.pixels),
         psnrs=[psnr_db(a, b) for a, b in pairs],
         ssim=sum(ssims) / len(ssims),

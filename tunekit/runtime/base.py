@@ -52,6 +52,11 @@ class Runtime:
         whole = own.over(usual) if own else usual
         return whole.model_copy(update={"height": whole.height or height, "width": whole.width or width})
 
+    def size(self, sampling: SamplingConfig) -> tuple[int, int]:
+        """(height, width) in pixels of pictures that are drawn so."""
+        height, width = self.default_size
+        return sampling.height or height, sampling.width or width
+
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """[C, h, w] of one picture of `height` x `width` pixels."""
         return self.family.latent_shape(self.pipeline, height, width)
@@ -65,8 +70,7 @@ class Runtime:
     def conditioning(self, prompts: list[str], sampling: SamplingConfig) -> Conditioning:
         """Encode prompts for pictures of the size and guidance that `sampling` says, none of them None."""
         encoded = self.encode_prompt(prompts)
-        height, width = sampling.height or self.default_size[0], sampling.width or self.default_size[1]
-        frames = Frame.whole(height, width).rows(len(prompts))
+        frames = Frame.whole(*self.size(sampling)).rows(len(prompts))
         return self.family.conditioning(encoded, frames, sampling.guidance)
 
     def encode_image(self, pixels: Tensor) -> Tensor:

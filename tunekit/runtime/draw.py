@@ -29,9 +29,7 @@ def sample_pixels(
 ) -> Tensor:
     """Draw one batch from prompts that are encoded already; pixels [B, 3, H, W] in [0, 1]."""
     sampling = sampling.over(runtime.sampling)
-    assert sampling.height is not None
-    assert sampling.width is not None
-    latents = initial_latents(seeds, runtime.latent_shape(sampling.height, sampling.width))
+    latents = initial_latents(seeds, runtime.latent_shape(*runtime.size(sampling)))
     steps = sample_steps(
         runtime.denoise,
         runtime.scheduler,

@@ -1,0 +1,564 @@
+"""Both files say what was trained: to diffusers' own loader, and to a reader that is written out here.
+
+The reader knows the rules of the keys and nothing of ours: kohya's tools train SD 1.x and 2.x under the names
+of diffusers, and SDXL under those of the network it was published with, whose blocks are numbered through all
+levels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from tunekit import families
+from tunekit.adapters import (
+    Deltas,
+    Lora,
+    load_adapter,
+    merge_adapter,
+    read_adapter,
+    to_kohya,
+)
+from tunekit.adapters.delta import deltas_of, modules_of
+from tunekit.config import AdapterConfig, SamplingConfig
+from tunekit.diffusion.metrics import relative_error
+from tunekit.errors import AdapterError
+from tunekit.families import Family
+from tunekit.runtime import generate_pixels, torch_runtime
+
+Train = Callable[..., None]
+Trained = Callable[[Family, AdapterConfig], Any]
+Save = Callable[..., tuple[Path, Path]]
+Predict = Callable[[Family, Any], Tensor]
+Load = Callable[[Any, Path], None]
+State = dict[str, Tensor]
+Place = tuple[str, str]
+Updates = dict[Place, Tensor]
+"""Component and module path -> what is added to the weight."""
+
+PEFT = "pytorch_lora_weights.safetensors"
+KOHYA = "style.kohya.safetensors"
+RANK, ALPHA = 3, 7.0
+TOLERANCE = 1e-5
+KINDS_OF_LAYER = [
+    *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+    *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv_in", "conv_out", "linear_1", "linear_2"),
+    *("downsamplers.0.conv", "upsamplers.0.conv"),
+]
+IN_ENCODERS = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.out_proj",
+    "mlp.fc1",
+    "mlp.fc2",
+]
+
+
+# What the model says ----------------------------------------------------------------------------------------
+
+
+def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Of a module without an adapter."""
+    return {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+
+
+def weights(family: Family, pipeline: Any) -> Updates:
+    return {
+        (component, path): layer.weight.detach().clone()
+        for component in family.facts.kohya_prefixes
+        for path, layer in linear_layers(getattr(pipeline, component)).items()
+    }
+
+
+def updates_in(family: Family, pipeline: Any) -> Updates:
+    """What the adapters in a pipeline add to its weights, as peft itself folds them in."""
+    before = weights(family, family.tiny())
+    found = {}
+    for component in family.facts.kohya_prefixes:
+        for path, layer in getattr(pipeline, component).named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge()
+                found[component, path] = layer.get_base_layer().weight.detach() - before[component, path]
+                layer.unmerge()
+    return found
+
+
+def changed(family: Family, pipeline: Any) -> Updates:
+    """By how much the weights of a pipeline differ from the base, where they do."""
+    before, after = weights(family, family.tiny()), weights(family, pipeline)
+    return {
+        place: after[place] - before[place]
+        for place in before
+        if not torch.equal(after[place], before[place])
+    }
+
+
+def largest_difference(found: Updates, wanted: Updates) -> float:
+    assert found.keys() == wanted.keys()
+    return max(
+        float((found[place] - wanted[place]).abs().max() / wanted[place].abs().max()) for place in wanted
+    )
+
+
+# The reader -------------------------------------------------------------------------------------------------
+
+
+def sgm_places(config: Any) -> dict[str, str]:
+    """Parts of the network that SDXL was published with, by its own numbers -> diffusers' names of them."""
+    places = {
+        "input_blocks.0.0": "conv_in",
+        "out.2": "conv_out",
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1",
+        "label_emb.0.2": "add_embedding.linear_2",
+        "middle_block.0": "mid_block.resnets.0",
+        "middle_block.1": "mid_block.attentions.0",
+        "middle_block.2": "mid_block.resnets.1",
+    }
+    block = 1
+    for level, kind in enumerate(config.down_block_types):
+        for index in range(config.layers_per_block):
+            places[f"input_blocks.{block}.0"] = f"down_blocks.{level}.resnets.{index}"
+            if kind.startswith("CrossAttn"):
+                places[f"input_blocks.{block}.1"] = f"down_blocks.{level}.attentions.{index}"
+            block += 1
+        if level + 1 < len(config.down_block_types):
+            places[f"input_blocks.{block}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+            block += 1
+    block = 0
+    for level, kind in enumerate(config.up_block_types):
+        for index in range(config.layers_per_block + 1):
+            parts = [f"up_blocks.{level}.resnets.{index}"]
+            if kind.startswith("CrossAttn"):
+                parts.append(f"up_blocks.{level}.attentions.{index}")
+            for position, part in enumerate(parts):
+                places[f"output_blocks.{block}.{position}"] = part
+            if index == config.layers_per_block and level + 1 < len(config.up_block_types):
+                places[f"output_blocks.{block}.{len(parts)}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+            block += 1
+    return places
+
+
+IN_RESNETS = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def kohya_names_of_unet(unet: nn.Module) -> dict[str, str]:
+    """Key in a kohya file -> module path in diffusers."""
+    paths = linear_layers(unet)
+    if unet.config.addition_embed_type != "text_time":  # type: ignore[union-attr]
+        return {"lora_unet_" + path.replace(".", "_"): path for path in paths}
+    names = {}
+    for theirs, ours in sgm_places(unet.config).items():
+        for path in paths:
+            if path != ours and not path.startswith(ours + "."):
+                continue
+            rest = path.removeprefix(ours).removeprefix(".")
+            rest = IN_RESNETS[rest] if ".resnets." in path else rest
+            name = f"{theirs}.{rest}".removesuffix(".")
+            names["lora_unet_" + name.replace(".", "_")] = path
+    return names
+
+
+def kohya_names_of_encoder(encoder: nn.Module, prefix: str) -> dict[str, str]:
+    inside = "text_model." if hasattr(encoder, "text_model") else ""
+    return {
+        f"{prefix}_text_model_encoder_layers_{i}_{part}".replace(
+            ".", "_"
+        ): f"{inside}encoder.layers.{i}.{part}"
+        for i in range(encoder.config.num_hidden_layers)  # type: ignore[union-attr]
+        for part in IN_ENCODERS
+    }
+
+
+def kohya_names(pipeline: Any) -> dict[str, Place]:
+    """Of a diffusers pipeline without adapters."""
+    names = {name: ("unet", path) for name, path in kohya_names_of_unet(pipeline.unet).items()}
+    encoders = [name for name in ("text_encoder", "text_encoder_2") if hasattr(pipeline, name)]
+    prefixes = ["lora_te"] if len(encoders) == 1 else ["lora_te1", "lora_te2"]
+    for component, prefix in zip(encoders, prefixes, strict=True):
+        found = kohya_names_of_encoder(getattr(pipeline, component), prefix)
+        names |= {name: (component, path) for name, path in found.items()}
+    return names
+
+
+def added(weight: Tensor, down: Tensor, up: Tensor, scale: float, magnitude: Tensor | None) -> Tensor:
+    """What an update adds to a weight."""
+    update = scale * torch.einsum("or,ri->oi", up.flatten(1), down.flatten(1)).reshape(weight.shape)
+    if magnitude is None:
+        return update
+    whole = weight + update
+    rows = [1] * (weight.ndim - 1)
+    return whole / whole.flatten(1).norm(dim=1).view(-1, *rows) * magnitude.view(-1, *rows) - weight
+
+
+def read_kohya(file: Path, base: Any) -> Updates:
+    state = safetensors.torch.load_file(file)
+    names = kohya_names(base)
+    found: Updates = {}
+    for name in {key.partition(".")[0] for key in state}:
+        down, up = state.pop(f"{name}.lora_down.weight"), state.pop(f"{name}.lora_up.weight")
+        scale = float(state.pop(f"{name}.alpha")) / len(down)
+        component, path = names[name]
+        weight = getattr(base, component).get_submodule(path).weight.detach()
+        found[component, path] = added(weight, down, up, scale, state.pop(f"{name}.dora_scale", None))
+    assert not state
+    return found
+
+
+def read_peft(file: Path, base: Any) -> Updates:
+    with safetensors.safe_open(file, framework="pt") as opened:
+        settings = json.loads(opened.metadata()["lora_adapter_metadata"])
+    state = safetensors.torch.load_file(file)
+    found: Updates = {}
+    for name in {key.partition(".lora_")[0] for key in state}:
+        component, _, path = name.partition(".")
+        down, up = state.pop(f"{name}.lora_A.weight"), state.pop(f"{name}.lora_B.weight")
+        scale = settings[f"{component}.lora_alpha"] / settings[f"{component}.r"]
+        assert path in settings[f"{component}.target_modules"]
+        weight = getattr(base, component).get_submodule(path).weight.detach()
+        found[component, path] = added(
+            weight, down, up, scale, state.pop(f"{name}.lora_magnitude_vector", None)
+        )
+    assert not state
+    return found
+
+
+# What we write ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["lora", "dora"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def everywhere(
+    family: Family, kind: str, tmp_path_factory: pytest.TempPathFactory, trained: Trained, save: Save
+) -> tuple[Path, Updates]:
+    """A folder with both files of an adapter on all of the denoiser, and what it adds to the weights."""
+    config = AdapterConfig(kind=kind, rank=RANK, alpha=ALPHA, targets=KINDS_OF_LAYER)
+    folder = tmp_path_factory.mktemp(family.name)
+    pipeline = trained(family, config)
+    save(folder, pipeline, family, config)
+    return folder, updates_in(family, pipeline)
+
+
+def test_every_layer_of_the_denoiser_is_trained_and_written(
+    family: Family, everywhere: tuple[Path, Updates]
+) -> None:
+    folder, updates = everywhere
+    name = family.facts.denoiser_name
+    layers = linear_layers(family.denoiser(family.tiny()))
+    assert {path for _, path in updates} == layers.keys()
+    assert all(update.abs().max() > 0 for update in updates.values())
+    for file, down in ((PEFT, ".lora_A.weight"), (KOHYA, ".lora_down.weight")):
+        assert sum(key.endswith(down) for key in safetensors.torch.load_file(folder / file)) == len(layers), (
+            name
+        )
+
+
+@pytest.mark.parametrize(("file", "read"), [(PEFT, read_peft), (KOHYA, read_kohya)], ids=["peft", "kohya"])
+def test_the_rules_of_the_keys_give_the_same_updates(
+    family: Family, everywhere: tuple[Path, Updates], file: str, read: Callable[[Path, Any], Updates]
+) -> None:
+    folder, updates = everywhere
+    difference = largest_difference(read(folder / file, family.tiny()), updates)
+    print(f"{len(updates)} layers, largest difference {difference:.1e}")
+    assert difference <= TOLERANCE
+
+
+@pytest.mark.parametrize("file", [PEFT, KOHYA], ids=["peft", "kohya"])
+def test_diffusers_reads_the_same_updates(
+    family: Family, kind: str, everywhere: tuple[Path, Updates], file: str, load_in_diffusers: Load
+) -> None:
+    if kind == "dora" and file == KOHYA:
+        pytest.skip("diffusers leaves the DoRA scale out of kohya files")
+    folder, updates = everywhere
+    pipeline = family.tiny()
+    load_in_diffusers(pipeline, folder / file)
+    by_layer = largest_difference(updates_in(family, pipeline), updates)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    difference = largest_difference(changed(family, pipeline), updates)
+    print(f"{len(updates)} layers, largest difference {by_layer:.1e}, {difference:.1e} when folded in")
+    assert max(by_layer, difference) <= TOLERANCE
+
+
+def in_all(family: Family, train: Train, **options: Any) -> Any:
+    """A pipeline with an adapter of peft's in every component that may have one."""
+    pipeline = family.tiny()
+    for seed, component in enumerate(family.facts.kohya_prefixes):
+        module = getattr(pipeline, component)
+        targets = KINDS_OF_LAYER if component == family.facts.denoiser_name else IN_ENCODERS
+        module.requires_grad_(False)
+        module.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, **options), "default")
+        train([(name, p) for name, p in module.named_parameters() if p.requires_grad], seed)
+    return pipeline
+
+
+def test_text_encoders_in_kohya_files(
+    family: Family, kind: str, tmp_path: Path, train: Train, load_in_diffusers: Load
+) -> None:
+    pipeline = in_all(family, train, use_dora=kind == "dora")
+    parts = {name: getattr(pipeline, name) for name in family.facts.kohya_prefixes}
+    deltas: Deltas = {name: deltas_of(part) for name, part in parts.items()}
+    state = to_kohya(deltas, {name: modules_of(part) for name, part in parts.items()}, family)
+    file = tmp_path / "a.safetensors"
+    safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in state.items()}, file)
+    updates = updates_in(family, pipeline)
+    assert {component for component, _ in updates} == set(parts) and len(parts) > 1
+
+    read = largest_difference(read_kohya(file, family.tiny()), updates)
+    merged = family.tiny()
+    merge_adapter(merged, family, file)
+    ours = largest_difference(changed(family, merged), updates)
+    print(f"{len(updates)} layers, largest difference {read:.1e} by the rules, {ours:.1e} by ourselves")
+    assert max(read, ours) <= TOLERANCE
+    if kind == "lora":
+        loaded = family.tiny()
+        load_in_diffusers(loaded, file)
+        difference = largest_difference(updates_in(family, loaded), updates)
+        print(f"in diffusers {difference:.1e}")
+        assert difference <= TOLERANCE
+
+
+def test_files_that_diffusers_writes(family: Family, kind: str, tmp_path: Path, train: Train) -> None:
+    pipeline = in_all(family, train, use_dora=kind == "dora")
+    layers: dict[str, Any] = {}
+    for component in family.facts.kohya_prefixes:
+        module = getattr(pipeline, component)
+        layers[f"{component}_lora_layers"] = get_peft_model_state_dict(module, adapter_name="default")
+        layers[f"{component}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
+    pipeline.save_lora_weights(tmp_path, **layers)
+    merged = family.tiny()
+    merge_adapter(merged, family, tmp_path)
+    difference = largest_difference(changed(family, merged), updates_in(family, pipeline))
+    print(f"largest difference {difference:.1e}")
+    assert difference <= TOLERANCE
+
+
+# Names ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "adapted"),
+    # What kohya's tools say when they begin: "create LoRA for U-Net: 722 modules", and so on.
+    [
+        ("sd15", {"unet": 192, "text_encoder": 72}),
+        ("sd2", {"unet": 192, "text_encoder": 138}),
+        ("sdxl", {"unet": 722, "text_encoder": 72, "text_encoder_2": 192}),
+    ],
+)
+def test_names_at_full_size(name: str, adapted: dict[str, int]) -> None:
+    family = families.get(name)
+    parts = {component: family.facts.component(component).build() for component in adapted}
+    assert parts.keys() == family.facts.kohya_prefixes.keys()
+    expected: dict[str, Place] = kohya_names(SimpleNamespace(**parts))
+    every: list[str] = []
+    for component, part in parts.items():
+        prefixes = family.facts.kohya_prefixes[component]
+        names = family.adapter_names(component, list(modules_of(part)))
+        assert names.keys() == linear_layers(part).keys()
+        every += [f"{prefix}_{known}" for prefix in prefixes for path in names for known in names[path]]
+        written = {f"{prefixes[0]}_{known[0]}": (component, path) for path, known in names.items()}
+        wanted = {key: place for key, place in expected.items() if place[0] == component}
+        assert wanted.items() <= written.items()
+        ends = tuple(f".{end}" for end in (*family.facts.lora_targets, *IN_ENCODERS))
+        assert sum(path.endswith(ends) for path in names) == adapted[component]
+    assert len(set(every)) == len(every)  # no name could be two modules
+
+
+def test_names_of_sdxl() -> None:
+    """Some of a file of kohya's, with what they are in diffusers."""
+    unet = families.get("sdxl").facts.denoiser.build()
+    names = families.get("sdxl").adapter_names("unet", list(modules_of(unet)))
+    for name, path in {
+        "input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1",
+        "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
+        "input_blocks_4_1_transformer_blocks_0_attn1_to_q": (
+            "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+        ),
+        "input_blocks_8_1_transformer_blocks_9_ff_net_0_proj": (
+            "down_blocks.2.attentions.1.transformer_blocks.9.ff.net.0.proj"
+        ),
+        "middle_block_1_proj_out": "mid_block.attentions.0.proj_out",
+        "middle_block_2_out_layers_3": "mid_block.resnets.1.conv2",
+        "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+        "output_blocks_5_0_skip_connection": "up_blocks.1.resnets.2.conv_shortcut",
+        "output_blocks_8_0_emb_layers_1": "up_blocks.2.resnets.2.time_emb_proj",
+    }.items():
+        assert names[path][0] == name
+
+
+def test_names_of_diffusers_are_read_too(
+    family: Family, kind: str, everywhere: tuple[Path, Updates], tmp_path: Path
+) -> None:
+    folder, updates = everywhere
+    paths = {name: path for name, (_, path) in kohya_names(family.tiny()).items()}
+    state = {}
+    for key, tensor in safetensors.torch.load_file(folder / KOHYA).items():
+        name, _, ending = key.partition(".")
+        state[f"lora_unet_{paths[name].replace('.', '_')}.{ending}"] = tensor
+    merged = family.tiny()
+    merge_adapter(merged, family, write(tmp_path / "a.safetensors", state))
+    assert largest_difference(changed(family, merged), updates) <= TOLERANCE
+
+
+def test_every_spelling_of_text_encoders(family: Family, tmp_path: Path) -> None:
+    """Files say `text_model`, which some encoders have lost with transformers 5."""
+    for encoder in family.facts.encoders:
+        layer = next(
+            path
+            for path in modules_of(getattr(family.tiny(), encoder.name))
+            if path.endswith("1.self_attn.q_proj")
+        )
+        short = layer.removeprefix("text_model.")
+        spellings = [f"{encoder.name}.{layer}", f"{encoder.name}.text_model.{short}"]
+        for prefix in encoder.kohya:
+            spellings += [f"{prefix}_{name}".replace(".", "_") for name in (short, f"text_model.{short}")]
+        width = getattr(family.tiny(), encoder.name).config.hidden_size
+        for name in spellings:
+            delta = only(
+                read_adapter(family.tiny(), family, write(tmp_path / "a.safetensors", pair(name, 2, width)))
+            )
+            assert delta[:2] == (encoder.name, layer)
+
+
+# What files of others say -----------------------------------------------------------------------------------
+
+SD15 = families.get("sd15")
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+IN_KOHYA = "lora_unet_" + LAYER.replace(".", "_")
+
+
+def write(file: Path, state: State, **metadata: str) -> Path:
+    state = {key: tensor.contiguous() for key, tensor in state.items()}
+    safetensors.torch.save_file(state, file, metadata=metadata or None)
+    return file
+
+
+def pair(name: str, rank: int, width: int = 32) -> State:
+    """The update of a square layer, under its name in either layout."""
+    draw = torch.Generator().manual_seed(rank)
+    down, up = torch.randn(rank, width, generator=draw), torch.randn(width, rank, generator=draw)
+    ends = ("lora_down", "lora_up") if name.startswith("lora_") else ("lora_A", "lora_B")
+    return {f"{name}.{ends[0]}.weight": down, f"{name}.{ends[1]}.weight": up}
+
+
+def only(deltas: Deltas) -> tuple[str, str, Lora]:
+    ((component, updates),) = deltas.items()
+    ((path, delta),) = updates.items()
+    assert isinstance(delta, Lora)
+    return component, path, delta
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(None, 6.0), (1.5, 1.5)])
+def test_kohya_alpha(tmp_path: Path, alpha: float | None, expected: float) -> None:
+    state = pair(IN_KOHYA, 6)
+    if alpha is not None:
+        state[f"{IN_KOHYA}.alpha"] = torch.tensor(alpha)
+    _, path, delta = only(read_adapter(SD15.tiny(), SD15, write(tmp_path / "a.safetensors", state)))
+    assert (path, delta.rank, delta.alpha) == (LAYER, 6, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 6.0),
+        ({"lora_alpha": 3}, 3.0),
+        ({"lora_alpha": 3, "alpha_pattern": {LAYER: 12}}, 12.0),
+        ({"lora_alpha": 3, "alpha_pattern": {"to_q": 5, "to_k": 7}}, 5.0),
+        ({"lora_alpha": 3, "use_rslora": True}, 3.0 * 6**0.5),
+    ],
+)
+def test_peft_alpha(tmp_path: Path, settings: dict[str, Any], expected: float) -> None:
+    said = json.dumps({f"unet.{key}": value for key, value in settings.items()})
+    header = {"lora_adapter_metadata": said} if settings else {}
+    file = write(tmp_path / "a.safetensors", pair(f"unet.{LAYER}", 6), **header)
+    _, _, delta = only(read_adapter(SD15.tiny(), SD15, file))
+    assert delta.alpha == pytest.approx(expected)
+
+
+def test_ranks_and_alphas_may_differ_by_layer(tmp_path: Path, predict: Predict) -> None:
+    state: State = {}
+    for name, rank, alpha in ((IN_KOHYA, 2, 1.0), (IN_KOHYA.replace("to_q", "to_k"), 4, 8.0)):
+        state |= {**pair(name, rank), f"{name}.alpha": torch.tensor(alpha)}
+    file = write(tmp_path / "a.safetensors", state)
+    loaded, merged = SD15.tiny(), SD15.tiny()
+    load_adapter(loaded, SD15, file)
+    assert merge_adapter(merged, SD15, file) == 2
+    assert relative_error(predict(SD15, loaded), predict(SD15, merged)) < 1e-5
+    modules = {"unet": modules_of(SD15.tiny().unet)}
+    assert to_kohya(read_adapter(SD15.tiny(), SD15, file), modules, SD15).keys() == state.keys()
+
+
+def test_shapes_in_kohya_files(tmp_path: Path, trained: Trained, save: Save) -> None:
+    config = AdapterConfig(kind="dora", rank=4, alpha=10.0, targets=["to_q", "conv1"])
+    _, file = save(tmp_path, trained(SD15, config), SD15, config)
+    state = safetensors.torch.load_file(file)
+    assert state[f"{IN_KOHYA}.lora_down.weight"].shape == (4, 32)
+    assert state[f"{IN_KOHYA}.lora_up.weight"].shape == (32, 4)
+    assert state[f"{IN_KOHYA}.dora_scale"].shape == (32, 1)
+    assert state[f"{IN_KOHYA}.alpha"].shape == () and state[f"{IN_KOHYA}.alpha"] == 10
+    convolution = "lora_unet_mid_block_resnets_0_conv1"
+    assert state[f"{convolution}.lora_down.weight"].shape == (4, 64, 3, 3)
+    assert state[f"{convolution}.lora_up.weight"].shape == (64, 4, 1, 1)
+    assert state[f"{convolution}.dora_scale"].shape == (64, 1, 1, 1)
+
+
+def test_a_scale_of_columns_is_refused(tmp_path: Path) -> None:
+    """The layer is square, so that nothing but the shape tells."""
+    state = {**pair(IN_KOHYA, 2), f"{IN_KOHYA}.dora_scale": torch.ones(1, 32)}
+    with pytest.raises(AdapterError, match=r"scales the weight's columns.*\n.*LyCORIS"):
+        read_adapter(SD15.tiny(), SD15, write(tmp_path / "a.safetensors", state))
+    state[f"{IN_KOHYA}.dora_scale"] = torch.ones(32, 1)
+    read_adapter(SD15.tiny(), SD15, write(tmp_path / "a.safetensors", state))
+
+
+# Pictures ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["", PEFT, KOHYA], ids=["folder", "peft", "kohya"])
+def test_plain_diffusers_draws_the_same(
+    family: Family, kind: str, everywhere: tuple[Path, Updates], file: str, load_in_diffusers: Load
+) -> None:
+    if kind == "dora" and file == KOHYA:
+        pytest.skip("diffusers leaves the DoRA scale out of kohya files")
+    folder, _ = everywhere
+    sampling = SamplingConfig(steps=2, guidance=3.0)
+
+    def ours(pipeline: Any) -> Tensor:
+        return generate_pixels(torch_runtime(family, pipeline), ["a cat"], sampling, seeds=[5])
+
+    loaded, pipeline = family.tiny(), family.tiny()
+    load_adapter(loaded, family, folder / file)
+    load_in_diffusers(pipeline, folder / file)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        "a cat",
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(5),
+        output_type="pt",
+    ).images
+    difference = float((ours(loaded) - theirs).abs().max())
+    print(f"largest difference {difference:.1e}")
+    assert difference <= TOLERANCE
+    assert (theirs - ours(family.tiny())).abs().max() > 0.1

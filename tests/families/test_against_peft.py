@@ -1,0 +1,217 @@
+"""What is learned is what plain diffusers and peft learn: the loss, and the gradient of every parameter.
+
+The other side is written out here as diffusers' own training scripts have it, and shares no code with ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from peft import LoraConfig
+from torch import Tensor
+from torch.nn import functional as F
+
+from tunekit import families
+from tunekit.config import AdapterConfig, ObjectiveConfig
+from tunekit.diffusion.batch import Batch
+from tunekit.diffusion.objectives import configured
+from tunekit.families import Family, Frame
+from tunekit.memory.levers import Levers, fit
+from tunekit.tasks import Denoising
+
+PROMPTS = ("a red cat", "the moon over a long wall")
+FRAMES = (Frame((480, 640), (0, 12), (64, 64)), Frame((1024, 768), (40, 0), (64, 64)))
+TIMESTEPS = (37.0, 811.0)
+BATCHES = {"both": slice(0, 2), "the first": slice(0, 1), "the second": slice(1, 2)}
+RANK, ALPHA = 4, 10.0
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+TOLERANCE = 1e-5
+Gradients = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What both sides are given."""
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    prompts: list[str]
+    frames: list[Frame]
+
+
+def samples(pipeline: Any, rows: slice) -> Sample:
+    draw = torch.Generator().manual_seed(3)
+    side = pipeline.unet.config.sample_size
+    latents, noise = torch.randn(2, 2, pipeline.unet.config.in_channels, side, side, generator=draw)
+    times = torch.tensor(TIMESTEPS)
+    return Sample(latents[rows], noise[rows], times[rows], list(PROMPTS[rows]), list(FRAMES[rows]))
+
+
+def moved(denoiser: torch.nn.Module) -> None:
+    """Moves what is trained, as training would: at the start, half of all gradients are 0."""
+    for index, parameter in enumerate(p for p in denoiser.parameters() if p.requires_grad):
+        draw = torch.Generator().manual_seed(index)
+        with torch.no_grad():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
+
+
+def gradients(denoiser: torch.nn.Module) -> Gradients:
+    found = {name: p.grad for name, p in denoiser.named_parameters() if p.requires_grad}
+    assert all(gradient is not None for gradient in found.values())
+    assert all(p.grad is None for p in denoiser.parameters() if not p.requires_grad)
+    return found
+
+
+# The two sides ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of ours: the loss of each row, the gradients, and what the parameters were."""
+
+    loss: Tensor
+    gradients: Gradients
+    parameters: dict[str, Tensor]
+
+
+def prepared(family: Family, kind: str, config: ObjectiveConfig, rows: slice) -> tuple[Denoising, Batch]:
+    pipeline = family.tiny()
+    adapter = AdapterConfig(kind=kind, rank=RANK, alpha=ALPHA)
+    fitted = fit(family.denoiser(pipeline), adapter, family.facts.lora_targets, Levers(), device="cpu")
+    moved(fitted.module)
+    pipeline.register_modules(scheduler=configured(pipeline.scheduler, config))
+    sample = samples(pipeline, rows)
+    batch = Batch(
+        tuple(sample.prompts),
+        {
+            "latents": sample.latents,
+            "noise": sample.noise,
+            "timesteps": sample.timesteps,
+            "weight": torch.ones(len(sample.prompts)),
+            "frame": torch.stack([frame.row for frame in sample.frames]),
+        },
+        family.encode_prompt(pipeline, sample.prompts),
+    )
+    return Denoising(fitted, family, family.objective(pipeline, config)), batch
+
+
+def ours(family: Family, kind: str, config: ObjectiveConfig, rows: slice) -> Step:
+    task, batch = prepared(family, kind, config, rows)
+    loss = task.loss(task.fitted.module, batch)["loss"]
+    loss.mean().backward()
+    parameters = {name: p.detach() for name, p in task.fitted.parameters.items()}
+    return Step(loss.detach(), gradients(task.fitted.module), parameters)
+
+
+def theirs(
+    pipeline: Any,
+    kind: str,
+    config: ObjectiveConfig,
+    parameters: dict[str, Tensor],
+    rows: slice,
+) -> tuple[Tensor, Gradients]:
+    """The same step in diffusers and peft alone."""
+    unet = pipeline.unet
+    unet.requires_grad_(False)
+    unet.add_adapter(
+        LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, use_dora=kind == "dora", bias="none")
+    )
+    trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    assert trained.keys() == parameters.keys()
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(parameters[name])
+
+    sample = samples(pipeline, rows)
+    timesteps = sample.timesteps.long()
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type=config.prediction)
+    noisy = scheduler.add_noise(sample.latents, sample.noise, timesteps)
+    with torch.no_grad():
+        encoded = pipeline.encode_prompt(
+            sample.prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+    told: dict[str, Any] = {"encoder_hidden_states": encoded[0]}
+    if unet.config.addition_embed_type == "text_time":
+        time_ids = [[*frame.original, *frame.crop, *frame.size] for frame in sample.frames]
+        told["added_cond_kwargs"] = {"text_embeds": encoded[2], "time_ids": torch.tensor(time_ids).float()}
+    predicted = unet(noisy, timesteps, **told).sample
+
+    if config.prediction == "epsilon":
+        target = sample.noise
+    else:
+        target = scheduler.get_velocity(sample.latents, sample.noise, timesteps)
+    if config.snr_gamma is None:
+        loss = F.mse_loss(predicted, target)
+    else:  # Hang et al. 2023, arXiv:2303.09556, section 3.4
+        alphas = scheduler.alphas_cumprod[timesteps]
+        snr = alphas / (1 - alphas)
+        weight = snr.clamp(max=config.snr_gamma) / (snr if config.prediction == "epsilon" else snr + 1)
+        loss = (F.mse_loss(predicted, target, reduction="none").mean(dim=(1, 2, 3)) * weight).mean()
+    loss.backward()
+    return loss.detach(), gradients(unet)
+
+
+# What is equal ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=families.runnable())
+def family(request: pytest.FixtureRequest) -> Family:
+    return families.get(request.param)
+
+
+def difference(found: Tensor, wanted: Tensor) -> float:
+    """The largest, relative to the largest value that is wanted."""
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("snr_gamma", [None, 5.0], ids=["plain", "min-SNR"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_loss_and_gradients_are_those_of_peft(
+    family: Family, kind: str, prediction: Any, snr_gamma: float | None, rows: slice
+) -> None:
+    config = ObjectiveConfig(prediction=prediction, snr_gamma=snr_gamma)
+    step = ours(family, kind, config, rows)
+    loss, wanted = theirs(family.tiny(), kind, config, step.parameters, rows)
+    assert step.gradients.keys() == wanted.keys()
+    of_loss = difference(step.loss.mean(), loss)
+    of_gradients = {name: difference(gradient, wanted[name]) for name, gradient in step.gradients.items()}
+    worst = max(of_gradients, key=lambda name: of_gradients[name])
+    print(
+        f"loss {float(loss):.6f}, difference {of_loss:.1e}; {len(of_gradients)} gradients,"
+        f" largest difference {of_gradients[worst]:.1e} in {worst}"
+    )
+    assert of_loss <= TOLERANCE
+    assert of_gradients[worst] <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_batch_is_the_mean_of_its_rows(family: Family, kind: str) -> None:
+    config = ObjectiveConfig(prediction="v_prediction", snr_gamma=5.0)
+    both = ours(family, kind, config, BATCHES["both"])
+    first, second = (ours(family, kind, config, BATCHES[name]) for name in ("the first", "the second"))
+    assert difference(both.loss, torch.cat([first.loss, second.loss])) <= TOLERANCE
+    means = {name: (first.gradients[name] + second.gradients[name]) / 2 for name in both.gradients}
+    worst = max(difference(gradient, means[name]) for name, gradient in both.gradients.items())
+    print(f"largest difference {worst:.1e}")
+    assert worst <= 5 * TOLERANCE  # kernels sum in another order for another batch size
+    assert abs(float(both.loss[0] / both.loss[1]) - 1) > 0.01  # the rows are not alike
+
+
+@torch.no_grad()
+def test_all_that_the_denoiser_is_told_changes_what_it_predicts(family: Family) -> None:
+    """Otherwise two prompts and two frames would prove nothing."""
+    task, batch = prepared(family, "lora", ObjectiveConfig(), BATCHES["both"])
+    told = family.conditioning(batch.conditioning, batch.frame)
+
+    def predicted(**changed: Tensor) -> Tensor:
+        return family.denoise(task.fitted.module, batch.latents, batch.timesteps, {**told, **changed})
+
+    for name, tensor in told.items():
+        assert difference(predicted(**{name: tensor.flip(0)}), predicted()) > 1e-3, name

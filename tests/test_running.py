@@ -1,0 +1,111 @@
+"""What is decided once for all processes of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunekit.errors import DoesNotFit
+from tunekit.training.run import Processes
+
+ROOT = Path(__file__).resolve().parents[1]
+MIB = 2**20
+
+SETTLE = """
+import json, sys
+from dataclasses import replace
+from tunekit import hardware, planning
+from tunekit.config import load
+from tunekit.errors import TunekitError
+from tunekit.training.run import Processes
+
+config, *free = sys.argv[1:]
+group = Processes.of("cpu")
+own = hardware.probe("cpu")
+hardware.probe = lambda asked="auto": replace(own, free_bytes=int(free[group.rank]))
+try:
+    settled, plan = planning.settle(load(config).config, group)
+    print(json.dumps([settled.train.optimizer, settled.memory.model_dump(mode="json")]))
+except TunekitError as error:
+    print(json.dumps([type(error).__name__, error.message, error.hint]))
+"""
+
+
+def processes(script: str, count: int, *arguments: Any, cache: Path) -> list[Any]:
+    """What the last line of each process's output says, as JSON."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = []
+    for rank in range(count):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "XDG_CACHE_HOME": str(cache),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "true",
+        }
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        running.append(
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    found = []
+    for process in running:
+        out, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+        found.append(json.loads(out.strip().splitlines()[-1]))
+    return found
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "all.yaml"
+    path.write_text(
+        f"recipe: lora\nmodel: {{family: sd15, source: tiny}}\nruns: {tmp_path}/runs\n"
+        "data: {path: pictures, resolution: 64}\nadapter: null\n"
+        "train: {max_steps: 2, lr: 1.0e-3, batch_size: 2}\nmemory: {device: cpu, budget: auto}\n"
+    )
+    return path
+
+
+def test_ranks_with_unequal_memory_plan_as_one(config: Path, tmp_path: Path) -> None:
+    """Each used to plan from its own card, and two cards chose two optimizers: the weights drifted apart."""
+    rich, poor = 4000 * MIB, 60 * MIB
+    together = processes(SETTLE, 2, config, rich, poor, cache=tmp_path)
+    turned = processes(SETTLE, 2, config, poor, rich, cache=tmp_path)
+    alone = [processes(SETTLE, 1, config, free, cache=tmp_path)[0] for free in (rich // 2, poor // 2)]
+    print(f"alone: {[one[0] for one in alone]}; together: {[one[0] for one in together]}")
+    assert alone[0] != alone[1], "the two would have chosen the same anyway"
+    assert together[0] == together[1] == turned[0] == turned[1]
+
+
+def test_what_does_not_fit_the_poorest_fails_on_all(config: Path, tmp_path: Path) -> None:
+    found = processes(SETTLE, 2, config, 4000 * MIB, 2 * MIB, cache=tmp_path)
+    assert found[0] == found[1]
+    assert found[0][0] == "DoesNotFit"
+    assert found[0][2], "the hint is lost on the way"
+
+
+def test_one_process_decides_for_itself() -> None:
+    def refuse() -> int:
+        raise DoesNotFit("too much", hint="take less")
+
+    group = Processes()
+    assert group.gather(3) == [3]
+    assert group.decide(lambda: 5) == 5
+    with pytest.raises(DoesNotFit, match="too much"):
+        group.decide(refuse)
