@@ -122,10 +122,10 @@ def test_an_adapter_trains_on_a_packed_base():
     pipeline = FAMILY.tiny()
     denoiser = FAMILY.denoiser(pipeline)
     layers.quantize(denoiser, "int4")
-    parameters = add_adapter(denoiser, AdapterConfig(rank=2, alpha=2), FAMILY.lora_targets)
+    parameters = add_adapter(denoiser, AdapterConfig(rank=2, alpha=2), FAMILY.facts.lora_targets)
     noisy, conditioning = torch.randn(1, 4, 16, 16), FAMILY.encode_prompt(pipeline, ["a"])
     for _ in range(2):  # lora_B starts at zero, so lora_A has no gradient before the second step
-        FAMILY.denoise(denoiser, noisy, torch.tensor([5]), conditioning).square().mean().backward()
+        FAMILY.denoise(denoiser, noisy, torch.tensor([5.0]), conditioning).square().mean().backward()
         with torch.no_grad():
             for _, parameter in parameters:
                 parameter -= 0.1 * parameter.grad
@@ -199,7 +199,7 @@ def test_quantizing_is_undone_and_done_again():
     described, wanted = layers.describe(denoiser), outputs(denoiser)
     done = layers.dequantize(denoiser)
     assert layers.describe(denoiser) is None and torch.allclose(outputs(denoiser), wanted, atol=1e-5)
-    layers.requantize(denoiser, done)
+    assert layers.quantize(denoiser, "int8", only=done) == done
     assert layers.describe(denoiser) == described
     assert torch.allclose(outputs(denoiser), wanted, atol=1e-4)
 

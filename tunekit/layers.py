@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 from tunekit.artifacts import write_json
 from tunekit.errors import ModelError, output_errors, require
@@ -23,6 +24,8 @@ VERSION = 1
 NF4_BLOCK = 64
 
 Scheme = Literal["int8", "int4", "nf4"]
+Float = nn.Linear | nn.Conv2d
+"""What can be packed."""
 
 _SIZES: dict[type[nn.Module], tuple[str, str]] = {
     nn.Linear: ("in_features", "out_features"),
@@ -68,7 +71,7 @@ class _Quantized(nn.Module):
     scale: Tensor
     bias: nn.Parameter | None
 
-    def _take_over(self, layer: nn.Module, scheme: Scheme, group: int) -> None:
+    def _take_over(self, layer: Float, scheme: Scheme, group: int) -> None:
         """Copies the float layer's settings (stride, features, ...); makes empty buffers for its weight."""
         nn.Module.__init__(self)
         own = {name: value for name, value in vars(layer).items() if name not in vars(self)}
@@ -79,7 +82,7 @@ class _Quantized(nn.Module):
         self.training = layer.training
         self.shape = tuple(weight.shape)
         self.scheme, self.group = scheme, group
-        self.register_parameter("bias", layer.bias)
+        self.register_parameter("bias", layer._parameters["bias"])
         rows, columns = self.shape[0], weight.numel() // self.shape[0]
         groups, blocks = -(-columns // group), -(-weight.numel() // NF4_BLOCK)
         sizes: dict[Scheme, tuple[tuple[int, ...], torch.dtype, tuple[int, ...], torch.dtype]] = {
@@ -114,7 +117,7 @@ class _Quantized(nn.Module):
         if lower is not None:
             x = x.to(lower)
         if torch.is_grad_enabled() and x.requires_grad:
-            y: Tensor = _InputOnly.apply(x, self)
+            y: Tensor = _InputOnly.apply(x, self)  # type: ignore[no-untyped-call]
         else:
             y = self._apply_weight(x, self.dequantize(x.dtype))
         if self.bias is None:
@@ -125,7 +128,7 @@ class _Quantized(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # `.half()` on a pipeline must not round the scales: keep their values, follow only the device.
         scale = self.scale
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scale.dtype != scale.dtype:
             self.scale = scale.to(self.scale.device)
         return self
@@ -137,7 +140,7 @@ class _Quantized(nn.Module):
         raise TypeError(f"{type(self).__name__} is not a layer of its own")
 
 
-class QuantLinear(_Quantized, nn.Linear):
+class QuantLinear(_Quantized, nn.Linear):  # type: ignore[misc, override]  # its weight is made when asked for
     """nn.Linear with a packed weight. An nn.Linear too, so that adapters attach to it."""
 
     def __init__(self, layer: nn.Linear, scheme: Scheme, group: int = 32) -> None:
@@ -150,7 +153,7 @@ class QuantLinear(_Quantized, nn.Linear):
         return gradient @ weight
 
 
-class QuantConv2d(_Quantized, nn.Conv2d):
+class QuantConv2d(_Quantized, nn.Conv2d):  # type: ignore[misc, override]  # as above
     """nn.Conv2d (zero padding) with a packed weight. An nn.Conv2d too, so that adapters attach to it."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -166,17 +169,17 @@ class QuantConv2d(_Quantized, nn.Conv2d):
         return nn.functional.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
     def _input_gradient(self, shape: torch.Size, weight: Tensor, gradient: Tensor) -> Tensor:
-        return torch.nn.grad.conv2d_input(
-            shape, weight, gradient, self.stride, self.padding, self.dilation, self.groups
-        )
+        stride, padding, dilation = self.stride, self.padding, self.dilation
+        made: Tensor = conv2d_input(shape, weight, gradient, stride, padding, dilation, self.groups)  # type: ignore[no-untyped-call]
+        return made
 
 
-def quantize_layer(layer: nn.Module, scheme: Scheme, group: int = 32) -> QuantLinear | QuantConv2d:
-    """A quantized layer that stands for `layer` (nn.Linear or nn.Conv2d with floating weights)."""
+def quantize_layer(layer: Float, scheme: Scheme, group: int = 32) -> QuantLinear | QuantConv2d:
+    """A quantized layer that stands for `layer`, whose weights are floats."""
     quantized = _empty_quantized(layer, scheme, group)
     if quantized.packed.is_meta:
         return quantized
-    weight = layer.weight.detach().to(torch.float32).flatten(1)  # type: ignore[union-attr, operator]
+    weight = layer.weight.detach().to(torch.float32).flatten(1)
     packed, scale = _PACKERS[scheme](weight, group)
     quantized.packed.copy_(packed)
     quantized.scale.copy_(scale)
@@ -187,24 +190,24 @@ def dequantize_layer(layer: QuantLinear | QuantConv2d) -> nn.Module:
     """The float layer that `layer` stands for."""
     weight = layer.weight
     plain = _resized(layer, None)
-    plain.weight = nn.Parameter(weight, requires_grad=False)
-    plain.bias = layer.bias
+    plain.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    plain.register_parameter("bias", layer.bias)
     return plain
 
 
-def resized(layer: nn.Linear | nn.Conv2d, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
+def resized(layer: Float, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
     """A layer like `layer` with the sizes of `weight` ([out, in] or [out, in / groups, k, k])."""
     if isinstance(layer, nn.Conv2d):
         sizes = {"in_channels": weight.shape[1] * layer.groups, "out_channels": weight.shape[0]}
     else:
         sizes = {"in_features": weight.shape[1], "out_features": weight.shape[0]}
-    made: Any = _resized(layer, sizes)
-    made.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
-    made.bias = bias
-    return made.train(layer.training)  # type: ignore[no-any-return]
+    made = _resized(layer, sizes)
+    made.register_parameter("weight", nn.Parameter(weight, requires_grad=layer.weight.requires_grad))
+    made.register_parameter("bias", bias)
+    return made.train(layer.training)
 
 
-def can_quantize(layer: nn.Module) -> bool:
+def can_quantize(layer: nn.Module) -> TypeGuard[Float]:
     """Whether `layer` is a float Linear, or a Conv2d with zero padding."""
     if isinstance(layer, _Quantized):
         return False
@@ -345,7 +348,7 @@ def _unpack_nf4(packed: Tensor, scale: Tensor, shape: tuple[int, ...], dtype: to
     state = functional.QuantState(
         scale, shape=blocks, code=code, blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype
     )
-    values = functional.dequantize_4bit(packed, state)
+    values = cast(Tensor, functional.dequantize_4bit(packed, state))
     return values.view(-1)[: _product(shape)].view(shape)
 
 
@@ -361,7 +364,7 @@ def _product(sizes: Iterable[int]) -> int:
 
 def describe(denoiser: nn.Module) -> dict[str, Any] | None:
     """What `denoiser` (a diffusers model) has other than its config says; None if nothing."""
-    reference = dict(_on_meta(type(denoiser), denoiser.config).named_modules())  # type: ignore[arg-type]
+    reference = dict(_on_meta(type(denoiser), denoiser.config).named_modules())
     shapes: dict[str, dict[str, int]] = {}
     quantized: dict[str, dict[str, Any]] = {}
     for name, module in denoiser.named_modules():
@@ -400,8 +403,8 @@ def set_heads(attention: nn.Module, heads: int) -> None:
     size = attention.inner_dim // attention.heads  # type: ignore[operator]
     attention.heads = heads  # type: ignore[assignment]
     attention.sliceable_head_dim = heads  # type: ignore[assignment]
-    attention.inner_dim = heads * size  # type: ignore[assignment]
-    attention.inner_kv_dim = heads * size  # type: ignore[assignment]
+    attention.inner_dim = heads * size
+    attention.inner_kv_dim = heads * size
 
 
 def has_custom_layers(folder: Path) -> bool:
@@ -542,11 +545,10 @@ def _sizes(module: nn.Module) -> dict[str, int] | None:
 
 def _resized(module: nn.Module, sizes: dict[str, int] | None) -> nn.Module:
     """A float layer like `module`, with other sizes; its weights are not set."""
-    like = module.bias if module.bias is not None else next(iter(module.state_dict().values()))  # type: ignore[union-attr]
-    place: dict[str, Any] = {
-        "device": like.device,
-        "dtype": like.dtype if like.is_floating_point() else torch.float32,
-    }
+    bias = module._parameters.get("bias")
+    like: Tensor = bias if bias is not None else next(iter(module.state_dict().values()))
+    dtype = like.dtype if like.is_floating_point() else torch.float32
+    place: dict[str, Any] = {"device": like.device, "dtype": dtype}
     sizes = sizes or _sizes(module) or {}
     if isinstance(module, nn.Linear):
         return nn.Linear(**sizes, bias=module.bias is not None, **place)
@@ -558,12 +560,13 @@ def _resized(module: nn.Module, sizes: dict[str, int] | None) -> nn.Module:
             padding=module.padding,  # type: ignore[arg-type]
             dilation=module.dilation,  # type: ignore[arg-type]
             groups=module.groups,
-            padding_mode=module.padding_mode,  # type: ignore[arg-type]
+            padding_mode=module.padding_mode,
             bias=module.bias is not None,
             **place,
         )
     if isinstance(module, nn.GroupNorm):
-        return nn.GroupNorm(**sizes, eps=module.eps, affine=module.affine, **place)
+        groups, channels = sizes["num_groups"], sizes["num_channels"]
+        return nn.GroupNorm(groups, channels, module.eps, module.affine, **place)
     raise ModelError(f"{FILE} gives sizes for a {type(module).__name__}, which has none")
 
 

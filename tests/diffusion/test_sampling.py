@@ -11,7 +11,7 @@ from torch import Tensor
 from tunekit import families
 from tunekit.config import SamplingConfig
 from tunekit.diffusion.metrics import relative_error
-from tunekit.diffusion.sampling import initial_latents, sample, sampler
+from tunekit.diffusion.sampling import Step, initial_latents, sample, sample_steps, sampler
 from tunekit.errors import ConfigError
 
 PROMPTS = ["a red cat", "the moon"]
@@ -43,21 +43,22 @@ def use(pipeline: Any, scheduler: str, **settings: Any) -> None:
     pipeline.scheduler = getattr(diffusers, scheduler)(**{k: shared[k] for k in keys}, **settings)
 
 
-def ours(
-    pipeline: Any, prompts: list[str], seeds: list[int], *, on_step: Any = None, **options: Any
-) -> Tensor:
+def arguments(pipeline: Any, prompts: list[str], seeds: list[int], **options: Any) -> dict[str, Any]:
     shape = FAMILY.latent_shape(pipeline, SIZE["height"], SIZE["width"])
-    return sample(
-        lambda latents, t, conditioning: FAMILY.denoise(pipeline.unet, latents, t, conditioning),
-        pipeline.scheduler,
-        initial_latents(seeds, shape),
-        FAMILY.encode_prompt(pipeline, prompts),
-        FAMILY.encode_prompt(pipeline, ["a blue dog"] * len(prompts)),
-        SamplingConfig(**{"steps": 4, "guidance": 5.0, **options}),
-        begin=FAMILY.begin,
-        seeds=seeds,
-        on_step=on_step,
-    )
+    return {
+        "denoise": lambda latents, t, conditioning: FAMILY.denoise(pipeline.unet, latents, t, conditioning),
+        "scheduler": pipeline.scheduler,
+        "latents": initial_latents(seeds, shape),
+        "conditioning": FAMILY.encode_prompt(pipeline, prompts),
+        "negative": FAMILY.encode_prompt(pipeline, ["a blue dog"] * len(prompts)),
+        "sampling": SamplingConfig(**{"steps": 4, "guidance": 5.0, **options}),
+        "begin": FAMILY.begin,
+        "seeds": seeds,
+    }
+
+
+def ours(pipeline: Any, prompts: list[str], seeds: list[int], **options: Any) -> Tensor:
+    return sample(**arguments(pipeline, prompts, seeds, **options))
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -187,11 +188,15 @@ def test_the_scheduler_keeps_no_state(pipeline: Any) -> None:
     assert pipeline.scheduler.num_inference_steps is None
 
 
-def test_progress_counts_to_the_end(pipeline: Any) -> None:
-    use(pipeline, "DDIMScheduler")
-    seen: list[tuple[int, int]] = []
-    ours(pipeline, PROMPTS[:1], SEEDS[:1], on_step=lambda done, of, latents: seen.append((done, of)))
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+@pytest.mark.parametrize(("scheduler", "total"), [("DDIMScheduler", 4), ("HeunDiscreteScheduler", 7)])
+def test_progress_counts_to_the_end(pipeline: Any, scheduler: str, total: int) -> None:
+    """Heun's sampler calls the denoiser twice per step, but for the last."""
+    use(pipeline, scheduler)
+    steps: list[Step] = list(sample_steps(**arguments(pipeline, PROMPTS[:1], SEEDS[:1])))
+    assert [(step.done, step.total) for step in steps] == [(i, total) for i in range(1, total + 1)]
+    assert torch.equal(steps[-1].latents, ours(pipeline, PROMPTS[:1], SEEDS[:1]))
+    assert not any(step.latents.requires_grad for step in steps)
+    assert torch.is_grad_enabled()
 
 
 def test_without_a_negative_prompt_the_denoiser_sees_each_picture_once(pipeline: Any) -> None:

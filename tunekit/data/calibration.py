@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -180,7 +179,7 @@ def _drawn(
                 save_file({"moments": torch.cat([row, torch.zeros_like(row)])}, aside)
                 aside.replace(files[index])
     samples = [
-        Sample(f"drawn/{index}", prompt, width, height, files[index].stem, str(files[index]), io.BytesIO)
+        Sample(f"drawn/{index}", prompt, width, height, files[index].stem, str(files[index]), bytes)
         for index, prompt in enumerate(prompts)
     ]
     return samples, [[path] for path in files], frame

@@ -14,7 +14,7 @@ MAX_PSNR_DB = 150.0  # what equal pictures get, so that reports need no infinity
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """Return ||value - reference|| / ||reference||; 0 if both are zero, infinity if only the reference is."""
     value, reference = value.detach().cpu().double(), reference.detach().cpu().double()
-    error, size = (value - reference).norm().item(), reference.norm().item()
+    error, size = float((value - reference).norm()), float(reference.norm())
     if size == 0:
         return 0.0 if error == 0 else math.inf
     return error / size

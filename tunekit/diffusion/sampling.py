@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,16 @@ from torch import Tensor
 from tunekit.config import SamplingConfig
 from tunekit.errors import ConfigError, did_you_mean
 
-__all__ = ["Begin", "Denoise", "SamplingConfig", "initial_latents", "sample", "sampler"]
+__all__ = [
+    "Begin",
+    "Denoise",
+    "SamplingConfig",
+    "Step",
+    "initial_latents",
+    "sample",
+    "sample_steps",
+    "sampler",
+]
 
 Conditioning = dict[str, Tensor]
 Denoise = Callable[[Tensor, Tensor, Conditioning], Tensor]
@@ -21,9 +30,6 @@ Begin = Callable[[Any, int, Tensor], Tensor]
 """(fresh scheduler, steps, unit noise) -> the latents it starts from; see `Family.begin`."""
 ZERO_SNR = "rescale_betas_zero_snr"
 """Key of the schedulers that can end in noise alone."""
-OnStep = Callable[[int, int, Tensor], None]
-"""Called with (steps done, all steps, latents) after each; some samplers call the denoiser more often than
-the steps that were asked for, and so count more."""
 
 
 def initial_latents(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
@@ -42,10 +48,10 @@ def sampler(scheduler: Any, sampling: SamplingConfig) -> Any:
     import diffusers
 
     changes = dict(sampling.scheduler or {})
-    made = type(scheduler)
+    made: Any = type(scheduler)
     if name := changes.pop("class", None):
         made = getattr(diffusers, str(name), None)
-        if made is None or not hasattr(made, "set_timesteps"):
+        if not hasattr(made, "set_timesteps"):
             raise ConfigError(
                 f'diffusers has no scheduler "{name}"', hint="such as EulerDiscreteScheduler or LCMScheduler"
             )
@@ -67,7 +73,6 @@ def sampler(scheduler: Any, sampling: SamplingConfig) -> Any:
     return made.from_config(scheduler.config, **changes)
 
 
-@torch.no_grad()
 def sample(
     denoise: Denoise,
     scheduler: Any,
@@ -78,7 +83,6 @@ def sample(
     *,
     begin: Begin,
     seeds: Sequence[int] | None = None,
-    on_step: OnStep | None = None,
 ) -> Tensor:
     """Denoise unit noise to scaled latents, step for step as diffusers' pipelines do.
 
@@ -92,27 +96,56 @@ def sample(
         begin: sets the sampler's timesteps, see `Family.begin`.
         seeds: of the pictures. A sampler that adds noise while it runs draws each picture's from its own
             seed, going on after `initial_latents`; without seeds it is taken from the global random state.
-        on_step: called after each step.
     """
+    taken = sample_steps(
+        denoise, scheduler, latents, conditioning, negative, sampling, begin=begin, seeds=seeds
+    )
+    for step in taken:
+        latents = step.latents
+    return latents
+
+
+class Step(NamedTuple):
+    """Where sampling is."""
+
+    done: int
+    """Steps done, counted from 1."""
+    total: int
+    """All steps; some samplers call the denoiser more often than was asked for, and so count more."""
+    latents: Tensor
+    """[B, C, h, w] after it."""
+
+
+@torch.no_grad()
+def sample_steps(
+    denoise: Denoise,
+    scheduler: Any,
+    latents: Tensor,
+    conditioning: Conditioning,
+    negative: Conditioning | None,
+    sampling: SamplingConfig,
+    *,
+    begin: Begin,
+    seeds: Sequence[int] | None = None,
+) -> Iterator[Step]:
+    """`sample`, one step at a time."""
     assert sampling.steps is not None
     scheduler = sampler(scheduler, sampling)
     options = _step_options(scheduler, latents, seeds)
     latents = begin(scheduler, sampling.steps, latents)
-    guided = negative is not None and sampling.guided
-    if negative is not None and guided:
+    scale = sampling.guidance if negative is not None and sampling.guided else None
+    if negative is not None and scale is not None:
         conditioning = {key: torch.cat([negative[key], value]) for key, value in conditioning.items()}
     for i, timestep in enumerate(scheduler.timesteps):
-        rows = torch.cat([latents, latents]) if guided else latents
+        rows = torch.cat([latents, latents]) if scale is not None else latents
         if hasattr(scheduler, "scale_model_input"):  # those for flow matching have none
             rows = scheduler.scale_model_input(rows, timestep)
         prediction = denoise(rows, timestep.float().expand(len(rows)), conditioning)
-        if guided:
+        if scale is not None:
             without, with_prompt = prediction.chunk(2)
-            prediction = without + sampling.guidance * (with_prompt - without)
+            prediction = without + scale * (with_prompt - without)
         latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
-        if on_step:
-            on_step(i + 1, len(scheduler.timesteps), latents)
-    return latents
+        yield Step(i + 1, len(scheduler.timesteps), latents)
 
 
 def _step_options(scheduler: Any, latents: Tensor, seeds: Sequence[int] | None) -> dict[str, Any]:

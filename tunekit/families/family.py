@@ -12,7 +12,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from tunekit.diffusion.objectives import Objective, ObjectiveConfig
+from tunekit.config import ObjectiveConfig
+from tunekit.diffusion.objectives import Objective
 from tunekit.diffusion.sampling import SamplingConfig
 from tunekit.resources import Source
 
@@ -29,6 +30,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Dtypes = torch.dtype | Mapping[str, torch.dtype]
 """Type of all weights, or component name -> type of its own; those that are not named are float32."""
+
+Packing = Literal["", "int8", "nf4"]
+"""How the linear layers in a denoiser's blocks are kept; "" is as floats."""
 
 Role = Literal["denoiser", "vae", "text_encoder", "scheduler"]
 
@@ -306,7 +310,7 @@ class Planned(Protocol):
 class Family(Planned, Protocol):
     """A model family that can be run."""
 
-    def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: str = "") -> Pipeline:
+    def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: Packing = "") -> Pipeline:
         """Load a pipeline on the CPU, in eval mode, component by component, each in its own type.
 
         Args:

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tunekit.diffusion.objectives import FlowMatching, Objective, ObjectiveConfig
+from tunekit.config import ObjectiveConfig
+from tunekit.diffusion.objectives import FlowMatching, Objective
 from tunekit.diffusion.sampling import SamplingConfig
 from tunekit.families import family as answers
 from tunekit.families import sizes, unet
@@ -64,7 +65,8 @@ class Flux:
     )
 
     def denoiser(self, pipeline: Pipeline) -> nn.Module:
-        return pipeline.transformer
+        network: nn.Module = pipeline.transformer
+        return network
 
     def objective(self, pipeline: Pipeline, config: ObjectiveConfig | None = None) -> Objective:
         return FlowMatching.from_scheduler(pipeline.scheduler, config)

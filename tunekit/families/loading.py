@@ -19,7 +19,7 @@ from tunekit.errors import ModelError, TunekitError, output_errors
 from tunekit.resources import Source
 
 if TYPE_CHECKING:
-    from tunekit.families.family import Dtypes, FamilyFacts, Pipeline
+    from tunekit.families.family import Dtypes, FamilyFacts, Packing, Pipeline
 
 MODEL_INDEX = "model_index.json"
 TEXT_LEVEL = "text_model."
@@ -34,7 +34,7 @@ def load_pipeline(
     facts: FamilyFacts,
     dtypes: Dtypes = torch.float32,
     *,
-    pack: str = "",
+    pack: Packing = "",
     fixed: Mapping[str, Any] | None = None,
 ) -> Pipeline:
     """Load a pipeline from a folder, "builtin/...", a single file or a hub id.

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tunekit.diffusion.objectives import Discrete, Objective, ObjectiveConfig
+from tunekit.config import ObjectiveConfig
+from tunekit.diffusion.objectives import Discrete, Objective
 from tunekit.families import family as answers
 from tunekit.families import loading, sizes, tiny, unet
 from tunekit.families.family import (
@@ -18,6 +19,7 @@ from tunekit.families.family import (
     Dtypes,
     ExportComponent,
     FamilyFacts,
+    Packing,
     Pipeline,
     Tokens,
 )
@@ -65,7 +67,7 @@ class SD15:
         default_source="stable-diffusion-v1-5/stable-diffusion-v1-5",
     )
 
-    def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: str = "") -> Pipeline:
+    def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: Packing = "") -> Pipeline:
         source = Source.of(source)
         if source.name == "tiny":
             return loading.cast(self.tiny(), self.facts, dtypes)
@@ -130,7 +132,8 @@ class SD15:
         return not configs.get("unet", {}).get("use_linear_projection")  # as 2.x has them
 
     def denoiser(self, pipeline: Pipeline) -> nn.Module:
-        return pipeline.unet
+        network: nn.Module = pipeline.unet
+        return network
 
     def objective(self, pipeline: Pipeline, config: ObjectiveConfig | None = None) -> Objective:
         return Discrete.from_scheduler(pipeline.scheduler, config)
@@ -184,7 +187,8 @@ class SD15:
     def denoise(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        return denoiser(sample=noisy, timestep=timestep, **conditioning, return_dict=False)[0]
+        made: Tensor = denoiser(sample=noisy, timestep=timestep, **conditioning, return_dict=False)[0]
+        return made
 
     def begin(self, scheduler: Any, steps: int, latents: Tensor) -> Tensor:
         return answers.begin(scheduler, steps, latents)

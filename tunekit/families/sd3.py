@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tunekit.diffusion.objectives import FlowMatching, Objective, ObjectiveConfig
+from tunekit.config import ObjectiveConfig
+from tunekit.diffusion.objectives import FlowMatching, Objective
 from tunekit.diffusion.sampling import SamplingConfig
 from tunekit.families import family as answers
 from tunekit.families import sizes, unet
@@ -76,7 +77,8 @@ class SD3:
     )
 
     def denoiser(self, pipeline: Pipeline) -> nn.Module:
-        return pipeline.transformer
+        network: nn.Module = pipeline.transformer
+        return network
 
     def objective(self, pipeline: Pipeline, config: ObjectiveConfig | None = None) -> Objective:
         return FlowMatching.from_scheduler(pipeline.scheduler, config)
@@ -121,7 +123,8 @@ class SD3:
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
         # Not divided by 1000, unlike other transformers of flow matching.
-        return denoiser(hidden_states=noisy, timestep=timestep, **conditioning, return_dict=False)[0]
+        made: Tensor = denoiser(hidden_states=noisy, timestep=timestep, **conditioning, return_dict=False)[0]
+        return made
 
     def blocks(self, denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
         transformer: Any = denoiser

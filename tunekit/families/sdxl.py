@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tunekit.diffusion.objectives import Discrete, Objective, ObjectiveConfig
+from tunekit.config import ObjectiveConfig
+from tunekit.diffusion.objectives import Discrete, Objective
 from tunekit.diffusion.sampling import SamplingConfig
 from tunekit.families import family as answers
 from tunekit.families import loading, sizes, tiny, unet
@@ -19,6 +20,7 @@ from tunekit.families.family import (
     Dtypes,
     ExportComponent,
     FamilyFacts,
+    Packing,
     Pipeline,
     Tokens,
 )
@@ -84,7 +86,7 @@ class SDXL:
         sampling=SamplingConfig(steps=30, guidance=5.0),
     )
 
-    def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: str = "") -> Pipeline:
+    def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: Packing = "") -> Pipeline:
         source = Source.of(source)
         if source.name == "tiny":
             return loading.cast(self.tiny(), self.facts, dtypes)
@@ -152,7 +154,8 @@ class SDXL:
         return True
 
     def denoiser(self, pipeline: Pipeline) -> nn.Module:
-        return pipeline.unet
+        network: nn.Module = pipeline.unet
+        return network
 
     def objective(self, pipeline: Pipeline, config: ObjectiveConfig | None = None) -> Objective:
         return Discrete.from_scheduler(pipeline.scheduler, config)
@@ -217,13 +220,14 @@ class SDXL:
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
         added = {key: conditioning[key] for key in ("text_embeds", "time_ids")}
-        return denoiser(
+        made: Tensor = denoiser(
             sample=noisy,
             timestep=timestep,
             encoder_hidden_states=conditioning["encoder_hidden_states"],
             added_cond_kwargs=added,
             return_dict=False,
         )[0]
+        return made
 
     def begin(self, scheduler: Any, steps: int, latents: Tensor) -> Tensor:
         return answers.begin(scheduler, steps, latents)

@@ -87,7 +87,7 @@ def decode(pipeline: Pipeline, latents: Tensor) -> Tensor:
     """See `Family.decode`."""
     vae = pipeline.vae
     shift, scale = latent_scaling(pipeline)
-    pixels = vae.decode((latents / scale + shift).to(vae.device, vae.dtype)).sample
+    pixels: Tensor = vae.decode((latents / scale + shift).to(vae.device, vae.dtype)).sample
     return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
 
@@ -243,7 +243,8 @@ class _VaeEncoder(nn.Module):
         self.vae = vae
 
     def forward(self, sample: Tensor) -> Tensor:
-        return self.vae.encode(sample, return_dict=False)[0].parameters
+        moments: Tensor = self.vae.encode(sample, return_dict=False)[0].parameters
+        return moments
 
 
 class _VaeDecoder(nn.Module):
@@ -252,4 +253,5 @@ class _VaeDecoder(nn.Module):
         self.vae = vae
 
     def forward(self, latent_sample: Tensor) -> Tensor:
-        return self.vae.decode(latent_sample, return_dict=False)[0]
+        pixels: Tensor = self.vae.decode(latent_sample, return_dict=False)[0]
+        return pixels

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from tunekit.config import SamplingConfig
-from tunekit.diffusion.sampling import OnStep, initial_latents, sample
+from tunekit.diffusion.sampling import initial_latents, sample_steps
 from tunekit.errors import ConfigError
 from tunekit.families.family import Conditioning
 from tunekit.runtime.base import Runtime
+
+OnStep = Callable[[int, int, Tensor], None]
+"""Called with (steps done, all steps, latents) after each; see `sampling.Step`."""
 
 
 def sample_pixels(
@@ -26,17 +29,20 @@ def sample_pixels(
 ) -> Tensor:
     """Draw one batch from prompts that are encoded already; pixels [B, 3, H, W] in [0, 1]."""
     sampling = sampling.over(runtime.sampling)
-    latents = sample(
+    latents = initial_latents(seeds, runtime.latent_shape(*runtime.size(sampling)))
+    steps = sample_steps(
         runtime.denoise,
         runtime.scheduler,
-        initial_latents(seeds, runtime.latent_shape(*runtime.size(sampling))),
+        latents,
         conditioning,
         negative,
         sampling,
         begin=runtime.family.begin,
         seeds=seeds,
-        on_step=on_step,
     )
+    for done, total, latents in steps:
+        if on_step:
+            on_step(done, total, latents)
     return runtime.decode(latents)
 
 
