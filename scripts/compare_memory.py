@@ -12,7 +12,7 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ import diffusers
 import peft
 import torch
 from torch import Tensor, nn
-from tunekit.families.blueprint import Blueprint, Inputs, Part
 
 from tunekit import families
 from tunekit.config import AdapterConfig
+from tunekit.families import Component, Conditioning, Sizes
 from tunekit.memory.allocator import least_capacity, replay
-from tunekit.memory.job import Job, trace_step
-from tunekit.memory.levers import Levers
+from tunekit.memory.job import Job
+from tunekit.memory.levers import Levers, lowered
 from tunekit.memory.room import CONTEXT
+from tunekit.memory.step import trace_step
 from tunekit.memory.trace import CUDA
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,8 +113,9 @@ class Published:
         """The configuration."""
         trained = f"LoRA r{self.rank}" if self.rank else "all weights"
         height, width = self.size
+        facts = families.planned(self.family).facts
         parts = [
-            f"{families.BLUEPRINTS.get(self.family).title}, {trained}, {width}x{height}",
+            f"{facts.base_title or facts.title}, {trained}, {width}x{height}",
             f"batch {self.micro_batch}" + (f" x {self.accumulation}" if self.accumulation > 1 else ""),
             self.arithmetic.words,
             *([f"{self.base} base"] if self.base != "same" else []),
@@ -257,49 +259,52 @@ NOT_COMPARED = (
 )
 
 
-class HeldPart(Part):
+class HeldPart(Component):
     """A network whose weights are in bf16 from the start."""
 
     def build(self, device: str = "meta") -> nn.Module:
         """Makes it."""
-        return super().build(device).to(torch.bfloat16)
+        made: nn.Module = super().build(device).to(torch.bfloat16)
+        return made
 
 
-def held_in_bf16(family: Blueprint) -> Blueprint:
-    """The family with its denoiser, and what that takes, in bf16."""
+class HeldSizes(Sizes):
+    """Sizes whose denoiser, and what that takes, are in bf16."""
 
-    def lowered(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: lowered(one) for key, one in value.items()}
-        return value.to(torch.bfloat16) if isinstance(value, Tensor) and value.is_floating_point() else value
+    def latents(self, batch: int, height: int, width: int) -> Tensor:
+        """In bf16."""
+        return super().latents(batch, height, width).to(torch.bfloat16)
 
-    def inputs(blueprint: Blueprint, batch: int, height: int, width: int) -> Inputs:
-        made = family.inputs(blueprint, batch, height, width)
-        return {key: lowered(value) for key, value in made.items()}
+    def encoded(self, batch: int) -> Conditioning:
+        """In bf16."""
+        return lowered(super().encoded(batch), torch.bfloat16, ())
 
-    part = family.denoiser
-    return replace(
-        family, inputs=inputs, denoiser=HeldPart(part.name, part.classes, part.config, part.precision)
-    )
+
+def sizes_of(row: Published) -> Sizes:
+    """Of the base that was measured."""
+    found = families.sizes_of(row.family, families.planned(row.family).facts.default_source)
+    lengths = dict(zip((part.name for part in found.encoders), row.tokens or (), strict=False))
+    parts = [replace(part, tokens=lengths.get(part.name, part.tokens)) for part in found.components]
+    if row.arithmetic.held == torch.float32:
+        return replace(found, components=tuple(parts))
+    held = {part.name: getattr(found.denoiser, part.name) for part in fields(Component)}
+    parts[parts.index(found.denoiser)] = HeldPart(**held)
+    return HeldSizes(found.family, tuple(parts))
 
 
 def predict(row: Published) -> tuple[int, int]:
     """Bytes allocated and reserved; of a card, the least that the allocator can do with."""
-    family = families.BLUEPRINTS.get(row.family)
-    if row.tokens:
-        family = replace(family, tokens=row.tokens)
-    if row.arithmetic.held != torch.float32:
-        family = held_in_bf16(family)
-    targets = list(row.targets) if row.targets else None
-    adapter = AdapterConfig(rank=row.rank, alpha=row.rank, targets=targets) if row.rank else None
+    sizes = sizes_of(row)
+    targets = tuple(row.targets or sizes.family.facts.lora_targets)
+    adapter = AdapterConfig(rank=row.rank, alpha=row.rank, targets=list(targets)) if row.rank else None
     precision = row.arithmetic.precision
     job = Job(
-        family, adapter, row.optimizer, precision, row.size, max_grad_norm=None if row.in_backward else 1.0
+        sizes, adapter, row.optimizer, precision, row.size, max_grad_norm=None if row.in_backward else 1.0
     )
     levers = Levers(precision, row.base, checkpointed=row.checkpointed, optimizer_in_backward=row.in_backward)
     target = replace(CUDA, attention=row.attention)
     trace = trace_step(job, target, levers, micro_batch=row.micro_batch, accumulation=row.accumulation).trace
-    networks = {"text encoders": family.encoders, "VAE": (family.vae,)}
+    networks = {"text encoders": sizes.encoders, "VAE": (sizes.vae,)}
     parts = [part.build() for name in row.beside for part in networks[name]]
     beside = row.beside_bytes * sum(p.numel() for part in parts for p in part.parameters())
     card = row.counter == "card"

@@ -4,10 +4,10 @@
     python scripts/measure_memory.py                  # on the CPU: tiny and bundled models, a minute
     python scripts/measure_memory.py --device cuda    # SD 1.5 at 512 px and SDXL at 1024 px, random weights
 
-A few optimizer steps run through the training loop, with each lever; a picture and a caption are encoded, a
-preview is drawn. On the CPU the allocator's own record is read (not the size of the process), on a GPU
-`max_memory_allocated` and `max_memory_reserved`. A grid, then ten configurations drawn at random, so that
-nobody chose them.
+A few optimizer steps of the recipes' own task run through the training loop, with each lever; a picture and
+a caption are encoded, a preview is drawn. On the CPU the allocator's own record is read (not the size of the
+process), on a GPU `max_memory_allocated` and `max_memory_reserved`. A grid, then ten configurations drawn at
+random, so that nobody chose them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,32 +28,23 @@ import diffusers
 import peft
 import torch
 from torch import Tensor, nn
-from tunekit.families.blueprint import Blueprint
 
 from tunekit import families, hardware
 from tunekit.config import AdapterConfig, TrainConfig
+from tunekit.diffusion.batch import Batch
+from tunekit.families import Sizes
 from tunekit.memory.allocator import replay
-from tunekit.memory.job import Job, adapted, trace_encode, trace_preview, trace_step
-from tunekit.memory.levers import Fitted, Levers, autocast_of, step_in_backward
+from tunekit.memory.job import Job
+from tunekit.memory.levers import Levers, autocast_of, step_in_backward
 from tunekit.memory.measure import Measured, Meter
-from tunekit.memory.trace import CPU, CUDA
+from tunekit.memory.phases import tensors, trace_encode, trace_preview
+from tunekit.memory.step import adapted, trace_step
+from tunekit.memory.trace import CPU, CUDA, Trace
 from tunekit.optimizers import build
-from tunekit.training.loop import train, weighted_mse
+from tunekit.tasks import Task
+from tunekit.training.loop import Hooks, train
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class Rows:
-    """One micro-batch of anything."""
-
-    ids: Sequence[str]
-    inputs: dict[str, Any]
-    noise: Tensor
-
-    def to(self, device: torch.device) -> Rows:
-        """They are where they should be."""
-        return self
 
 
 @dataclass
@@ -61,15 +52,14 @@ class Same:
     """The same micro-batches in each step."""
 
     batch_size: int
-    rows: Sequence[Rows]
+    rows: Sequence[Batch]
 
     @property
     def tensors(self) -> list[Tensor]:
         """All that the rows hold."""
-        held = [(rows.noise, *rows.inputs.values()) for rows in self.rows]
-        return [item for one in held for item in one if isinstance(item, Tensor)]
+        return [item for rows in self.rows for item in rows.tensors()]
 
-    def step(self, step: int, rank: int, processes: int) -> Sequence[Rows]:
+    def step(self, step: int, rank: int, processes: int) -> Sequence[Batch]:
         """See `training.loop.Batches`."""
         return self.rows
 
@@ -81,7 +71,7 @@ class Timed(Same):
     started: float = 0.0
     seconds: float = 0.0
 
-    def step(self, step: int, rank: int, processes: int) -> Sequence[Rows]:
+    def step(self, step: int, rank: int, processes: int) -> Sequence[Batch]:
         """Waits for the step before."""
         if step in (3, 7):
             torch.cuda.synchronize()
@@ -96,36 +86,32 @@ def quiet(line: str) -> None:
     """Says nothing."""
 
 
-def real(value: Any, device: str) -> Any:
+def real(values: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:
     """Tensors with data in place of those without."""
-    if isinstance(value, dict):
-        return {key: real(item, device) for key, item in value.items()}
-    return torch.zeros_like(value, device=device)
+    return {name: torch.zeros_like(value, device=device) for name, value in values.items()}
 
 
-def loss(model: nn.Module, batch: Rows) -> Tensor:
-    """Noise, prediction, error, as the recipes have them."""
-    name, *_ = batch.inputs
-    noisy = batch.inputs[name] * 0.5 + batch.noise * 0.5
-    made = model(**{**batch.inputs, name: noisy}, return_dict=False)[0]
-    return weighted_mse(made, batch.noise, torch.ones(len(made), device=made.device))
+def real_batch(job: Job, count: int, device: str) -> Batch:
+    """A micro-batch of a job, with data."""
+    batch = job.batch(count)
+    return Batch(batch.ids, real(batch.rows, device), real(batch.conditioning, device))
 
 
-def fixed(denoiser: Fitted) -> list[Tensor]:
-    """What is on the device before a step: weights and masters, without what stays on the host."""
-    host = {id(tensor) for tensor in denoiser.host.tensors} if denoiser.host else set()
-    module = denoiser.module
-    own = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in host]
-    return [*own, *denoiser.parameters.values()]
+def fixed(task: Task) -> list[Tensor]:
+    """What is on the device before a step: weights, masters and teachers, without what stays on the host."""
+    fitted = task.fitted
+    host = {id(tensor) for tensor in fitted.host.tensors} if fitted.host else set()
+    modules = [fitted.module, *(one for one in vars(task).values() if isinstance(one, nn.Module))]
+    own = [t for module in modules for t in (*module.parameters(), *module.buffers()) if id(t) not in host]
+    return [*own, *fitted.parameters.values()]
 
 
-def measured(
-    job: Job, fitted: Fitted, batches: Same, loss: Callable[[nn.Module, Any], Tensor], device: str
-) -> tuple[Measured, float]:
+def measured(job: Job, task: Task, batches: Same, device: str) -> tuple[Measured, float]:
     """Peak of two optimizer steps, and seconds of a later one (of both on the CPU)."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
+    fitted = task.fitted
     in_backward = fitted.optimizer_in_backward
     optimizer = build(
         job.optimizer, fitted.parameters.values(), lr=1e-4, device=device, per_parameter=in_backward
@@ -139,7 +125,7 @@ def measured(
         max_grad_norm=job.max_grad_norm,
         log_every=1000,
     )
-    meter = Meter(torch.device(device), lambda: [*fixed(fitted), *batches.tensors])
+    meter = Meter(torch.device(device), lambda: [*fixed(task), *batches.tensors])
     rows = list(batches.rows)
     try:
         accelerator = Accelerator(
@@ -149,7 +135,7 @@ def measured(
             torch.cuda.empty_cache()
             batches = Timed(batches.batch_size, rows)
         with meter.phase("step"):
-            train(accelerator, fitted.module, optimizer, batches, loss, settings, fitted=fitted, say=quiet)
+            train(accelerator, task, optimizer, batches, settings, Hooks(say=quiet))
         seconds = batches.seconds if isinstance(batches, Timed) else 0.0
         return meter.measured["step"], seconds
     finally:
@@ -164,16 +150,16 @@ def compare(job: Job, micro_batch: int, accumulation: int, levers: Levers, devic
     predicted = traced.peak().size
     reserved = max(replay(traced.events).values()) if device != "cpu" else None
     torch.manual_seed(0)
-    fitted = adapted(job, levers, device)
-    inputs = real(job.blueprint.inputs(job.blueprint, micro_batch, *job.latents(job.size)), device)
-    rows = Rows(["x"] * micro_batch, inputs, torch.zeros_like(next(iter(inputs.values()))))
-    batches = Same(micro_batch * accumulation, [rows] * accumulation)
-    found, seconds = measured(job, fitted, batches, loss, device)
-    del fitted, inputs, rows, batches
+    task = job.task_of(adapted(job, levers, device))
+    batch = real_batch(job, micro_batch, device)
+    batches = Same(micro_batch * accumulation, [batch] * accumulation)
+    found, seconds = measured(job, task, batches, device)
+    del task, batch, batches
     gc.collect()
     units = levers.checkpointed if isinstance(levers.checkpointed, bool) else len(levers.checkpointed)
     row = {
-        "model": job.blueprint.name,
+        "model": job.sizes.family.name,
+        "task": job.task,
         "phase": "step",
         "trains": job.adapter.kind if job.adapter else "all weights",
         "size": job.size[0],
@@ -194,51 +180,59 @@ def compare(job: Job, micro_batch: int, accumulation: int, levers: Levers, devic
 
 def compare_phase(job: Job, phase: str, device: str) -> dict[str, Any]:
     """Encoding a picture and a caption, or drawing a preview: predicted and measured."""
-    target = CPU if device == "cpu" else CUDA
-    family = job.blueprint
-    on = torch.device(device)
-    vae = family.vae.build(device)
-    if phase == "encode":
-        predicted = trace_encode(job, target)
-        encoders = [part.build(device if device == "cpu" else "cpu") for part in family.encoders]
-        denoiser = family.denoiser.build("cpu")
-        there = [vae, *encoders, denoiser] if device == "cpu" else [vae]
-        meter = Meter(on, lambda: [t for m in there for t in (*m.parameters(), *m.buffers())])
-        with meter.phase(phase, again=True), torch.no_grad():
-            told = vae.encode(torch.zeros(1, 3, *job.size, device=device)).latent_dist
-            del told
-        if device != "cpu":
-            vae.to("cpu")
-            encoders = [encoder.to(device) for encoder in encoders]
-        with meter.phase(phase, again=True), torch.no_grad():
-            for encoder, tokens in zip(encoders, family.tokens, strict=True):
-                said = encoder(torch.zeros(1, tokens, dtype=torch.long, device=device))
-                del said
-    else:
-        predicted = trace_preview(job, target)
-        fitted = adapted(job, Levers(job.precision), device)
-        network = fitted.module.eval()
-        meter = Meter(on, lambda: [*network.parameters(), *network.buffers(), *vae.parameters()])
-        height, width = job.latents(job.preview or job.size)
-        channels = int(family.vae.config.get("latent_channels", 4))
-        with meter.phase(phase, again=True), torch.no_grad():
-            rows = real(family.inputs(family, 2, height, width), device)
-            made = network(**rows, return_dict=False)[0].float()
-            del made, rows
-        with meter.phase(phase, again=True), torch.no_grad():
-            pixels = vae.decode(torch.zeros(1, channels, height, width, device=device)).sample
-            pixels = (pixels.float() / 2 + 0.5).clamp(0, 1)
-            del pixels
+    predicted, found = {"encode": encoding, "preview": previewing}[phase](job, device)
     reserved = max(replay(predicted.events).values()) if device != "cpu" else None
     row = {
-        "model": family.name,
+        "model": job.sizes.family.name,
         "phase": phase,
         "size": job.size[0],
         "precision": job.precision,
-        **errors_of(predicted.peak().size, reserved, meter.measured[phase]),
+        **errors_of(predicted.peak().size, reserved, found),
     }
     print(json.dumps(row), flush=True)
     return row
+
+
+def encoding(job: Job, device: str) -> tuple[Trace, Measured]:
+    """A picture, then a caption, as the family encodes them."""
+    family, on_cpu = job.sizes.family, device == "cpu"
+    pipeline = job.sizes.pipeline(device="cpu")
+    encoders = [getattr(pipeline, part.name) for part in job.sizes.encoders]
+    there = [pipeline.vae, *encoders, family.denoiser(pipeline).to(job.held)] if on_cpu else [pipeline.vae]
+    pixels, tokens = torch.zeros(1, 3, *job.size), real(job.sizes.tokens(1), "cpu")
+    meter = Meter(torch.device(device), lambda: [pixels, *tensors(*there)])
+    pipeline.vae.to(device)
+    with meter.phase("encode", again=True):
+        moments = family.encode_image(pipeline, pixels)
+        del moments
+    if not on_cpu:
+        pipeline.vae.to("cpu")
+    for encoder in encoders:
+        encoder.to(device)
+    with meter.phase("encode", again=True):
+        told = {name: value.float() for name, value in family.encode_tokens(pipeline, tokens).items()}
+        del told
+    return trace_encode(job, CPU if on_cpu else CUDA), meter.measured["encode"]
+
+
+def previewing(job: Job, device: str) -> tuple[Trace, Measured]:
+    """A call of the denoiser with guidance, then the decoder, as the family makes them."""
+    family, preview = job.sizes.family, job.preview or job.size
+    network = adapted(job, Levers(job.precision), device).module.eval()
+    pipeline = job.sizes.pipeline(built={job.sizes.denoiser.name: network}, device="cpu")
+    pipeline.vae.to(device)
+    latents = real({"": job.sizes.latents(1, *preview)}, device)[""]
+    told = real(job.told(2), device)
+    meter = Meter(torch.device(device), lambda: [latents, *told.values(), *tensors(network, pipeline.vae)])
+    with meter.phase("preview", again=True), torch.no_grad():
+        rows = torch.cat([latents, latents])
+        made = family.denoise(network, rows, torch.zeros(2, device=device), told).float()
+        del made, rows
+    told = {}
+    with meter.phase("preview", again=True):
+        pixels = family.decode(pipeline, latents)
+        del pixels
+    return trace_preview(job, CPU if device == "cpu" else CUDA), meter.measured["preview"]
 
 
 def errors_of(predicted: int, reserved: int | None, found: Measured) -> dict[str, Any]:
@@ -255,27 +249,18 @@ def errors_of(predicted: int, reserved: int | None, found: Measured) -> dict[str
     }
 
 
-def space(device: str) -> list[tuple[Blueprint, int]]:
+def space(device: str) -> list[tuple[Sizes, int]]:
     """Models and sides of pictures that are measured."""
     if device == "cpu":
-        tiny, bundled = (families.blueprint_of("sd15", name) for name in ("tiny", "builtin/emoji-64"))
-        return [(tiny, 64), (tiny, 128), (bundled, 64), (tiny_sdxl(), 64)]
-    return [(families.BLUEPRINTS.get("sd15"), 512), (families.BLUEPRINTS.get("sdxl"), 1024)]
+        tiny, bundled = (families.sizes_of("sd15", name) for name in ("tiny", "builtin/emoji-64"))
+        others = [(families.sizes_of(name, "tiny"), 64) for name in families.runnable() if name != "sd15"]
+        return [(tiny, 64), (tiny, 128), (bundled, 64), *others]
+    return [(usual("sd15"), 512), (usual("sdxl"), 1024)]
 
 
-def tiny_sdxl() -> Blueprint:
-    """SDXL's shape with few channels."""
-    whole = families.BLUEPRINTS.get("sdxl")
-    small = {
-        "sample_size": 8,
-        "block_out_channels": (32, 64, 64),
-        "transformer_layers_per_block": (1, 1, 2),
-        "attention_head_dim": (2, 4, 4),
-        "norm_num_groups": 8,
-        "cross_attention_dim": 2048,
-    }
-    denoiser = replace(whole.denoiser, config={**whole.denoiser.config, **small})
-    return replace(whole, denoiser=denoiser)
+def usual(family: str) -> Sizes:
+    """The sizes of a family's usual base."""
+    return families.sizes_of(family, families.planned(family).facts.default_source)
 
 
 ADAPTER = AdapterConfig(rank=16, alpha=16, targets=["to_q", "to_k", "to_v", "to_out.0"])
@@ -304,7 +289,7 @@ def grid(device: str) -> Iterator[dict[str, Any]]:
         precision = "fp32" if device == "cpu" else "bf16"
         for size, optimizer in itertools.product((1, 4), ("adamw", "adamw8bit")):
             whole = Job(model, None, optimizer, precision, (side, side))
-            if model.name == "sdxl" and device != "cpu" and (size > 1 or optimizer == "adamw"):
+            if model.family.name == "sdxl" and device != "cpu" and (size > 1 or optimizer == "adamw"):
                 continue  # more than an H100 has
             for twice in (False, True):
                 yield compare(whole, size, 1, Levers(precision, checkpointed=twice), device)
@@ -337,17 +322,17 @@ def dispatch_seconds(device: str) -> float:
     The figure of `room.DISPATCH_SECONDS`: forward and backward pass of a block that keeps its attention
     against one that is just checkpointed, over the operators of both of its forward passes.
     """
-    tiny = families.blueprint_of("sd15", "tiny")
-    job = Job(tiny, ADAPTER, size=(16, 16))
+    job = Job(families.sizes_of("sd15", "tiny"), ADAPTER, size=(16, 16))
     traced = trace_step(job, CPU, micro_batch=1).trace
     operators = sum(work.phase == "forward" and work.place % 2 for work in traced.work)
-    inputs = real(tiny.inputs(tiny, 1, *job.latents(job.size)), device)
+    batch = real_batch(job, 1, device)
     steps = {}
     for kept in (False, True):
-        module = adapted(job, Levers("fp32", checkpointed=True, keep_attention=kept), device).module
+        levers = Levers("fp32", checkpointed=True, keep_attention=kept)
+        task = job.task_of(adapted(job, levers, device))
 
-        def step(module: nn.Module = module) -> None:
-            module(**inputs, return_dict=False)[0].square().mean().backward()
+        def step(task: Task = task) -> None:
+            task.loss(task.fitted.module, batch)["loss"].mean().backward()
             if device != "cpu":
                 torch.cuda.synchronize()
 

@@ -6,8 +6,9 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -15,10 +16,12 @@ from tunekit import hardware, planning
 from tunekit.config import Loaded, load
 from tunekit.errors import DeviceError, DoesNotFit
 from tunekit.memory.levers import Levers
+from tunekit.training.run import Processes
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "plans.json").read_text())
 GIB = 2**30
+T = TypeVar("T")
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +47,16 @@ def here(monkeypatch: pytest.MonkeyPatch, **facts: Any) -> None:
     }
     real, device = hardware.probe, hardware.Device(**{**usual, **facts})
     monkeypatch.setattr(hardware, "probe", lambda name="auto": real("cpu") if name == "cpu" else device)
+
+
+class Twins(Processes):
+    """Two processes that find the same."""
+
+    def gather(self, value: T) -> list[T]:
+        return [value, value]
+
+    def decide(self, make: Callable[[], T]) -> T:
+        return make()
 
 
 TINY = ("model.source=tiny", "data.resolution=64")
@@ -90,8 +103,7 @@ def test_a_card_that_others_use_says_so(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_batches_are_shared_by_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     here(monkeypatch)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    settled, _ = planning.settle(config(*TINY).config)
+    settled, _ = planning.settle(config(*TINY).config, Twins(count=2, local=2))
     assert settled.memory.micro_batch == 2
 
 

@@ -382,10 +382,9 @@ def _planner(
     from tunekit.memory.job import job_of
     from tunekit.memory.planner import Planner
     from tunekit.memory.room import room_of
-    from tunekit.registry import FAMILIES
 
     data = getattr(config, "data")  # noqa: B009 - each training recipe declares its own
-    job = job_of(config.model, data, config.adapter, config.train, config.preview, place.precision)
+    job = job_of(config, data, place.precision)
     rows = 2 if getattr(data, "class_prompt", None) else 1  # a class picture comes with each
     memory = config.memory
     if processes > 1 and memory.optimizer_in_backward is None:
@@ -401,10 +400,9 @@ def _planner(
     room = room_of(place.facts, budget=place.total, real=place.is_here)
     room = replace(room, title=place.title, host_bytes=place.host_bytes, why_less=place.why_less)
     notes = []
-    if job.blueprint.assumed:
-        notes.append(
-            f"the sizes of {job.blueprint.default_source} are assumed: {config.model.source} is not here"
-        )
-    if config.model.family not in FAMILIES.names():
-        notes.append(f"{job.blueprint.title} can be planned, not run yet")
+    facts = job.sizes.family.facts
+    if job.sizes.assumed:
+        notes.append(f"the sizes of {facts.default_source} are assumed: {config.model.source} is not here")
+    if not facts.runs:
+        notes.append(f"{job.sizes.title} can be planned, not run yet")
     return planner, room, tuple(notes)

@@ -11,14 +11,16 @@ import torch
 
 from tunekit import families, planning
 from tunekit.config import AdapterConfig, load
-from tunekit.memory.job import Job, adapted, trace_step
+from tunekit.diffusion.batch import Batch
+from tunekit.memory.job import Job
 from tunekit.memory.levers import Levers
+from tunekit.memory.step import adapted, trace_step
 from tunekit.memory.trace import CPU
 
 pytestmark = pytest.mark.gpu
 
 ADAPTER = AdapterConfig(rank=16, alpha=16, targets=["to_q", "to_k", "to_v", "to_out.0"])
-BASE = families.BLUEPRINTS.get("sd15")
+BASE = families.sizes_of("sd15", families.planned("sd15").facts.default_source)
 
 
 def job(adapter: AdapterConfig | None = ADAPTER, **fields: Any) -> Job:
@@ -94,16 +96,17 @@ def test_weights_that_visit_give_the_same_gradients(units: tuple[str, ...]) -> N
     moved = adapted(small, Levers("fp32", checkpointed=True, offloaded=units), "cuda")
     state = {name: value.cpu() for name, value in copy.deepcopy(plain.module.state_dict()).items()}
     moved.module.load_state_dict(state)
-    inputs = {
-        key: torch.randn(value.shape, device="cuda")
-        if value.is_floating_point()
-        else torch.ones_like(value, device="cuda")
-        for key, value in BASE.inputs(BASE, 2, 16, 16).items()
-    }
+    batch = small.batch(2)
+    drawn = [
+        {name: torch.randn(value.shape, device="cuda") for name, value in part.items()}
+        for part in (batch.rows, batch.conditioning)
+    ]
+    drawn[0]["timesteps"] = torch.tensor([10.0, 900.0], device="cuda")
+    batch = Batch(batch.ids, *drawn)
     for _ in range(4):
         gradients = []
         for fitted in (plain, moved):
-            fitted.module(**inputs, return_dict=False)[0].square().mean().backward()
+            small.task_of(fitted).loss(fitted.module, batch)["loss"].mean().backward()
             gradients.append([p.grad.clone() for p in fitted.parameters.values()])
             for parameter in fitted.parameters.values():
                 parameter.grad = None

@@ -1,13 +1,13 @@
-"""What the tests of memory share: a small blueprint."""
+"""What the tests of memory share: small sizes."""
 
 from __future__ import annotations
 
 import pytest
-from tunekit.families.blueprint import Blueprint
 
 from tunekit import families
+from tunekit.families import Sizes
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Blueprint:
-    return families.blueprint_of("sd15", "tiny")
+def tiny() -> Sizes:
+    return families.sizes_of("sd15", "tiny")

@@ -17,13 +17,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from tunekit.families.blueprint import Blueprint
 
 from tunekit import families, layers, optimizers
 from tunekit.config import AdapterConfig, TrainConfig
+from tunekit.diffusion.batch import Batch
 from tunekit.errors import ConfigError, MissingPackageError
+from tunekit.families import Frame, Sizes
 from tunekit.memory import job as jobs
-from tunekit.memory.job import Job, StepTrace, trace_preview, trace_step
+from tunekit.memory.job import Job
 from tunekit.memory.levers import (
     ATTENTION,
     TILE,
@@ -36,9 +37,12 @@ from tunekit.memory.levers import (
     tile_vae,
 )
 from tunekit.memory.measure import Meter
+from tunekit.memory.phases import trace_preview
+from tunekit.memory.step import PAGED, StepTrace, trace_step
 from tunekit.memory.trace import CPU, CUDA, Trace
+from tunekit.tasks import Denoising, Losses
 from tunekit.training.checkpoint import Checkpoints
-from tunekit.training.loop import train, weighted_mse
+from tunekit.training.loop import Hooks, train
 from tunekit.training.tracking import Tracker, read_metrics
 
 FAMILY = families.get("sd15")
@@ -63,12 +67,12 @@ def frozen_libraries() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def units(tiny: Blueprint) -> tuple[str, ...]:
+def units(tiny: Sizes) -> tuple[str, ...]:
     return trace_step(Job(tiny, ADAPTER, size=SIZE), CPU, micro_batch=1).units
 
 
 @pytest.fixture(scope="module")
-def traced(tiny: Blueprint) -> Callable[..., StepTrace]:
+def traced(tiny: Sizes) -> Callable[..., StepTrace]:
     """`traced(levers, micro_batch=2, ...)`: two steps on the CPU; the rest are fields of `Job`."""
 
     @cache
@@ -92,7 +96,7 @@ def most(trace: Trace, category: str) -> int:
 def ready(levers: Levers, adapter: AdapterConfig | None = ADAPTER) -> Fitted:
     """The tiny denoiser with its levers."""
     denoiser = FAMILY.denoiser(FAMILY.tiny())
-    return fit(denoiser, adapter, FAMILY.lora_targets, levers, device="cpu")
+    return fit(denoiser, adapter, FAMILY.facts, levers, device="cpu")
 
 
 def made(module: nn.Module) -> Tensor:
@@ -137,7 +141,7 @@ def test_kept_attention_takes_the_bytes_of_its_outputs_and_saves_their_work(
 
 @pytest.mark.parametrize("scheme", PACKED)
 def test_a_packed_base_takes_what_its_bits_and_scales_take(
-    tiny: Blueprint, traced: Callable[..., StepTrace], scheme: str
+    tiny: Sizes, traced: Callable[..., StepTrace], scheme: str
 ) -> None:
     """int8: a byte per weight and a float per row, about a quarter of fp32; nf4: 4.5 bits per weight."""
     denoiser = tiny.denoiser.build()
@@ -216,8 +220,8 @@ def test_masters_halve_weights_and_activations_and_add_the_adapter_in_float32(
     assert half[jobs.MASTERS] == full["adapter"]
     assert half["optimizer state"] == full["optimizer state"]
     assert half["activations"] == pytest.approx(full["activations"] / 2, rel=0.02)
-    # Latents and noise, the caption and the timesteps of two samples, float32 and int64 as they are cached.
-    assert full["inputs"] == half["inputs"] == 2 * (2 * 4 * 4 * 16 * 16 + 4 * 48 * 32 + 8)
+    # Latents and noise, the caption, timestep, weight and frame of two samples, float32 as they are cached.
+    assert full["inputs"] == half["inputs"] == 2 * 4 * (2 * 4 * 16 * 16 + 48 * 32 + 1 + 1 + 6)
 
 
 def state_of(name: str, weight: Tensor) -> int:
@@ -233,7 +237,7 @@ def state_of(name: str, weight: Tensor) -> int:
 
 @pytest.mark.parametrize("name", optimizers.TABLE)
 def test_an_optimizer_has_the_state_that_it_claims(
-    tiny: Blueprint, traced: Callable[..., StepTrace], name: str
+    tiny: Sizes, traced: Callable[..., StepTrace], name: str
 ) -> None:
     if optimizers.TABLE[name].extra:
         pytest.importorskip("bitsandbytes")
@@ -244,12 +248,13 @@ def test_an_optimizer_has_the_state_that_it_claims(
     assert name == "adamw" or ledger["optimizer state"] < 0.4 * 2 * ledger["weights"]
 
 
-def test_paged_state_of_large_weights_is_not_on_a_gpu(tiny: Blueprint) -> None:
+def test_paged_state_of_large_weights_is_not_on_a_gpu(tiny: Sizes) -> None:
     pytest.importorskip("bitsandbytes")
     wide = replace(tiny.denoiser, config={**tiny.denoiser.config, "block_out_channels": (64, 128)})
-    job = Job(replace(tiny, denoiser=wide), None, size=SIZE)
+    parts = tuple(wide if part.role == "denoiser" else part for part in tiny.components)
+    job = Job(replace(tiny, components=parts), None, size=SIZE)
     sizes = [weight.numel() for weight in wide.build().parameters()]
-    paged = sum(2 * size for size in sizes if size >= jobs.PAGED)
+    paged = sum(2 * size for size in sizes if size >= PAGED)
     assert paged
     for target, saved in ((CUDA, paged), (CPU, 0)):
         there, away = (
@@ -283,7 +288,7 @@ MEASURED: dict[str, tuple[Levers, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_a_real_step_takes_what_was_predicted(
-    script: Any, tiny: Blueprint, units: tuple[str, ...], name: str
+    script: Any, tiny: Sizes, units: tuple[str, ...], name: str
 ) -> None:
     levers, options = MEASURED[name][0], {"micro_batch": 2, **MEASURED[name][1]}
     if levers.base == "nf4" or "8bit" in options.get("optimizer", ""):
@@ -299,30 +304,30 @@ def test_a_real_step_takes_what_was_predicted(
     assert abs(row["error_allocated"]) < 0.01
 
 
-def test_tiles_bound_the_memory_of_a_preview(tiny: Blueprint) -> None:
+def test_tiles_bound_the_memory_of_a_preview(tiny: Sizes) -> None:
     """Predicted and measured; pictures that fit one tile are drawn as before."""
-    whole, tiled = FAMILY.tiny().vae, FAMILY.tiny().vae
-    tile_vae(tiled, factor=tiny.vae_factor)
+    whole, tiled = FAMILY.tiny(), FAMILY.tiny()
+    factor = 2 ** (len(whole.vae.config.block_out_channels) - 1)
+    tile_vae(tiled.vae, factor=factor)
     predicted, found = [], []
     draw = torch.Generator().manual_seed(0)
-    latents = torch.randn(1, 4, *(2 * TILE // tiny.vae_factor,) * 2, generator=draw)
+    latents = torch.randn(1, 4, *(2 * TILE // factor,) * 2, generator=draw)
     pictures = []
-    for vae, tiles in ((whole, False), (tiled, True)):
+    for pipeline, tiles in ((whole, False), (tiled, True)):
         job = Job(tiny, ADAPTER, size=SIZE, preview=(2 * TILE, 2 * TILE))
         predicted.append(trace_preview(job, CPU, tiled=tiles).peak("preview decode"))
-        meter = Meter(torch.device("cpu"), lambda vae=vae: [*vae.parameters(), latents])
-        with torch.no_grad(), meter.phase("decode"):
-            pictures.append((vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1))
+        meter = Meter(torch.device("cpu"), lambda vae=pipeline.vae: [*vae.parameters(), latents])
+        with meter.phase("decode"):
+            pictures.append(FAMILY.decode(pipeline, latents))
         found.append(meter.measured["decode"]["peak_allocated_bytes"])
     for prediction, real in zip(predicted, found, strict=True):
-        size = sum(prediction.ledger.get(name, 0) for name in ("VAE", "activations", "workspace"))
+        size = sum(prediction.ledger.get(name, 0) for name in ("VAE", "inputs", "activations", "workspace"))
         print(f"predicted {size:,}, measured {real:,} bytes: {size / real - 1:+.2%}")
         assert abs(size / real - 1) < 0.01
     assert found[1] < 0.5 * found[0]
     assert pictures[0].shape == pictures[1].shape
-    small = latents[:, :, : TILE // tiny.vae_factor, : TILE // tiny.vae_factor]
-    with torch.no_grad():
-        assert torch.equal(whole.decode(small).sample, tiled.decode(small).sample)
+    small = latents[:, :, : TILE // factor, : TILE // factor]
+    assert torch.equal(FAMILY.decode(whole, small), FAMILY.decode(tiled, small))
 
 
 def test_unpacking_int8_takes_no_more_than_the_weight_in_float32() -> None:
@@ -367,20 +372,6 @@ def test_a_packed_base_keeps_nothing_for_the_backward_pass(scheme: str, precisio
 # What is learned
 
 
-@dataclass
-class Rows:
-    """A micro-batch as the recipes have it."""
-
-    ids: tuple[str, ...]
-    latents: Tensor
-    noise: Tensor
-    timesteps: Tensor
-    told: Tensor
-
-    def to(self, device: torch.device) -> Rows:
-        return self
-
-
 class Same:
     """The same four samples in each step, cut as `cuts` says."""
 
@@ -389,20 +380,35 @@ class Same:
     def __init__(self, cuts: tuple[int, ...]) -> None:
         self.cuts = list(cuts)
 
-    def step(self, step: int, rank: int, processes: int) -> list[Rows]:
+    def step(self, step: int, rank: int, processes: int) -> list[Batch]:
         draw = torch.Generator().manual_seed(0)
-        drawn = (
-            torch.randn(4, 4, 8, 8, generator=draw),
-            torch.randn(4, 4, 8, 8, generator=draw),
-            torch.tensor([10, 300, 600, 990]),
-            torch.randn(4, 48, 32, generator=draw),
-        )
-        parts = zip(*(item.split(self.cuts) for item in drawn), strict=True)
-        return [Rows((str(step),) * len(latents), latents, *rest) for latents, *rest in parts]
+        rows = {
+            "latents": torch.randn(4, 4, 8, 8, generator=draw),
+            "noise": torch.randn(4, 4, 8, 8, generator=draw),
+            "timesteps": torch.tensor([10.0, 300, 600, 990]),
+            "weight": torch.ones(4),
+            "frame": Frame.whole(32, 32).rows(4),
+        }
+        told = {"encoder_hidden_states": torch.randn(4, 48, 32, generator=draw)}
+        whole = Batch((str(step),) * 4, rows, told)
+        ends = [sum(self.cuts[:index]) for index in range(len(self.cuts) + 1)]
+        return [whole.part(*ends[at : at + 2]) for at in range(len(self.cuts))]
 
 
 class Killed(Exception):
     """Stands for SIGKILL."""
+
+
+@dataclass
+class Mortal(Denoising):
+    """The recipes' task, which dies at a step."""
+
+    dies_at: int | None = None
+
+    def loss(self, model: nn.Module, batch: Batch) -> Losses:
+        if batch.ids[0] == str(self.dies_at):
+            raise Killed
+        return super().loss(model, batch)
 
 
 @dataclass
@@ -448,29 +454,17 @@ def learn(tmp_path_factory: pytest.TempPathFactory) -> Learn:
         if inside:
             step_in_backward(optimizer)
 
-        def loss(model: nn.Module, batch: Rows) -> Tensor:
-            if batch.ids[0] == str(dies_at):
-                raise Killed
-            noisy, target, weight = OBJECTIVE.sample(batch.latents, batch.noise, batch.timesteps)
-            known = {"encoder_hidden_states": batch.told}
-            return weighted_mse(FAMILY.denoise(model, noisy, batch.timesteps, known), target, weight)
-
         path = folder or tmp_path_factory.mktemp("run")
         accelerator = Accelerator(cpu=True, mixed_precision=autocast_of(levers.precision, adapter))
         try:
-            train(
-                accelerator,
-                fitted.module,
-                optimizer,
-                Same(cuts),
-                loss,
-                config,
-                fitted=fitted,
+            hooks = Hooks(
                 tracker=Tracker(path / "metrics.jsonl"),
                 checkpoints=Checkpoints(path / "checkpoints", {}) if folder else None,
                 preview=preview,
                 say=lambda line: None,
             )
+            task = Mortal(fitted, FAMILY, OBJECTIVE, dies_at)
+            train(accelerator, task, optimizer, Same(cuts), config, hooks)
         finally:
             GradientState._reset_state()
             AcceleratorState._reset_state(reset_partial_state=True)

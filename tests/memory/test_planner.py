@@ -10,12 +10,14 @@ import pytest
 
 from tunekit import families, hardware
 from tunekit.config import AdapterConfig, MemoryConfig
+from tunekit.families import Sizes
 from tunekit.memory.advice import advice
-from tunekit.memory.job import Job, trace_step
+from tunekit.memory.job import Job
 from tunekit.memory.levers import Levers
 from tunekit.memory.plan import Plan, refuse
 from tunekit.memory.planner import Planner, divisors
 from tunekit.memory.room import Room, Speed, room_of
+from tunekit.memory.step import trace_step
 from tunekit.memory.trace import CPU, CUDA
 
 PLANNED = MemoryConfig(budget="auto")
@@ -24,10 +26,15 @@ TINY_FLUX = {"num_layers": 1, "num_single_layers": 2}
 SPEED = Speed(25e12, 12e12, 360e9)
 
 
+def usual(name: str) -> Sizes:
+    """The sizes of a family's usual base."""
+    return families.sizes_of(name, families.planned(name).facts.default_source)
+
+
 @pytest.fixture(scope="module")
 def job() -> Job:
-    blueprint = families.blueprint_of("sd15", "tiny")
-    return Job(blueprint, AdapterConfig(rank=4, alpha=4), size=(128, 128), preview=(64, 64))
+    sizes = families.sizes_of("sd15", "tiny")
+    return Job(sizes, AdapterConfig(rank=4, alpha=4), size=(128, 128), preview=(64, 64))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +55,7 @@ def card(total: int) -> Room:
 def real(tmp_path_factory: pytest.TempPathFactory) -> Planner:
     """Stable Diffusion 1.5 at its real size, at 256 px: weights and activations both matter."""
     adapter = AdapterConfig(rank=4, alpha=4, targets=["to_q", "to_v"])
-    job = Job(families.BLUEPRINTS.get("sd15"), adapter, precision="bf16", size=(256, 256))
+    job = Job(usual("sd15"), adapter, precision="bf16", size=(256, 256))
     memory = PLANNED.model_copy(update={"micro_batch": 2})
     return Planner(job, batch_size=2, memory=memory, cache=tmp_path_factory.mktemp("real"))
 
@@ -204,8 +211,10 @@ def test_class_pictures_are_drawn_fewer_at_once_where_there_is_little_room(job: 
 
 
 def test_captions_are_encoded_on_the_cpu_where_the_encoders_do_not_fit(tmp_path: Path) -> None:
-    flux = families.BLUEPRINTS.get("flux")
-    small = replace(flux, denoiser=replace(flux.denoiser, config={**flux.denoiser.config, **TINY_FLUX}))
+    flux = usual("flux")
+    denoiser = replace(flux.denoiser, config={**flux.denoiser.config, **TINY_FLUX})
+    parts = tuple(denoiser if part.role == "denoiser" else part for part in flux.components)
+    small = replace(flux, components=parts)
     planner = Planner(Job(small, ADAPTER, precision="bf16", size=(256, 256)), batch_size=1, cache=tmp_path)
     assert not planner.plan("card", room_of(hardware.find("rtx-3090"))).encode_on_host
     plan = planner.plan("card", room_of(hardware.find("rtx-3090"), budget=8 * 2**30))
@@ -269,11 +278,10 @@ def test_divisors() -> None:
 )
 def test_real_sizes(name: str, units: int, gib: float | None, tmp_path: Path) -> None:
     """Checkpointing units as diffusers counts them, and peaks that another implementation found too."""
-    blueprint = families.BLUEPRINTS.get(name)
     side = 1024 if name == "sdxl" else 512
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     job = Job(
-        blueprint, AdapterConfig(rank=16, alpha=16, targets=targets), precision="bf16", size=(side, side)
+        usual(name), AdapterConfig(rank=16, alpha=16, targets=targets), precision="bf16", size=(side, side)
     )
     traced = trace_step(job, replace(CUDA, convolution_room=0.0), micro_batch=1)
     peak = traced.trace.peak()

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from tunekit.families.blueprint import Blueprint
 
 from tunekit import families
 from tunekit.config import AdapterConfig
 from tunekit.errors import ConfigError
-from tunekit.memory.job import Job, trace_encode, trace_preview, trace_step
+from tunekit.families import Sizes
+from tunekit.memory.job import Job
 from tunekit.memory.levers import Levers, checkpoint_units, fit
+from tunekit.memory.phases import trace_encode, trace_preview
+from tunekit.memory.step import trace_step
 from tunekit.memory.trace import CPU, CUDA, Tracer
-from tunekit.training.loop import weighted_mse
 
 ADAPTER = AdapterConfig(rank=4, alpha=4)
 SIZE = (64, 64)
@@ -26,48 +26,34 @@ SIZE = (64, 64)
 
 @pytest.fixture(scope="module")
 def measure(script: Any) -> Callable[..., int]:
-    """`measure(job, micro_batch, accumulation, checkpointed)`: bytes of a run of the family's own code."""
+    """`measure(job, micro_batch, accumulation, checkpointed)`: bytes of a run of the tiny model itself."""
 
     def run(job: Job, micro_batch: int, accumulation: int, checkpointed: Any) -> int:
-        family = families.get("sd15")
-        pipeline = family.tiny()
-        objective = family.objective(pipeline)
+        family = families.get(job.sizes.family.name)
         levers = Levers(job.precision, checkpointed=checkpointed)
-        fitted = fit(family.denoiser(pipeline), job.adapter, family.lora_targets, levers, device="cpu")
-        h, w = job.latents(job.size)
-        tokens, width = job.blueprint.tokens[0], int(job.blueprint.denoiser.config["cross_attention_dim"])
-        inputs = {
-            "latents": torch.randn(micro_batch, 4, h, w),
-            "timesteps": torch.zeros(micro_batch, dtype=torch.long),
-            "told": torch.randn(micro_batch, tokens, width),
-        }
-        rows = script.Rows(["x"] * micro_batch, inputs, torch.randn(micro_batch, 4, h, w))
-
-        def loss(model: nn.Module, batch: Any) -> Tensor:
-            timesteps = batch.inputs["timesteps"]
-            noisy, target, weight = objective.sample(batch.inputs["latents"], batch.noise, timesteps)
-            known = {"encoder_hidden_states": batch.inputs["told"]}
-            return weighted_mse(family.denoise(model, noisy, timesteps, known), target, weight)
-
-        batches = script.Same(micro_batch * accumulation, [rows] * accumulation)
-        found, _ = script.measured(job, fitted, batches, loss, "cpu")
+        fitted = fit(family.denoiser(family.tiny()), job.adapter, family.facts, levers, device="cpu")
+        batch = script.real_batch(job, micro_batch, "cpu")
+        batches = script.Same(micro_batch * accumulation, [batch] * accumulation)
+        found, _ = script.measured(job, job.task_of(fitted), batches, "cpu")
         return int(found["peak_allocated_bytes"])
 
     return run
 
 
+@pytest.mark.parametrize("name", families.runnable())
 @pytest.mark.parametrize("adapter", [ADAPTER, None], ids=["adapter", "all weights"])
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize(("micro_batch", "accumulation"), [(1, 1), (2, 2), (8, 1)])
 def test_prediction_equals_a_real_run_on_the_cpu(
-    tiny: Blueprint,
     measure: Callable[..., int],
+    name: str,
     adapter: AdapterConfig | None,
     checkpointed: bool,
     micro_batch: int,
     accumulation: int,
 ) -> None:
-    job = Job(tiny, adapter, size=SIZE)
+    """Every family that runs, in the recipes' own task."""
+    job = Job(families.sizes_of(name, "tiny"), adapter, size=SIZE)
     levers = Levers(checkpointed=checkpointed)
     traced = trace_step(job, CPU, levers, micro_batch=micro_batch, accumulation=accumulation)
     predicted = traced.trace.peak().size
@@ -76,7 +62,7 @@ def test_prediction_equals_a_real_run_on_the_cpu(
     assert abs(predicted / real - 1) < 0.01
 
 
-def test_a_part_of_the_units(tiny: Blueprint, measure: Callable[..., int]) -> None:
+def test_a_part_of_the_units(tiny: Sizes, measure: Callable[..., int]) -> None:
     job = Job(tiny, ADAPTER, size=SIZE)
     units = trace_step(job, CPU, micro_batch=4).units
     chosen = units[:3] + units[-2:]
@@ -86,7 +72,7 @@ def test_a_part_of_the_units(tiny: Blueprint, measure: Callable[..., int]) -> No
     assert abs(predicted / real - 1) < 0.01
 
 
-def test_checkpointed_units_change_no_gradient(tiny: Blueprint) -> None:
+def test_checkpointed_units_change_no_gradient(tiny: Sizes) -> None:
     family = families.get("sd15")
     denoiser = family.denoiser(family.tiny()).train()
     other = copy.deepcopy(denoiser)
@@ -103,7 +89,7 @@ def test_an_unknown_unit_is_refused() -> None:
     family = families.get("sd15")
     levers = Levers(checkpointed=["mid_block.resnets.7"])
     with pytest.raises(ConfigError, match=r'no block "mid_block.resnets.7"\n?') as error:
-        fit(family.denoiser(family.tiny()), ADAPTER, family.lora_targets, levers, device="cpu")
+        fit(family.denoiser(family.tiny()), ADAPTER, family.facts, levers, device="cpu")
     assert 'did you mean "mid_block.resnets' in str(error.value)
     assert error.value.where == "memory.gradient_checkpointing"
 
@@ -113,7 +99,7 @@ def test_a_part_that_is_no_unit_is_refused_after_the_first_forward(key: str) -> 
     """Only a forward pass tells which modules are units."""
     family = families.get("sd15")
     levers = Levers(**{"checkpointed": True, key: ["conv_in"]})
-    fitted = fit(family.denoiser(family.tiny()), ADAPTER, family.lora_targets, levers, device="cpu")
+    fitted = fit(family.denoiser(family.tiny()), ADAPTER, family.facts, levers, device="cpu")
     inputs = torch.ones(1, 4, 16, 16), torch.tensor([500]), torch.ones(1, 48, 32)
     with pytest.raises(
         ConfigError, match=r'"conv_in" is a part of the denoiser that cannot be checkpointed by itself'
@@ -122,7 +108,7 @@ def test_a_part_that_is_no_unit_is_refused_after_the_first_forward(key: str) -> 
     where = "gradient_checkpointing" if key == "checkpointed" else key
     assert error.value.where == f"memory.{where}"
     with pytest.raises(ConfigError, match="cannot be checkpointed by itself"):
-        trace_step(Job(families.blueprint_of("sd15", "tiny"), ADAPTER, size=SIZE), CPU, levers, micro_batch=1)
+        trace_step(Job(families.sizes_of("sd15", "tiny"), ADAPTER, size=SIZE), CPU, levers, micro_batch=1)
 
 
 def test_random_units_draw_the_same_twice() -> None:
@@ -131,7 +117,7 @@ def test_random_units_draw_the_same_twice() -> None:
     gradients = []
     for checkpointed in (False, True):
         levers = Levers(checkpointed=checkpointed)
-        fitted = fit(family.denoiser(family.tiny()), dropping, family.lora_targets, levers, device="cpu")
+        fitted = fit(family.denoiser(family.tiny()), dropping, family.facts, levers, device="cpu")
         fitted.module.train()
         torch.manual_seed(0)
         inputs = torch.ones(1, 4, 16, 16), torch.tensor([500]), torch.ones(1, 48, 32)
@@ -141,13 +127,13 @@ def test_random_units_draw_the_same_twice() -> None:
     assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
 
 
-def test_bytes_are_affine_in_the_micro_batch(tiny: Blueprint) -> None:
+def test_bytes_are_affine_in_the_micro_batch(tiny: Sizes) -> None:
     job = Job(tiny, ADAPTER, size=SIZE)
     one, two, four = (trace_step(job, CUDA, micro_batch=b).trace.peak().size for b in (1, 2, 4))
     assert four == pytest.approx(one + 3 * (two - one), rel=1e-3)
 
 
-def test_the_ledger_adds_up_and_names_what_is_there(tiny: Blueprint) -> None:
+def test_the_ledger_adds_up_and_names_what_is_there(tiny: Sizes) -> None:
     trace = trace_step(Job(tiny, ADAPTER, precision="bf16", size=SIZE), CUDA, micro_batch=2).trace
     peak = trace.peak()
     assert sum(peak.ledger.values()) == peak.size
@@ -158,7 +144,7 @@ def test_the_ledger_adds_up_and_names_what_is_there(tiny: Blueprint) -> None:
     assert trace.phases()[0] == "start"
 
 
-def test_attention_keeps_no_score_matrix_unless_the_card_has_no_kernel(tiny: Blueprint) -> None:
+def test_attention_keeps_no_score_matrix_unless_the_card_has_no_kernel(tiny: Sizes) -> None:
     job = Job(tiny, ADAPTER, precision="bf16", size=(128, 128))
     flash, efficient, mathematical = (
         trace_step(job, replace(CUDA, attention=kind), micro_batch=1).trace.peak().size
@@ -174,7 +160,7 @@ def test_attention_keeps_no_score_matrix_unless_the_card_has_no_kernel(tiny: Blu
     ids=["float32 masters", "autocast", "autocast of all weights"],
 )
 def test_sixteen_bits_keep_less_than_float32(
-    tiny: Blueprint, adapter: AdapterConfig | None, precision: str
+    tiny: Sizes, adapter: AdapterConfig | None, precision: str
 ) -> None:
     full, half = (
         trace_step(Job(tiny, adapter, precision=name, size=SIZE), CUDA, micro_batch=4).trace.peak()
@@ -185,7 +171,7 @@ def test_sixteen_bits_keep_less_than_float32(
     assert half.size < 0.85 * full.size
 
 
-def test_previews_and_encoding(tiny: Blueprint) -> None:
+def test_previews_and_encoding(tiny: Sizes) -> None:
     job = Job(tiny, ADAPTER, size=SIZE, preview=SIZE)
     preview = trace_preview(job, CUDA, held=1_000_000)
     assert preview.phases() == ["start", "preview forward", "preview decode"]
@@ -200,7 +186,7 @@ def test_previews_and_encoding(tiny: Blueprint) -> None:
     assert "text encoders" not in trace_encode(job, CUDA, captions_on_host=True).categories.values()
 
 
-def test_the_measuring_script(script: Any, tiny: Blueprint) -> None:
+def test_the_measuring_script(script: Any, tiny: Sizes) -> None:
     """The same on other rows: what scripts/measure_memory.py writes into benchmarks/."""
     row = script.compare(Job(tiny, ADAPTER, size=SIZE), 3, 2, Levers(checkpointed=True), "cpu")
     assert abs(row["error_allocated"]) < 0.01

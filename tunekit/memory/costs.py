@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from tunekit.memory import job as jobs
 from tunekit.memory.allocator import least_capacity
+from tunekit.memory.job import STAYS
 from tunekit.memory.plan import Phase
+from tunekit.memory.step import StepTrace
 from tunekit.memory.trace import ROOM, WORKSPACE, Target, Trace
 
 SECOND_STEP = ("forward", "backward", "optimizer")
@@ -55,7 +56,7 @@ class Costs:
         return cls(**found)
 
 
-def costs(traced: jobs.StepTrace, target: Target, passes: int = 1) -> Costs:
+def costs(traced: StepTrace, target: Target, passes: int = 1) -> Costs:
     """Reduces a trace, of as many forward and backward passes per step, to what planning needs."""
     events = traced.trace.events
     count = len(traced.units)
@@ -120,13 +121,13 @@ def phase_of(trace: Trace, names: Sequence[str], target: Target) -> Phase:
     }
 
 
-def _at_rest(traced: jobs.StepTrace) -> Phase:
+def _at_rest(traced: StepTrace) -> Phase:
     """After a step: weights and optimizer state. What is saved is copied to the host tensor by tensor."""
     ledger: Counter[str] = Counter()
     for event in traced.trace.events:
         if event.storage >= 0:
             ledger[traced.trace.categories[event.storage]] += event.size
-    held = {name: size for name, size in ledger.items() if size and name in jobs.STAYS}
+    held = {name: size for name, size in ledger.items() if size and name in STAYS}
     if traced.saving:
         held["what is saved"] = traced.saving
     total = sum(held.values())

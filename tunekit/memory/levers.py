@@ -7,9 +7,11 @@ without data, so nothing can be planned that is not applied.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from tunekit import layers
 from tunekit.adapters import add_adapter
 from tunekit.config import AdapterConfig, MemoryConfig
 from tunekit.errors import ConfigError, did_you_mean
-from tunekit.families.family import DTYPES
+from tunekit.families.family import DTYPES, FamilyFacts
 
 OnUnit = Callable[[str, Callable[[], Any]], Any]
 """Called for each unit with its module path and what runs it."""
@@ -160,18 +162,21 @@ class Fitted:
 def fit(
     denoiser: nn.Module,
     adapter: AdapterConfig | None,
-    targets: Collection[str],
+    facts: FamilyFacts,
     levers: Levers,
     *,
     device: torch.device | str = "meta",
     seed: int = 0,
     on_unit: OnUnit | None = None,
 ) -> Fitted:
-    """Makes a float32 denoiser what is trained, on the device.
+    """Makes a denoiser what is trained, on the device.
+
+    It may be float32 still, or as `held_in` and the levers have its weights already: layers that were packed
+    while they were read are not packed again.
 
     Args:
         adapter: None trains all weights; they stay float32.
-        targets: the family's adapter targets.
+        facts: of the family: where adapters go, and which inputs keep their type.
         device: where it is trained.
         seed: of the adapter's initial weights.
         on_unit: runs each checkpointing unit, for observers.
@@ -189,12 +194,9 @@ def fit(
             where=f"memory.{key}",
             hint="train an adapter, or leave it out",
         )
-    if levers.base != "same":
-        quantize_base(denoiser, levers.base)
-    if adapter is not None and levers.precision != "fp32":
-        denoiser.to(DTYPES[levers.precision])
+    as_held(denoiser, adapter, levers)
     if adapter is not None:
-        add_adapter(denoiser, adapter, list(targets), seed=seed)
+        add_adapter(denoiser, adapter, list(facts.lora_targets), seed=seed)
     host = _host_weights(denoiser, levers, torch.device(device))
     checkpoint_units(denoiser, levers.checkpointed, keep_attention=levers.keep_attention, on_unit=on_unit)
     _place(denoiser, device, host)
@@ -203,19 +205,54 @@ def fit(
     if has_masters(levers.precision, adapter):
         dtype = DTYPES[levers.precision]
         fitted.hold_masters(dtype)
-        denoiser.register_forward_pre_hook(partial(_lowered, dtype), with_kwargs=True)
+        keeps = facts.denoiser.keeps
+        denoiser.register_forward_pre_hook(partial(_lower_inputs, dtype, keeps), with_kwargs=True)
         denoiser.register_forward_hook(_raised)
     return fitted
 
 
-def _lowered(dtype: torch.dtype, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    def lower(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+def held_in(adapter: AdapterConfig | None, precision: str) -> torch.dtype:
+    """The type of a base's weights while it is trained: float32 where they are trained themselves."""
+    return torch.float32 if adapter is None else DTYPES[precision]
 
-    return tuple(map(lower, args)), {
-        key: {k: lower(v) for k, v in value.items()} if isinstance(value, dict) else lower(value)
-        for key, value in kwargs.items()
-    }
+
+def as_held(denoiser: nn.Module, adapter: AdapterConfig | None, levers: Levers) -> None:
+    """Gives a float32 base the weights that it is trained with: packed, and in the type of the arithmetic."""
+    if levers.base != "same":
+        quantize_base(denoiser, levers.base)
+    held = held_in(adapter, levers.precision)
+    if held != torch.float32:
+        denoiser.to(held)
+
+
+def lowered(values: Mapping[str, Any], dtype: torch.dtype, keeps: Collection[str]) -> dict[str, Any]:
+    """Named inputs in a type of 16 bits, but for those that have to keep theirs: sizes, positions, times.
+
+    bfloat16 has 8 bits of mantissa: a picture of 3000 px would be one of 3008.
+    """
+
+    def lower(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return lowered(value, dtype, keeps)
+        lowers = name not in keeps and isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if lowers else value
+
+    return {name: lower(name, value) for name, value in values.items()}
+
+
+def _lower_inputs(
+    dtype: torch.dtype, keeps: Collection[str], module: nn.Module, args: Any, kwargs: Any
+) -> tuple[Any, Any]:
+    """`lowered` before a forward pass; inputs without a name have that of the parameter that they fill."""
+    names = zip_longest(_parameters_of(type(module))[: len(args)], args, fillvalue="")
+    return tuple(lowered({name: arg}, dtype, keeps)[name] for name, arg in names), lowered(
+        kwargs, dtype, keeps
+    )
+
+
+@cache
+def _parameters_of(module: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(module.forward).parameters)[1:]
 
 
 def _raised(module: nn.Module, args: Any, made: Any) -> Any:
@@ -226,22 +263,14 @@ def _raised(module: nn.Module, args: Any, made: Any) -> Any:
 
 
 def quantize_base(denoiser: nn.Module, scheme: str) -> list[str]:
-    """Packs the weights of the linear layers that stand in lists of blocks; returns their names.
+    """Packs the weights of the `layers.block_linears` that are not packed yet; returns their names.
 
-    Embeddings, the layers before and after the blocks, and convolutions keep their type: they are few or
-    sensitive. A packed layer keeps nothing for the backward pass; its weight is unpacked there again.
+    A packed layer keeps nothing for the backward pass; its weight is unpacked there again.
 
     Raises:
         MissingPackageError: nf4 without bitsandbytes.
     """
-    names = [
-        name
-        for name, layer in denoiser.named_modules()
-        if isinstance(layer, nn.Linear) and any(part.isdigit() for part in name.split("."))
-    ]
-    inside = [name for name in names if ".lora_" not in name]
-    layers.quantize(denoiser, scheme, only=inside)  # type: ignore[arg-type]
-    return inside
+    return layers.quantize(denoiser, scheme, only=layers.block_linears(denoiser))  # type: ignore[arg-type]
 
 
 # Checkpointing ----------------------------------------------------------------------------------------------

@@ -211,8 +211,8 @@ def versions() -> dict[str, str]:
 @cache
 def code() -> str:
     """A digest of our own code that traces and plans come from: what they are cached under."""
-    sources = [PACKAGE / f"{name}.py" for name in ("planning", "layers", "optimizers")]
-    for folder in ("adapters", "memory", "families"):
+    sources = [PACKAGE / f"{name}.py" for name in ("planning", "layers", "optimizers", "tasks")]
+    for folder in ("adapters", "diffusion", "memory", "families"):
         sources += sorted((PACKAGE / folder).glob("*.py"))
     digest = hashlib.sha256()
     for source in sources:

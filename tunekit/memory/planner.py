@@ -1,8 +1,8 @@
 """How to train a job on a device: the fastest way that fits, decided before a weight is loaded.
 
 1. The training step is traced with no unit checkpointed, with all of them, and with all of them but their
-   attentions (`job.trace_step`); that gives for each unit what it keeps, what it needs while it runs, and how
-   long running it twice takes.
+   attentions (`step.trace_step`); that gives for each unit what it keeps, what it needs while it runs, and
+   how long running it twice takes.
 2. For each micro-batch, `choose_units` finds the cheapest choice for every unit that fits: exactly, by
    dynamic programming.
 3. The fastest plan by the roofline of the device is traced as it would run, replayed through the allocator,
@@ -25,13 +25,14 @@ from typing import Any
 
 from tunekit.artifacts import write_json
 from tunekit.config import CLASS_BATCH, MemoryConfig
-from tunekit.memory import job as jobs
 from tunekit.memory.choose import choose_units
 from tunekit.memory.costs import Costs, Row, costs, phase_of
-from tunekit.memory.job import Job
+from tunekit.memory.job import MASTERS, STATE, Job
 from tunekit.memory.levers import Levers
+from tunekit.memory.phases import trace_class_pictures, trace_encode, trace_preview
 from tunekit.memory.plan import PHASES, Phase, Plan, code, versions
 from tunekit.memory.room import DISPATCH_SECONDS, HOST_LINK, Room
+from tunekit.memory.step import trace_step
 from tunekit.memory.trace import Target
 from tunekit.units import format_bytes
 
@@ -349,7 +350,7 @@ class Planner:
     def _check(self, name: str, room: Room, way: Way, size: int, levers: Levers, ratio: float) -> Plan:
         """The plan as it would run, traced and replayed."""
         whole = self._costs(room.target, way, size, levers)
-        on_host, encode = self._encode(room)
+        on_host, encode = self._encode(room, way)
         phases = {"encode": encode, **whole.phases}
         tiled = bool(self.memory.vae_tiling)
         class_batch = None
@@ -357,7 +358,7 @@ class Planner:
             class_batch, phases["class_pictures"] = self._class_pictures(room)
         if self.job.preview is not None:
             ledger = whole.phases["save"]["ledger"]
-            held = sum(ledger.get(part, 0) for part in (jobs.MASTERS, jobs.STATE))
+            held = sum(ledger.get(part, 0) for part in (MASTERS, STATE))
             tiled, phases["preview"] = self._preview(room, levers, held)
         phases = {key: phases[key] for key in PHASES if key in phases}
         least = max(int(found["least_bytes"]) for found in phases.values())
@@ -426,21 +427,23 @@ class Planner:
                 f"tracing a step of micro-batch {size}" + ("" if way.base == "same" else f", {way.base} base")
             )
             accumulation = self._accumulation(size)
-            traced = jobs.trace_step(job, target, levers, micro_batch=size, accumulation=accumulation)
+            traced = trace_step(job, target, levers, micro_batch=size, accumulation=accumulation)
             return asdict(costs(traced, target, min(accumulation, 2)))
 
         key = ["step", asdict(target), size, several, asdict(levers)]
         return Costs.load(self._made(key, make, job))
 
-    def _encode(self, room: Room) -> tuple[bool, Phase]:
+    def _encode(self, room: Room, way: Way) -> tuple[bool, Phase]:
         """Whether captions are encoded on the CPU, and the phase."""
+        base = way.base if room.target.name == "cpu" else "same"  # elsewhere the denoiser is on the host
 
         def phase(on_host: bool) -> Phase:
             def make() -> Phase:
-                traced = jobs.trace_encode(self.job, room.target, captions_on_host=on_host)
+                levers = Levers(self.job.precision, base)
+                traced = trace_encode(self.job, room.target, levers, captions_on_host=on_host)
                 return phase_of(traced, ("encode",), room.target)
 
-            return self._made(["encode", asdict(room.target), on_host], make, self.job)
+            return self._made(["encode", asdict(room.target), base, on_host], make, self.job)
 
         pinned = self.memory.encode_on_host
         if pinned is None and room.context:
@@ -456,7 +459,7 @@ class Planner:
         for batch in [pinned] if pinned else divisors(CLASS_BATCH):
 
             def make(batch: int = batch) -> Phase:
-                traced = jobs.trace_class_pictures(self.job, room.target, batch)
+                traced = trace_class_pictures(self.job, room.target, batch)
                 return phase_of(traced, ("class pictures",), room.target)
 
             found = self._made(["class pictures", asdict(room.target), batch], make, self.job)
@@ -472,7 +475,7 @@ class Planner:
 
         def phase(tiled: bool) -> Phase:
             def make() -> Phase:
-                traced = jobs.trace_preview(self.job, room.target, plain, held=held, tiled=tiled)
+                traced = trace_preview(self.job, room.target, plain, held=held, tiled=tiled)
                 return phase_of(traced, ("preview forward", "preview decode"), room.target)
 
             return self._made(["preview", asdict(room.target), asdict(plain), held, tiled], make, self.job)
@@ -485,7 +488,7 @@ class Planner:
         return True, phase(tiled=True)
 
     def _made(self, what: list[Any], make: Callable[[], dict[str, Any]], job: Job) -> dict[str, Any]:
-        key = digest([what, _described(job)])
+        key = digest([what, code(), versions(), job.described()])
         if key not in self._known:
             file = self.cache / f"{key}.json" if self.cache else None
             if file and file.is_file():
@@ -523,25 +526,6 @@ def _rejected(plan: Plan, why: str) -> dict[str, Any]:
         "relative_step_time": round(plan.relative_step_time, 4),
         "why": why,
     }
-
-
-def _described(job: Job) -> list[Any]:
-    """Everything that can change a trace."""
-    family = job.blueprint
-    parts = [[part.classes, dict(part.config), part.precision] for part in family.parts]
-    adapter = job.adapter.model_dump(mode="json") if job.adapter else None
-    own = [job.optimizer, job.precision, job.size, job.max_grad_norm]
-    own += [job.preview, job.guided, job.class_pictures]
-    return [
-        code(),
-        versions(),
-        family.name,
-        parts,
-        list(family.tokens),
-        list(family.lora_targets),
-        adapter,
-        own,
-    ]
 
 
 def digest(value: Any) -> str:

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -158,7 +158,8 @@ class Tracer(TorchDispatchMode):
 
     Attributes:
         target: whose behaviour is recorded; tensors on the meta device and on the CPU are followed alike.
-        autocast: what `torch.autocast` lowers to there; None leaves types alone.
+        autocast: what `torch.autocast` lowers to there, within the modules of `casting`; None leaves types
+            alone.
         place: for `Event.place`; set by whoever knows where the step is.
     """
 
@@ -201,13 +202,22 @@ class Tracer(TorchDispatchMode):
         before, self._phase = self._phase, name
         if self._casts:
             self._casts.keeps = name.endswith("forward")
+            self._casts.active = name.endswith("backward")  # what is computed again there is cast again
         try:
             yield
         finally:
             self._phase = before
             if self._casts:
-                self._casts.keeps = False
+                self._casts.keeps = self._casts.active = False
                 self._casts.forget()
+
+    def casting(self, module: nn.Module) -> None:
+        """Says that a module's forward pass runs under autocast: accelerate wraps that and nothing else."""
+        casts = self._casts
+        if casts is None:
+            return
+        module.register_forward_pre_hook(lambda *_: setattr(casts, "active", True))
+        module.register_forward_hook(lambda *_: setattr(casts, "active", False), always_call=True)
 
     def label(self, tensors: Iterable[Tensor], category: str) -> None:
         """Says what tensors are; those not seen before are born now (weights, inputs)."""
@@ -424,14 +434,17 @@ class _Autocast:
 
     def __init__(self, low: torch.dtype) -> None:
         self.low = low
-        self.keeps = False
+        self.active = self.keeps = False
         self._kept: dict[int, Tensor] = {}
 
     def forget(self) -> None:
         self._kept.clear()
 
+    def type_of(self, kind: str) -> torch.dtype | None:
+        return self.low if self.active else None
+
     def lowered(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+        if not self.active or not isinstance(value, Tensor) or value.dtype != torch.float32:
             return value
         if not (self.keeps and value.is_leaf and value.requires_grad):
             return value.to(self.low)
@@ -440,7 +453,8 @@ class _Autocast:
         return self._kept[id(value)]
 
     def raised(self, value: Any) -> Any:
-        return value.float() if isinstance(value, Tensor) and value.dtype == self.low else value
+        raises = self.active and isinstance(value, Tensor) and value.dtype == self.low
+        return value.float() if raises else value
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -451,7 +465,7 @@ class _Autocast:
                 for name in names:
                     made = _casting(getattr(functional, name), cast)
                     stack.enter_context(mock.patch.object(functional, name, made))
-            stack.enter_context(mock.patch.object(layers, "autocast_type", return_value=self.low))
+            stack.enter_context(mock.patch.object(layers, "autocast_type", self.type_of))
             yield
             self.forget()
 

@@ -1,0 +1,262 @@
+"""What is traced is what is run: the task, the family's own calls, and the type of each network."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tunekit import families, layers
+from tunekit.config import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    TrainConfig,
+    TrainingRunConfig,
+)
+from tunekit.errors import ConfigError
+from tunekit.families import Frame, Sizes, sizes
+from tunekit.memory.job import KEPT, TEACHER, Job, job_of
+from tunekit.memory.levers import Fitted, Levers, fit, quantize_base
+from tunekit.memory.phases import trace_class_pictures, trace_encode
+from tunekit.memory.step import trace_step
+from tunekit.memory.trace import CPU, CUDA, Tracer
+from tunekit.tasks import Denoising
+from tunekit.training.distill import Distillation
+
+ADAPTER = AdapterConfig(rank=4, alpha=4)
+SIZE = (64, 64)
+
+
+def usual(name: str) -> Sizes:
+    """The sizes of a family's usual base."""
+    return families.sizes_of(name, families.planned(name).facts.default_source)
+
+
+# The task
+
+
+def distilling(tiny: Sizes, *, precision: str = "fp32") -> Job:
+    """A student of all weights and its frozen teacher, on the student's device."""
+
+    def make(fitted: Fitted) -> Distillation:
+        device = next(fitted.module.parameters()).device
+        return Distillation(fitted, tiny.family, tiny.denoiser.build(str(device)), job.learned(), 1.0)
+
+    job = Job(tiny, None, precision=precision, size=SIZE, make_task=make, task="distillation")
+    return job
+
+
+@pytest.mark.parametrize(("micro_batch", "accumulation"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_another_task_is_traced_with_its_teacher(
+    script: Any, name: str, micro_batch: int, accumulation: int
+) -> None:
+    """What heal trains, against the record of the CPU's allocator."""
+    job = distilling(families.sizes_of(name, "tiny"))
+    row = script.compare(job, micro_batch, accumulation, Levers(), "cpu")
+    assert row["task"] == "distillation"
+    assert abs(row["error_allocated"]) < 0.01
+    ledger = trace_step(job, CPU, micro_batch=1).trace.peak("optimizer").ledger
+    assert ledger[TEACHER] == pytest.approx(ledger["weights"], rel=0.01)
+
+
+def test_a_teacher_does_not_run_under_the_students_autocast(tiny: Sizes) -> None:
+    """accelerate wraps the network that is trained, and nothing else."""
+    student, teacher = nn.Linear(8, 8, device="meta"), nn.Linear(8, 8, device="meta")
+    with Tracer(CUDA, autocast=torch.bfloat16) as tracer:
+        tracer.casting(student)
+        rows = torch.empty(2, 8, device="meta")
+        assert (student(rows).dtype, teacher(rows).dtype) == (torch.bfloat16, torch.float32)
+    full, half = (
+        trace_step(distilling(tiny, precision=name), CUDA, micro_batch=2).trace.peak().ledger
+        for name in ("fp32", "bf16")
+    )
+    assert half[TEACHER] == full[TEACHER]
+    assert half["activations"] < full["activations"]
+
+
+@dataclass
+class Averaged(Denoising):
+    """A task that remembers the running mean of what is trained."""
+
+    def __post_init__(self) -> None:
+        self.mean = {name: p.detach().clone() for name, p in self.fitted.parameters.items()}
+
+    def updated(self, step: int) -> None:
+        for name, mean in self.mean.items():
+            mean.lerp_(self.fitted.parameters[name].detach(), 0.01)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.mean
+
+
+def test_what_a_task_remembers_is_seen(tiny: Sizes) -> None:
+    def make(fitted: Fitted) -> Averaged:
+        return Averaged(fitted, tiny.family, job.learned())
+
+    job = Job(tiny, ADAPTER, size=SIZE, make_task=make, task="averaged")
+    ledger = trace_step(job, CPU, micro_batch=1).trace.peak("optimizer").ledger
+    assert ledger[KEPT] == ledger["adapter"]
+
+
+def test_tasks_and_objectives_are_told_apart(tiny: Sizes) -> None:
+    """Traces are kept under what a job says of itself."""
+    plain = Job(tiny, ADAPTER, size=SIZE)
+    others = [
+        replace(plain, objective=ObjectiveConfig(snr_gamma=5.0)),
+        replace(plain, objective=ObjectiveConfig(loss="huber")),
+        replace(distilling(tiny), adapter=ADAPTER),
+    ]
+    told = [json.dumps(job.described()) for job in (plain, *others)]
+    assert len(set(told)) == len(told)
+    assert told[0] == json.dumps(Job(families.sizes_of("sd15", "tiny"), ADAPTER, size=SIZE).described())
+    with pytest.raises(ValueError, match="needs a name"):
+        replace(plain, make_task=lambda fitted: Denoising(fitted, tiny.family, plain.learned()))
+
+
+def test_an_objective_that_the_base_does_not_have_is_refused(tiny: Sizes) -> None:
+    job = Job(tiny, ADAPTER, size=SIZE, objective=ObjectiveConfig(shift=3.0))
+    with pytest.raises(ConfigError, match=r"objective\.shift has no effect"):
+        trace_step(job, CPU, micro_batch=1)
+
+
+@pytest.mark.parametrize("name", families.runnable())
+def test_the_tiny_model_of_every_family_can_be_planned(name: str) -> None:
+    config = TrainingRunConfig(
+        recipe="lora",
+        model=ModelConfig(family=name, source="tiny"),
+        train=TrainConfig(max_steps=2, lr=1e-2),
+    )
+    job = job_of(config, DataConfig(path="(pictures)", resolution=64), "fp32")
+    assert trace_step(job, CUDA, micro_batch=2).units
+    assert trace_encode(job, CUDA).peak("encode").size > 0
+
+
+def test_a_picture_is_as_large_as_its_bucket() -> None:
+    """A resolution that the base cannot have is cut to the next one below, as pictures are."""
+    config = TrainingRunConfig(
+        recipe="lora",
+        model=ModelConfig(family="sd15", source="runwayml/stable-diffusion-v1-5"),
+        train=TrainConfig(max_steps=2, lr=1e-2),
+    )
+    job = job_of(config, DataConfig(path="(pictures)", resolution=520), "bf16")
+    assert job.size == (512, 512)
+    assert job.sizes.assumed
+
+
+# The types
+
+
+def looking(module: nn.Module) -> list[Tensor]:
+    """What a module takes from now on."""
+    seen: list[Tensor] = []
+    module.register_forward_pre_hook(lambda _, args: seen.extend(args))
+    return seen
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["by name", "by position"])
+def test_sizes_and_times_keep_their_digits_in_sixteen_bits(named: bool) -> None:
+    """bfloat16 has 8 bits of mantissa: 3000 px would become 3008, and step 999 become 1000."""
+    family = families.get("sdxl")
+    denoiser = family.denoiser(family.tiny())
+    fitted = fit(denoiser, ADAPTER, family.facts, Levers("bf16"), device="cpu")
+    sizes_seen, times_seen = looking(denoiser.add_time_proj), looking(denoiser.time_proj)
+    latents_seen, pooled_seen = looking(denoiser.conv_in), looking(denoiser.add_embedding.linear_1)
+    noisy, times = torch.zeros(1, 4, 8, 8), torch.tensor([999.0])
+    frame = Frame((3000, 2001), (5, 7), (64, 64)).rows(1)
+    encoded = {"encoder_hidden_states": torch.zeros(1, 40, 80), "text_embeds": torch.zeros(1, 24)}
+    if named:
+        family.denoise(fitted.module, noisy, times, family.conditioning(encoded, frame))
+    else:
+        added = {"text_embeds": encoded["text_embeds"], "time_ids": frame}
+        fitted.module(noisy, times, encoded["encoder_hidden_states"], added_cond_kwargs=added)
+    assert sizes_seen[0].tolist() == [3000, 2001, 5, 7, 64, 64]
+    assert times_seen[0].tolist() == [999]
+    assert {seen[0].dtype for seen in (sizes_seen, times_seen)} == {torch.float32}
+    assert {seen[0].dtype for seen in (latents_seen, pooled_seen)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_a_base_that_was_packed_while_it_was_read_is_not_packed_again(tmp_path: Any, scheme: str) -> None:
+    """Packed a second time, from 16 bits or from its own packed weights, it would be another base."""
+    if scheme == "nf4":
+        pytest.importorskip("bitsandbytes")
+    family = families.get("sd15")
+    family.save(family.tiny(), tmp_path)
+    whole = family.load(str(tmp_path))
+    read = family.load(str(tmp_path), family.facts.dtypes(torch.bfloat16), pack=scheme)
+    assert quantize_base(family.denoiser(read), scheme) == []
+    modules = []
+    for pipeline in (whole, read):
+        fitted = fit(family.denoiser(pipeline), ADAPTER, family.facts, Levers("bf16", scheme), device="cpu")
+        modules.append(dict(fitted.module.named_modules()))
+    packed = [name for name, layer in modules[0].items() if isinstance(layer, layers.QuantLinear)]
+    assert packed
+    for name in packed:
+        one, two = (found[name] for found in modules)
+        assert torch.equal(one.packed, two.packed), name
+        assert torch.equal(one.scale, two.scale), name
+
+
+def small_flux() -> Sizes:
+    """FLUX.1 with a few blocks, and text encoders of its own kinds and few layers."""
+    whole = usual("flux")
+    less = {
+        "transformer": {"num_layers": 1, "num_single_layers": 1},
+        "text_encoder": {"num_hidden_layers": 1},
+        "text_encoder_2": {"num_layers": 1},
+    }
+    parts = [replace(part, config={**part.config, **less.get(part.name, {})}) for part in whole.components]
+    return replace(whole, components=tuple(parts))
+
+
+def test_text_encoders_are_in_their_own_type_everywhere() -> None:
+    """T5 in bfloat16 on the CPU as on a GPU, CLIP in float32."""
+    small = small_flux()
+    job = Job(small, ADAPTER, precision="bf16", size=(256, 256))
+    clip, t5 = (sum(p.numel() for p in part.build().parameters()) for part in small.encoders)
+    ledgers = [trace_encode(job, target).peak("encode").ledger for target in (CPU, CUDA)]
+    for ledger in ledgers:
+        assert ledger["text encoders"] == pytest.approx(4 * clip + 2 * t5, rel=0.01)
+    denoiser = sum(p.numel() for p in small.denoiser.build().parameters())
+    assert ledgers[0]["base weights"] == pytest.approx(2 * denoiser, rel=0.01)
+
+
+def test_the_sizes_of_t5_need_no_longest_prompt() -> None:
+    """Its config.json does not say one: positions are relative."""
+    row = usual("flux").component("text_encoder_2")
+    config = row.type.config_class(**{**row.config, "num_layers": 1}).to_dict()
+    assert "max_position_embeddings" not in config
+    found = sizes.with_config(row, config)
+    assert found.tokens == row.tokens == 512
+    assert found.build().config.num_layers == 1
+
+
+def test_class_pictures_are_drawn_in_the_precision_of_the_run() -> None:
+    """Half of float32 in bf16; in fp16, SDXL's autoencoder overflows and stays float32."""
+    tiny = families.sizes_of("sdxl", "tiny")
+    job = Job(tiny, ADAPTER, size=SIZE, class_pictures=SIZE)
+    full, half, fp16 = (
+        trace_class_pictures(replace(job, precision=name), CUDA, 1).peak().ledger
+        for name in ("fp32", "bf16", "fp16")
+    )
+    for part in ("base weights", "text encoders", "VAE"):
+        assert half[part] == pytest.approx(full[part] / 2, rel=0.15), part  # multiples of 512 bytes
+    assert fp16["base weights"] == half["base weights"]
+    assert fp16["VAE"] == full["VAE"]
+
+
+def test_a_packed_base_is_packed_while_pictures_are_encoded_on_the_cpu(tiny: Sizes) -> None:
+    job = Job(tiny, ADAPTER, size=SIZE)
+    plain, packed = (
+        trace_encode(job, CPU, Levers(base=base)).peak("encode").ledger["base weights"]
+        for base in ("same", "int8")
+    )
+    stepping = trace_step(job, CPU, Levers(base="int8"), micro_batch=1).trace.peak().ledger["base weights"]
+    assert packed == stepping < plain

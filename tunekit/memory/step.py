@@ -1,0 +1,282 @@
+"""The memory of two optimizer steps: the run's own code, on tensors without data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunekit import optimizers
+from tunekit.memory.job import (
+    ADAPTER,
+    GRADIENTS,
+    KEPT,
+    MASTERS,
+    STATE,
+    TEACHER,
+    TRAINED,
+    VAE,
+    VISITORS,
+    WEIGHTS,
+    Job,
+    bytes_of,
+)
+from tunekit.memory.levers import Fitted, Levers, OnUnit, fit, step_in_backward
+from tunekit.memory.trace import Target, Trace, Tracer
+from tunekit.tasks import Task
+
+PAGED = 100_000
+"""Elements from which a paged optimizer keeps state in host memory (bitsandbytes/optim/optimizer.py)."""
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """Two optimizer steps.
+
+    Attributes:
+        trace: phases "first forward", "first backward", "first optimizer", then the same without "first".
+        units: module paths of the checkpointing units, in the order in which they run.
+        weights: unit -> bytes of its frozen weights.
+        saving: bytes that writing the result takes on the device for a while.
+    """
+
+    trace: Trace
+    units: tuple[str, ...]
+    weights: Mapping[str, int] = field(default_factory=dict)
+    saving: int = 0
+
+
+def adapted(job: Job, levers: Levers, device: str = "meta", on_unit: OnUnit | None = None) -> Fitted:
+    """The denoiser as it is trained: adapter and levers on it; with random weights on a real device."""
+    host = "meta" if device == "meta" else "cpu"
+    fitted = fit(
+        job.sizes.denoiser.build(host),
+        job.adapter,
+        job.sizes.family.facts,
+        levers,
+        device=device,
+        on_unit=on_unit,
+    )
+    fitted.module.train()
+    return fitted
+
+
+def trace_step(
+    job: Job,
+    target: Target,
+    levers: Levers | None = None,
+    *,
+    micro_batch: int,
+    accumulation: int = 1,
+) -> StepTrace:
+    """Follows two optimizer steps.
+
+    Args:
+        target: whose allocations are predicted.
+        levers: default none, at the job's precision.
+        micro_batch: samples per forward.
+        accumulation: forwards per optimizer step; beyond the second nothing new is held.
+    """
+    levers = levers or Levers(job.precision)
+    tracer = Tracer(target, autocast=job.autocast)
+    units, on_unit = _unit_watcher(tracer)
+    fitted = adapted(job, levers, on_unit=on_unit)
+    task = job.task_of(fitted)
+    parameters = list(fitted.parameters.values())
+    _watch(tracer, fitted)
+    update = _updater(job, target, fitted, tracer)
+    batch = job.batch(micro_batch)
+    with tracer:
+        _label(tracer, job, task)
+        tracer.label(batch.tensors(), "inputs")
+        if job.preview is not None and target.name == "cpu":  # between previews it waits there
+            vae = job.sizes.pipeline().vae
+            tracer.label((*vae.parameters(), *vae.buffers()), VAE)
+        for number, first in enumerate(("first ", ""), start=1):
+            for _ in range(min(accumulation, 2)):
+                tracer.place = 0
+                with tracer.phase(f"{first}forward"):
+                    loss = task.loss(fitted.module, batch)["loss"].float().sum()
+                with tracer.phase(f"{first}backward"):
+                    loss.backward()  # type: ignore[no-untyped-call]
+                del loss
+                tracer.label([p.grad for p in parameters if p.grad is not None], GRADIENTS)
+            tracer.place = 0
+            with tracer.phase(f"{first}optimizer"):
+                if job.max_grad_norm:
+                    torch.nn.utils.clip_grad_norm_(parameters, job.max_grad_norm)
+                update()
+                task.updated(number)
+    weights = {name: _frozen_bytes(fitted.module, name) for name in units}
+    return StepTrace(tracer.trace(), tuple(units), weights, _saving(job, target, parameters))
+
+
+def _watch(tracer: Tracer, fitted: Fitted) -> None:
+    """Lets the tracer see what comes and goes beside operators: copies of weights, gradients."""
+    tracer.casting(fitted.module)
+    if fitted.host:
+        fitted.host.watch = lambda copies: tracer.label(copies, VISITORS)
+    fitted.watch = lambda gradient: tracer.label([gradient], GRADIENTS)
+    if fitted.optimizer_in_backward:
+        for parameter in fitted.parameters.values():  # before the hook that frees it
+            parameter.register_post_accumulate_grad_hook(lambda p: tracer.label([p.grad], GRADIENTS))
+
+
+def _label(tracer: Tracer, job: Job, task: Task) -> None:
+    """Says what is there before the first step."""
+    fitted = task.fitted
+    denoiser, parameters = fitted.module, list(fitted.parameters.values())
+    host = {id(tensor) for tensor in fitted.host.tensors} if fitted.host else set()
+    frozen = [p for p in (*denoiser.parameters(), *denoiser.buffers()) if not p.requires_grad]
+    tracer.label([tensor for tensor in frozen if id(tensor) not in host], WEIGHTS)
+    learned = [p for p in denoiser.parameters() if p.requires_grad]
+    tracer.label(learned, ADAPTER if job.adapter else TRAINED)
+    if fitted.has_masters:
+        tracer.label(parameters, MASTERS)
+    for module in vars(task).values():
+        if isinstance(module, nn.Module) and module is not denoiser:
+            tracer.label((*module.parameters(), *module.buffers()), TEACHER)
+    tracer.label(task.state().values(), KEPT)
+
+
+def _updater(job: Job, target: Target, fitted: Fitted, tracer: Tracer) -> Callable[[], None]:
+    """What makes an update once the gradients are there, as far as it was not made in the backward pass."""
+    facts = optimizers.find(job.optimizer)
+    optimizer = optimizers.build(
+        "adamw8bit" if facts.paged else job.optimizer,  # paged state cannot be made without its device
+        fitted.parameters.values(),
+        lr=1e-4,
+        device="meta",
+        per_parameter=fitted.optimizer_in_backward,
+    )
+    fused = target.name in facts.fused_on
+
+    def step(optimizer: torch.optim.Optimizer) -> None:
+        _update(optimizer, fused=fused)
+        state = list(_state(optimizer))
+        hosted = [t for t in state if facts.paged and target.name != "cpu" and t.numel() >= PAGED]
+        tracer.host(hosted)
+        large = {id(tensor) for tensor in hosted}
+        tracer.label([tensor for tensor in state if id(tensor) not in large], STATE)
+
+    if fitted.optimizer_in_backward:
+        step_in_backward(optimizer, step)
+
+    def update() -> None:
+        if not fitted.optimizer_in_backward:
+            step(optimizer)
+            fitted.write_back()
+        optimizer.zero_grad(set_to_none=True)
+
+    return update
+
+
+def _saving(job: Job, target: Target, parameters: list[nn.Parameter]) -> int:
+    """On the CPU both adapter files are read again, or the rest of the pipeline is loaded anew."""
+    if target.name != "cpu":
+        return 0
+    if job.adapter:
+        return 2 * bytes_of(*parameters)
+    return sum(bytes_of(*part.build().parameters()) for part in job.sizes.networks)
+
+
+def _frozen_bytes(denoiser: nn.Module, unit: str) -> int:
+    module = denoiser.get_submodule(unit)
+    return bytes_of(*(t for t in (*module.parameters(), *module.buffers()) if not t.requires_grad))
+
+
+def _unit_watcher(tracer: Tracer) -> tuple[list[str], OnUnit]:
+    """What tells the tracer which unit's forward or backward pass runs, and the units as they come up."""
+    units: list[str] = []
+
+    def on_unit(name: str, run: Callable[[], Any]) -> Any:
+        if name not in units:
+            units.append(name)
+        number = units.index(name)
+        tracer.place = 2 * number + 1
+        made = run()
+        tracer.place = 2 * number + 2
+        for tensor in made if isinstance(made, tuple) else (made,):
+            if tensor is not None and tensor.requires_grad:
+                # Its gradient is there, so the unit's backward pass begins.
+                tensor.register_hook(lambda _: setattr(tracer, "place", 2 * number + 1))
+        return made
+
+    return units, on_unit
+
+
+def _update(optimizer: torch.optim.Optimizer, *, fused: bool) -> None:
+    """One optimizer step on meta tensors, which some classes do not take."""
+    if isinstance(optimizer, torch.optim.Adafactor):
+        _update_adafactor(optimizer)
+    elif fused:
+        _update_fused(optimizer)
+    else:
+        optimizer.step()
+
+
+@torch.no_grad()
+def _update_fused(optimizer: torch.optim.Optimizer) -> None:
+    """AdamW's fused kernel."""
+    for group in optimizer.param_groups:
+        learned = [p for p in group["params"] if p.grad is not None]
+        for parameter in learned:
+            state = optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), device="meta")
+                state["exp_avg"], state["exp_avg_sq"] = (
+                    torch.zeros_like(parameter),
+                    torch.zeros_like(parameter),
+                )
+        beta1, beta2 = group["betas"]
+        torch._fused_adamw_(
+            learned,
+            [p.grad for p in learned],
+            *([optimizer.state[p][name] for p in learned] for name in ("exp_avg", "exp_avg_sq")),
+            [],
+            [optimizer.state[p]["step"] for p in learned],
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+@torch.no_grad()
+def _update_adafactor(optimizer: torch.optim.Optimizer) -> None:
+    """Adafactor, tensor by tensor, without the scalars that it reads back (torch/optim/_adafactor.py)."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            state = optimizer.state[parameter]
+            if gradient.dim() > 1:
+                if not state:
+                    rows, columns = [*gradient.shape[:-1], 1], [*gradient.shape[:-2], 1, gradient.shape[-1]]
+                    state["row_var"] = gradient.new_zeros(rows)
+                    state["col_var"] = gradient.new_zeros(columns)
+                state["row_var"].lerp_(gradient.norm(dim=-1, keepdim=True).square_(), 0.5)
+                state["col_var"].lerp_(gradient.norm(dim=-2, keepdim=True).square_(), 0.5)
+                update = state["row_var"] @ state["col_var"]
+                update.div_(state["row_var"].mean(dim=-2, keepdim=True))
+            else:
+                if not state:
+                    state["variance"] = torch.zeros_like(gradient)
+                state["variance"].lerp_(gradient.square(), 0.5)
+                update = state["variance"].clone()
+            update.clamp_(min=1e-30).rsqrt_().mul_(gradient)
+            parameter.add_(update)
+
+
+def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor) and value.device.type == "meta":
+                yield value
