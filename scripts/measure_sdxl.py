@@ -113,7 +113,8 @@ def _write_shards(state: dict[str, Any], place: Path, stem: str, save_file: Any)
         total += count
     names = {}
     for number, shard in enumerate(shards, start=1):
-        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
+        place_in = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = f"{stem}{place_in}.safetensors"
         drawn = {name: _drawn(name, tensor, generator) for name, tensor in shard.items()}
         save_file(drawn, place / file, metadata={"format": "pt"})
         names |= dict.fromkeys(shard, file)
@@ -202,19 +203,21 @@ def step(folder: Path) -> dict[str, Any]:
 
 
 def export(folder: Path) -> dict[str, Any]:
-    """Exports the U-Net in fp16, runs it once in ONNX Runtime, and compares."""
+    """Exports the U-Net in fp32, runs it once in ONNX Runtime, and compares."""
     from tunekit import families
     from tunekit.artifacts import directory_size
     from tunekit.passes.export_onnx import as_tuple, check_inputs, export_component, graph_error
 
     family = families.get("sdxl")
-    pipeline = family.load(str(folder), {"unet": torch.float16, "vae": torch.float32})
+    pipeline = family.load(str(folder), family.facts.dtypes(torch.float32))
     components = {made.name: made for made in family.export_components(pipeline)}
     component = components["unet"]
     del pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae, components
     gc.collect()
+    # One row of 256 px: the graph is judged, and not this processor.
     inputs = {
-        name: value[:1] if value.shape[0] > 1 else value for name, value in check_inputs(component).items()
+        name: value[:1, ..., :32, :32] if name == "sample" else value[:1]
+        for name, value in check_inputs(component).items()
     }
     target = folder.parent / "onnx" / "unet"
     started = time.perf_counter()

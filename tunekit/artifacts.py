@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tunekit.config import SamplingConfig
 
 VERSION = 2
-"""Of artifact.json; version 1, which says neither how the model is drawn with nor how it is opened, is read."""
+"""Of artifact.json. Version 1, which says neither how the model is drawn with nor opened, is read."""
 CHAIN_VERSION = 1
 FORMATS = ("adapter", "torch", "onnx", "tensorrt")
 RECORD = "artifact.json"

@@ -393,24 +393,20 @@ def bench(
 ) -> None:
     """Measure artifacts in turns: latency, size and peak memory, and the ratios to the first."""
     from tunekit.artifacts import open_artifact
-    from tunekit.passes.benchmark import PROMPT, compare
+    from tunekit.passes.benchmark import PROMPT, Settings, compare
 
     opened = [open_artifact(artifact, family=family) for artifact in artifacts]
     console = _console(stderr=True)
-    found = compare(
-        opened,
-        prompts=prompt or [PROMPT],
-        steps=steps,
+    settings = Settings(
+        prompts=tuple(prompt or [PROMPT]),
+        sampling=_sampling(steps, guidance, height, width),
         repeats=repeats,
-        guidance=guidance,
-        height=height,
-        width=width,
         device=device,
         provider=provider,
         threads=threads,
         memory=memory,
-        say=lambda line: console.print(line, style="dim"),
     )
+    found = compare(opened, settings, say=lambda line: console.print(line, style="dim"))
     if as_json:
         _print_json(found)
         return

@@ -135,7 +135,7 @@ class Run:
         named = self._data.cache
         return Path(named).expanduser() if named is not None else self.folder.path.parent / ".cache"
 
-    # Before --------------------------------------------------------------------------------------------------
+    # Before -------------------------------------------------------------------------------------------------
 
     def begin(self) -> bool:
         """Whether there is something to train; writes config.yaml and plan.json once they fit what is there.
@@ -219,7 +219,7 @@ class Run:
 
         return drawn
 
-    # The loop ------------------------------------------------------------------------------------------------
+    # The loop -----------------------------------------------------------------------------------------------
 
     def fit(self, base: Base) -> Fitted:
         """Put the denoiser on the device as it is trained, with its adapter and the memory levers.
@@ -347,7 +347,7 @@ class Run:
             self.meter.write(self.folder.path / "plan.json")
         self.say(f"saved {final}")
 
-    # After ---------------------------------------------------------------------------------------------------
+    # After --------------------------------------------------------------------------------------------------
 
     def optimize(self) -> None:
         """Run the passes on what was trained, and write the report, after each of them too.

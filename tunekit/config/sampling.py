@@ -23,7 +23,7 @@ class SamplingConfig(Section):
     width: Multiple | None = None
     """In pixels."""
     scheduler: dict[str, Any] | None = None
-    """Keys of the sampler's configuration that differ from the model's; `class` names another of diffusers'."""
+    """Keys of the sampler's configuration that differ from the model's; `class` names another sampler."""
 
     def over(self, other: SamplingConfig | None) -> SamplingConfig:
         """This one, with what it leaves open taken from another."""
