@@ -581,8 +581,8 @@ def _hash_module(module: nn.Module) -> str:
 
 def _prompt_options(pipeline: Any) -> list[Any]:
     """What else of a pipeline says how prompts are encoded; most have none."""
-    known = dict(pipeline.config)
-    return [known[key] for key in ("force_zeros_for_empty_prompt",) if key in known]
+    zeros = getattr(pipeline.config, "force_zeros_for_empty_prompt", None)
+    return [] if zeros is None else [zeros]
 
 
 def _vocabulary(tokenizer: Any) -> str:
