@@ -13,7 +13,7 @@ True
 ('adapter', 'sd15', 'tiny', 'runs/first/adapter')
 >>> pictures = tunekit.generate(adapter, ["a red fox", "a blue bird"], seeds=[7, 8], steps=2)
 >>> [picture.size for picture in pictures]
-[(64, 64), (64, 64)]
+[(32, 32), (32, 32)]
 >>> plain, = tunekit.generate("tiny", "a red fox", family="sd15", seeds=7, steps=2)
 >>> plain == pictures[0]
 False
@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tunekit.artifacts import Artifact, open_artifact
-    from tunekit.config import load
+    from tunekit.config.schema import load
     from tunekit.passes.base import Pass
-    from tunekit.runtime import open_runtime
+    from tunekit.runtime.open import open_runtime
     from tunekit.workspace import generate, plan, run
 
 __version__ = "0.1.0"
@@ -48,9 +48,9 @@ _HOMES = {
     "Artifact": "tunekit.artifacts",
     "Pass": "tunekit.passes.base",
     "generate": "tunekit.workspace",
-    "load": "tunekit.config",
+    "load": "tunekit.config.schema",
     "open_artifact": "tunekit.artifacts",
-    "open_runtime": "tunekit.runtime",
+    "open_runtime": "tunekit.runtime.open",
     "plan": "tunekit.workspace",
     "run": "tunekit.workspace",
 }
