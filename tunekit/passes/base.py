@@ -38,6 +38,7 @@ import tunekit
 from tunekit.artifacts import Artifact, RunFolder, Step, atomic_folder, clean_leftovers
 from tunekit.config import SamplingConfig, Section, validate
 from tunekit.errors import ChainError, VerificationFailed, did_you_mean
+from tunekit.passes.models import Models, in_types
 from tunekit.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
 
     from tunekit.config import DataConfig, DreamboothData
     from tunekit.data.calibration import CalibrationSet
-    from tunekit.families.family import Family, Pipeline
+    from tunekit.families.family import Pipeline
+    from tunekit.runtime import Runtime
 
 Metric = float | int | bool | str | None
 Where = Callable[[int, str | None], str]
@@ -101,6 +103,7 @@ class Context:
         folder: where to write; it is renamed to the step's folder when the pass returns.
         family: name of the model family.
         history: the chain's input and the artifact after each earlier step; the last one is the pass's input.
+        models: those that were read from disk, and what was recorded with them.
     """
 
     run_dir: Path
@@ -113,11 +116,7 @@ class Context:
     folder: Path = Path()
     family: str = ""
     history: tuple[Artifact, ...] = ()
-
-    @property
-    def base_source(self) -> str | None:
-        """Source of the base that the chain's adapter belongs to; None if it began with a whole model."""
-        return self.history[0].base
+    models: Models = field(default_factory=Models, compare=False)
 
     def reference(self, against: str) -> Artifact | None:
         """The model to compare with, or None if the chain has none yet.
@@ -132,6 +131,11 @@ class Context:
         whole = [model for model in models if model.format == "torch"]
         return whole[0] if whole and whole[0].source != models[-1].source else None
 
+    def later(self, step: Pass) -> list[Artifact]:
+        """What steps after this one can want: its input, what that is compared with, the first model."""
+        parent = self.reference("parent") if not step.changes_model else None
+        return [model for model in (parent, self.reference("first"), self.history[-1]) if model is not None]
+
     def sampling_of(self, model: Artifact) -> SamplingConfig:
         """How a model is drawn with: as it says itself, else as the run says, else as is usual in its family.
 
@@ -143,21 +147,49 @@ class Context:
         usual = families.get(self.family).facts.sampling.over(SamplingConfig(negative_prompt=""))
         return inherited(model, self.sampling).over(usual)
 
+    def open(self, model: Artifact) -> Pipeline:
+        """A whole torch model in float32, read from disk once in a chain.
+
+        It is shared: change a copy of its denoiser, and put that into a pipeline `around` it.
+        """
+        from tunekit import families
+
+        return self.models.load(families.get(self.family), model.model_source)
+
+    @contextmanager
+    def running(
+        self, model: Artifact, *, provider: str | None = None, threads: int | None = None
+    ) -> Iterator[Runtime]:
+        """A model that is ready to run; a torch one is that of `open`.
+
+        Raises:
+            DeviceError, MissingPackageError, ModelError: see `open_runtime`.
+        """
+        from tunekit.runtime import open_runtime
+
+        runtime = open_runtime(
+            model,
+            family=self.family,
+            device=self.device,
+            provider=provider,
+            threads=threads,
+            load=self.models.load if model.format == "torch" else None,
+        )
+        try:
+            yield runtime
+        finally:
+            runtime.close()
+            if model.format == "torch":
+                self.models.done(model)
+
     @contextmanager
     def examples(
-        self,
-        family: Family,
-        pipeline: Pipeline,
-        model: Artifact,
-        *,
-        count: int,
-        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        self, model: Artifact, *, count: int, precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ) -> Iterator[tuple[CalibrationSet, Accelerator]]:
-        """Gives the run's pictures, or pictures that the model draws itself, and where to compute.
+        """Gives the run's pictures, or pictures that a torch model draws itself, and where to compute.
 
         Args:
-            pipeline: the model, whose encoders are used.
-            model: where `pipeline` was read from.
+            model: its encoders are used, too.
             count: pictures to draw where the run has none.
             precision: of computations.
 
@@ -165,6 +197,7 @@ class Context:
             ConfigError: the run knows neither pictures nor prompts.
             DeviceError: the device does not answer.
         """
+        from tunekit import families
         from tunekit.config import MemoryConfig
         from tunekit.data.calibration import Material, gather
         from tunekit.training.run import close_accelerator, open_accelerator
@@ -172,18 +205,24 @@ class Context:
         # After a training over several processes only the main one is left, and must not wait for the others.
         launched = {name: os.environ.pop(name) for name in LAUNCHER_VARIABLES if name in os.environ}
         accelerator = open_accelerator(MemoryConfig(device=self.device, precision=precision), batch_size=1)
+        family, pipeline = families.get(self.family), self.open(model)
+        height, width = family.default_size(pipeline)
+        material = Material(
+            data=self.data,
+            prompts=self.prompts,
+            count=count,
+            sampling=self.sampling_of(model).over(SamplingConfig(height=height, width=width)),
+            cache=self.cache,
+            model_hash=model.hash,
+            seed=self.seed,
+        )
         try:
-            height, width = family.default_size(pipeline)
-            material = Material(
-                data=self.data,
-                prompts=self.prompts,
-                count=count,
-                sampling=self.sampling_of(model).over(SamplingConfig(height=height, width=width)),
-                cache=self.cache,
-                model_hash=model.hash,
-                seed=self.seed,
+            found = self.models.recorded(
+                model,
+                ("examples", None if self.data else count),
+                lambda: gather(family, pipeline, accelerator, material, self.say),
             )
-            yield gather(family, pipeline, accelerator, material, self.say), accelerator
+            yield found, accelerator
         finally:
             close_accelerator(accelerator)
             os.environ.update(launched)
@@ -194,19 +233,18 @@ class Context:
         named = self.data.cache if self.data else None
         return Path(named).expanduser() if named else self.run_dir.parent / ".cache"
 
-    def save(self, family: Family, pipeline: Pipeline, like: Artifact) -> None:
+    def save(self, pipeline: Pipeline, like: Artifact) -> None:
         """Writes a torch pipeline into `folder`, in the floating type that `like` is stored in."""
         import torch
 
+        from tunekit import families
         from tunekit.layers import stored_dtype
 
-        dtype = (
-            stored_dtype(like.model_path / family.facts.denoiser_name) if like.model_path else torch.float32
-        )
+        family = families.get(self.family)
+        facts, path = family.facts, like.model_path
+        dtype = stored_dtype(path / facts.denoiser_name) if path else torch.float32
         pipeline.to("cpu")
-        if dtype != torch.float32:
-            pipeline.to(dtype)
-        family.save(pipeline, self.folder)
+        family.save(in_types(pipeline, facts, facts.drawing_dtypes(dtype)), self.folder)
 
 
 @dataclass
@@ -329,7 +367,7 @@ def run_chain(
     clean_leftovers(run.path)
     history = [artifact]
     for index, step in enumerate(passes, start=1):
-        label = f"{index:02d} {step.kind}"
+        label, is_last = f"{index:02d} {step.kind}", index == len(passes)
         now = dataclasses.replace(
             context,
             family=artifact.family,
@@ -342,7 +380,11 @@ def run_chain(
             context.say(f"{label}: already there ({folder.name})")
         else:
             context.say(f"{label} ...")
-            result = _run_step(step, now, folder)
+            now.models.begin(() if is_last else now.later(step))
+            try:
+                result = _run_step(step, now, folder)
+            finally:
+                now.models.end()
             made = result.lineage[-1]
             context.say(f"{label}: {format_seconds(made.seconds)}, {describe_metrics(made.metrics)}")
         history.append(result)

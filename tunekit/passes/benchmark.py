@@ -25,8 +25,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -40,6 +41,8 @@ from tunekit.resources import Source
 if TYPE_CHECKING:
     from tunekit.artifacts import Artifact
     from tunekit.runtime import Runtime
+
+    Running = Callable[..., AbstractContextManager[Runtime]]
 
 VERSION = 1
 PROMPT = "a red apple"
@@ -88,7 +91,7 @@ class Benchmark(Pass):
             seed=context.seed,
         )
         sides = [replace(model, sampling=context.sampling_of(model)) for model in models.values()]
-        result = compare(sides, settings, context.say)
+        result = compare(sides, settings, context.say, context.running)
         figures = dict(zip(models, result["artifacts"], strict=True))
         own = figures[artifact.source]
         metrics = {name: own[name] for name in FIGURES}
@@ -155,6 +158,7 @@ def compare(
     artifacts: Sequence[Artifact | str | Path],
     settings: Settings | None = None,
     say: Callable[[str], None] = lambda line: None,
+    running: Running | None = None,
 ) -> dict[str, Any]:
     """Measures models in turns; the first is the baseline of the ratios.
 
@@ -162,6 +166,7 @@ def compare(
         artifacts: anything that `open_runtime` opens.
         settings: how.
         say: shows one line of progress.
+        running: opens a model, where it is not read from disk.
 
     Returns:
         `{"version": 1, "settings": {...}, "artifacts": [...]}`; an artifact has `source`, `title`, the
@@ -177,11 +182,11 @@ def compare(
 
     from tunekit.artifacts import Artifact, open_artifact
     from tunekit.passes.verify import describe
-    from tunekit.runtime import open_runtime
 
     if not artifacts:
         raise ConfigError("nothing to measure: name at least one artifact")
     settings = settings or Settings()
+    running = running or partial(_from_disk, device=settings.device)
     opened = [a if isinstance(a, Artifact) else open_artifact(a) for a in artifacts]
     before = torch.get_num_threads()
     threads = settings.threads or before
@@ -190,24 +195,23 @@ def compare(
         say(busy)
     sides = []
     try:
-        for artifact in opened:
-            provider = settings.provider if artifact.format == "onnx" else None
-            runtime = open_runtime(artifact, device=settings.device, provider=provider, threads=threads)
-            sampling = settings.sampling.over(runtime.sampling)
-            sides.append(_Side(artifact, runtime, describe(artifact, runtime), provider, sampling))
-        with _collector_off():
-            for number in range(-1, settings.repeats):
-                # Round -1 warms up. Nobody is always first: whoever follows finds the caches another left.
-                shift = number % len(sides)
-                for side in sides[shift:] + sides[:shift]:
-                    side.measure(settings, number)
-                if number >= 0:
-                    latest = ", ".join(f"{side.pictures[-1]:.0f} ms" for side in sides)
-                    say(f"round {number + 1} of {settings.repeats}: a picture took {latest}")
+        with ExitStack() as stack:
+            for artifact in opened:
+                provider = settings.provider if artifact.format == "onnx" else None
+                runtime = stack.enter_context(running(artifact, provider=provider, threads=threads))
+                sampling = settings.sampling.over(runtime.sampling)
+                sides.append(_Side(artifact, runtime, describe(artifact, runtime), provider, sampling))
+            with _collector_off():
+                for number in range(-1, settings.repeats):
+                    # Round -1 warms up. Nobody is always first: who follows finds the caches another left.
+                    shift = number % len(sides)
+                    for side in sides[shift:] + sides[:shift]:
+                        side.measure(settings, number)
+                    if number >= 0:
+                        latest = ", ".join(f"{side.pictures[-1]:.0f} ms" for side in sides)
+                        say(f"round {number + 1} of {settings.repeats}: a picture took {latest}")
     finally:
         torch.set_num_threads(before)
-    for side in sides:
-        side.runtime.close()
     gc.collect()
     rows = []
     for side in sides:
@@ -237,6 +241,19 @@ def compare(
         "busy": busy,
     }
     return {"version": VERSION, "settings": shared, "artifacts": rows}
+
+
+@contextmanager
+def _from_disk(
+    artifact: Artifact, *, device: str, provider: str | None, threads: int | None
+) -> Iterator[Runtime]:
+    from tunekit.runtime import open_runtime
+
+    runtime = open_runtime(artifact, device=device, provider=provider, threads=threads)
+    try:
+        yield runtime
+    finally:
+        runtime.close()
 
 
 def ratios(row: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:

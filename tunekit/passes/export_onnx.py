@@ -25,6 +25,7 @@ from pydantic import Field
 from tunekit.artifacts import directory_size, write_json
 from tunekit.errors import ModelError, output_errors, require
 from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.passes.models import in_types
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,17 +79,15 @@ class ExportOnnx(Pass):
         from tunekit import families
 
         family = families.get(context.family)
-        pipeline = family.load(artifact.model_source)
+        pipeline, facts = context.open(artifact), family.facts
         _refuse_packed(family.denoiser(pipeline), artifact.source)
         components = family.export_components(pipeline)
         checks = {component.name: check_inputs(component) for component in components}
         with torch.no_grad():
             expected = {c.name: as_tuple(c.module(*checks[c.name].values())) for c in components}
         if self.dtype == "fp16":
-            # In place, so the pipeline is halved too, and the family now gives fp16 example inputs.
-            for component in components:
-                if component.component not in family.facts.overflowing:
-                    component.module.half()
+            # The family gives example inputs in the type of what they are for.
+            pipeline = in_types(pipeline, facts, facts.drawing_dtypes(torch.float16))
             components = family.export_components(pipeline)
 
         table: list[dict[str, Any]] = []

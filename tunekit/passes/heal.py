@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.passes.models import around
 
 if TYPE_CHECKING:
     from tunekit.artifacts import Artifact
@@ -66,6 +67,8 @@ class Heal(Pass):
             ConfigError: the run knows neither pictures nor prompts.
             NonFiniteError: the loss is not finite.
         """
+        import copy
+
         from tunekit import families
         from tunekit.config import TrainConfig
         from tunekit.data.cache import Draws, Stream
@@ -79,9 +82,9 @@ class Heal(Pass):
         family = families.get(context.family)
         origin = context.reference("parent")
         assert origin is not None  # `problem` has seen to it
-        parent = family.load(origin.model_source)
-        pipeline = family.load(artifact.model_source)
-        denoiser, teacher = family.denoiser(pipeline), family.denoiser(parent)
+        whole = context.open(artifact)
+        denoiser, teacher = family.denoiser(whole), family.denoiser(context.open(origin))
+        student = copy.deepcopy(denoiser)
         settings = TrainConfig(
             max_steps=self.max_steps,
             lr=self.lr,
@@ -92,11 +95,11 @@ class Heal(Pass):
             weight_decay=0.0,
             log_every=max(1, self.max_steps // 10),
         )
-        drawn = context.examples(family, parent, origin, count=self.pictures, precision=self.precision)
+        drawn = context.examples(origin, count=self.pictures, precision=self.precision)
         with drawn as (examples, accelerator):
-            for module in (denoiser, teacher):
+            for module in (student, teacher):
                 module.to(accelerator.device)
-            before = output_error(family, denoiser, teacher, examples)
+            before = output_error(family, student, teacher, examples)
             context.say(f"learning from {examples.origin}")
             batches = Stream(
                 examples.dataset,
@@ -104,8 +107,7 @@ class Heal(Pass):
                 Draws(self.batch_size, self.micro_batch, caption_dropout=UNCONDITIONAL),
                 seed=context.seed,
             )
-            kept = {name: value.cpu().clone() for name, value in denoiser.state_dict().items()}
-            fitted = Fitted.plain(denoiser.train().requires_grad_(True))
+            fitted = Fitted.plain(student.train().requires_grad_(True))
             result = train(
                 accelerator,
                 Distillation(fitted, family, teacher, examples.objective, self.feature_weight),
@@ -114,23 +116,21 @@ class Heal(Pass):
                 settings,
                 Hooks(seed=context.seed, say=context.say, title="heal"),
             )
-            denoiser.eval().requires_grad_(False)
-            after = trained = output_error(family, denoiser, teacher, examples)
-            if trained > before:
-                denoiser.load_state_dict(kept)
-                after = before
+            student.eval().requires_grad_(False)
+            trained = output_error(family, student, teacher, examples)
+        worse = trained > before
         note = f"learned from {examples.origin}"
-        if trained > before:
+        if worse:
             note += (
                 f"; training made the output worse ({before:.3g} -> {trained:.3g}), so the weights are as"
                 " before: lower lr, or leave heal out"
             )
-        context.save(family, pipeline, artifact)
+        context.save(whole if worse else around(whole, {family.facts.denoiser_name: student}), artifact)
         return Outcome(
             metrics={
-                "parameters": parameters(denoiser),
+                "parameters": parameters(student),
                 "relative_error_before": before,
-                "relative_error": after,
+                "relative_error": before if worse else trained,
                 "loss": result.loss,
                 "steps": result.step,
             },

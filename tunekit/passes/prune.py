@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.passes.models import around
 
 if TYPE_CHECKING:
     import torch
@@ -76,17 +77,15 @@ class Prune(Pass):
         from tunekit.training.distill import output_error
 
         family = families.get(context.family)
-        pipeline = family.load(artifact.model_source)
-        denoiser = family.denoiser(pipeline).requires_grad_(False)
-        parent = copy.deepcopy(denoiser)
-        before, macs_before = structures.parameters(denoiser), structures.macs(family, pipeline)
+        whole = context.open(artifact)
+        parent = family.denoiser(whole)
+        denoiser = copy.deepcopy(parent)
+        pipeline = around(whole, {family.facts.denoiser_name: denoiser})
+        before, macs_before = structures.parameters(parent), structures.macs(family, whole)
         found = [
             item for item in structures.find(denoiser, self.targets) if not self._kept(item.name, denoiser)
         ]
-        with context.examples(family, pipeline, artifact, count=min(self.samples, DRAWN)) as (
-            examples,
-            accelerator,
-        ):
+        with context.examples(artifact, count=min(self.samples, DRAWN)) as (examples, accelerator):
             denoiser.to(accelerator.device)
             if self.importance == "magnitude":
                 scores = structures.magnitudes(found)
@@ -99,7 +98,7 @@ class Prune(Pass):
             )
             table = self._remove(found, scores, costs)
             error = output_error(family, denoiser, parent.to(accelerator.device), examples)
-        context.save(family, pipeline, artifact)
+        context.save(pipeline, artifact)
         return Outcome(
             metrics={
                 "parameters": structures.parameters(denoiser),

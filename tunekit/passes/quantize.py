@@ -13,6 +13,7 @@ from tunekit.artifacts import PICTURES, RECORD, write_json
 from tunekit.config import SamplingConfig, no_effect
 from tunekit.errors import ArtifactError, output_errors, require
 from tunekit.passes.base import Context, Metric, Outcome, Pass
+from tunekit.passes.models import around
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,6 +105,8 @@ class Quantize(Pass):
     # ----------------------------------------------------------------------------------------------------
 
     def _torch(self, artifact: Artifact, context: Context, family: Family) -> Outcome:
+        import copy
+
         from tunekit import hardware, layers
         from tunekit.runtime import torch_runtime
 
@@ -114,11 +117,10 @@ class Quantize(Pass):
                 where=artifact.source,
                 hint=f"leave components out, or write components: [{name}]",
             )
-        pipeline = family.load(artifact.model_source)
-        denoiser = family.denoiser(pipeline)
-        runtime = torch_runtime(
-            family, pipeline, artifact=artifact, device=hardware.probe(context.device).torch_device
-        )
+        whole, device = context.open(artifact), hardware.probe(context.device).torch_device
+        denoiser = copy.deepcopy(family.denoiser(whole))
+        pipeline = around(whole, {name: denoiser})
+        runtime = torch_runtime(family, pipeline, artifact=artifact, device=device)
         sampling = context.sampling_of(artifact).over(runtime.sampling)
         few = sampling.model_copy(update={"steps": min(sampling.steps or PROBE_STEPS, PROBE_STEPS)})
         calls = list(_calls(runtime, few, context.seed, prompts=_prompts(context)[:DRAWN_TOGETHER]))
@@ -130,7 +132,7 @@ class Quantize(Pass):
         )
         done = layers.quantize(denoiser, self.scheme, group=self.group, keep=kept)
         error = _error([runtime.denoise(*call) for call in calls], wanted)
-        context.save(family, pipeline, artifact)
+        context.save(pipeline, artifact)
         return Outcome(metrics={"quantized_layers": len(done), **_fidelity(error)}, details={"kept": kept})
 
     # ONNX

@@ -82,8 +82,6 @@ class Verify(Pass):
         Raises:
             ChainError: there is no reference in this chain.
         """
-        from tunekit.runtime import open_runtime
-
         reference = context.reference(self.against)
         if reference is None:
             raise ChainError(
@@ -93,35 +91,31 @@ class Verify(Pass):
         prompts = list(islice(cycle(context.prompts or PROMPTS), self.pictures))
         seeds = [context.seed + i for i in range(self.pictures)]
 
-        runtime = open_runtime(reference, device=context.device)
-        name = describe(reference, runtime)
-        context.say(f"reference: {name}")
-        # Pictures can be compared at one size alone: that of the model that is looked at.
-        own = context.sampling_of(artifact)
-        size = SamplingConfig(height=own.height, width=own.width)
-
-        def draw(model: Artifact, runtime: Runtime) -> _Drawn:
+        def draw(model: Artifact, runtime: Runtime, size: SamplingConfig) -> _Drawn:
             sampling = size.over(context.sampling_of(model)).over(runtime.sampling)
             steps = self.steps or min(sampling.steps or STEPS, STEPS)
             return _draw(runtime, prompts, seeds, sampling.model_copy(update={"steps": steps}))
 
-        wanted = draw(reference, runtime)
+        # Pictures can be compared at one size alone: that of the model that is looked at.
+        own = context.sampling_of(artifact)
+        with context.running(reference) as runtime:
+            name = describe(reference, runtime)
+            context.say(f"reference: {name}")
+            wanted = draw(reference, runtime, SamplingConfig(height=own.height, width=own.width))
+            trials = _trials(runtime, prompts, context.seed, wanted.sampling)
+            expected = [trial.run(runtime) for trial in trials]
         size = SamplingConfig(height=wanted.sampling.height, width=wanted.sampling.width)
-        trials = _trials(runtime, prompts, context.seed, wanted.sampling)
-        expected = [trial.run(runtime) for trial in trials]
-        runtime.close()
         saved = _save(wanted.pixels, "reference", name, prompts, seeds, context)
 
         sides = []
         providers: Sequence[Provider | None] = self.providers or (None,)
         for provider in providers:
-            runtime = open_runtime(artifact, device=context.device, provider=provider)
-            title = describe(artifact, runtime)
-            context.say(title)
-            found = draw(artifact, runtime)
-            got = [trial.run(runtime) for trial in trials]
-            sides.append(_compare(runtime.title, got, expected, found, wanted))
-            runtime.close()
+            with context.running(artifact, provider=provider) as runtime:
+                title = describe(artifact, runtime)
+                context.say(title)
+                found = draw(artifact, runtime, size)
+                got = [trial.run(runtime) for trial in trials]
+                sides.append(_compare(runtime.title, got, expected, found, wanted))
             saved += _save(found.pixels, provider or "candidate", title, prompts, seeds, context)
         note = f"reference: {name}; {self.pictures} pictures of {found.sampling.steps} steps"
         if sides[-1].trajectory is None:
