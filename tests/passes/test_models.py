@@ -15,6 +15,7 @@ from tunekit import families
 from tunekit.artifacts import Artifact, open_artifact
 from tunekit.config import SamplingConfig
 from tunekit.passes.base import Context, parse_chain, run_chain
+from tunekit.passes.metrics import declared, find_metric
 from tunekit.passes.models import Models, around, in_types
 
 SIX: list[Any] = [
@@ -74,6 +75,9 @@ def test_a_chain_of_six_reads_each_model_once(
     assert [step.kind for step in last.lineage][1:] == [
         *("merge", "prune", "heal", "quantize", "verify", "benchmark")
     ]
+    metrics = {name for step in last.lineage[1:] for name in step.metrics}
+    undeclared = [name for name in metrics if find_metric(name) not in declared()]
+    assert undeclared == []
     pruned, healed, quantized, verified = (step.metrics for step in last.lineage[2:6])
     assert healed["parameters"] == pruned["parameters"] < pruned["parameters_before"]  # type: ignore[operator]
     assert healed["relative_error"] <= healed["relative_error_before"]  # type: ignore[operator]

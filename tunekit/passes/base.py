@@ -28,7 +28,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,8 +38,9 @@ import tunekit
 from tunekit.artifacts import Artifact, RunFolder, Step, atomic_folder, clean_leftovers
 from tunekit.config import SamplingConfig, Section, validate
 from tunekit.errors import ChainError, VerificationFailed, did_you_mean
+from tunekit.passes.metrics import Metric, Value, describe_metrics, format_metric
 from tunekit.passes.models import Models, in_types
-from tunekit.units import format_bytes, format_count, format_seconds
+from tunekit.units import format_seconds
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -49,8 +50,21 @@ if TYPE_CHECKING:
     from tunekit.families.family import Pipeline
     from tunekit.runtime import Runtime
 
-Metric = float | int | bool | str | None
 Where = Callable[[int, str | None], str]
+
+__all__ = [
+    "Context",
+    "Metric",
+    "Outcome",
+    "Pass",
+    "check_chain",
+    "describe_metrics",
+    "distinct_models",
+    "format_metric",
+    "inherited",
+    "parse_chain",
+    "run_chain",
+]
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -64,12 +78,26 @@ class Pass(Section):
     """Artifact formats it can take: "adapter", "torch", "onnx", "tensorrt"."""
     produces: ClassVar[str | None] = None
     """Format of the result; None means the format it was given."""
-    changes_model: ClassVar[bool] = True
-    """False for passes that only look (verify, benchmark): their artifact is the model they were given."""
+    looks: ClassVar[bool] = False
+    """True for a pass that changes nothing: its artifact is the model it was given, and the report shows its
+    figures in that model's row."""
+    refuses: ClassVar[Mapping[str, str]] = {}
+    """Trait of the model -> why this pass cannot take it; "{giver}" is the pass that gave it."""
+    metrics: ClassVar[tuple[Metric, ...]] = ()
+    """The figures that it gives."""
 
     def run(self, artifact: Artifact, context: Context) -> Outcome:
         """Reads `artifact`, writes the result's files into `context.folder`, returns the figures."""
         raise TypeError(f"{type(self).__name__} does not define run()")
+
+    def gives(self) -> frozenset[str]:
+        """Traits that the model has from here on.
+
+        "changed": it computes something else than before, which heal can mend. "packed": its weights are in
+        few bits. "fp32", "fp16": what its graphs compute in. Passes of a package may have traits of their
+        own.
+        """
+        return frozenset() if self.looks else frozenset({"changed"})
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """What is wrong with these settings at this place of a chain, or None. Called before anything runs.
@@ -133,7 +161,7 @@ class Context:
 
     def later(self, step: Pass) -> list[Artifact]:
         """What steps after this one can want: its input, what that is compared with, the first model."""
-        parent = self.reference("parent") if not step.changes_model else None
+        parent = self.reference("parent") if step.looks else None
         return [model for model in (parent, self.reference("first"), self.history[-1]) if model is not None]
 
     def sampling_of(self, model: Artifact) -> SamplingConfig:
@@ -251,7 +279,7 @@ class Context:
 class Outcome:
     """What a pass found out."""
 
-    metrics: dict[str, Metric] = field(default_factory=dict)
+    metrics: dict[str, Value] = field(default_factory=dict)
     """Figures with the unit in the name: `size_bytes`, `denoiser_ms_p50`, `psnr_db`, `relative_error`."""
     details: dict[str, Any] = field(default_factory=dict)
     """Tables for the report; must be JSON-able."""
@@ -338,10 +366,19 @@ def check_chain(
                 where=where(index, None),
                 hint=_order_hint(step, current),
             )
-        if trouble := step.problem(current, passes[:index]):
+        if trouble := _refusal(step, passes[:index]) or step.problem(current, passes[:index]):
             raise ChainError(f"optimize[{index}] ({step.kind}) {trouble}", where=where(index, None))
         current = step.produces or current
     return current
+
+
+def _refusal(step: Pass, earlier: Sequence[Pass]) -> str | None:
+    """Why a pass cannot stand behind those before it: the first trait that it refuses."""
+    givers = {trait: other.kind for other in earlier for trait in other.gives()}
+    for trait, why in step.refuses.items():
+        if trait in givers:
+            return why.format(giver=givers[trait])
+    return None
 
 
 def run_chain(
@@ -412,17 +449,17 @@ def _run_step(step: Pass, context: Context, final: Path) -> Artifact:
             details["failure"] = outcome.failure
         result = Artifact(
             path=folder,
-            model_path=folder if step.changes_model else parent.model_path,
-            source=str(folder) if step.changes_model else parent.source,
+            model_path=parent.model_path if step.looks else folder,
+            source=parent.source if step.looks else str(folder),
             format=outcome.format or step.produces or parent.format,
             family=parent.family,
-            base=None if step.changes_model else parent.base,
-            opened=None if step.changes_model else parent.opened,  # what was written here is plain
+            base=parent.base if step.looks else None,
+            opened=parent.opened if step.looks else None,  # what was written here is plain
             sampling=(outcome.sampling or SamplingConfig()).over(inherited(parent, context.sampling)),
-            recorded_hash=None if step.changes_model else parent.hash,
+            recorded_hash=parent.hash if step.looks else None,
         )
-        metrics = dict(outcome.metrics)
-        if step.changes_model:
+        metrics: dict[str, Value] = dict(outcome.metrics)
+        if not step.looks:
             metrics.setdefault("size_bytes", result.size_bytes)
         record = Step(
             kind=step.kind,
@@ -485,48 +522,3 @@ def _order_hint(step: Pass, given: str) -> str | None:
     if "torch" in step.accepts:
         return "move it before export_onnx"
     return None
-
-
-_SHOWN = (
-    "parameters",
-    "size_bytes",
-    "denoiser_ms_p50",
-    "picture_ms_p50",
-    "speedup",
-    "peak_memory_bytes",
-    "relative_error",
-    "psnr_db",
-    "ssim",
-)
-
-
-def describe_metrics(metrics: dict[str, Metric]) -> str:
-    """The figures a person looks at first, in one line: "size 21.3 MiB, psnr 43.1 dB"."""
-    return ", ".join(
-        f"{_name(name)} {format_metric(name, value)}"
-        for name in (*_SHOWN, *(name for name in metrics if name not in _SHOWN))
-        if (value := metrics.get(name)) is not None
-    )
-
-
-def _name(metric: str) -> str:
-    for ending in ("_bytes", "_db", "_seconds"):
-        metric = metric.removesuffix(ending)
-    return metric.replace("_ms", "").replace("_", " ")
-
-
-def format_metric(name: str, value: Metric) -> str:
-    """A metric with the unit that its name carries."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if name.endswith("_bytes") or "_bytes_" in name:
-        return format_bytes(int(value))
-    if "_ms" in name:
-        return f"{value:.1f} ms"
-    if name.endswith("_db"):
-        return f"{value:.1f} dB"
-    if name == "speedup":
-        return f"{value:.2f}x"
-    if isinstance(value, int):
-        return format_count(value) if value >= 10_000 else str(value)
-    return f"{value:.3g}"

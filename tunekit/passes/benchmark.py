@@ -36,6 +36,7 @@ from pydantic import Field
 from tunekit.config import SamplingConfig
 from tunekit.errors import ConfigError, DeviceError
 from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.passes.metrics import SIZE, Metric, Tile
 from tunekit.resources import Source
 
 if TYPE_CHECKING:
@@ -52,12 +53,55 @@ NOISE = 0.03
 """Ratios closer to 1 than this are not called a difference."""
 
 
+MEASURED = (
+    Metric(
+        "denoiser_ms_p50", "denoiser p50", "ms", lower_is_better=True, rank=20, column="denoiser step p50"
+    ),
+    Metric(
+        "denoiser_ms_p95", "denoiser p95", "ms", lower_is_better=True, under="denoiser_ms_p50", small="p95 {}"
+    ),
+    Metric("picture_ms_p50", "picture p50", "ms", lower_is_better=True, rank=30, column="picture p50"),
+    Metric(
+        "picture_ms_p95", "picture p95", "ms", lower_is_better=True, under="picture_ms_p50", small="p95 {}"
+    ),
+    SIZE,
+    Metric("peak_memory_bytes", "peak memory", "bytes", lower_is_better=True, rank=50, column="peak memory"),
+)
+"""Of each model by itself."""
+_FASTER = "a picture, faster by"
+COMPARED = (
+    Metric(
+        "speedup_first",
+        "speedup on the first",
+        "x",
+        lower_is_better=False,
+        rank=41,
+        under="speedup",
+        small="{} of fine-tuned",
+        tile=Tile(_FASTER, ("{picture_ms_p50} a picture", "against the fine-tuned model in torch")),
+    ),
+    Metric(
+        "speedup",
+        "speedup",
+        "x",
+        lower_is_better=False,
+        rank=42,
+        column="speed-up",
+        tile=Tile(_FASTER, ("{picture_ms_p50} a picture", "against its parent")),
+    ),
+    Metric("slower", "slower", under="speedup"),
+    Metric("size_ratio", "size ratio", "x", lower_is_better=True),
+)
+"""With a reference."""
+
+
 class Benchmark(Pass):
     """Measures latency, peak memory and size beside the parent and the fine-tuned model, in turns."""
 
     kind: ClassVar[str] = "benchmark"
     accepts: ClassVar[frozenset[str]] = frozenset({"torch", "onnx", "tensorrt"})
-    changes_model: ClassVar[bool] = False
+    looks: ClassVar[bool] = True
+    metrics: ClassVar[tuple[Metric, ...]] = (*MEASURED, *COMPARED)
 
     steps: int | None = Field(None, ge=1)
     """Sampling steps of a picture, for every model; null: each model's own."""
@@ -94,7 +138,7 @@ class Benchmark(Pass):
         result = compare(sides, settings, context.say, context.running)
         figures = dict(zip(models, result["artifacts"], strict=True))
         own = figures[artifact.source]
-        metrics = {name: own[name] for name in FIGURES}
+        metrics = {metric.name: own[metric.name] for metric in MEASURED}
         for reference, suffix in ((parent, ""), (first, "_first")):
             if reference is not None:
                 against = figures[reference.source]
@@ -108,25 +152,16 @@ class Benchmark(Pass):
         if busy := result["settings"]["busy"]:
             note += f"; {busy}"
         others = {
-            model.path.name: {name: figures[source][name] for name in FIGURES}
+            model.path.name: {metric.name: figures[source][metric.name] for metric in MEASURED}
             for source, model in models.items()
             if model.path is not None and source != artifact.source
         }
-        table = [{name: row[name] for name in ("title", "steps", *FIGURES)} for row in result["artifacts"]]
+        shown = ("title", "steps", *(metric.name for metric in MEASURED))
+        table = [{name: row[name] for name in shown} for row in result["artifacts"]]
         return Outcome(
             metrics=metrics,
             details={"note": note, "settings": result["settings"], "artifacts": others, "models": table},
         )
-
-
-FIGURES = (
-    "denoiser_ms_p50",
-    "denoiser_ms_p95",
-    "picture_ms_p50",
-    "picture_ms_p95",
-    "size_bytes",
-    "peak_memory_bytes",
-)
 
 
 @dataclass(frozen=True)

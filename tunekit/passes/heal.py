@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.passes.metrics import PARAMETERS, RELATIVE_ERROR, SIZE, Metric
 from tunekit.passes.models import around
 
 if TYPE_CHECKING:
@@ -24,6 +25,16 @@ class Heal(Pass):
 
     kind: ClassVar[str] = "heal"
     accepts: ClassVar[frozenset[str]] = frozenset({"torch"})
+    refuses: ClassVar[Mapping[str, str]] = {
+        "packed": "comes after {giver}, and packed weights cannot be trained; put it before"
+    }
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        PARAMETERS,
+        SIZE,
+        RELATIVE_ERROR,
+        Metric("loss", "loss", lower_is_better=True),
+        Metric("steps", "steps", "count"),
+    )
 
     max_steps: int = Field(200, ge=1)
     """Optimizer steps."""
@@ -43,7 +54,7 @@ class Heal(Pass):
     """Pictures the parent draws where the run has none of its own."""
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
-        """Finds settings that contradict each other, a missing parent, and packed weights."""
+        """Finds settings that contradict each other, and a model that nothing has changed."""
         from tunekit import optimizers
         from tunekit.errors import ConfigError
 
@@ -53,11 +64,8 @@ class Heal(Pass):
             optimizers.find(self.optimizer)
         except ConfigError as error:
             return error.message
-        changing = [step for step in earlier if step.changes_model and step.kind != "merge"]
-        if not changing:
+        if not any("changed" in step.gives() for step in earlier):
             return "has nothing to heal: no step before it changed the model (put it behind prune)"
-        if changing[-1].kind == "quantize":
-            return "comes after quantize, and packed weights cannot be trained; put it before"
         return None
 
     def run(self, artifact: Artifact, context: Context) -> Outcome:

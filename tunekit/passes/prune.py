@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.passes.metrics import PARAMETERS, RELATIVE_ERROR, SIZE, Metric
 from tunekit.passes.models import around
 
 if TYPE_CHECKING:
@@ -36,6 +37,15 @@ class Prune(Pass):
 
     kind: ClassVar[str] = "prune"
     accepts: ClassVar[frozenset[str]] = frozenset({"torch"})
+    refuses: ClassVar[Mapping[str, str]] = {
+        "packed": "comes after {giver}, and channels cannot leave packed weights; put it before"
+    }
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        PARAMETERS,
+        SIZE,
+        RELATIVE_ERROR,
+        Metric("macs", "multiply-adds", "count", lower_is_better=True),
+    )
 
     ratio: Share | dict[Target, Share] = 0.25
     """Share of the targets' cost that leaves; or one share for each target."""
@@ -58,11 +68,9 @@ class Prune(Pass):
     """Examples that importance is measured on."""
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
-        """Finds settings that contradict each other, and packed weights."""
+        """Finds settings that contradict each other."""
         if isinstance(self.ratio, dict) and set(self.ratio) != set(self.targets):
             return f"gives ratios for {', '.join(self.ratio)} but its targets are {', '.join(self.targets)}"
-        if any(step.kind == "quantize" for step in earlier):
-            return "comes after quantize, and channels cannot leave packed weights; put it before"
         return None
 
     def run(self, artifact: Artifact, context: Context) -> Outcome:

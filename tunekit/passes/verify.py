@@ -26,6 +26,7 @@ from tunekit.artifacts import PICTURES
 from tunekit.config import SamplingConfig
 from tunekit.errors import ChainError, DeviceError, output_errors
 from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.passes.metrics import RELATIVE_ERROR, Metric, Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,20 @@ class Verify(Pass):
 
     kind: ClassVar[str] = "verify"
     accepts: ClassVar[frozenset[str]] = frozenset({"torch", "onnx", "tensorrt"})
-    changes_model: ClassVar[bool] = False
+    looks: ClassVar[bool] = True
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        RELATIVE_ERROR,
+        Metric(
+            "psnr_db",
+            "PSNR",
+            "dB",
+            lower_is_better=False,
+            rank=70,
+            column="PSNR",
+            tile=Tile("fidelity of the last model", ("SSIM {ssim}",)),
+        ),
+        Metric("ssim", "SSIM", lower_is_better=False, form=".4f", rank=71, column="SSIM"),
+    )
 
     against: Literal["parent", "first"] = "parent"
     """parent: the model before the last step that changed it; first: the whole fine-tuned model, in torch."""
@@ -65,7 +79,7 @@ class Verify(Pass):
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """Refuses what could only fail after the passes before it have run."""
-        if not any(step.changes_model for step in earlier):
+        if all(step.looks for step in earlier):
             return "has nothing to compare with; put it behind a pass that changes the model"
         if self.providers and format != "onnx":
             return f"sets providers, which have no effect on a model in {format}: they run ONNX files"
