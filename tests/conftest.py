@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,30 +39,52 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny SD 1.x pipeline with random weights, in diffusers' layout. Do not write into it."""
+def tiny_sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_sources("sdxl")`: a tiny pipeline with random weights, as diffusers saves it. Only to be read."""
     from tunekit import families
 
-    family = families.get("sd15")
-    folder = tmp_path_factory.mktemp("tiny") / "sd15"
-    family.save(family.tiny(), folder)
-    return folder
+    @cache
+    def make(name: str) -> Path:
+        family = families.get(name)
+        folder = tmp_path_factory.mktemp("tiny") / name
+        family.save(family.tiny(), folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def tiny_onnx(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny pipeline as an fp32 ONNX artifact; made once, as it takes a while. Do not write into it."""
+def tiny_onnxs(
+    tiny_sources: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """`tiny_onnxs("sdxl")`: that pipeline as an fp32 ONNX artifact; it takes a while. Only to be read."""
     from tunekit.artifacts import open_artifact
     from tunekit.passes.base import Context, run_chain
     from tunekit.passes.export_onnx import ExportOnnx
 
-    made = run_chain(
-        [ExportOnnx()],
-        open_artifact(tiny_source, family="sd15"),
-        Context(run_dir=tmp_path_factory.mktemp("onnx"), say=lambda line: None),
-    )
-    assert made.path is not None
-    return made.path
+    @cache
+    def make(name: str) -> Path:
+        made = run_chain(
+            [ExportOnnx()],
+            open_artifact(tiny_sources(name), family=name),
+            Context(run_dir=tmp_path_factory.mktemp("onnx"), say=lambda line: None),
+        )
+        assert made.path is not None
+        return made.path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tiny_sources: Callable[[str], Path]) -> Path:
+    """The tiny SD 1.x pipeline."""
+    return tiny_sources("sd15")
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tiny_onnxs: Callable[[str], Path]) -> Path:
+    """The tiny SD 1.x pipeline as an ONNX artifact."""
+    return tiny_onnxs("sd15")
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ from PIL import Image
 from tunekit import report
 from tunekit.artifacts import Artifact, RunFolder, Step, write_json, write_text
 from tunekit.errors import ArtifactError
+from tunekit.passes.metrics import Metric, Tile
+from tunekit.registry import PASSES
 
 
 def add_step(
@@ -106,8 +108,43 @@ def test_figures_of_verify_and_benchmark_stand_in_the_row_of_their_model(run: Ru
     page = report.write(run.path).read_text(encoding="utf-8")
     table = page[page.index("step by step") : page.index("</table>")]
     merge, quantize = table.split("02-quantize-00000002")
-    assert "40 ms" in merge and "80 ms" in quantize and "31.5 dB" in quantize
+    assert "40.0 ms" in merge and "80.0 ms" in quantize and "31.5 dB" in quantize
     assert '<span class="bad">0.50x slower</span>' in quantize
+
+
+def test_tables_and_tiles_are_those_that_passes_declare(run: RunFolder) -> None:
+    page = report.write(run.path).read_text(encoding="utf-8")
+    table = page[page.index("step by step") : page.index("</table>")]
+    heads = re.findall(r"<th>([^<]*)</th>", table)
+    assert heads[1:] == [
+        *("size on disk", "denoiser step p50", "picture p50", "speed-up", "peak memory"),
+        *("rel. error", "PSNR", "SSIM", "took"),
+    ]
+    assert "0.50x of fine-tuned" in table and "1,000 parameters" in table
+    tiles = re.findall(r'<div class="tile"><span>(.*?)</span><b(.*?)</b><span>(.*?)</span>', page)
+    assert [(title, value.rpartition(">")[2], note) for title, value, note in tiles[1:]] == [
+        ("size of the last model", "0.25x", "3.9 KiB -&gt; 1000 B"),
+        ("a picture, faster by", "0.50x", "80.0 ms a picture, against the fine-tuned model in torch"),
+        ("fidelity of the last model", "31.5 dB", "SSIM 0.9500"),
+    ]
+    assert 'class="bad"' in tiles[2][1] and 'class="good"' in tiles[1][1]
+
+
+def test_a_pass_of_a_package_is_shown_like_ours(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report has no list of passes: what looks at a model, and at what, its class says."""
+
+    class Taste:
+        looks = True
+        metrics = (Metric("flavour_db", "flavour", "dB", column="taste", tile=Tile("how it tastes")),)
+
+    ours = list(PASSES.items())
+    monkeypatch.setattr(type(PASSES), "items", lambda self: [*ours, ("taste", Taste)])
+    lineage = Artifact.load(run.passes()[-1]).lineage
+    add_step(run, 5, "taste", lineage, metrics={"flavour_db": 7.25})
+    page = report.write(run.path).read_text(encoding="utf-8")
+    table = page[page.index("step by step") : page.index("</table>")]
+    assert "<th>taste</th>" in table and "7.2 dB" in table and "05-taste" not in table
+    assert "how it tastes" in page
 
 
 def test_missed_threshold_is_said(run: RunFolder) -> None:

@@ -1,25 +1,29 @@
 """A run's lineage, rendered: `report.json` for programs and one self-contained `report.html` for people.
 
 Nothing is measured here: every figure comes from `artifact.json`, `metrics.jsonl` and `previews/` of the run.
+What a figure is called and where it is shown, the pass says that gives it (`Pass.metrics`).
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunekit.artifacts import Artifact, RunFolder, Step, write_json, write_text
 from tunekit.errors import ArtifactError
+from tunekit.registry import PASSES
 from tunekit.resources import ASSETS
-from tunekit.units import format_bytes, format_count, format_seconds
+from tunekit.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from tunekit.passes.metrics import Metric
 
 VERSION = 1
-MODEL_KINDS_ASIDE = ("verify", "benchmark")
-"""Passes that only look at a model: their figures belong to the row of the model before them."""
 
 
 def load(run_dir: Path | str) -> dict[str, Any]:
@@ -155,10 +159,19 @@ class _Row:
         return merged
 
     @property
+    def failed(self) -> Step | None:
+        """The step that found a threshold missed."""
+        return next((step for step in self.looked_at if step.details.get("failure")), None)
+
+    @property
     def failure(self) -> str | None:
-        return next(
-            (str(step.details["failure"]) for step in self.looked_at if step.details.get("failure")), None
-        )
+        return str(self.failed.details["failure"]) if self.failed else None
+
+
+def _declared() -> list[Metric]:
+    """What passes measure, in the order it is shown."""
+    found: dict[str, Metric] = {metric.name: metric for _, cls in PASSES.items() for metric in cls.metrics}
+    return sorted(found.values(), key=lambda metric: metric.rank)
 
 
 def _page(run: RunFolder, content: Mapping[str, Any]) -> str:
@@ -166,13 +179,15 @@ def _page(run: RunFolder, content: Mapping[str, Any]) -> str:
     from markupsafe import Markup
 
     _, chain = _lineage(run)
+    looking = {kind for kind, cls in PASSES.items() if cls.looks}
     models: list[_Row] = []
     for step in chain:
-        if step.kind in MODEL_KINDS_ASIDE and models:
-            models[-1].looked_at.append(step)
-        elif step.kind not in MODEL_KINDS_ASIDE:
+        if step.kind not in looking:
             models.append(_Row(step))
-    figures = _figures(models, chain)
+        elif models:  # its figures belong to the row of the model before it
+            models[-1].looked_at.append(step)
+    figures, declared = _figures(models, chain), _declared()
+    columns = [metric for metric in declared if metric.column]
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     template = environment.from_string((ASSETS / "report.html.j2").read_text(encoding="utf-8"))
     curve = _curve(metrics_rows(run))
@@ -180,14 +195,15 @@ def _page(run: RunFolder, content: Mapping[str, Any]) -> str:
         name=run.path.name,
         subtitle=_subtitle(content),
         rendering="auto",
-        tiles=_tiles(content, models, figures),
+        tiles=_tiles(content, models, figures, declared),
         before_after=_before_after(run),
         plan=_plan(run),
         curve={**curve, "svg": Markup(curve["svg"])} if curve else None,  # noqa: S704 - made here, of numbers
-        rows=[_table_row(row, figures) for row in models],
+        heads=[*(metric.column for metric in columns), "took"],
+        rows=[_table_row(row, figures, columns, declared) for row in models],
         table_notes=_notes(models, chain),
-        versions=_versions(run, chain),
-        tables=list(_detail_tables(chain)),
+        versions=_versions(run, chain, columns),
+        tables=list(_detail_tables(chain, declared)),
         config=run.config.read_text(encoding="utf-8") if run.config.exists() else "",
         footer="Made by tunekit from the run's artifact.json files. For programs: report.json.",
     )
@@ -247,7 +263,10 @@ def _figures(models: Sequence[_Row], chain: Sequence[Step]) -> dict[str, dict[st
 
 
 def _tiles(
-    content: Mapping[str, Any], models: Sequence[_Row], figures: Mapping[str, Mapping[str, Any]]
+    content: Mapping[str, Any],
+    models: Sequence[_Row],
+    figures: Mapping[str, Mapping[str, Any]],
+    declared: Sequence[Metric],
 ) -> list[dict[str, str]]:
     tiles = []
     training = content["training"]
@@ -257,93 +276,100 @@ def _tiles(
         tone = "good" if change < 0 else "bad"
         tiles.append(_tile("loss on held-out pictures", f"{change:+.1%}", f"{first:.4f} -> {last:.4f}", tone))
     if models:
-        last = figures[models[-1].step.artifact]
-        whole = next(
-            (figures[row.step.artifact] for row in models if "size_bytes" in figures[row.step.artifact]), {}
-        )
-        if last.get("size_bytes") and whole.get("size_bytes"):
-            ratio = last["size_bytes"] / whole["size_bytes"]
-            note = f"{format_bytes(whole['size_bytes'])} -> {format_bytes(last['size_bytes'])}"
-            tiles.append(
-                _tile("size of the last model", f"{ratio:.2f}x", note, "good" if ratio <= 1 else "bad")
-            )
-        if last.get("speedup_first") or last.get("speedup"):
-            speedup = last.get("speedup_first") or last["speedup"]
-            against = "the fine-tuned model in torch fp32" if last.get("speedup_first") else "its parent"
-            took = f"{last['picture_ms_p50']:.0f} ms a picture, " if "picture_ms_p50" in last else ""
-            note = f"{took}against {against}"
-            tiles.append(
-                _tile("a picture, faster by", f"{speedup:.2f}x", note, "good" if speedup > 1 else "bad")
-            )
-        if last.get("psnr_db") is not None:
-            note = f"SSIM {last['ssim']:.3f}" if last.get("ssim") is not None else ""
-            tiles.append(_tile("fidelity of the last model", f"{last['psnr_db']:.1f} dB", note))
-        for row in models:
-            if row.failure:
-                tiles.append(_tile("threshold missed", row.step.kind, row.failure, "bad"))
+        every = [figures[row.step.artifact] for row in models]
+        tiles += _model_tiles(every, declared)
+    tiles += [_tile("threshold missed", row.step.kind, row.failure, "bad") for row in models if row.failure]
     return tiles
+
+
+def _model_tiles(every: Sequence[Mapping[str, Any]], declared: Sequence[Metric]) -> list[dict[str, str]]:
+    """Tiles of the last model.
+
+    Args:
+        every: figures of each model, in order.
+    """
+    last = every[-1]
+    texts = {
+        metric.name: metric.format(last[metric.name])
+        for metric in declared
+        if last.get(metric.name) is not None
+    }
+    tiles: dict[str, dict[str, str]] = {}
+    for metric in declared:
+        tile = metric.tile
+        if tile is None or metric.name not in texts or tile.title in tiles:
+            continue
+        value, text, tone = last[metric.name], texts[metric.name], ""
+        notes = [part for part in tile.note if all(name in texts for name in re.findall(r"{(\w+)}", part))]
+        note = ", ".join(part.format_map(texts) for part in notes)
+        if tile.compared:
+            first = next(found[metric.name] for found in every if found.get(metric.name))
+            note = f"{metric.format(first)} -> {text}"
+            value = value / first
+            text = f"{value:.2f}x"
+        if (tile.compared or metric.unit == "x") and metric.lower_is_better is not None:
+            tone = "good" if (value <= 1 if metric.lower_is_better else value > 1) else "bad"
+        tiles[tile.title] = _tile(tile.title, text, note, tone)
+    return list(tiles.values())
 
 
 def _tile(label: str, value: str, note: str, tone: str = "") -> dict[str, str]:
     return {"label": label, "value": value, "note": note, "tone": tone}
 
 
-def _table_row(row: _Row, figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    metrics = figures[row.step.artifact]
-    largest = {
-        name: max((values[name] for values in figures.values() if values.get(name)), default=0)
-        for name in ("size_bytes", "denoiser_ms_p50", "picture_ms_p50", "peak_memory_bytes")
-    }
-
-    def cell(name: str, text: str | None, note: str = "", tone: str = "") -> dict[str, Any] | None:
-        if text is None:
-            return None
-        bar = max(1, round(100 * metrics[name] / largest[name])) if largest.get(name) else 0
-        return {"text": text, "note": note, "tone": tone, "bar": bar}
-
-    def show(name: str, form: str) -> str | None:
-        value = metrics.get(name)
-        return None if value is None else form.format(value)
-
-    speed = metrics.get("speedup")
-    slower = bool(metrics.get("slower"))
+def _table_row(
+    row: _Row,
+    figures: Mapping[str, Mapping[str, Any]],
+    columns: Sequence[Metric],
+    declared: Sequence[Metric],
+) -> dict[str, Any]:
+    missed = row.failed.metrics if row.failed else {}
     seconds = row.step.seconds + sum(step.seconds for step in row.looked_at)
-    size = metrics.get("size_bytes")
-    memory = metrics.get("peak_memory_bytes")
     return {
         "title": row.step.kind,
         "folder": row.step.artifact,
         "what": _what(row.step),
         "cells": [
-            cell("size_bytes", format_bytes(size) if size else None, _parameters(metrics)),
-            cell(
-                "denoiser_ms_p50",
-                show("denoiser_ms_p50", "{:.1f} ms"),
-                show("denoiser_ms_p95", "p95 {:.1f}") or "",
+            *(
+                _cell(metric, row.step.artifact, figures, declared, bad=metric.name in missed)
+                for metric in columns
             ),
-            cell(
-                "picture_ms_p50",
-                show("picture_ms_p50", "{:.0f} ms"),
-                show("picture_ms_p95", "p95 {:.0f}") or "",
-            ),
-            cell(
-                "speedup",
-                None if speed is None else f"{speed:.2f}x" + (" slower" if slower else ""),
-                show("speedup_first", "{:.2f}x of fine-tuned") or "",
-                "bad" if slower else "good" if speed and speed > 1 else "",
-            ),
-            cell("peak_memory_bytes", format_bytes(memory) if memory else None),
-            cell("relative_error", show("relative_error", "{:.2g}")),
-            cell("psnr_db", show("psnr_db", "{:.1f} dB"), tone="bad" if row.failure else ""),
-            cell("ssim", show("ssim", "{:.4f}")),
-            cell("seconds", format_seconds(seconds)),
+            {"text": format_seconds(seconds), "note": "", "tone": "", "bar": 0},
         ],
     }
 
 
-def _parameters(metrics: Mapping[str, Any]) -> str:
-    count = metrics.get("parameters")
-    return f"{format_count(count)} parameters" if count else ""
+def _cell(
+    metric: Metric,
+    model: str,
+    figures: Mapping[str, Mapping[str, Any]],
+    declared: Sequence[Metric],
+    *,
+    bad: bool,
+) -> dict[str, Any] | None:
+    """One figure of a model; what stands under it; and a bar beside those of other models."""
+    own = figures[model]
+    value = own.get(metric.name)
+    if value is None:
+        return None
+    text, notes = metric.format(value), []
+    is_better = (
+        metric.unit == "x" and metric.lower_is_better is not None and (value > 1) != metric.lower_is_better
+    )
+    for other in declared:
+        found = own.get(other.name)
+        if other.under != metric.name or found is None or found is False:
+            continue
+        if found is True:
+            text, bad = f"{text} {other.title}", True
+        else:
+            notes.append(other.small.format(other.format(found)))
+    bar = 0
+    if metric.unit in ("bytes", "ms"):
+        largest = max(found[metric.name] for found in figures.values() if found.get(metric.name))
+        bar = max(1, round(100 * value / largest))
+    tone = "bad" if bad else "good" if is_better else ""
+    return {"text": text, "note": ", ".join(notes), "tone": tone, "bar": bar}
 
 
 def _what(step: Step) -> str:
@@ -398,23 +424,27 @@ def _before_after(run: RunFolder) -> dict[str, Any] | None:
     return {"heads": heads, "rows": rows, "note": ""}
 
 
-def _versions(run: RunFolder, chain: Sequence[Step]) -> dict[str, Any] | None:
+def _versions(run: RunFolder, chain: Sequence[Step], columns: Sequence[Metric]) -> dict[str, Any] | None:
     """The pictures of all verify steps: one row per version, one column per prompt and seed."""
-    columns: dict[tuple[str, int], None] = {}
+    heads: dict[tuple[str, int], None] = {}
     rows: dict[str, dict[tuple[str, int], str | None]] = {}
     notes: dict[str, str] = {}
     for step in chain:
         for picture in step.pictures:
             key = (str(picture.get("prompt", "")), int(picture.get("seed", 0)))
-            columns.setdefault(key)
+            heads.setdefault(key)
             row = rows.setdefault(str(picture["label"]), {})
             row.setdefault(key, _picture(run.path / step.artifact / picture["file"]))
-        if step.pictures and step.metrics.get("psnr_db") is not None:
-            label = str(step.pictures[-1]["label"])
-            notes[label] = f"{step.metrics['psnr_db']:.1f} dB to its reference"
+        found = [
+            f"{metric.column} {metric.format(step.metrics[metric.name])}"
+            for metric in columns
+            if step.metrics.get(metric.name) is not None
+        ]
+        if step.pictures and found:
+            notes[str(step.pictures[-1]["label"])] = f"to its reference: {', '.join(found)}"
     if not rows:
         return None
-    keys = list(columns)[:8]
+    keys = list(heads)[:8]
     return {
         "note": "Same prompts and seeds in every row.",
         "heads": [f"{prompt} (seed {seed})" for prompt, seed in keys],
@@ -425,23 +455,38 @@ def _versions(run: RunFolder, chain: Sequence[Step]) -> dict[str, Any] | None:
     }
 
 
-def _detail_tables(chain: Sequence[Step]) -> Iterable[dict[str, Any]]:
+def _detail_tables(chain: Sequence[Step], declared: Sequence[Metric]) -> Iterable[dict[str, Any]]:
     """Every table of `details` that is a list of flat mappings."""
     for step in chain:
         for name, value in step.details.items():
             if not (isinstance(value, list) and value and all(isinstance(line, dict) for line in value)):
                 continue
-            head = list(dict.fromkeys(key for line in value for key in line))
-            body = [[_plain(line.get(key)) for key in head] for line in value]
-            yield {"title": f"{step.artifact}: {name.replace('_', ' ')}", "head": head, "body": body}
+            keys = list(dict.fromkeys(key for line in value for key in line))
+            metrics = {key: _metric(key, declared) for key in keys}
+            yield {
+                "title": f"{step.artifact}: {name.replace('_', ' ')}",
+                "head": [_head(key, metrics[key]) for key in keys],
+                "body": [[_plain(line.get(key), metrics[key]) for key in keys] for line in value],
+            }
 
 
-def _plain(value: Any) -> str:
+def _metric(name: str, declared: Sequence[Metric]) -> Metric | None:
+    covering = (metric for metric in declared if metric.covers(name))
+    return max(covering, key=lambda metric: len(metric.name), default=None)
+
+
+def _head(name: str, metric: Metric | None) -> str:
+    return (metric.title + name.removeprefix(metric.name) if metric else name).replace("_", " ")
+
+
+def _plain(value: Any, metric: Metric | None) -> str:
+    if value is None:
+        return ""
+    if metric and not isinstance(value, list):
+        return metric.format(value)
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        return " x ".join(map(str, value))
-    return "" if value is None else str(value)
+    return " x ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 # The curve -------------------------------------------------------------------------------------------------

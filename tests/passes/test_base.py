@@ -62,7 +62,7 @@ class Look(Pass):
 
     kind: ClassVar[str] = "look"
     accepts: ClassVar[frozenset[str]] = frozenset({"torch"})
-    changes_model: ClassVar[bool] = False
+    looks: ClassVar[bool] = True
     limit: int = 99
 
     def run(self, artifact: Artifact, context: Context) -> Outcome:
@@ -174,6 +174,30 @@ def test_a_wrong_order_is_refused_before_anything_runs(chain: list[Pass], given:
     with pytest.raises(ChainError, match=message) as caught:
         check_chain(chain, given, lambda index, key: f"run.yaml:{index + 1}")
     assert str(caught.value).startswith("run.yaml:")
+
+
+class Pack(Pass):
+    """Packs weights as a package does that nobody here knows."""
+
+    kind: ClassVar[str] = "pack"
+    accepts: ClassVar[frozenset[str]] = frozenset({"torch"})
+
+    def gives(self) -> frozenset[str]:
+        return frozenset({"packed"})
+
+
+def test_traits_and_not_names_decide_what_may_follow():
+    for step, words in (
+        (Prune(), "comes after pack, and channels cannot leave packed weights"),
+        (Heal(), "comes after pack, and packed weights cannot be trained"),
+        (Quantize(), "quantized already, by pack"),
+        (ExportOnnx(), "comes after pack, whose packed weights it would unpack; put pack behind it"),
+    ):
+        with pytest.raises(ChainError, match=words):
+            check_chain([Mark(), Pack(), step], "torch")
+    check_chain([Mark(), Heal()], "torch")  # any pass that changes a model gives heal something to do
+    with pytest.raises(ChainError, match="nothing to heal"):
+        check_chain([Look(), Heal()], "torch")
 
 
 def test_a_good_order_gives_the_last_format():
@@ -411,8 +435,14 @@ def test_figures_carry_their_units():
     assert format_metric("parameters", 11_008_132) == "11.0M"
     assert format_metric("slower", True) == "True"
     assert format_metric("relative_error", 0.00123456) == "0.00123"
+    assert format_metric("psnr_db_worst", 40.0) == "40.0 dB"  # of a part or another moment
+    assert format_metric("relative_error_unet", 0.25) == format_metric("nobody_declared_it", 0.25) == "0.25"
     line = describe_metrics({"steps": 5, "size_bytes": 1024, "psnr_db": 41.23, "ssim": None})
-    assert line == "size 1.0 KiB, psnr 41.2 dB, steps 5"
+    assert line == "size 1.0 KiB, PSNR 41.2 dB, steps 5"
+    parts = {"relative_error_text_encoder": 0.5, "relative_error": 0.5, "parameters_before": 5}
+    assert describe_metrics(parts) == (
+        "relative error 0.5, relative error text encoder 0.5, parameters before 5"
+    )
 
 
 def test_a_step_says_what_it_did(start: Artifact, tmp_path: Path):

@@ -13,6 +13,7 @@ from tunekit.artifacts import FORMATS
 from tunekit.config import load
 from tunekit.errors import ChainError
 from tunekit.passes.base import Pass, check_chain, parse_chain
+from tunekit.passes.metrics import Metric, declared
 from tunekit.registry import PASSES
 from tunekit.resources import PACKAGE
 
@@ -40,7 +41,7 @@ def test_it_is_what_its_file_says(name: str):
     assert (PACKAGE / "passes" / f"{name}.py").is_file()
     assert cls.accepts and set(cls.accepts) <= set(FORMATS)
     assert cls.produces is None or cls.produces in FORMATS
-    assert cls.changes_model or cls.produces is None
+    assert not (cls.looks and cls.produces)
     assert cls.run is not Pass.run
 
 
@@ -53,6 +54,24 @@ def test_it_is_documented(name: str):
     undocumented = [field for field, info in cls.model_fields.items() if not info.description]
     assert undocumented == []
     assert cls.model_json_schema()["additionalProperties"] is False
+
+
+def test_a_figure_means_the_same_wherever_it_is_given():
+    known: dict[str, Metric] = {}
+    for _, cls in PASSES.items():
+        assert cls.metrics
+        for metric in cls.metrics:
+            assert known.setdefault(metric.name, metric) == metric
+    for metric in known.values():
+        assert metric.unit not in ("bytes", "dB") or metric.name.endswith(f"_{metric.unit.lower()}")
+        assert metric.unit != "ms" or "_ms" in metric.name
+        assert not metric.under or known[metric.under].column
+        for part in metric.tile.note if metric.tile else ():
+            part.format_map(dict.fromkeys(known, ""))
+    assert [metric.column for metric in declared() if metric.column] == [
+        *("size on disk", "denoiser step p50", "picture p50", "speed-up", "peak memory"),
+        *("rel. error", "PSNR", "SSIM"),
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,7 +116,7 @@ def test_a_format_it_does_not_take_is_refused_before_anything_runs(name: str):
 def test_the_definitions_need_no_torch():
     code = (
         "import sys; from tunekit.registry import PASSES; "
-        "import tunekit.passes.base; dict(PASSES.items()); "
+        "import tunekit.passes.base, tunekit.passes.models; dict(PASSES.items()); "
         "assert not {'torch', 'diffusers', 'onnx', 'onnxruntime'} & set(sys.modules), 'a heavy import'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

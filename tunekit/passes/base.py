@@ -28,7 +28,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,17 +38,33 @@ import tunekit
 from tunekit.artifacts import Artifact, RunFolder, Step, atomic_folder, clean_leftovers
 from tunekit.config import SamplingConfig, Section, validate
 from tunekit.errors import ChainError, TunekitError, VerificationFailed, did_you_mean
-from tunekit.units import format_bytes, format_count, format_seconds
+from tunekit.passes.metrics import Metric, Value, describe_metrics, format_metric
+from tunekit.passes.models import Models, in_types
+from tunekit.units import format_seconds
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from tunekit.config import DataConfig, DreamboothData
     from tunekit.data.calibration import CalibrationSet
-    from tunekit.families.family import Family, Pipeline
+    from tunekit.families.family import Pipeline
+    from tunekit.runtime import Runtime
 
-Metric = float | int | bool | str | None
 Where = Callable[[int, str | None], str]
+
+__all__ = [
+    "Context",
+    "Metric",
+    "Outcome",
+    "Pass",
+    "check_chain",
+    "describe_metrics",
+    "distinct_models",
+    "format_metric",
+    "inherited",
+    "parse_chain",
+    "run_chain",
+]
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -62,12 +78,26 @@ class Pass(Section):
     """Artifact formats it can take: "adapter", "torch", "onnx", "tensorrt"."""
     produces: ClassVar[str | None] = None
     """Format of the result; None means the format it was given."""
-    changes_model: ClassVar[bool] = True
-    """False for passes that only look (verify, benchmark): their artifact is the model they were given."""
+    looks: ClassVar[bool] = False
+    """True for a pass that changes nothing: its artifact is the model it was given, and the report shows its
+    figures in that model's row."""
+    refuses: ClassVar[Mapping[str, str]] = {}
+    """Trait of the model -> why this pass cannot take it; "{giver}" is the pass that gave it."""
+    metrics: ClassVar[tuple[Metric, ...]] = ()
+    """The figures that it gives."""
 
     def run(self, artifact: Artifact, context: Context) -> Outcome:
         """Reads `artifact`, writes the result's files into `context.folder`, returns the figures."""
         raise TypeError(f"{type(self).__name__} does not define run()")
+
+    def gives(self) -> frozenset[str]:
+        """Traits that the model has from here on.
+
+        "changed": it computes something else than before, which heal can mend. "packed": its weights are in
+        few bits. "fp32", "fp16": what its graphs compute in. Passes of a package may have traits of their
+        own.
+        """
+        return frozenset() if self.looks else frozenset({"changed"})
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """What is wrong with these settings at this place of a chain, or None. Called before anything runs.
@@ -101,6 +131,7 @@ class Context:
         folder: where to write; it is renamed to the step's folder when the pass returns.
         family: name of the model family.
         history: the chain's input and the artifact after each earlier step; the last one is the pass's input.
+        models: those that were read from disk, and what was recorded with them.
     """
 
     run_dir: Path
@@ -113,11 +144,7 @@ class Context:
     folder: Path = Path()
     family: str = ""
     history: tuple[Artifact, ...] = ()
-
-    @property
-    def base_source(self) -> str | None:
-        """Source of the base that the chain's adapter belongs to; None if it began with a whole model."""
-        return self.history[0].base
+    models: Models = field(default_factory=Models, compare=False)
 
     def reference(self, against: str) -> Artifact | None:
         """The model to compare with, or None if the chain has none yet.
@@ -132,6 +159,11 @@ class Context:
         whole = [model for model in models if model.format == "torch"]
         return whole[0] if whole and whole[0].source != models[-1].source else None
 
+    def later(self, step: Pass) -> list[Artifact]:
+        """What steps after this one can want: its input, what that is compared with, the first model."""
+        parent = self.reference("parent") if step.looks else None
+        return [model for model in (parent, self.reference("first"), self.history[-1]) if model is not None]
+
     def sampling_of(self, model: Artifact) -> SamplingConfig:
         """How a model is drawn with: as it says itself, else as the run says, else as is usual in its family.
 
@@ -143,21 +175,49 @@ class Context:
         usual = families.get(self.family).facts.sampling.over(SamplingConfig(negative_prompt=""))
         return inherited(model, self.sampling).over(usual)
 
+    def open(self, model: Artifact) -> Pipeline:
+        """A whole torch model in float32, read from disk once in a chain.
+
+        It is shared: change a copy of its denoiser, and put that into a pipeline `around` it.
+        """
+        from tunekit import families
+
+        return self.models.load(families.get(self.family), model.model_source)
+
+    @contextmanager
+    def running(
+        self, model: Artifact, *, provider: str | None = None, threads: int | None = None
+    ) -> Iterator[Runtime]:
+        """A model that is ready to run; a torch one is that of `open`.
+
+        Raises:
+            DeviceError, MissingPackageError, ModelError: see `open_runtime`.
+        """
+        from tunekit.runtime import open_runtime
+
+        runtime = open_runtime(
+            model,
+            family=self.family,
+            device=self.device,
+            provider=provider,
+            threads=threads,
+            load=self.models.load if model.format == "torch" else None,
+        )
+        try:
+            yield runtime
+        finally:
+            runtime.close()
+            if model.format == "torch":
+                self.models.done(model)
+
     @contextmanager
     def examples(
-        self,
-        family: Family,
-        pipeline: Pipeline,
-        model: Artifact,
-        *,
-        count: int,
-        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        self, model: Artifact, *, count: int, precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ) -> Iterator[tuple[CalibrationSet, Accelerator]]:
-        """Gives the run's pictures, or pictures that the model draws itself, and where to compute.
+        """Gives the run's pictures, or pictures that a torch model draws itself, and where to compute.
 
         Args:
-            pipeline: the model, whose encoders are used.
-            model: where `pipeline` was read from.
+            model: its encoders are used, too.
             count: pictures to draw where the run has none.
             precision: of computations.
 
@@ -165,6 +225,7 @@ class Context:
             ConfigError: the run knows neither pictures nor prompts.
             DeviceError: the device does not answer.
         """
+        from tunekit import families
         from tunekit.config import MemoryConfig
         from tunekit.data.calibration import Material, gather
         from tunekit.training.run import close_accelerator, open_accelerator
@@ -172,18 +233,24 @@ class Context:
         # After a training over several processes only the main one is left, and must not wait for the others.
         launched = {name: os.environ.pop(name) for name in LAUNCHER_VARIABLES if name in os.environ}
         accelerator = open_accelerator(MemoryConfig(device=self.device, precision=precision), batch_size=1)
+        family, pipeline = families.get(self.family), self.open(model)
+        height, width = family.default_size(pipeline)
+        material = Material(
+            data=self.data,
+            prompts=self.prompts,
+            count=count,
+            sampling=self.sampling_of(model).over(SamplingConfig(height=height, width=width)),
+            cache=self.cache,
+            model_hash=model.hash,
+            seed=self.seed,
+        )
         try:
-            height, width = family.default_size(pipeline)
-            material = Material(
-                data=self.data,
-                prompts=self.prompts,
-                count=count,
-                sampling=self.sampling_of(model).over(SamplingConfig(height=height, width=width)),
-                cache=self.cache,
-                model_hash=model.hash,
-                seed=self.seed,
+            found = self.models.recorded(
+                model,
+                ("examples", None if self.data else count),
+                lambda: gather(family, pipeline, accelerator, material, self.say),
             )
-            yield gather(family, pipeline, accelerator, material, self.say), accelerator
+            yield found, accelerator
         finally:
             close_accelerator(accelerator)
             os.environ.update(launched)
@@ -194,26 +261,25 @@ class Context:
         named = self.data.cache if self.data else None
         return Path(named).expanduser() if named else self.run_dir.parent / ".cache"
 
-    def save(self, family: Family, pipeline: Pipeline, like: Artifact) -> None:
+    def save(self, pipeline: Pipeline, like: Artifact) -> None:
         """Writes a torch pipeline into `folder`, in the floating type that `like` is stored in."""
         import torch
 
+        from tunekit import families
         from tunekit.layers import stored_dtype
 
-        dtype = (
-            stored_dtype(like.model_path / family.facts.denoiser_name) if like.model_path else torch.float32
-        )
+        family = families.get(self.family)
+        facts, path = family.facts, like.model_path
+        dtype = stored_dtype(path / facts.denoiser_name) if path else torch.float32
         pipeline.to("cpu")
-        if dtype != torch.float32:
-            pipeline.to(dtype)
-        family.save(pipeline, self.folder)
+        family.save(in_types(pipeline, facts, facts.drawing_dtypes(dtype)), self.folder)
 
 
 @dataclass
 class Outcome:
     """What a pass found out."""
 
-    metrics: dict[str, Metric] = field(default_factory=dict)
+    metrics: dict[str, Value] = field(default_factory=dict)
     """Figures with the unit in the name: `size_bytes`, `denoiser_ms_p50`, `psnr_db`, `relative_error`."""
     details: dict[str, Any] = field(default_factory=dict)
     """Tables for the report; must be JSON-able."""
@@ -305,11 +371,20 @@ def check_chain(
                 hint=_order_hint(step, current),
                 key=f"optimize[{index}]",
             )
-        if trouble := step.problem(current, passes[:index]):
+        if trouble := _refusal(step, passes[:index]) or step.problem(current, passes[:index]):
             message = f"optimize[{index}] ({step.kind}) {trouble}"
             raise ChainError(message, where=where(index, None), key=f"optimize[{index}]")
         current = step.produces or current
     return current
+
+
+def _refusal(step: Pass, earlier: Sequence[Pass]) -> str | None:
+    """Why a pass cannot stand behind those before it: the first trait that it refuses."""
+    givers = {trait: other.kind for other in earlier for trait in other.gives()}
+    for trait, why in step.refuses.items():
+        if trait in givers:
+            return why.format(giver=givers[trait])
+    return None
 
 
 def run_chain(
@@ -335,7 +410,7 @@ def run_chain(
     clean_leftovers(run.path)
     history = [artifact]
     for index, step in enumerate(passes, start=1):
-        label = f"{index:02d} {step.kind}"
+        label, is_last = f"{index:02d} {step.kind}", index == len(passes)
         now = dataclasses.replace(
             context,
             family=artifact.family,
@@ -348,7 +423,11 @@ def run_chain(
             context.say(f"{label}: already there ({folder.name})")
         else:
             context.say(f"{label} ...")
-            result = _run_step(step, now, folder)
+            now.models.begin(() if is_last else now.later(step))
+            try:
+                result = _run_step(step, now, folder)
+            finally:
+                now.models.end()
             made = result.lineage[-1]
             context.say(f"{label}: {format_seconds(made.seconds)}, {describe_metrics(made.metrics)}")
         history.append(result)
@@ -376,17 +455,17 @@ def _run_step(step: Pass, context: Context, final: Path) -> Artifact:
             details["failure"] = outcome.failure
         result = Artifact(
             path=folder,
-            model_path=folder if step.changes_model else parent.model_path,
-            source=str(folder) if step.changes_model else parent.source,
+            model_path=parent.model_path if step.looks else folder,
+            source=parent.source if step.looks else str(folder),
             format=outcome.format or step.produces or parent.format,
             family=parent.family,
-            base=None if step.changes_model else parent.base,
-            opened=None if step.changes_model else parent.opened,  # what was written here is plain
+            base=parent.base if step.looks else None,
+            opened=parent.opened if step.looks else None,  # what was written here is plain
             sampling=(outcome.sampling or SamplingConfig()).over(inherited(parent, context.sampling)),
-            recorded_hash=None if step.changes_model else parent.hash,
+            recorded_hash=parent.hash if step.looks else None,
         )
-        metrics = dict(outcome.metrics)
-        if step.changes_model:
+        metrics: dict[str, Value] = dict(outcome.metrics)
+        if not step.looks:
             metrics.setdefault("size_bytes", result.size_bytes)
         record = Step(
             kind=step.kind,
@@ -457,48 +536,3 @@ def _order_hint(step: Pass, given: str) -> str | None:
     if "torch" in step.accepts:
         return "move it before export_onnx"
     return None
-
-
-_SHOWN = (
-    "parameters",
-    "size_bytes",
-    "denoiser_ms_p50",
-    "picture_ms_p50",
-    "speedup",
-    "peak_memory_bytes",
-    "relative_error",
-    "psnr_db",
-    "ssim",
-)
-
-
-def describe_metrics(metrics: dict[str, Metric]) -> str:
-    """The figures a person looks at first, in one line: "size 21.3 MiB, psnr 43.1 dB"."""
-    return ", ".join(
-        f"{_name(name)} {format_metric(name, value)}"
-        for name in (*_SHOWN, *(name for name in metrics if name not in _SHOWN))
-        if (value := metrics.get(name)) is not None
-    )
-
-
-def _name(metric: str) -> str:
-    for ending in ("_bytes", "_db", "_seconds"):
-        metric = metric.removesuffix(ending)
-    return metric.replace("_ms", "").replace("_", " ")
-
-
-def format_metric(name: str, value: Metric) -> str:
-    """A metric with the unit that its name carries."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if name.endswith("_bytes") or "_bytes_" in name:
-        return format_bytes(int(value))
-    if "_ms" in name:
-        return f"{value:.1f} ms"
-    if name.endswith("_db"):
-        return f"{value:.1f} dB"
-    if name == "speedup":
-        return f"{value:.2f}x"
-    if isinstance(value, int):
-        return format_count(value) if value >= 10_000 else str(value)
-    return f"{value:.3g}"

@@ -25,8 +25,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -35,11 +36,14 @@ from pydantic import Field
 from tunekit.config import SamplingConfig
 from tunekit.errors import ConfigError, DeviceError
 from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.passes.metrics import SIZE, Metric, Tile
 from tunekit.resources import Source
 
 if TYPE_CHECKING:
     from tunekit.artifacts import Artifact
     from tunekit.runtime import Runtime
+
+    Running = Callable[..., AbstractContextManager[Runtime]]
 
 VERSION = 1
 PROMPT = "a red apple"
@@ -49,12 +53,55 @@ NOISE = 0.03
 """Ratios closer to 1 than this are not called a difference."""
 
 
+MEASURED = (
+    Metric(
+        "denoiser_ms_p50", "denoiser p50", "ms", lower_is_better=True, rank=20, column="denoiser step p50"
+    ),
+    Metric(
+        "denoiser_ms_p95", "denoiser p95", "ms", lower_is_better=True, under="denoiser_ms_p50", small="p95 {}"
+    ),
+    Metric("picture_ms_p50", "picture p50", "ms", lower_is_better=True, rank=30, column="picture p50"),
+    Metric(
+        "picture_ms_p95", "picture p95", "ms", lower_is_better=True, under="picture_ms_p50", small="p95 {}"
+    ),
+    SIZE,
+    Metric("peak_memory_bytes", "peak memory", "bytes", lower_is_better=True, rank=50, column="peak memory"),
+)
+"""Of each model by itself."""
+_FASTER = "a picture, faster by"
+COMPARED = (
+    Metric(
+        "speedup_first",
+        "speedup on the first",
+        "x",
+        lower_is_better=False,
+        rank=41,
+        under="speedup",
+        small="{} of fine-tuned",
+        tile=Tile(_FASTER, ("{picture_ms_p50} a picture", "against the fine-tuned model in torch")),
+    ),
+    Metric(
+        "speedup",
+        "speedup",
+        "x",
+        lower_is_better=False,
+        rank=42,
+        column="speed-up",
+        tile=Tile(_FASTER, ("{picture_ms_p50} a picture", "against its parent")),
+    ),
+    Metric("slower", "slower", under="speedup"),
+    Metric("size_ratio", "size ratio", "x", lower_is_better=True),
+)
+"""With a reference."""
+
+
 class Benchmark(Pass):
     """Measures latency, peak memory and size beside the parent and the fine-tuned model, in turns."""
 
     kind: ClassVar[str] = "benchmark"
     accepts: ClassVar[frozenset[str]] = frozenset({"torch", "onnx", "tensorrt"})
-    changes_model: ClassVar[bool] = False
+    looks: ClassVar[bool] = True
+    metrics: ClassVar[tuple[Metric, ...]] = (*MEASURED, *COMPARED)
 
     steps: int | None = Field(None, ge=1)
     """Sampling steps of a picture, for every model; null: each model's own."""
@@ -88,10 +135,10 @@ class Benchmark(Pass):
             seed=context.seed,
         )
         sides = [replace(model, sampling=context.sampling_of(model)) for model in models.values()]
-        result = compare(sides, settings, context.say)
+        result = compare(sides, settings, context.say, context.running)
         figures = dict(zip(models, result["artifacts"], strict=True))
         own = figures[artifact.source]
-        metrics = {name: own[name] for name in FIGURES}
+        metrics = {metric.name: own[metric.name] for metric in MEASURED}
         for reference, suffix in ((parent, ""), (first, "_first")):
             if reference is not None:
                 against = figures[reference.source]
@@ -105,25 +152,16 @@ class Benchmark(Pass):
         if busy := result["settings"]["busy"]:
             note += f"; {busy}"
         others = {
-            model.path.name: {name: figures[source][name] for name in FIGURES}
+            model.path.name: {metric.name: figures[source][metric.name] for metric in MEASURED}
             for source, model in models.items()
             if model.path is not None and source != artifact.source
         }
-        table = [{name: row[name] for name in ("title", "steps", *FIGURES)} for row in result["artifacts"]]
+        shown = ("title", "steps", *(metric.name for metric in MEASURED))
+        table = [{name: row[name] for name in shown} for row in result["artifacts"]]
         return Outcome(
             metrics=metrics,
             details={"note": note, "settings": result["settings"], "artifacts": others, "models": table},
         )
-
-
-FIGURES = (
-    "denoiser_ms_p50",
-    "denoiser_ms_p95",
-    "picture_ms_p50",
-    "picture_ms_p95",
-    "size_bytes",
-    "peak_memory_bytes",
-)
 
 
 @dataclass(frozen=True)
@@ -155,6 +193,7 @@ def compare(
     artifacts: Sequence[Artifact | str | Path],
     settings: Settings | None = None,
     say: Callable[[str], None] = lambda line: None,
+    running: Running | None = None,
 ) -> dict[str, Any]:
     """Measures models in turns; the first is the baseline of the ratios.
 
@@ -162,6 +201,7 @@ def compare(
         artifacts: anything that `open_runtime` opens.
         settings: how.
         say: shows one line of progress.
+        running: opens a model, where it is not read from disk.
 
     Returns:
         `{"version": 1, "settings": {...}, "artifacts": [...]}`; an artifact has `source`, `title`, the
@@ -177,11 +217,11 @@ def compare(
 
     from tunekit.artifacts import Artifact, open_artifact
     from tunekit.passes.verify import describe
-    from tunekit.runtime import open_runtime
 
     if not artifacts:
         raise ConfigError("nothing to measure: name at least one artifact")
     settings = settings or Settings()
+    running = running or partial(_from_disk, device=settings.device)
     opened = [a if isinstance(a, Artifact) else open_artifact(a) for a in artifacts]
     before = torch.get_num_threads()
     threads = settings.threads or before
@@ -190,24 +230,23 @@ def compare(
         say(busy)
     sides = []
     try:
-        for artifact in opened:
-            provider = settings.provider if artifact.format == "onnx" else None
-            runtime = open_runtime(artifact, device=settings.device, provider=provider, threads=threads)
-            sampling = settings.sampling.over(runtime.sampling)
-            sides.append(_Side(artifact, runtime, describe(artifact, runtime), provider, sampling))
-        with _collector_off():
-            for number in range(-1, settings.repeats):
-                # Round -1 warms up. Nobody is always first: whoever follows finds the caches another left.
-                shift = number % len(sides)
-                for side in sides[shift:] + sides[:shift]:
-                    side.measure(settings, number)
-                if number >= 0:
-                    latest = ", ".join(f"{side.pictures[-1]:.0f} ms" for side in sides)
-                    say(f"round {number + 1} of {settings.repeats}: a picture took {latest}")
+        with ExitStack() as stack:
+            for artifact in opened:
+                provider = settings.provider if artifact.format == "onnx" else None
+                runtime = stack.enter_context(running(artifact, provider=provider, threads=threads))
+                sampling = settings.sampling.over(runtime.sampling)
+                sides.append(_Side(artifact, runtime, describe(artifact, runtime), provider, sampling))
+            with _collector_off():
+                for number in range(-1, settings.repeats):
+                    # Round -1 warms up. Nobody is always first: who follows finds the caches another left.
+                    shift = number % len(sides)
+                    for side in sides[shift:] + sides[:shift]:
+                        side.measure(settings, number)
+                    if number >= 0:
+                        latest = ", ".join(f"{side.pictures[-1]:.0f} ms" for side in sides)
+                        say(f"round {number + 1} of {settings.repeats}: a picture took {latest}")
     finally:
         torch.set_num_threads(before)
-    for side in sides:
-        side.runtime.close()
     gc.collect()
     rows = []
     for side in sides:
@@ -237,6 +276,19 @@ def compare(
         "busy": busy,
     }
     return {"version": VERSION, "settings": shared, "artifacts": rows}
+
+
+@contextmanager
+def _from_disk(
+    artifact: Artifact, *, device: str, provider: str | None, threads: int | None
+) -> Iterator[Runtime]:
+    from tunekit.runtime import open_runtime
+
+    runtime = open_runtime(artifact, device=device, provider=provider, threads=threads)
+    try:
+        yield runtime
+    finally:
+        runtime.close()
 
 
 def ratios(row: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from tunekit import hardware
 from tunekit.artifacts import write_json
 from tunekit.errors import DeviceError, ModelError, output_errors, require
 from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.passes.metrics import SIZE, Metric
 
 if TYPE_CHECKING:
     from tunekit.artifacts import Artifact
@@ -43,6 +44,7 @@ class BuildTensorrt(Pass):
     kind: ClassVar[str] = "build_tensorrt"
     accepts: ClassVar[frozenset[str]] = frozenset({"onnx"})
     produces: ClassVar[str | None] = "tensorrt"
+    metrics: ClassVar[tuple[Metric, ...]] = (SIZE, Metric("engines", "engines", "count"))
 
     devices: list[str] = Field(min_length=1)
     """Cards by name, such as rtx-3060, rtx-4090; a wrong name is answered with all of them."""
@@ -76,9 +78,8 @@ class BuildTensorrt(Pass):
         """Says what is missing before other passes have taken their time."""
         if importlib.util.find_spec(PACKAGE) is None:
             return f'needs the package "{PACKAGE}": pip install "tunekit[tensorrt]"'
-        exports = [step for step in earlier if step.kind == "export_onnx"]
         old = [name for name in self.devices if hardware.find(name).compute_capability == (7, 5)]
-        if old and exports and getattr(exports[-1], "dtype", None) == "fp32":
+        if old and any("fp32" in step.gives() for step in earlier):
             return (
                 f"builds nothing in fp32 for {old[0]} (sm75); write `export_onnx: {{dtype: fp16}}` before it"
             )

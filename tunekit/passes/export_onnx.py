@@ -15,7 +15,7 @@ import ast
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -25,10 +25,10 @@ from pydantic import Field
 from tunekit.artifacts import directory_size, write_json
 from tunekit.errors import ModelError, output_errors, require
 from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.passes.metrics import RELATIVE_ERROR, SIZE, Metric
+from tunekit.passes.models import in_types
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor, nn
 
     from tunekit.artifacts import Artifact
@@ -47,6 +47,10 @@ class ExportOnnx(Pass):
     kind: ClassVar[str] = "export_onnx"
     accepts: ClassVar[frozenset[str]] = frozenset({"torch"})
     produces: ClassVar[str | None] = "onnx"
+    refuses: ClassVar[Mapping[str, str]] = {
+        "packed": "comes after {giver}, whose packed weights it would unpack; put {giver} behind it"
+    }
+    metrics: ClassVar[tuple[Metric, ...]] = (SIZE, RELATIVE_ERROR, Metric("nodes", "nodes", "count"))
 
     dtype: Literal["fp32", "fp16"] = "fp32"
     """Type of weights and activations. Components that overflow in fp16 stay fp32; the family knows them."""
@@ -55,14 +59,9 @@ class ExportOnnx(Pass):
     external_data_threshold: int = Field(PROTOBUF_LIMIT, ge=0, le=PROTOBUF_LIMIT)
     """Bytes of weights above which they go into `model.onnx_data`: one ONNX file cannot hold 2 GiB."""
 
-    def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
-        """Refuses packed weights, see `_refuse_packed`."""
-        packed = format == "torch" and any(step.kind == "quantize" for step in earlier)
-        return (
-            "comes after quantize, whose packed weights it would unpack; put quantize behind it"
-            if packed
-            else None
-        )
+    def gives(self) -> frozenset[str]:
+        """What the graphs compute in."""
+        return frozenset({self.dtype})
 
     def run(self, artifact: Artifact, context: Context) -> Outcome:
         """Exports, then runs each graph once beside its torch module, at another batch size and resolution.
@@ -78,17 +77,15 @@ class ExportOnnx(Pass):
         from tunekit import families
 
         family = families.get(context.family)
-        pipeline = family.load(artifact.model_source)
+        pipeline, facts = context.open(artifact), family.facts
         _refuse_packed(family.denoiser(pipeline), artifact.source)
         components = family.export_components(pipeline)
         checks = {component.name: check_inputs(component) for component in components}
         with torch.no_grad():
             expected = {c.name: as_tuple(c.module(*checks[c.name].values())) for c in components}
         if self.dtype == "fp16":
-            # In place, so the pipeline is halved too, and the family now gives fp16 example inputs.
-            for component in components:
-                if component.component not in family.facts.overflowing:
-                    component.module.half()
+            # The family gives example inputs in the type of what they are for.
+            pipeline = in_types(pipeline, facts, facts.drawing_dtypes(torch.float16))
             components = family.export_components(pipeline)
 
         table: list[dict[str, Any]] = []

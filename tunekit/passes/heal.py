@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.passes.metrics import PARAMETERS, RELATIVE_ERROR, SIZE, Metric
+from tunekit.passes.models import around
 
 if TYPE_CHECKING:
     from tunekit.artifacts import Artifact
@@ -23,6 +25,16 @@ class Heal(Pass):
 
     kind: ClassVar[str] = "heal"
     accepts: ClassVar[frozenset[str]] = frozenset({"torch"})
+    refuses: ClassVar[Mapping[str, str]] = {
+        "packed": "comes after {giver}, and packed weights cannot be trained; put it before"
+    }
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        PARAMETERS,
+        SIZE,
+        RELATIVE_ERROR,
+        Metric("loss", "loss", lower_is_better=True),
+        Metric("steps", "steps", "count"),
+    )
 
     max_steps: int = Field(200, ge=1)
     """Optimizer steps."""
@@ -42,7 +54,7 @@ class Heal(Pass):
     """Pictures the parent draws where the run has none of its own."""
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
-        """Finds settings that contradict each other, a missing parent, and packed weights."""
+        """Finds settings that contradict each other, and a model that nothing has changed."""
         from tunekit import optimizers
         from tunekit.errors import ConfigError
 
@@ -52,11 +64,8 @@ class Heal(Pass):
             optimizers.find(self.optimizer)
         except ConfigError as error:
             return error.message
-        changing = [step for step in earlier if step.changes_model and step.kind != "merge"]
-        if not changing:
+        if not any("changed" in step.gives() for step in earlier):
             return "has nothing to heal: no step before it changed the model (put it behind prune)"
-        if changing[-1].kind == "quantize":
-            return "comes after quantize, and packed weights cannot be trained; put it before"
         return None
 
     def run(self, artifact: Artifact, context: Context) -> Outcome:
@@ -66,6 +75,8 @@ class Heal(Pass):
             ConfigError: the run knows neither pictures nor prompts.
             NonFiniteError: the loss is not finite.
         """
+        import copy
+
         from tunekit import families
         from tunekit.config import TrainConfig
         from tunekit.data.cache import Draws, Stream
@@ -79,9 +90,9 @@ class Heal(Pass):
         family = families.get(context.family)
         origin = context.reference("parent")
         assert origin is not None  # `problem` has seen to it
-        parent = family.load(origin.model_source)
-        pipeline = family.load(artifact.model_source)
-        denoiser, teacher = family.denoiser(pipeline), family.denoiser(parent)
+        whole = context.open(artifact)
+        denoiser, teacher = family.denoiser(whole), family.denoiser(context.open(origin))
+        student = copy.deepcopy(denoiser)
         settings = TrainConfig(
             max_steps=self.max_steps,
             lr=self.lr,
@@ -92,11 +103,11 @@ class Heal(Pass):
             weight_decay=0.0,
             log_every=max(1, self.max_steps // 10),
         )
-        drawn = context.examples(family, parent, origin, count=self.pictures, precision=self.precision)
+        drawn = context.examples(origin, count=self.pictures, precision=self.precision)
         with drawn as (examples, accelerator):
-            for module in (denoiser, teacher):
+            for module in (student, teacher):
                 module.to(accelerator.device)
-            before = output_error(family, denoiser, teacher, examples)
+            before = output_error(family, student, teacher, examples)
             context.say(f"learning from {examples.origin}")
             batches = Stream(
                 examples.dataset,
@@ -104,8 +115,7 @@ class Heal(Pass):
                 Draws(self.batch_size, self.micro_batch, caption_dropout=UNCONDITIONAL),
                 seed=context.seed,
             )
-            kept = {name: value.cpu().clone() for name, value in denoiser.state_dict().items()}
-            fitted = Fitted.plain(denoiser.train().requires_grad_(True))
+            fitted = Fitted.plain(student.train().requires_grad_(True))
             result = train(
                 accelerator,
                 Distillation(fitted, family, teacher, examples.objective, self.feature_weight),
@@ -114,23 +124,21 @@ class Heal(Pass):
                 settings,
                 Hooks(seed=context.seed, say=context.say, title="heal"),
             )
-            denoiser.eval().requires_grad_(False)
-            after = trained = output_error(family, denoiser, teacher, examples)
-            if trained > before:
-                denoiser.load_state_dict(kept)
-                after = before
+            student.eval().requires_grad_(False)
+            trained = output_error(family, student, teacher, examples)
+        worse = trained > before
         note = f"learned from {examples.origin}"
-        if trained > before:
+        if worse:
             note += (
                 f"; training made the output worse ({before:.3g} -> {trained:.3g}), so the weights are as"
                 " before: lower lr, or leave heal out"
             )
-        context.save(family, pipeline, artifact)
+        context.save(whole if worse else around(whole, {family.facts.denoiser_name: student}), artifact)
         return Outcome(
             metrics={
-                "parameters": parameters(denoiser),
+                "parameters": parameters(student),
                 "relative_error_before": before,
-                "relative_error": after,
+                "relative_error": before if worse else trained,
                 "loss": result.loss,
                 "steps": result.step,
             },

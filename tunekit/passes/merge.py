@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.passes.metrics import PARAMETERS, SIZE, Metric
 from tunekit.resources import Source
 
 if TYPE_CHECKING:
@@ -20,12 +21,21 @@ class Merge(Pass):
     kind: ClassVar[str] = "merge"
     accepts: ClassVar[frozenset[str]] = frozenset({"adapter"})
     produces: ClassVar[str | None] = "torch"
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        PARAMETERS,
+        SIZE,
+        Metric("merged_layers", "merged layers", "count"),
+    )
 
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the merged weights on disk; what follows in the chain computes from them. Of a model in fp16,
     what overflows there stays fp32; the family knows it."""
     base: str | None = None
     """Source of the base model, for an adapter that does not name its own."""
+
+    def gives(self) -> frozenset[str]:
+        """Nothing: the merged model is what was trained, and nothing of it has to heal."""
+        return frozenset()
 
     def run(self, artifact: Artifact, context: Context) -> Outcome:
         """Loads the base in fp32, merges and saves.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.passes.metrics import PARAMETERS, RELATIVE_ERROR, SIZE, Metric
+from tunekit.passes.models import around
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +37,15 @@ class Prune(Pass):
 
     kind: ClassVar[str] = "prune"
     accepts: ClassVar[frozenset[str]] = frozenset({"torch"})
+    refuses: ClassVar[Mapping[str, str]] = {
+        "packed": "comes after {giver}, and channels cannot leave packed weights; put it before"
+    }
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        PARAMETERS,
+        SIZE,
+        RELATIVE_ERROR,
+        Metric("macs", "multiply-adds", "count", lower_is_better=True),
+    )
 
     ratio: Share | dict[Target, Share] = 0.25
     """Share of the targets' cost that leaves; or one share for each target."""
@@ -57,11 +68,9 @@ class Prune(Pass):
     """Examples that importance is measured on."""
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
-        """Finds settings that contradict each other, and packed weights."""
+        """Finds settings that contradict each other."""
         if isinstance(self.ratio, dict) and set(self.ratio) != set(self.targets):
             return f"gives ratios for {', '.join(self.ratio)} but its targets are {', '.join(self.targets)}"
-        if any(step.kind == "quantize" for step in earlier):
-            return "comes after quantize, and channels cannot leave packed weights; put it before"
         return None
 
     def run(self, artifact: Artifact, context: Context) -> Outcome:
@@ -77,17 +86,15 @@ class Prune(Pass):
         from tunekit.training.distill import output_error
 
         family = families.get(context.family)
-        pipeline = family.load(artifact.model_source)
-        denoiser = family.denoiser(pipeline).requires_grad_(False)
-        parent = copy.deepcopy(denoiser)
-        before, macs_before = prunable.parameters(denoiser), prunable.macs(family, pipeline)
+        whole = context.open(artifact)
+        parent = family.denoiser(whole)
+        denoiser = copy.deepcopy(parent)
+        pipeline = around(whole, {family.facts.denoiser_name: denoiser})
+        before, macs_before = prunable.parameters(parent), prunable.macs(family, whole)
         found = [
             item for item in prunable.find(denoiser, self.targets) if not self._kept(item.name, denoiser)
         ]
-        with context.examples(family, pipeline, artifact, count=min(self.samples, DRAWN)) as (
-            examples,
-            accelerator,
-        ):
+        with context.examples(artifact, count=min(self.samples, DRAWN)) as (examples, accelerator):
             denoiser.to(accelerator.device)
             if self.importance == "magnitude":
                 scores = prunable.magnitudes(found)
@@ -100,7 +107,7 @@ class Prune(Pass):
             )
             table = self._remove(found, scores, costs)
             error = output_error(family, denoiser, parent.to(accelerator.device), examples)
-        context.save(family, pipeline, artifact)
+        context.save(pipeline, artifact)
         return Outcome(
             metrics={
                 "parameters": prunable.parameters(denoiser),

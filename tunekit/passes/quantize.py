@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -12,7 +12,9 @@ from pydantic import Field, model_validator
 from tunekit.artifacts import PICTURES, RECORD, write_json
 from tunekit.config import SamplingConfig, no_effect
 from tunekit.errors import ArtifactError, output_errors, require
-from tunekit.passes.base import Context, Metric, Outcome, Pass
+from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.passes.metrics import RELATIVE_ERROR, SIZE, Metric, Value
+from tunekit.passes.models import around
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +47,16 @@ class Quantize(Pass):
 
     kind: ClassVar[str] = "quantize"
     accepts: ClassVar[frozenset[str]] = frozenset({"torch", "onnx"})
+    refuses: ClassVar[Mapping[str, str]] = {
+        "packed": "finds a model that is quantized already, by {giver}; leave one of the two out"
+    }
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        SIZE,
+        RELATIVE_ERROR,
+        Metric("sqnr_db", "signal to noise", "dB", lower_is_better=False),
+        Metric("quantized_layers", "quantized layers", "count"),
+        Metric("int8_computed_layers", "layers computed in int8", "count"),
+    )
 
     scheme: Literal["int8", "int4", "nf4"] = "int8"
     """int8: a scale per output channel; int4: a scale per `group`; nf4: bitsandbytes' 4-bit normal float."""
@@ -75,10 +87,12 @@ class Quantize(Pass):
             no_effect(self, ("group",), "scheme is not int4")
         return self
 
+    def gives(self) -> frozenset[str]:
+        """Weights in few bits."""
+        return frozenset({"changed", "packed"})
+
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """Finds what this format cannot have."""
-        if any(isinstance(step, Quantize) for step in earlier):
-            return "finds a model that is quantized already; leave one of the two out"
         if format == "onnx" and self.scheme != "int8":
             return f"has scheme {self.scheme}, which is for torch; an ONNX model takes int8"
         if format == "torch" and self.mode != "weight_only":
@@ -104,6 +118,8 @@ class Quantize(Pass):
     # ----------------------------------------------------------------------------------------------------
 
     def _torch(self, artifact: Artifact, context: Context, family: Family) -> Outcome:
+        import copy
+
         from tunekit import hardware, layers
         from tunekit.runtime import torch_runtime
 
@@ -114,11 +130,10 @@ class Quantize(Pass):
                 where=artifact.source,
                 hint=f"leave components out, or write components: [{name}]",
             )
-        pipeline = family.load(artifact.model_source)
-        denoiser = family.denoiser(pipeline)
-        runtime = torch_runtime(
-            family, pipeline, artifact=artifact, device=hardware.probe(context.device).torch_device
-        )
+        whole, device = context.open(artifact), hardware.probe(context.device).torch_device
+        denoiser = copy.deepcopy(family.denoiser(whole))
+        pipeline = around(whole, {name: denoiser})
+        runtime = torch_runtime(family, pipeline, artifact=artifact, device=device)
         sampling = context.sampling_of(artifact).over(runtime.sampling)
         few = sampling.model_copy(update={"steps": min(sampling.steps or PROBE_STEPS, PROBE_STEPS)})
         calls = list(_calls(runtime, few, context.seed, prompts=_prompts(context)[:DRAWN_TOGETHER]))
@@ -130,7 +145,7 @@ class Quantize(Pass):
         )
         done = layers.quantize(denoiser, self.scheme, group=self.group, keep=kept)
         error = _error([runtime.denoise(*call) for call in calls], wanted)
-        context.save(family, pipeline, artifact)
+        context.save(pipeline, artifact)
         return Outcome(metrics={"quantized_layers": len(done), **_fidelity(error)}, details={"kept": kept})
 
     # ONNX
@@ -161,7 +176,7 @@ class Quantize(Pass):
                 self._graph(folder, context, component, seen if is_denoiser else [], computes=is_denoiser)
             )
         error = _graph_error(context.folder / name / GRAPH, folder / name / GRAPH, tested)
-        metrics: dict[str, Metric] = {
+        metrics: dict[str, Value] = {
             "quantized_layers": sum(row["layers"] for row in table),
             "int8_computed_layers": sum(row["computed"] for row in table),
             **_fidelity(error),
@@ -347,7 +362,7 @@ def _error(made: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     return relative_error(torch.cat([t.flatten() for t in made]), torch.cat([t.flatten() for t in wanted]))
 
 
-def _fidelity(error: float) -> dict[str, Metric]:
+def _fidelity(error: float) -> dict[str, Value]:
     import math
 
     return {"relative_error": error, "sqnr_db": -20 * math.log10(max(error, 1e-9))}

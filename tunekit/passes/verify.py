@@ -26,6 +26,7 @@ from tunekit.artifacts import PICTURES
 from tunekit.config import SamplingConfig
 from tunekit.errors import ChainError, DeviceError, output_errors
 from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.passes.metrics import RELATIVE_ERROR, Metric, Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,20 @@ class Verify(Pass):
 
     kind: ClassVar[str] = "verify"
     accepts: ClassVar[frozenset[str]] = frozenset({"torch", "onnx", "tensorrt"})
-    changes_model: ClassVar[bool] = False
+    looks: ClassVar[bool] = True
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        RELATIVE_ERROR,
+        Metric(
+            "psnr_db",
+            "PSNR",
+            "dB",
+            lower_is_better=False,
+            rank=70,
+            column="PSNR",
+            tile=Tile("fidelity of the last model", ("SSIM {ssim}",)),
+        ),
+        Metric("ssim", "SSIM", lower_is_better=False, form=".4f", rank=71, column="SSIM"),
+    )
 
     against: Literal["parent", "first"] = "parent"
     """parent: the model before the last step that changed it; first: the whole fine-tuned model, in torch."""
@@ -65,7 +79,7 @@ class Verify(Pass):
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """Refuses what could only fail after the passes before it have run."""
-        if not any(step.changes_model for step in earlier):
+        if all(step.looks for step in earlier):
             return "has nothing to compare with; put it behind a pass that changes the model"
         if self.providers and format != "onnx":
             return f"sets providers, which have no effect on a model in {format}: they run ONNX files"
@@ -82,8 +96,6 @@ class Verify(Pass):
         Raises:
             ChainError: there is no reference in this chain.
         """
-        from tunekit.runtime import open_runtime
-
         reference = context.reference(self.against)
         if reference is None:
             raise ChainError(
@@ -93,35 +105,31 @@ class Verify(Pass):
         prompts = list(islice(cycle(context.prompts or PROMPTS), self.pictures))
         seeds = [context.seed + i for i in range(self.pictures)]
 
-        runtime = open_runtime(reference, device=context.device)
-        name = describe(reference, runtime)
-        context.say(f"reference: {name}")
-        # Pictures can be compared at one size alone: that of the model that is looked at.
-        own = context.sampling_of(artifact)
-        size = SamplingConfig(height=own.height, width=own.width)
-
-        def draw(model: Artifact, runtime: Runtime) -> _Drawn:
+        def draw(model: Artifact, runtime: Runtime, size: SamplingConfig) -> _Drawn:
             sampling = size.over(context.sampling_of(model)).over(runtime.sampling)
             steps = self.steps or min(sampling.steps or STEPS, STEPS)
             return _draw(runtime, prompts, seeds, sampling.model_copy(update={"steps": steps}))
 
-        wanted = draw(reference, runtime)
+        # Pictures can be compared at one size alone: that of the model that is looked at.
+        own = context.sampling_of(artifact)
+        with context.running(reference) as runtime:
+            name = describe(reference, runtime)
+            context.say(f"reference: {name}")
+            wanted = draw(reference, runtime, SamplingConfig(height=own.height, width=own.width))
+            trials = _trials(runtime, prompts, context.seed, wanted.sampling)
+            expected = [trial.run(runtime) for trial in trials]
         size = SamplingConfig(height=wanted.sampling.height, width=wanted.sampling.width)
-        trials = _trials(runtime, prompts, context.seed, wanted.sampling)
-        expected = [trial.run(runtime) for trial in trials]
-        runtime.close()
         saved = _save(wanted.pixels, "reference", name, prompts, seeds, context)
 
         sides = []
         providers: Sequence[Provider | None] = self.providers or (None,)
         for provider in providers:
-            runtime = open_runtime(artifact, device=context.device, provider=provider)
-            title = describe(artifact, runtime)
-            context.say(title)
-            found = draw(artifact, runtime)
-            got = [trial.run(runtime) for trial in trials]
-            sides.append(_compare(runtime.title, got, expected, found, wanted))
-            runtime.close()
+            with context.running(artifact, provider=provider) as runtime:
+                title = describe(artifact, runtime)
+                context.say(title)
+                found = draw(artifact, runtime, size)
+                got = [trial.run(runtime) for trial in trials]
+                sides.append(_compare(runtime.title, got, expected, found, wanted))
             saved += _save(found.pixels, provider or "candidate", title, prompts, seeds, context)
         note = f"reference: {name}; {self.pictures} pictures of {found.sampling.steps} steps"
         if sides[-1].trajectory is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from tunekit import families, hardware
 from tunekit.artifacts import Artifact, open_artifact
 from tunekit.errors import ArtifactError, ConfigError, ModelError, did_you_mean
-from tunekit.families.family import DTYPES, Family
+from tunekit.families.family import DTYPES, Dtypes, Family, Pipeline
 from tunekit.resources import Source
 from tunekit.runtime.base import Runtime, torch_runtime
 from tunekit.runtime.graph import model_folder
@@ -19,6 +20,7 @@ from tunekit.runtime.openvino import open_in_openvino
 from tunekit.runtime.tensorrt import open_engines
 
 PROVIDERS = (*ORT_PROVIDERS, "openvino")  # of ONNX artifacts
+Load = Callable[[Family, Source, Dtypes], Pipeline]
 
 
 def open_runtime(
@@ -30,6 +32,7 @@ def open_runtime(
     provider: str | None = None,
     adapter: str | Path | None = None,
     threads: int | None = None,
+    load: Load | None = None,
 ) -> Runtime:
     """Open anything that can draw.
 
@@ -44,6 +47,8 @@ def open_runtime(
             same model.onnx); chosen by the device if not given.
         adapter: an adapter to put on a torch source, unmerged.
         threads: CPU threads.
+        load: gives the torch model, where it need not be read from disk (again); not if an adapter is put on
+            it, which changes it.
 
     Raises:
         ArtifactError, ModelError, AdapterError: nothing there, or it cannot be used.
@@ -86,7 +91,6 @@ def open_runtime(
         )
     found = hardware.probe(device)
     precision = precision or DTYPES[hardware.best_precision(found.kind, found.supports_bf16)]
-    pipeline = chosen.load(artifact.model_source, chosen.facts.drawing_dtypes(precision))
     adapters = [artifact.source] if artifact.format == "adapter" else []
     if adapter is not None:
         adapters.append(str(adapter))
@@ -94,6 +98,11 @@ def open_runtime(
         raise ConfigError(
             "two adapters at once are not supported", hint="merge the first, then add the other"
         )
+    dtypes = chosen.facts.drawing_dtypes(precision)
+    if load is None or adapters:
+        pipeline = chosen.load(artifact.model_source, dtypes)
+    else:
+        pipeline = load(chosen, artifact.model_source, dtypes)
     if adapters:
         from tunekit.adapters import load_adapter  # peft takes seconds to import
 

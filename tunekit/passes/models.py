@@ -1,0 +1,106 @@
+"""The models of a chain in memory: each is read from disk once, and what it sees is recorded once."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tunekit.artifacts import Artifact
+    from tunekit.families.family import Dtypes, Family, FamilyFacts, Pipeline
+    from tunekit.resources import Source
+
+T = TypeVar("T")
+
+
+class Models:
+    """Whole torch models that were read from disk, and what was recorded with them.
+
+    They are shared, so nobody changes one: a step that wants another denoiser makes a copy of it and a
+    pipeline around that (`around`). A step may move them to a device; they come back when it ends.
+    """
+
+    def __init__(self) -> None:
+        self._pipelines: dict[Source, Pipeline] = {}
+        self._recorded: dict[str, dict[Hashable, Any]] = {}
+        self._later: dict[Source, str] = {}
+
+    def load(self, family: Family, source: Source, dtypes: Dtypes | None = None) -> Pipeline:
+        """The shared model, in float32; in other types, a copy of the parts that differ.
+
+        Raises:
+            ModelError: see `Family.load`.
+        """
+        if source not in self._pipelines:
+            pipeline = family.load(source)
+            for part in family.facts.components:
+                if part.role != "scheduler":
+                    getattr(pipeline, part.name).requires_grad_(False)
+            self._pipelines[source] = pipeline
+        shared = self._pipelines[source]
+        return shared if dtypes is None else in_types(shared, family.facts, dtypes)
+
+    def recorded(self, model: Artifact, what: Hashable, make: Callable[[], T]) -> T:
+        """What was recorded of a model under the name `what`; made where it is not there."""
+        known = self._recorded.setdefault(model.hash, {})
+        if what not in known:
+            known[what] = make()
+        found: T = known[what]
+        return found
+
+    def begin(self, later: Iterable[Artifact]) -> None:
+        """Before a step: which of the models that are there now a later step can want."""
+        self._later = {model.model_source: model.hash for model in later if model.format != "adapter"}
+
+    def done(self, model: Artifact) -> None:
+        """After one use: the model goes back to the CPU or, where no later step can want it, away."""
+        self._put_back(model.model_source)
+        _tidy()
+
+    def end(self) -> None:
+        """After a step: all go back to the CPU or away, and so does what was recorded with them."""
+        for source in list(self._pipelines):
+            self._put_back(source)
+        wanted = set(self._later.values())
+        self._recorded = {name: known for name, known in self._recorded.items() if name in wanted}
+        _tidy()
+
+    def _put_back(self, source: Source) -> None:
+        if source in self._pipelines:
+            if source in self._later:
+                self._pipelines[source].to("cpu")
+            else:
+                del self._pipelines[source]
+
+
+def around(pipeline: Pipeline, networks: Mapping[str, nn.Module]) -> Pipeline:
+    """A pipeline with some networks of its own, by name, that shares everything else with `pipeline`."""
+    made = copy.copy(pipeline)
+    for name, network in networks.items():
+        setattr(made, name, network)
+    return made
+
+
+def in_types(pipeline: Pipeline, facts: FamilyFacts, dtypes: Dtypes) -> Pipeline:
+    """A pipeline whose networks have these types: its own where they have them already, else copies."""
+    import torch
+
+    copies = {}
+    for part in facts.components:
+        network = getattr(pipeline, part.name)
+        wanted = dtypes if isinstance(dtypes, torch.dtype) else dtypes.get(part.name, torch.float32)
+        if part.role != "scheduler" and network.dtype != wanted:
+            copies[part.name] = copy.deepcopy(network).to(wanted)
+    return around(pipeline, copies) if copies else pipeline
+
+
+def _tidy() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
