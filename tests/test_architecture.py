@@ -47,8 +47,8 @@ def layer(module: str) -> str:
 def imports(path: Path) -> list[tuple[int, str]]:
     """Everything of tunekit that a file imports, also inside functions, but not for type checkers only.
 
-    A package that imports lazily, in `__getattr__`, names for type checkers what that finds: this counts. Not so
-    for tunekit itself, whose names stand above all others and are imported by nobody here.
+    A package that imports lazily, in `__getattr__`, names for type checkers what that finds: this counts. Not
+    so for tunekit itself, whose names stand above all others and are imported by nobody here.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     is_lazy = path.parent != PACKAGE and any(

@@ -21,12 +21,12 @@ def test_the_cache_is_where_the_system_has_it(tmp_path: Path, monkeypatch: pytes
 
 
 def test_engines_of_onnx_runtime_are_kept_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunekit import runtime
+    from tunekit.runtime import onnx
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(runtime, "_ort_providers", lambda: list(runtime.ORT_PROVIDERS.values()))
+    monkeypatch.setattr(onnx, "ort_providers", lambda: list(onnx.ORT_PROVIDERS.values()))
     model = Artifact(None, None, "onnx", "sd15", "model", recorded_hash="0123456789abcdef0")
-    (name, options), *_ = runtime._ort_choice("tensorrt", model, 0)("unet")
+    (name, options), *_ = onnx._ort_choice("tensorrt", model, 0)("unet")
     assert name == "TensorrtExecutionProvider"
     kept = tmp_path / "tunekit" / "tensorrt" / "0123456789abcdef"
     assert options["trt_engine_cache_path"] == str(kept / "unet")

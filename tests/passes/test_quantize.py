@@ -12,7 +12,7 @@ from onnx import TensorProto
 
 from tunekit import families, layers
 from tunekit.artifacts import Artifact, open_artifact
-from tunekit.config import SamplingConfig
+from tunekit.config import DataConfig, SamplingConfig
 from tunekit.diffusion.metrics import psnr_db
 from tunekit.errors import ArtifactError, ChainError, MissingPackageError
 from tunekit.passes.base import Context, parse_chain, run_chain
@@ -151,6 +151,35 @@ def test_calibration_is_the_models_own_and_repeatable(
 ):
     again = quantized(tiny_onnx, tmp_path, mode="static", samples=8)
     assert again.hash == results["static"].hash
+
+
+def test_what_a_model_sees_is_recorded_once(tiny_source: Path, tiny_onnx: Path, tmp_path: Path):
+    """Whatever runs it: the same calls, and the same again in a chain."""
+    context = Context(
+        run_dir=tmp_path, family="sd15", device="cpu", prompts=PROMPTS, sampling=SamplingConfig(steps=4)
+    )
+    seen = {}
+    for source in (tiny_source, tiny_onnx):
+        artifact = open_artifact(source, family="sd15")
+        with context.running(artifact) as runtime:
+            seen[source] = context.calls(runtime, count=10)
+            assert context.calls(runtime, count=10) is seen[source]
+            assert len({float(times[0]) for _, times, _ in context.calls(runtime, count=3, steps=2)}) == 2
+            assert len({float(times[0]) for _, times, _ in seen[source]}) == 4
+    for one, other in zip(*seen.values(), strict=True):
+        assert torch.equal(one[1], other[1]) and one[0].shape == (8, 4, 16, 16)  # 4 pictures, each twice
+        for a, b in ((one[0], other[0]), *((value, other[2][key]) for key, value in one[2].items())):
+            assert torch.allclose(a, b, atol=1e-3)
+
+
+def test_captions_are_drawn_too(tiny_source: Path, pictures: Path, tmp_path: Path):
+    data = DataConfig(path=str(pictures), resolution=64)
+    context = Context(run_dir=tmp_path, family="sd15", device="cpu", prompts=PROMPTS, data=data)
+    with context.running(open_artifact(tiny_source, family="sd15")) as runtime:
+        calls = context.calls(runtime, count=4, steps=1)
+        known = runtime.encode_prompt([*PROMPTS, "a disc number 0", "a disc number 1"])
+    states = calls[0][2]["encoder_hidden_states"]
+    assert torch.allclose(states[4:], known["encoder_hidden_states"], atol=1e-5)
 
 
 def test_kept_layers_compute_in_floats(results: dict[str, Artifact]):

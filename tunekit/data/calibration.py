@@ -1,4 +1,7 @@
-"""What a pass learns from: the run's own pictures or, where there are none, what the model draws itself."""
+"""What a model sees: examples to learn from or to be judged on, and the calls of its denoiser while it draws.
+
+Examples are the run's own pictures or, where there are none, pictures that the model draws itself.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from tunekit.config import DataConfig, DreamboothData, SamplingConfig
 from tunekit.data.cache import CachedDataset, Draws, Encoder, together
@@ -29,6 +33,9 @@ UNCONDITIONAL = 0.2
 """Share of examples with the empty caption: with guidance, half of all calls of a denoiser have none."""
 DRAWING_STEPS = 20
 DRAWN_TOGETHER = 4
+
+Call = tuple[Tensor, Tensor, Conditioning]
+"""What a denoiser is given: latents [B, C, h, w], timesteps [B] and conditioning."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +75,14 @@ class CalibrationSet:
 
 @dataclass(frozen=True)
 class Material:
-    """What a calibration set may be made of.
+    """What a calibration set, or the calls of a denoiser, may be made of.
 
     Attributes:
         data: pictures; None lets the model draw `count` of them from `prompts`.
         prompts: what to draw.
-        count: how many to draw.
-        sampling: reads height, width and guidance of drawn pictures, none of them None, and the scheduler.
+        count: how many pictures to draw, or calls to record.
+        sampling: how they are drawn; nothing of it is None but the scheduler. Pictures are drawn in
+            `DRAWING_STEPS`.
         cache: folder for what is encoded or drawn; it is shared, as the names say what went in.
         model_hash: hash of the model's files, part of the names of drawn pictures.
         seed: of noise, crops and drawn pictures.
@@ -87,6 +95,14 @@ class Material:
     cache: Path
     model_hash: str
     seed: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of pictures, in pixels."""
+        height, width = self.sampling.height, self.sampling.width
+        if height is None or width is None:
+            raise TypeError("the height and the width of pictures must be known")
+        return height, width
 
 
 def gather(
@@ -125,6 +141,70 @@ def gather(
     return CalibrationSet(dataset, objective, f"{material.count} pictures drawn by the model", material.seed)
 
 
+class Drawer(Protocol):
+    """What draws, whatever runs it; `tunekit.runtime.Runtime` is one."""
+
+    family: Family
+
+    @property
+    def scheduler(self) -> Any:
+        """The sampler that the model is configured with."""
+        ...
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """[C, h, w] of one picture."""
+        ...
+
+    def conditioning(self, prompts: list[str], sampling: SamplingConfig) -> Conditioning:
+        """What the denoiser is told for these prompts."""
+        ...
+
+    def denoise(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """Run the denoiser."""
+        ...
+
+
+def calls(model: Drawer, material: Material) -> list[Call]:
+    """What the denoiser is called with while the model draws the run's prompts and captions.
+
+    Pictures are drawn, `DRAWN_TOGETHER` at a time, until there are `material.count` calls; of all that were
+    made so many are taken evenly, so that every timestep occurs, and with guidance both halves do.
+    """
+    sampling, seed, texts = material.sampling, material.seed, _texts(material)
+    shape = model.latent_shape(*material.size)
+    recorded: list[Call] = []
+
+    def denoise(rows: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        recorded.append((rows, times, conditioning))
+        return model.denoise(rows, times, conditioning)
+
+    drawn = 0
+    while len(recorded) < material.count:
+        prompts = [texts[(drawn + index) % len(texts)] for index in range(DRAWN_TOGETHER)]
+        seeds = [seed + drawn + index for index in range(DRAWN_TOGETHER)]
+        negative = [sampling.negative_prompt or ""] * DRAWN_TOGETHER
+        sample(
+            denoise,
+            model.scheduler,
+            initial_latents(seeds, shape),
+            model.conditioning(prompts, sampling),
+            model.conditioning(negative, sampling) if sampling.guided else None,
+            sampling,
+            begin=model.family.begin,
+            seeds=seeds,
+        )
+        drawn += DRAWN_TOGETHER
+    return [recorded[index * len(recorded) // material.count] for index in range(material.count)]
+
+
+def _texts(material: Material) -> list[str]:
+    """What the model is used for: the run's prompts, then the captions it was trained on."""
+    texts = list(material.prompts)
+    if material.data is not None:
+        texts += [sample.caption for sample in scan_data(material.data).samples]
+    return list(dict.fromkeys(texts)) or [""]
+
+
 def _drawn(
     family: Family,
     pipeline: Pipeline,
@@ -134,9 +214,7 @@ def _drawn(
     say: Callable[[str], None],
 ) -> tuple[list[Sample], list[list[Path]], Frame]:
     """Sample latents with the pipeline's denoiser; those already in the cache are not drawn again."""
-    height, width = material.sampling.height, material.sampling.width
-    assert height is not None
-    assert width is not None
+    height, width = material.size
     count, seed = material.count, material.seed
     prompts = [material.prompts[index % len(material.prompts)] for index in range(count)]
     shape, frame = family.latent_shape(pipeline, height, width), Frame.whole(height, width)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from tunekit.config import DataConfig, DreamboothData
-    from tunekit.data.calibration import CalibrationSet
+    from tunekit.data.calibration import CalibrationSet, Call, Material
     from tunekit.families.family import Pipeline
     from tunekit.runtime import Runtime
 
@@ -227,7 +227,7 @@ class Context:
         """
         from tunekit import families
         from tunekit.config import MemoryConfig
-        from tunekit.data.calibration import Material, gather
+        from tunekit.data.calibration import gather
         from tunekit.training.run import close_accelerator, open_accelerator
 
         # After a training over several processes only the main one is left, and must not wait for the others.
@@ -235,15 +235,8 @@ class Context:
         accelerator = open_accelerator(MemoryConfig(device=self.device, precision=precision), batch_size=1)
         family, pipeline = families.get(self.family), self.open(model)
         height, width = family.default_size(pipeline)
-        material = Material(
-            data=self.data,
-            prompts=self.prompts,
-            count=count,
-            sampling=self.sampling_of(model).over(SamplingConfig(height=height, width=width)),
-            cache=self.cache,
-            model_hash=model.hash,
-            seed=self.seed,
-        )
+        sampling = self.sampling_of(model).over(SamplingConfig(height=height, width=width))
+        material = self._material(model, sampling, count)
         try:
             found = self.models.recorded(
                 model,
@@ -254,6 +247,36 @@ class Context:
         finally:
             close_accelerator(accelerator)
             os.environ.update(launched)
+
+    def calls(self, runtime: Runtime, *, count: int, steps: int | None = None) -> list[Call]:
+        """What a model's denoiser is called with while it draws the run's prompts; recorded once in a chain.
+
+        Args:
+            count: calls, spread evenly over all that are made.
+            steps: most sampling steps; None means as many as the model takes.
+        """
+        from tunekit.data.calibration import calls
+
+        model = runtime.artifact
+        assert model is not None
+        sampling = self.sampling_of(model).over(runtime.sampling)
+        if steps is not None:
+            sampling = sampling.model_copy(update={"steps": min(steps, sampling.steps or steps)})
+        material = self._material(model, sampling, count)
+        return self.models.recorded(model, ("calls", count, sampling.steps), lambda: calls(runtime, material))
+
+    def _material(self, model: Artifact, sampling: SamplingConfig, count: int) -> Material:
+        from tunekit.data.calibration import Material
+
+        return Material(
+            data=self.data,
+            prompts=self.prompts,
+            count=count,
+            sampling=sampling,
+            cache=self.cache,
+            model_hash=model.hash,
+            seed=self.seed,
+        )
 
     @property
     def cache(self) -> Path:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from tunekit.artifacts import PICTURES, RECORD, write_json
-from tunekit.config import SamplingConfig, no_effect
+from tunekit.config import no_effect
 from tunekit.errors import ArtifactError, output_errors, require
 from tunekit.passes.base import Context, Outcome, Pass
 from tunekit.passes.metrics import RELATIVE_ERROR, SIZE, Metric, Value
@@ -20,20 +21,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tunekit.artifacts import Artifact
-    from tunekit.families.family import Conditioning, Family
-    from tunekit.passes.onnx_int8 import Feeds, Layer
+    from tunekit.data.calibration import Call
+    from tunekit.families.family import Family
+    from tunekit.passes.onnx_int8 import Feeds
     from tunekit.runtime import Runtime
 
-    Call = tuple[Tensor, Tensor, Conditioning]
-
 GRAPH = "model.onnx"
-DRAWN_TOGETHER = 4
 TESTED_CALLS = 8
 """Calls of the denoiser that the error is measured on; ranges are measured on others."""
 PROBE_STEPS = 8
-
-KEPT_IN_4_BITS = ("conv_in", "conv_out", "time_embedding")
-KEPT_IN_8_BITS = ("conv_in", "conv_out", "time_embedding")
+"""Sampling steps at most of the pictures that are drawn for these calls alone."""
 
 
 class Quantize(Pass):
@@ -70,7 +67,7 @@ class Quantize(Pass):
     """Weights per scale of int4."""
     keep: list[str] | None = None
     """Paths in the denoiser that are not computed in few bits, such as `up_blocks.-1` (the last one); null
-    means what is known to be sensitive: its first and last convolution and the time embedding."""
+    means what the family knows to be sensitive, such as its first and last layer and the time embedding."""
     components: list[str] | None = None
     """Folders to quantize; null means the denoiser of a torch model, all of an ONNX one. Others than the
     denoiser are quantized weight_only: they run once per picture."""
@@ -114,6 +111,9 @@ class Quantize(Pass):
         run = self._torch if artifact.format == "torch" else self._onnx
         return run(artifact, context, family)
 
+    def _sensitive(self, family: Family) -> list[str]:
+        return list(family.facts.denoiser.sensitive) if self.keep is None else self.keep
+
     # Torch
     # ----------------------------------------------------------------------------------------------------
 
@@ -134,15 +134,9 @@ class Quantize(Pass):
         denoiser = copy.deepcopy(family.denoiser(whole))
         pipeline = around(whole, {name: denoiser})
         runtime = torch_runtime(family, pipeline, artifact=artifact, device=device)
-        sampling = context.sampling_of(artifact).over(runtime.sampling)
-        few = sampling.model_copy(update={"steps": min(sampling.steps or PROBE_STEPS, PROBE_STEPS)})
-        calls = list(_calls(runtime, few, context.seed, prompts=_prompts(context)[:DRAWN_TOGETHER]))
+        calls = context.calls(runtime, count=TESTED_CALLS, steps=PROBE_STEPS)
         wanted = [runtime.denoise(*call) for call in calls]
-        kept = (
-            self.keep
-            if self.keep is not None
-            else list(KEPT_IN_8_BITS if self.scheme == "int8" else KEPT_IN_4_BITS)
-        )
+        kept = self._sensitive(family)
         done = layers.quantize(denoiser, self.scheme, group=self.group, keep=kept)
         error = _error([runtime.denoise(*call) for call in calls], wanted)
         context.save(pipeline, artifact)
@@ -165,16 +159,21 @@ class Quantize(Pass):
             )
         name = family.facts.denoiser_name
         _copy(folder, context.folder, without=[f"{component}/{GRAPH}" for component in chosen])
-        calls = _recorded(
-            artifact, context, family, self.samples + TESTED_CALLS if self.mode == "static" else TESTED_CALLS
-        )
-        tested, seen = _apart(calls, TESTED_CALLS)
+        # On the processor and in floats, whatever is to run the result.
+        with dataclasses.replace(context, device="cpu").running(artifact, provider="cpu") as runtime:
+            if self.mode == "static":
+                calls = context.calls(runtime, count=self.samples + TESTED_CALLS)
+            else:
+                calls = context.calls(runtime, count=TESTED_CALLS, steps=PROBE_STEPS)
+            tested, seen = _apart(_feeds(runtime, calls), TESTED_CALLS)
         table = []
         for component in chosen:
-            is_denoiser = component == name
-            table.append(
-                self._graph(folder, context, component, seen if is_denoiser else [], computes=is_denoiser)
-            )
+            if component == name:
+                keep = self._sensitive(family)
+                row = self._graph(folder / component, context, mode=self.mode, keep=keep, calls=seen)
+            else:
+                row = self._graph(folder / component, context, mode="weight_only")
+            table.append(row)
         error = _graph_error(context.folder / name / GRAPH, folder / name / GRAPH, tested)
         metrics: dict[str, Value] = {
             "quantized_layers": sum(row["layers"] for row in table),
@@ -184,18 +183,31 @@ class Quantize(Pass):
         return Outcome(metrics=metrics, details={"components": table})
 
     def _graph(
-        self, source: Path, context: Context, component: str, calls: Sequence[Feeds], *, computes: bool
+        self,
+        source: Path,
+        context: Context,
+        *,
+        mode: str,
+        keep: Sequence[str] = (),
+        calls: Sequence[Feeds] = (),
     ) -> dict[str, Any]:
-        """Quantizes one graph; returns a row for the report."""
+        """Quantizes one component's graph; returns a row for the report.
+
+        Args:
+            keep: paths of modules that compute in floats.
+            calls: what ranges are measured on.
+        """
         from tunekit.passes.onnx_int8 import Graph, measure_ranges
 
+        component = source.name
         context.say(component)
-        path, mode = source / component / GRAPH, self.mode if computes else "weight_only"
+        path, target = source / GRAPH, context.folder / component
         graph = Graph(path)
         found = graph.layers()
         kept, rest = [], found
         if mode != "weight_only":
-            kept = [layer for layer in found if self._kept(layer, found, component)]
+            paths = [layer.path.removeprefix(f"{component}.") for layer in found]
+            kept = [layer for layer, own in zip(found, paths, strict=True) if _under(own, keep, paths)]
             rest = [layer for layer in found if layer not in kept]
         signed, bits = self.activations == "int8", 7 if self.reduce_range else 8
         # Weights that stay floats in the computation: onnxruntime would unpack the standard form in each call
@@ -210,24 +222,23 @@ class Quantize(Pass):
         else:
             computed = 0
             graph.store(rest, fold=fold)
-        graph.save(context.folder / component / GRAPH)
-        _note(context.folder / component / "config.json", {"scheme": self.scheme, "mode": mode})
+        graph.save(target / GRAPH)
+        _note(target / "config.json", {"scheme": self.scheme, "mode": mode})
         return {
             "component": component,
             "mode": mode,
             "layers": len(found),
             "computed": computed,
-            "size_bytes": (context.folder / component / GRAPH).stat().st_size,
+            "size_bytes": (target / GRAPH).stat().st_size,
             "size_bytes_before": path.stat().st_size,
         }
 
-    def _kept(self, layer: Layer, found: Sequence[Layer], component: str) -> bool:
-        paths = [other.path.removeprefix(f"{component}.") for other in found]
-        own = layer.path.removeprefix(f"{component}.")
-        names = KEPT_IN_8_BITS if self.keep is None else self.keep
-        return any(
-            own == name or own.startswith(f"{name}.") for name in (_resolve(path, paths) for path in names)
-        )
+
+def _under(name: str, paths: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether layer `name` is one of `paths` or lies below one; `names` are those of all layers."""
+    return any(
+        name == path or name.startswith(f"{path}.") for path in (_resolve(path, names) for path in paths)
+    )
 
 
 def _resolve(path: str, names: Sequence[str]) -> str:
@@ -265,71 +276,30 @@ def _note(config: Path, what: dict[str, str]) -> None:
 # Calls that the model itself makes -------------------------------------------------------------------------
 
 
-def _prompts(context: Context) -> list[str]:
-    """What the model is used for: the run's prompts, then the captions it was trained on."""
-    prompts = list(context.prompts)
-    if context.data is not None:
-        from tunekit.data.images import scan_data
+def _feeds(runtime: Runtime, calls: Sequence[Call]) -> list[Feeds]:
+    """What the denoiser's graph is fed for these calls."""
+    import numpy as np
 
-        prompts += [sample.caption for sample in scan_data(context.data).samples]
-    return list(dict.fromkeys(prompts)) or [""]
-
-
-def _calls(runtime: Runtime, sampling: SamplingConfig, seed: int, prompts: Sequence[str]) -> Iterator[Call]:
-    """Draws one batch of latents and yields the denoiser's inputs of every step, guidance pairs included."""
-    from tunekit.diffusion.sampling import initial_latents, sample
-
-    shape = runtime.latent_shape(*runtime.size(sampling))
-    seeds = [seed + index for index in range(len(prompts))]
-    negative = [sampling.negative_prompt or ""] * len(prompts)
-    calls: list[Call] = []
-
-    def denoise(rows: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        calls.append((rows, times, conditioning))
-        return runtime.denoise(rows, times, conditioning)
-
-    sample(
-        denoise,
-        runtime.scheduler,
-        initial_latents(seeds, shape),
-        runtime.conditioning(list(prompts), sampling),
-        runtime.conditioning(negative, sampling) if sampling.guided else None,
-        sampling,
-        begin=runtime.family.begin,
-        seeds=seeds,
-    )
-    yield from calls
-
-
-def _recorded(artifact: Artifact, context: Context, family: Family, count: int) -> list[Feeds]:
-    """What the denoiser's graph is fed while the model draws: `count` calls, spread over all timesteps."""
-    from tunekit.runtime import open_runtime
-
-    runtime = open_runtime(artifact, device="cpu", provider="cpu")
-    sampling = context.sampling_of(artifact).over(runtime.sampling)
-    module: Any = family.denoiser(runtime.pipeline)
+    module: Any = runtime.family.denoiser(runtime.pipeline)
+    graph = module.graph
     feeds: list[Feeds] = []
 
     class Recorder:
-        def __init__(self, graph: Any) -> None:
-            self.graph, self.inputs, self.max_rows = graph, graph.inputs, graph.max_rows
-            self.unbatched = graph.unbatched
+        """Takes what the graph would take, and runs nothing."""
+
+        inputs, max_rows, unbatched = graph.inputs, graph.max_rows, graph.unbatched
 
         def run(self, given: Feeds) -> Feeds:
             feeds.append(given)
-            outputs: Feeds = self.graph.run(given)
-            return outputs
+            return {"nothing": np.zeros(1, np.float32)}
 
-    module.graph = Recorder(module.graph)
-    prompts = _prompts(context)
-    drawn = 0
-    while len(feeds) < count:
-        batch = [prompts[(drawn + index) % len(prompts)] for index in range(DRAWN_TOGETHER)]
-        for _ in _calls(runtime, sampling, context.seed + drawn, batch):
-            pass
-        drawn += DRAWN_TOGETHER
-    runtime.close()
-    return [feeds[index * len(feeds) // count] for index in range(count)]
+    module.graph = Recorder()
+    try:
+        for call in calls:
+            runtime.denoise(*call)
+    finally:
+        module.graph = graph
+    return feeds
 
 
 def _apart(calls: Sequence[Feeds], count: int) -> tuple[list[Feeds], list[Feeds]]:
