@@ -93,10 +93,10 @@ class Published:
     difference: str
     rank: int | None = None
     targets: tuple[str, ...] | None = None
-    base: str = "same"
+    base_precision: str = "same"
     optimizer: str = "adamw"
-    checkpointed: bool = True
-    in_backward: bool = False
+    gradient_checkpointing: bool = True
+    optimizer_in_backward: bool = False
     micro_batch: int = 1
     accumulation: int = 1
     attention: str = "flash"
@@ -118,9 +118,9 @@ class Published:
             f"{facts.base_title or facts.title}, {trained}, {width}x{height}",
             f"batch {self.micro_batch}" + (f" x {self.accumulation}" if self.accumulation > 1 else ""),
             self.arithmetic.words,
-            *([f"{self.base} base"] if self.base != "same" else []),
-            self.optimizer + (" in the backward pass" if self.in_backward else ""),
-            "checkpointed" if self.checkpointed else "nothing checkpointed",
+            *([f"{self.base_precision} base"] if self.base_precision != "same" else []),
+            self.optimizer + (" in the backward pass" if self.optimizer_in_backward else ""),
+            "checkpointed" if self.gradient_checkpointing else "nothing checkpointed",
             *(["attention with a score matrix"] if self.attention == "math" else []),
             *([f"{' and '.join(self.beside)} on the device"] if self.beside else []),
         ]
@@ -148,7 +148,7 @@ BOTH = ("text encoders", "VAE")
 ROWS = (
     Published(
         "SimpleTuner", SWEEP, "H100", 2.87, "GiB", "reserved", "sd15", (512, 512), AUTOCAST, BF16_ADAPTER,
-        rank=16, targets=ATTENTION, checkpointed=False,
+        rank=16, targets=ATTENTION, gradient_checkpointing=False,
     ),
     Published(
         "SimpleTuner", SWEEP, "H100", 1.98, "GiB", "reserved", "sd15", (512, 512), AUTOCAST, BF16_ADAPTER,
@@ -156,7 +156,7 @@ ROWS = (
     ),
     Published(
         "SimpleTuner", SWEEP, "H100", 13.03, "GiB", "reserved", "sdxl", (1024, 1024), AUTOCAST, LOKR,
-        rank=16, targets=ATTENTION, checkpointed=False,
+        rank=16, targets=ATTENTION, gradient_checkpointing=False,
     ),
     Published(
         "SimpleTuner", SWEEP, "H100", 6.53, "GiB", "reserved", "sdxl", (1024, 1024), AUTOCAST, LOKR,
@@ -164,7 +164,7 @@ ROWS = (
     ),
     Published(
         "SimpleTuner", SWEEP, "H100", 34.59, "GiB", "reserved", "sd3", (1024, 1024), AUTOCAST, RANK_128,
-        rank=128, targets=ATTENTION, micro_batch=3, tokens=(77, 77, 154), checkpointed=False,
+        rank=128, targets=ATTENTION, micro_batch=3, tokens=(77, 77, 154), gradient_checkpointing=False,
     ),
     Published(
         "SimpleTuner", SWEEP, "H100", 7.67, "GiB", "reserved", "sd3", (1024, 1024), AUTOCAST, RANK_128,
@@ -173,7 +173,7 @@ ROWS = (
     Published(
         "SimpleTuner", LOWEST, "10 or 12 GB card", 9090, "M", "device", "flux", (512, 512), AUTOCAST,
         f"Theirs has 8-bit Lion, and perhaps another rank than their default of 16. {WIDER}",
-        rank=16, base="nf4", optimizer="paged_adamw8bit",
+        rank=16, base_precision="nf4", optimizer="paged_adamw8bit",
     ),
     Published(
         "Fizgig", FIZGIG, "RTX 5090", 6.5, "GB", "reserved", "sdxl", (1024, 1024), NO_AUTOCAST,
@@ -183,17 +183,17 @@ ROWS = (
     Published(
         "Fizgig", FIZGIG, "RTX 5090", 3.6, "GB", "reserved", "sdxl", (1024, 1024), NO_AUTOCAST,
         "Their nf4 leaves out proj_in, proj_out and the residual blocks; ours packs them.",
-        rank=16, base="nf4", optimizer="adamw8bit",
+        rank=16, base_precision="nf4", optimizer="adamw8bit",
     ),
     Published(
         "sd-scripts", FUSED, "card not told", 10, "GB", "device", "sdxl", (1024, 1024), ALL_BF16,
         "Not offered here, where trained weights are float32; their Adafactor updates float32 copies.",
-        optimizer="adafactor", in_backward=True, beside=BOTH, beside_bytes=2,
+        optimizer="adafactor", optimizer_in_backward=True, beside=BOTH, beside_bytes=2,
     ),
     Published(
         "sd-scripts", FUSED, "card not told", 16.4, "GB", "device", "sdxl", (1024, 1024), ALL_FLOAT32,
         "Their README said about 17 GB of the same.",
-        optimizer="adafactor", in_backward=True, beside=BOTH,
+        optimizer="adafactor", optimizer_in_backward=True, beside=BOTH,
     ),
     Published(
         "diffusers", DREAMBOOTH, "16 GB card", 16, "GiB", "card", "sd15", (512, 512), AUTOCAST, CARD,
@@ -209,7 +209,7 @@ ROWS = (
     ),
     Published(
         "ShivamShrirao", SHIVAM, "T4", 11.17, "GB", "device", "sd15", (512, 512), AUTOCAST, T4,
-        optimizer="adamw8bit", attention="efficient", checkpointed=False,
+        optimizer="adamw8bit", attention="efficient", gradient_checkpointing=False,
     ),
     Published(
         "ShivamShrirao", SHIVAM, "T4", 10.08, "GB", "device", "sd15", (512, 512), ALL_FLOAT32, T4,
@@ -218,7 +218,8 @@ ROWS = (
     Published(
         "Hugging Face", QLORA, "RTX 4090", 9, "GB", "device", "flux", (768, 512), AUTOCAST,
         f"Theirs is called approximate. {WIDER}",
-        rank=4, targets=ATTENTION, base="nf4", optimizer="adamw8bit", accumulation=4, tokens=(77, 77),
+        rank=4, targets=ATTENTION, base_precision="nf4", optimizer="adamw8bit", accumulation=4,
+        tokens=(77, 77),
     ),
     Published(
         "Hugging Face", QLORA, "RTX 4090", 26, "GB", "device", "flux", (768, 512), AUTOCAST,
@@ -299,11 +300,22 @@ def predict(row: Published) -> tuple[int, int]:
     adapter = AdapterConfig(rank=row.rank, alpha=row.rank, targets=list(targets)) if row.rank else None
     precision = row.arithmetic.precision
     job = Job(
-        sizes, adapter, row.optimizer, precision, row.size, max_grad_norm=None if row.in_backward else 1.0
+        sizes,
+        adapter,
+        row.optimizer,
+        precision,
+        row.size,
+        max_grad_norm=None if row.optimizer_in_backward else 1.0,
     )
-    levers = Levers(precision, row.base, checkpointed=row.checkpointed, optimizer_in_backward=row.in_backward)
+    levers = Levers(
+        precision,
+        row.base_precision,
+        row.micro_batch,
+        gradient_checkpointing=row.gradient_checkpointing,
+        optimizer_in_backward=row.optimizer_in_backward,
+    )
     target = replace(CUDA, attention=row.attention)
-    trace = trace_step(job, target, levers, micro_batch=row.micro_batch, accumulation=row.accumulation).trace
+    trace = trace_step(job, target, levers, accumulation=row.accumulation).trace
     networks = {"text encoders": sizes.encoders, "VAE": (sizes.vae,)}
     parts = [part.build() for name in row.beside for part in networks[name]]
     beside = row.beside_bytes * sum(p.numel() for part in parts for p in part.parameters())

@@ -143,10 +143,10 @@ def measured(job: Job, task: Task, batches: Same, device: str) -> tuple[Measured
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def compare(job: Job, micro_batch: int, accumulation: int, levers: Levers, device: str) -> dict[str, Any]:
+def compare(job: Job, levers: Levers, device: str, *, accumulation: int = 1) -> dict[str, Any]:
     """One configuration, predicted and measured."""
-    target = CPU if device == "cpu" else CUDA
-    traced = trace_step(job, target, levers, micro_batch=micro_batch, accumulation=accumulation).trace
+    target, micro_batch = CPU if device == "cpu" else CUDA, levers.micro_batch or 1
+    traced = trace_step(job, target, levers, accumulation=accumulation).trace
     predicted = traced.peak().size
     reserved = max(replay(traced.events).values()) if device != "cpu" else None
     torch.manual_seed(0)
@@ -156,7 +156,7 @@ def compare(job: Job, micro_batch: int, accumulation: int, levers: Levers, devic
     found, seconds = measured(job, task, batches, device)
     del task, batch, batches
     gc.collect()
-    units = levers.checkpointed if isinstance(levers.checkpointed, bool) else len(levers.checkpointed)
+    twice = levers.gradient_checkpointing
     row = {
         "model": job.sizes.family.name,
         "task": job.task,
@@ -164,13 +164,13 @@ def compare(job: Job, micro_batch: int, accumulation: int, levers: Levers, devic
         "trains": job.adapter.kind if job.adapter else "all weights",
         "size": job.size[0],
         "precision": job.precision,
-        "base": levers.base,
+        "base_precision": levers.base_precision,
         "optimizer": job.optimizer + (" in backward" if levers.optimizer_in_backward else ""),
         "micro_batch": micro_batch,
         "accumulation": accumulation,
-        "checkpointed": units,
-        "attention_kept": bool(levers.keep_attention),
-        "offloaded": bool(levers.offloaded),
+        "gradient_checkpointing": twice if isinstance(twice, bool) else len(twice),
+        "keep_attention": bool(levers.keep_attention),
+        "offload": bool(levers.offload),
         "seconds_per_step": seconds or None,
         **errors_of(predicted, reserved, found),
     }
@@ -274,28 +274,31 @@ def grid(device: str) -> Iterator[dict[str, Any]]:
             for phase in ("encode", "preview"):
                 yield compare_phase(job, phase, device)
             job = replace(job, preview=None)
-            units = trace_step(job, CPU, micro_batch=1).units
+            units = trace_step(job, CPU).units
             for size in (1, 4, 8) if device == "cpu" else (1, 4):
+                free = Levers(precision, micro_batch=size)
+                every = replace(free, gradient_checkpointing=True)
                 for levers in (
-                    Levers(precision),
-                    Levers(precision, checkpointed=units[: len(units) // 2]),
-                    Levers(precision, checkpointed=True),
-                    Levers(precision, checkpointed=True, keep_attention=True),
-                    Levers(precision, "int8", True),
-                    Levers(precision, "nf4", True),
-                    Levers(precision, "same", True, False, units),
+                    free,
+                    replace(free, gradient_checkpointing=units[: len(units) // 2]),
+                    every,
+                    replace(every, keep_attention=True),
+                    replace(every, base_precision="int8"),
+                    replace(every, base_precision="nf4"),
+                    replace(every, offload=units),
                 ):
-                    yield compare(job, size, 1, levers, device)
+                    yield compare(job, levers, device)
         precision = "fp32" if device == "cpu" else "bf16"
         for size, optimizer in itertools.product((1, 4), ("adamw", "adamw8bit")):
             whole = Job(model, None, optimizer, precision, (side, side))
             if model.family.name == "sdxl" and device != "cpu" and (size > 1 or optimizer == "adamw"):
                 continue  # more than an H100 has
-            for twice in (False, True):
-                yield compare(whole, size, 1, Levers(precision, checkpointed=twice), device)
+            free = Levers(precision, micro_batch=size)
+            every = replace(free, gradient_checkpointing=True)
+            for levers in (free, every):
+                yield compare(whole, levers, device)
             lone = replace(whole, max_grad_norm=None)
-            levers = Levers(precision, checkpointed=True, optimizer_in_backward=True)
-            yield compare(lone, size, 1, levers, device)
+            yield compare(lone, replace(every, optimizer_in_backward=True), device)
 
 
 def drawn(device: str, seed: int) -> Iterator[dict[str, Any]]:
@@ -309,11 +312,12 @@ def drawn(device: str, seed: int) -> Iterator[dict[str, Any]]:
         precision = draw.choice(["fp32", "bf16"])
         job = Job(model, learns, draw.choice(["adamw", "adamw8bit"]), precision, (side, side))
         size, accumulation = draw.choice([1, 2, 3, 6]), draw.choice([1, 2, 4])
-        units = trace_step(job, CPU, micro_batch=1).units
+        units = trace_step(job, CPU).units
         twice = tuple(name for name in units if draw.random() < 0.5)
         kept = tuple(name for name in twice if draw.random() < 0.5)
         base = draw.choice(["same", "int8", "nf4"])
-        yield compare(job, size, accumulation, Levers(precision, base, twice, kept), device)
+        levers = Levers(precision, base, size, twice, kept)
+        yield compare(job, levers, device, accumulation=accumulation)
 
 
 def dispatch_seconds(device: str) -> float:
@@ -323,12 +327,12 @@ def dispatch_seconds(device: str) -> float:
     against one that is just checkpointed, over the operators of both of its forward passes.
     """
     job = Job(families.sizes_of("sd15", "tiny"), ADAPTER, size=(16, 16))
-    traced = trace_step(job, CPU, micro_batch=1).trace
+    traced = trace_step(job, CPU).trace
     operators = sum(work.phase == "forward" and work.place % 2 for work in traced.work)
     batch = real_batch(job, 1, device)
     steps = {}
     for kept in (False, True):
-        levers = Levers("fp32", checkpointed=True, keep_attention=kept)
+        levers = Levers("fp32", gradient_checkpointing=True, keep_attention=kept)
         task = job.task_of(adapted(job, levers, device))
 
         def step(task: Task = task) -> None:

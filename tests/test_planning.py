@@ -68,10 +68,10 @@ def test_a_run_is_planned_for_what_is_free(monkeypatch: pytest.MonkeyPatch) -> N
     assert plan is not None
     assert plan.budget_bytes == 11 * GIB
     assert plan.device == "NVIDIA GeForce RTX 3060"
-    assert settled.memory.precision == plan.precision == "bf16"
+    assert settled.memory.precision == plan.levers.precision == "bf16"
     assert settled.memory.micro_batch == 4
     assert settled.train.optimizer == "adamw"
-    assert Levers.of(settled.memory) == Levers("bf16")
+    assert Levers.of(settled.memory) == Levers("bf16", micro_batch=4)
     open_keys = [key for key, value in settled.memory.model_dump().items() if value is None]
     assert open_keys == ["class_batch"]
     _, plan = planning.settle(config(*TINY, "memory.budget=3 GiB").config)
@@ -84,7 +84,7 @@ def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert planning.settle(config(*TINY).config)[0].memory.precision == "fp16"
     assert planning.settle(config(*TINY, "memory.device=cpu").config)[0].memory.precision == "fp32"
     cards = {name: planning.plan_config(config(*TINY), device=name)[0] for name in ("t4", "rtx-3060", "h100")}
-    assert {name: plan.precision for name, plan in cards.items()} == {
+    assert {name: plan.levers.precision for name, plan in cards.items()} == {
         "t4": "fp16",
         "rtx-3060": "bf16",
         "h100": "bf16",
@@ -184,7 +184,7 @@ def test_golden_plans(name: str, cards: list[str]) -> None:
         (plan,) = planning.plan_config(config(name=name), device=card)
         known = GOLDEN[name][card]
         print(f"{name} on {card}: {plan.words}, {plan.device_bytes / GIB:.1f} GiB")
-        assert (plan.fits, plan.precision, plan.levers, plan.peak_phase) == (
+        assert (plan.fits, plan.levers.precision, plan.measures, plan.peak_phase) == (
             known["fits"],
             known["precision"],
             known["levers"],

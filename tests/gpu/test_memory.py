@@ -29,7 +29,7 @@ def job(adapter: AdapterConfig | None = ADAPTER, **fields: Any) -> Job:
 
 @pytest.fixture(scope="module")
 def units() -> tuple[str, ...]:
-    return trace_step(replace(job(), size=(64, 64)), CPU, micro_batch=1).units
+    return trace_step(replace(job(), size=(64, 64)), CPU).units
 
 
 HALF, ALL = "half of the units", "all units"
@@ -40,8 +40,8 @@ def named(levers: Levers, units: tuple[str, ...]) -> Levers:
     known = {HALF: units[: len(units) // 2], ALL: units}
     return replace(
         levers,
-        checkpointed=known.get(levers.checkpointed, levers.checkpointed),
-        offloaded=known.get(levers.offloaded, levers.offloaded),
+        gradient_checkpointing=known.get(levers.gradient_checkpointing, levers.gradient_checkpointing),
+        offload=known.get(levers.offload, levers.offload),
     )
 
 
@@ -51,23 +51,23 @@ def named(levers: Levers, units: tuple[str, ...]) -> Levers:
         (job(), Levers("bf16")),
         (job(precision="fp32"), Levers("fp32")),
         (job(precision="fp16"), Levers("fp16")),
-        (job(), Levers("bf16", checkpointed=HALF)),
-        (job(), Levers("bf16", checkpointed=True)),
-        (job(), Levers("bf16", checkpointed=True, keep_attention=True)),
-        (job(), Levers("bf16", "int8", checkpointed=True)),
-        (job(), Levers("bf16", "nf4", checkpointed=True)),
-        (job(), Levers("bf16", checkpointed=True, offloaded=ALL)),
-        (job(None, optimizer="adamw8bit"), Levers("bf16", checkpointed=True)),
+        (job(), Levers("bf16", gradient_checkpointing=HALF)),
+        (job(), Levers("bf16", gradient_checkpointing=True)),
+        (job(), Levers("bf16", gradient_checkpointing=True, keep_attention=True)),
+        (job(), Levers("bf16", "int8", gradient_checkpointing=True)),
+        (job(), Levers("bf16", "nf4", gradient_checkpointing=True)),
+        (job(), Levers("bf16", gradient_checkpointing=True, offload=ALL)),
+        (job(None, optimizer="adamw8bit"), Levers("bf16", gradient_checkpointing=True)),
         (
             job(None, optimizer="adamw8bit", max_grad_norm=None),
-            Levers("bf16", checkpointed=True, optimizer_in_backward=True),
+            Levers("bf16", gradient_checkpointing=True, optimizer_in_backward=True),
         ),
     ],
     ids=lambda value: value.optimizer if isinstance(value, Job) else None,
 )
 def test_predicted_is_measured(script: Any, units: tuple[str, ...], what: Job, levers: Levers) -> None:
     """Allocated within 3 %, reserved within 5 %, never under by more than 1 %."""
-    row = script.compare(what, 1, 1, named(levers, units), "cuda")
+    row = script.compare(what, named(levers, units), "cuda")
     assert -0.01 < row["error_allocated"] < 0.03
     assert -0.01 < row["error_reserved"] < 0.05
 
@@ -81,7 +81,9 @@ def test_other_phases(script: Any, phase: str) -> None:
 def test_step_times_are_in_the_predicted_order(script: Any, units: tuple[str, ...]) -> None:
     """Nothing checkpointed, a half, all."""
     times = [
-        script.compare(job(), 4, 1, Levers("bf16", checkpointed=chosen), "cuda")["seconds_per_step"]
+        script.compare(job(), Levers("bf16", micro_batch=4, gradient_checkpointing=chosen), "cuda")[
+            "seconds_per_step"
+        ]
         for chosen in (False, units[: len(units) // 2], True)
     ]
     print([round(time / times[0], 3) for time in times])
@@ -92,8 +94,8 @@ def test_weights_that_visit_give_the_same_gradients(units: tuple[str, ...]) -> N
     """Copies run on another stream than the computation; several passes, so that a race would show."""
     small = replace(job(precision="fp32"), size=(128, 128))
     torch.manual_seed(0)
-    plain = adapted(small, Levers("fp32", checkpointed=True), "cuda")
-    moved = adapted(small, Levers("fp32", checkpointed=True, offloaded=units), "cuda")
+    plain = adapted(small, Levers("fp32", gradient_checkpointing=True), "cuda")
+    moved = adapted(small, Levers("fp32", gradient_checkpointing=True, offload=units), "cuda")
     state = {name: value.cpu() for name, value in copy.deepcopy(plain.module.state_dict()).items()}
     moved.module.load_state_dict(state)
     batch = small.batch(2)

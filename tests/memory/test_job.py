@@ -59,10 +59,10 @@ def test_another_task_is_traced_with_its_teacher(
 ) -> None:
     """What heal trains, against the record of the CPU's allocator."""
     job = distilling(families.sizes_of(name, "tiny"))
-    row = script.compare(job, micro_batch, accumulation, Levers(), "cpu")
+    row = script.compare(job, Levers(micro_batch=micro_batch), "cpu", accumulation=accumulation)
     assert row["task"] == "distillation"
     assert abs(row["error_allocated"]) < 0.01
-    ledger = trace_step(job, CPU, micro_batch=1).trace.peak("optimizer").ledger
+    ledger = trace_step(job, CPU).trace.peak("optimizer").ledger
     assert ledger[TEACHER] == pytest.approx(ledger["weights"], rel=0.01)
 
 
@@ -74,7 +74,7 @@ def test_a_teacher_does_not_run_under_the_students_autocast(tiny: Sizes) -> None
         rows = torch.empty(2, 8, device="meta")
         assert (student(rows).dtype, teacher(rows).dtype) == (torch.bfloat16, torch.float32)
     full, half = (
-        trace_step(distilling(tiny, precision=name), CUDA, micro_batch=2).trace.peak().ledger
+        trace_step(distilling(tiny, precision=name), CUDA, Levers(name, micro_batch=2)).trace.peak().ledger
         for name in ("fp32", "bf16")
     )
     assert half[TEACHER] == full[TEACHER]
@@ -101,7 +101,7 @@ def test_what_a_task_remembers_is_seen(tiny: Sizes) -> None:
         return Averaged(fitted, tiny.family, job.learned())
 
     job = Job(tiny, ADAPTER, size=SIZE, make_task=make, task="averaged")
-    ledger = trace_step(job, CPU, micro_batch=1).trace.peak("optimizer").ledger
+    ledger = trace_step(job, CPU).trace.peak("optimizer").ledger
     assert ledger[KEPT] == ledger["adapter"]
 
 
@@ -123,7 +123,7 @@ def test_tasks_and_objectives_are_told_apart(tiny: Sizes) -> None:
 def test_an_objective_that_the_base_does_not_have_is_refused(tiny: Sizes) -> None:
     job = Job(tiny, ADAPTER, size=SIZE, objective=ObjectiveConfig(shift=3.0))
     with pytest.raises(ConfigError, match=r"objective\.shift has no effect"):
-        trace_step(job, CPU, micro_batch=1)
+        trace_step(job, CPU)
 
 
 @pytest.mark.parametrize("name", families.runnable())
@@ -134,7 +134,7 @@ def test_the_tiny_model_of_every_family_can_be_planned(name: str) -> None:
         train=TrainConfig(max_steps=2, lr=1e-2),
     )
     job = job_of(config, DataConfig(path="(pictures)", resolution=64), "fp32")
-    assert trace_step(job, CUDA, micro_batch=2).units
+    assert trace_step(job, CUDA).units
     assert trace_encode(job, CUDA).peak("encode").size > 0
 
 
@@ -255,8 +255,8 @@ def test_class_pictures_are_drawn_in_the_precision_of_the_run() -> None:
 def test_a_packed_base_is_packed_while_pictures_are_encoded_on_the_cpu(tiny: Sizes) -> None:
     job = Job(tiny, ADAPTER, size=SIZE)
     plain, packed = (
-        trace_encode(job, CPU, Levers(base=base)).peak("encode").ledger["base weights"]
+        trace_encode(job, CPU, Levers(base_precision=base)).peak("encode").ledger["base weights"]
         for base in ("same", "int8")
     )
-    stepping = trace_step(job, CPU, Levers(base="int8"), micro_batch=1).trace.peak().ledger["base weights"]
+    stepping = trace_step(job, CPU, Levers(base_precision="int8")).trace.peak().ledger["base weights"]
     assert packed == stepping < plain

@@ -68,17 +68,17 @@ def frozen_libraries() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def units(tiny: Sizes) -> tuple[str, ...]:
-    return trace_step(Job(tiny, ADAPTER, size=SIZE), CPU, micro_batch=1).units
+    return trace_step(Job(tiny, ADAPTER, size=SIZE), CPU).units
 
 
 @pytest.fixture(scope="module")
 def traced(tiny: Sizes) -> Callable[..., StepTrace]:
-    """`traced(levers, micro_batch=2, ...)`: two steps on the CPU; the rest are fields of `Job`."""
+    """`traced(levers, ...)`: two steps of two samples on the CPU; the rest are fields of `Job`."""
 
     @cache
-    def run(levers: Levers = Levers(), *, micro_batch: int = 2, **options: Any) -> StepTrace:  # noqa: B008
+    def run(levers: Levers = Levers(), **options: Any) -> StepTrace:  # noqa: B008
         job = Job(tiny, **{"adapter": ADAPTER, "size": SIZE, "precision": levers.precision, **options})
-        return trace_step(job, CPU, levers, micro_batch=micro_batch)
+        return trace_step(job, CPU, replace(levers, micro_batch=levers.micro_batch or 2))
 
     return run
 
@@ -115,7 +115,7 @@ def test_checkpointed_blocks_keep_their_inputs_only(
 ) -> None:
     """The more blocks, the less is kept; all of them keep less than half."""
     found = [
-        traced(Levers(checkpointed=chosen)).trace.peak().ledger["activations"]
+        traced(Levers(gradient_checkpointing=chosen)).trace.peak().ledger["activations"]
         for chosen in (False, units[:3], units[:8], True)
     ]
     print("activations: " + ", ".join(f"{size / found[0]:.2f}" for size in found))
@@ -127,7 +127,9 @@ def test_checkpointed_blocks_keep_their_inputs_only(
 def test_kept_attention_takes_the_bytes_of_its_outputs_and_saves_their_work(
     traced: Callable[..., StepTrace],
 ) -> None:
-    again, kept = (traced(Levers(checkpointed=True, keep_attention=keep)).trace for keep in (False, True))
+    again, kept = (
+        traced(Levers(gradient_checkpointing=True, keep_attention=keep)).trace for keep in (False, True)
+    )
     rows, heads = 2, 4
     # (pixels, channels) of the transformer blocks, but for the last: its backward pass is the peak, where its
     # attentions are there anyway. Each has two, of which the outputs and a float per head and pixel are kept.
@@ -153,7 +155,10 @@ def test_a_packed_base_takes_what_its_bits_and_scales_take(
         "nf4": sum(weight.numel() * 4.5 / 8 for weight in packed),
     }[scheme]
     print(f"{scheme}: {32 * small / full:.2f} bits per weight")
-    before, after = (traced(Levers(base=base, checkpointed=True)).trace.peak() for base in ("same", scheme))
+    before, after = (
+        traced(Levers(base_precision=base, gradient_checkpointing=True)).trace.peak()
+        for base in ("same", scheme)
+    )
     assert before.ledger["base weights"] - after.ledger["base weights"] == full - small
     assert before.size - after.size == full - small
     share = {"int8": 0.25, "nf4": 4.5 / 32}[scheme]
@@ -163,7 +168,7 @@ def test_a_packed_base_takes_what_its_bits_and_scales_take(
 def test_offloaded_weights_leave_and_visit_a_few_at_a_time(
     traced: Callable[..., StepTrace], units: tuple[str, ...]
 ) -> None:
-    there, away = (traced(Levers(checkpointed=True, offloaded=names)) for names in (False, units))
+    there, away = (traced(Levers(gradient_checkpointing=True, offload=names)) for names in (False, units))
     before, after = there.trace.peak(), away.trace.peak()
     assert set(there.weights) == set(units)
     assert before.ledger["base weights"] - after.ledger["base weights"] == sum(there.weights.values())
@@ -176,7 +181,9 @@ def test_offloaded_weights_leave_and_visit_a_few_at_a_time(
 def test_a_part_of_the_weights_can_be_offloaded(
     traced: Callable[..., StepTrace], units: tuple[str, ...]
 ) -> None:
-    there, away = (traced(Levers(checkpointed=True, offloaded=names)) for names in (False, units[2:5]))
+    there, away = (
+        traced(Levers(gradient_checkpointing=True, offload=names)) for names in (False, units[2:5])
+    )
     saved = sum(there.weights[name] for name in units[2:5])
     ledgers = [item.trace.peak().ledger["base weights"] for item in (there, away)]
     assert ledgers[0] - ledgers[1] == saved
@@ -184,7 +191,9 @@ def test_a_part_of_the_weights_can_be_offloaded(
 
 def test_an_optimizer_in_backward_never_holds_all_gradients(traced: Callable[..., StepTrace]) -> None:
     after, inside = (
-        traced(Levers(checkpointed=True, optimizer_in_backward=early), adapter=None, max_grad_norm=None)
+        traced(
+            Levers(gradient_checkpointing=True, optimizer_in_backward=early), adapter=None, max_grad_norm=None
+        )
         for early in (False, True)
     )
     weights = after.trace.peak().ledger["weights"]
@@ -199,8 +208,7 @@ def test_where_gradients_are_the_peak_an_optimizer_in_backward_lowers_it(
 ) -> None:
     early, late = (
         traced(
-            Levers(checkpointed=True, optimizer_in_backward=inside),
-            micro_batch=1,
+            Levers(micro_batch=1, gradient_checkpointing=True, optimizer_in_backward=inside),
             adapter=None,
             max_grad_norm=None,
         ).trace.peak()
@@ -241,7 +249,11 @@ def test_an_optimizer_has_the_state_that_it_claims(
 ) -> None:
     if optimizers.TABLE[name].extra:
         pytest.importorskip("bitsandbytes")
-    ledger = traced(Levers(checkpointed=True), optimizer=name, adapter=None).trace.peak("optimizer").ledger
+    ledger = (
+        traced(Levers(gradient_checkpointing=True), optimizer=name, adapter=None)
+        .trace.peak("optimizer")
+        .ledger
+    )
     claimed = sum(state_of(name, weight) for weight in tiny.denoiser.build().parameters())
     print(f"{name}: {ledger['optimizer state'] / ledger['weights']:.2f} times the weights")
     assert ledger["optimizer state"] == pytest.approx(claimed, rel=0.01)
@@ -258,7 +270,7 @@ def test_paged_state_of_large_weights_is_not_on_a_gpu(tiny: Sizes) -> None:
     assert paged
     for target, saved in ((CUDA, paged), (CPU, 0)):
         there, away = (
-            trace_step(replace(job, optimizer=name), target, Levers(checkpointed=True), micro_batch=1)
+            trace_step(replace(job, optimizer=name), target, Levers(gradient_checkpointing=True))
             for name in ("adamw8bit", "paged_adamw8bit")
         )
         ledgers = [item.trace.peak("optimizer").ledger["optimizer state"] for item in (there, away)]
@@ -266,23 +278,24 @@ def test_paged_state_of_large_weights_is_not_on_a_gpu(tiny: Sizes) -> None:
 
 
 WHOLE = {"adapter": None, "max_grad_norm": None}
+EVERY = Levers(micro_batch=2, gradient_checkpointing=True)
 MEASURED: dict[str, tuple[Levers, dict[str, Any]]] = {
-    "all checkpointed": (Levers(checkpointed=True), {}),
-    "a part checkpointed": (Levers(checkpointed="some"), {}),
-    "attention kept": (Levers(checkpointed=True, keep_attention=True), {}),
-    "int8": (Levers(base="int8", checkpointed=True), {}),
-    "nf4": (Levers(base="nf4", checkpointed=True), {}),
-    "offloaded": (Levers(checkpointed=True, offloaded="all"), {}),
-    "in backward": (Levers(checkpointed=True, optimizer_in_backward=True), WHOLE),
-    "masters": (Levers("bf16"), {}),
-    "masters of dora": (Levers("bf16", checkpointed=True), {"adapter": DORA}),
-    "adamw8bit": (Levers(checkpointed=True), {**WHOLE, "optimizer": "adamw8bit", "micro_batch": 1}),
+    "all checkpointed": (EVERY, {}),
+    "a part checkpointed": (replace(EVERY, gradient_checkpointing="some"), {}),
+    "attention kept": (replace(EVERY, keep_attention=True), {}),
+    "int8": (replace(EVERY, base_precision="int8"), {}),
+    "nf4": (replace(EVERY, base_precision="nf4"), {}),
+    "offloaded": (replace(EVERY, offload="all"), {}),
+    "in backward": (replace(EVERY, optimizer_in_backward=True), WHOLE),
+    "masters": (Levers("bf16", micro_batch=2), {}),
+    "masters of dora": (replace(EVERY, precision="bf16"), {"adapter": DORA}),
+    "adamw8bit": (replace(EVERY, micro_batch=1), {**WHOLE, "optimizer": "adamw8bit"}),
     "paged_adamw8bit in backward": (
-        Levers(checkpointed=True, optimizer_in_backward=True),
-        {**WHOLE, "optimizer": "paged_adamw8bit", "micro_batch": 1},
+        replace(EVERY, micro_batch=1, optimizer_in_backward=True),
+        {**WHOLE, "optimizer": "paged_adamw8bit"},
     ),
-    "adafactor": (Levers(checkpointed=True), {**WHOLE, "optimizer": "adafactor"}),
-    "everything": (Levers("bf16", "nf4", True, "some", "all"), {"optimizer": "adamw8bit"}),
+    "adafactor": (EVERY, {**WHOLE, "optimizer": "adafactor"}),
+    "everything": (Levers("bf16", "nf4", 2, True, "some", "all"), {"optimizer": "adamw8bit"}),
 }
 
 
@@ -290,17 +303,16 @@ MEASURED: dict[str, tuple[Levers, dict[str, Any]]] = {
 def test_a_real_step_takes_what_was_predicted(
     script: Any, tiny: Sizes, units: tuple[str, ...], name: str
 ) -> None:
-    levers, options = MEASURED[name][0], {"micro_batch": 2, **MEASURED[name][1]}
-    if levers.base == "nf4" or "8bit" in options.get("optimizer", ""):
+    levers, options = MEASURED[name]
+    if levers.base_precision == "nf4" or "8bit" in options.get("optimizer", ""):
         pytest.importorskip("bitsandbytes")
     chosen = {"some": units[::2], "all": units}
-    fields = ("checkpointed", "keep_attention", "offloaded")
+    fields = ("gradient_checkpointing", "keep_attention", "offload")
     levers = replace(
         levers, **{key: chosen.get(value, value) for key in fields if (value := getattr(levers, key))}
     )
-    size = options.pop("micro_batch")
     job = Job(tiny, **{"adapter": ADAPTER, "size": SIZE, "precision": levers.precision, **options})
-    row = script.compare(job, size, 2 if levers.precision == "bf16" else 1, levers, "cpu")
+    row = script.compare(job, levers, "cpu", accumulation=2 if levers.precision == "bf16" else 1)
     assert abs(row["error_allocated"]) < 0.01
 
 
@@ -489,12 +501,12 @@ def test_exact_levers_learn_exactly_the_same(learn: Learn, units: tuple[str, ...
     plain = learn()
     assert plain.losses[-1] < 0.8 * plain.losses[0]
     for levers in (
-        Levers(checkpointed=True),
-        Levers(checkpointed=units[::2]),
-        Levers(checkpointed=True, keep_attention=True),
-        Levers(checkpointed=units[2:], keep_attention=units[3:7]),
-        Levers(checkpointed=True, offloaded=units),
-        Levers(checkpointed=units[1:], keep_attention=True, offloaded=units[4:9]),
+        Levers(gradient_checkpointing=True),
+        Levers(gradient_checkpointing=units[::2]),
+        Levers(gradient_checkpointing=True, keep_attention=True),
+        Levers(gradient_checkpointing=units[2:], keep_attention=units[3:7]),
+        Levers(gradient_checkpointing=True, offload=units),
+        Levers(gradient_checkpointing=units[1:], keep_attention=True, offload=units[4:9]),
     ):
         with_levers = learn(levers)
         assert with_levers.losses == pytest.approx(plain.losses, abs=1e-5), levers
@@ -513,14 +525,14 @@ def test_an_optimizer_in_backward_learns_the_same(learn: Learn, optimizer: str) 
         pytest.importorskip("bitsandbytes")
     options = {"optimizer": optimizer, "schedule": "cosine", "warmup_steps": 2}
     after = learn(Levers(), None, **options)
-    inside = learn(Levers(checkpointed=True, optimizer_in_backward=True), None, **options)
+    inside = learn(Levers(gradient_checkpointing=True, optimizer_in_backward=True), None, **options)
     assert inside.losses == pytest.approx(after.losses, abs=1e-5)
     assert all(parameter.grad is None for parameter in inside.fitted.parameters.values())
 
 
 BOUNDS = {
-    "int8": (Levers(base="int8"), 1e-3),
-    "nf4": (Levers(base="nf4"), 1e-2),
+    "int8": (Levers(base_precision="int8"), 1e-3),
+    "nf4": (Levers(base_precision="nf4"), 1e-2),
     "masters": (Levers("bf16"), 2e-3),
     "masters on nf4": (Levers("bf16", "nf4"), 1e-2),
 }
@@ -529,7 +541,7 @@ BOUNDS = {
 @pytest.mark.parametrize("name", BOUNDS)
 def test_rounding_levers_learn_nearly_the_same(learn: Learn, name: str) -> None:
     levers, bound = BOUNDS[name]
-    if levers.base == "nf4":
+    if levers.base_precision == "nf4":
         pytest.importorskip("bitsandbytes")
     plain, rounded = learn(), learn(levers)
     first = abs(rounded.losses[0] / plain.losses[0] - 1)
@@ -564,7 +576,7 @@ def test_every_adapter_tensor_moves_on_a_packed_base(
 ) -> None:
     if base == "nf4":
         pytest.importorskip("bitsandbytes")
-    levers = Levers(precision, base, checkpointed=True)
+    levers = Levers(precision, base, gradient_checkpointing=True)
     learned = learn(levers, adapter, max_steps=3)
     packed = [m for m in learned.fitted.module.modules() if isinstance(m, layers.QuantLinear)]
     assert packed
@@ -582,7 +594,7 @@ def test_dora_begins_as_its_base(base: str) -> None:
     if base != "same":
         quantize_base(plain, base)
     with torch.no_grad():
-        torch.testing.assert_close(made(ready(Levers(base=base), DORA).module), made(plain))
+        torch.testing.assert_close(made(ready(Levers(base_precision=base), DORA).module), made(plain))
 
 
 class Attentions(TorchDispatchMode):
@@ -599,8 +611,8 @@ def test_kept_attention_changes_no_bit_of_a_gradient_and_is_not_computed_again()
     gradients, calls = [], []
     for levers in (
         Levers(),
-        Levers(checkpointed=True),
-        Levers(checkpointed=True, keep_attention=True),
+        Levers(gradient_checkpointing=True),
+        Levers(gradient_checkpointing=True, keep_attention=True),
     ):
         fitted = ready(levers, None)
         with Attentions() as counter:
@@ -618,7 +630,10 @@ def test_kept_attention_changes_no_bit_of_a_gradient_and_is_not_computed_again()
 
 @pytest.mark.parametrize("base", ["same", "int8"])
 def test_offloaded_weights_draw_the_same_previews(units: tuple[str, ...], base: str) -> None:
-    there, away = (ready(Levers(base=base, checkpointed=True, offloaded=names)) for names in (False, units))
+    there, away = (
+        ready(Levers(base_precision=base, gradient_checkpointing=True, offload=names))
+        for names in (False, units)
+    )
     assert away.host is not None
     assert away.stands_alone
     for training in (False, True):
@@ -640,8 +655,8 @@ def test_previews_between_steps_do_not_disturb_offloaded_weights(
 
         return preview
 
-    there = learn(Levers(checkpointed=True), preview=drawing("there"))
-    away = learn(Levers(checkpointed=True, offloaded=units), preview=drawing("away"))
+    there = learn(Levers(gradient_checkpointing=True), preview=drawing("there"))
+    away = learn(Levers(gradient_checkpointing=True, offload=units), preview=drawing("away"))
     assert away.losses == there.losses
     assert len(drawn["there"]) == len(drawn["away"]) == 2
     assert all(torch.equal(*both) for both in zip(drawn["there"], drawn["away"], strict=True))
@@ -652,7 +667,7 @@ def test_previews_between_steps_do_not_disturb_offloaded_weights(
 
 
 def test_after_training_the_module_holds_the_masters(learn: Learn) -> None:
-    learned = learn(Levers("bf16", checkpointed=True))
+    learned = learn(Levers("bf16", gradient_checkpointing=True))
     fitted = learned.fitted
     own = dict(fitted.module.named_parameters())
     assert fitted.has_masters
@@ -681,7 +696,7 @@ def test_masters_keep_updates_that_bf16_would_round_away(learn: Learn) -> None:
 @pytest.mark.parametrize(
     ("levers", "adapter"),
     [
-        (Levers("bf16", checkpointed=True), ADAPTER),
+        (Levers("bf16", gradient_checkpointing=True), ADAPTER),
         (Levers("bf16", "int8"), DORA),
         (Levers(optimizer_in_backward=True), None),
     ],
@@ -708,22 +723,26 @@ def test_a_run_that_was_cut_off_goes_on_exactly(
     ("levers", "where", "expected"),
     [
         (
-            Levers(checkpointed=["mid_block.resnets.1"], offloaded=["up_blocks.0.resnets.0"]),
+            Levers(gradient_checkpointing=["mid_block.resnets.1"], offload=["up_blocks.0.resnets.0"]),
             "memory.offload",
             'the block "up_blocks.0.resnets.0" is not checkpointed.*\n.*memory.gradient_checkpointing too',
         ),
         (
-            Levers(checkpointed=True, offloaded=["mid_block.resnets.9"]),
+            Levers(gradient_checkpointing=True, offload=["mid_block.resnets.9"]),
             "memory.offload",
             'no block "mid_block.resnets.9"\ndid you mean "mid_block.resnets',
         ),
-        (Levers(checkpointed=True, offloaded=True), "memory.offload", "there is none\nset memory.budget"),
         (
-            Levers(checkpointed=True, keep_attention=["down_block.0"]),
+            Levers(gradient_checkpointing=True, offload=True),
+            "memory.offload",
+            "there is none\nset memory.budget",
+        ),
+        (
+            Levers(gradient_checkpointing=True, keep_attention=["down_block.0"]),
             "memory.keep_attention",
             'no block "down_block.0"\ndid you mean "down_blocks.0"',
         ),
-        (Levers(checkpointed=["nothing"]), "memory.gradient_checkpointing", 'no block "nothing"'),
+        (Levers(gradient_checkpointing=["nothing"]), "memory.gradient_checkpointing", 'no block "nothing"'),
     ],
 )
 def test_levers_that_name_no_block_are_refused(levers: Levers, where: str, expected: str) -> None:
@@ -735,9 +754,9 @@ def test_levers_that_name_no_block_are_refused(levers: Levers, where: str, expec
 @pytest.mark.parametrize(
     ("levers", "key"),
     [
-        (Levers(base="int8"), "base_precision"),
-        (Levers(base="nf4"), "base_precision"),
-        (Levers(checkpointed=True, offloaded=["mid_block.resnets.1"]), "offload"),
+        (Levers(base_precision="int8"), "base_precision"),
+        (Levers(base_precision="nf4"), "base_precision"),
+        (Levers(gradient_checkpointing=True, offload=["mid_block.resnets.1"]), "offload"),
     ],
 )
 def test_what_needs_a_frozen_base_is_refused_where_all_weights_are_trained(levers: Levers, key: str) -> None:
@@ -750,4 +769,4 @@ def test_nf4_without_bitsandbytes_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(MissingPackageError, match=r'pip install "tunekit\[quant\]"'):
-        ready(Levers(base="nf4"))
+        ready(Levers(base_precision="nf4"))

@@ -71,10 +71,10 @@ def shares(planner: Planner, *percents: int) -> list[Plan]:
 
 def test_everything_is_kept_where_there_is_room(planner: Planner) -> None:
     plan = planner.plan("large", room(10**12))
-    assert (plan.fits, plan.micro_batch, plan.accumulation) == (True, 4, 1)
-    assert plan.checkpointed_blocks == ()
+    assert (plan.fits, plan.levers.micro_batch, plan.accumulation) == (True, 4, 1)
+    assert plan.levers.gradient_checkpointing == ()
     assert plan.relative_step_time == 1
-    assert plan.levers == []
+    assert plan.measures == []
 
 
 def test_less_memory_is_never_faster_and_every_plan_fits(planner: Planner) -> None:
@@ -86,7 +86,7 @@ def test_less_memory_is_never_faster_and_every_plan_fits(planner: Planner) -> No
         assert plan.device_bytes <= budget or not plan.fits
         if plan.fits:
             times.append(plan.relative_step_time)
-            assert plan.micro_batch * plan.accumulation == 4
+            assert plan.levers.micro_batch * plan.accumulation == 4
     print("relative step times:", [round(time, 3) for time in times])
     assert len(times) >= 3
     assert times == sorted(times)
@@ -96,12 +96,7 @@ def test_less_memory_is_never_faster_and_every_plan_fits(planner: Planner) -> No
 def test_a_plan_is_what_its_own_trace_says(job: Job, planner: Planner) -> None:
     most = planner.plan("large", room(10**12)).device_bytes
     plan = planner.plan("card", room(int(most * 0.75)))
-    levers = Levers(
-        "fp32",
-        checkpointed=plan.checkpointed_blocks,
-        keep_attention=plan.attention_kept_blocks,
-    )
-    again = trace_step(job, CPU, levers, micro_batch=plan.micro_batch, accumulation=plan.accumulation).trace
+    again = trace_step(job, CPU, plan.levers, accumulation=plan.accumulation).trace
     assert again.peak().size == max(
         plan.phases[name]["peak_allocated_bytes"] for name in ("step", "first_step")
     )
@@ -120,7 +115,7 @@ def test_a_smaller_micro_batch_costs_launches_only(job: Job, planner: Planner) -
     for size in (4, 1):
         one = replace(planner, memory=PLANNED.model_copy(update={"micro_batch": size}))
         way = one._ways(room(10**12))[0][0]
-        costs = one._costs(CPU, way, size, Levers("fp32"))
+        costs = one._costs(CPU, way, Levers(micro_batch=size))
         rows = [row for row in costs.work if row[0] != "optimizer"]
         flops = sum(row[2] * row[5] for row in rows) / costs.passes
         times.append(flops * (4 // size))
@@ -130,9 +125,9 @@ def test_a_smaller_micro_batch_costs_launches_only(job: Job, planner: Planner) -
 def test_pins_are_kept(job: Job) -> None:
     memory = MemoryConfig(budget="auto", micro_batch=2, gradient_checkpointing=True, keep_attention=False)
     plan = Planner(job, batch_size=4, memory=memory).plan("large", room(10**12))
-    assert (plan.micro_batch, plan.accumulation) == (2, 2)
-    assert len(plan.checkpointed_blocks) == plan.blocks
-    assert plan.attention_kept_blocks == ()
+    assert (plan.levers.micro_batch, plan.accumulation) == (2, 2)
+    assert len(plan.levers.gradient_checkpointing) == plan.blocks
+    assert plan.levers.keep_attention == ()
 
 
 def test_what_is_pinned_is_not_chosen(job: Job, planner: Planner) -> None:
@@ -141,22 +136,22 @@ def test_what_is_pinned_is_not_chosen(job: Job, planner: Planner) -> None:
     for key, value in (("gradient_checkpointing", False), ("micro_batch", 4)):
         memory = PLANNED.model_copy(update={key: value, "approximate": "never"})
         plan = replace(planner, memory=memory).plan("card", small)
-        assert plan.micro_batch == 4 or key != "micro_batch"
-        assert plan.checkpointed_blocks == () or key != "gradient_checkpointing"
+        assert plan.levers.micro_batch == 4 or key != "micro_batch"
+        assert plan.levers.gradient_checkpointing == () or key != "gradient_checkpointing"
     nf4 = replace(planner, memory=PLANNED.model_copy(update={"base_precision": "nf4"}))
-    assert nf4.plan("large", room(10**12)).base_precision == "nf4"
+    assert nf4.plan("large", room(10**12)).levers.base_precision == "nf4"
     tiled = replace(planner, memory=PLANNED.model_copy(update={"vae_tiling": True}))
-    assert tiled.plan("large", room(10**12)).levers == ["previews decoded in tiles"]
+    assert tiled.plan("large", room(10**12)).measures == ["previews decoded in tiles"]
 
 
 def test_exact_plans_come_first(real: Planner) -> None:
     """Checkpoints, then weights in host memory; a packed base only where that is too slow or too little."""
     kept, some, away, packed = shares(real, 100, 93, 72, 44)
     assert all(plan.fits for plan in (kept, some, away, packed))
-    assert kept.levers == []
-    assert 0 < len(some.checkpointed_blocks) < some.blocks
+    assert kept.measures == []
+    assert 0 < len(some.levers.gradient_checkpointing) < some.blocks
     assert some.approximates == away.approximates == []
-    assert set(away.offloaded_blocks) <= set(away.checkpointed_blocks)
+    assert set(away.levers.offload) <= set(away.levers.gradient_checkpointing)
     assert away.host_bytes > 0
     assert away.phases["step"]["ledger"]["visiting weights"] > 0
     assert packed.approximates in (["int8 base"], ["nf4 base"])
@@ -181,7 +176,7 @@ def test_approximations_can_be_forbidden_or_preferred(real: Planner) -> None:
 def test_host_memory_is_only_used_where_there_is_some(real: Planner) -> None:
     (plan,) = shares(real, 72)
     place = card(plan.budget_bytes)
-    assert not real.plan("card", replace(place, has_host=False)).offloaded_blocks
+    assert not real.plan("card", replace(place, has_host=False)).levers.offload
     little = real.plan("card", replace(place, host_bytes=plan.host_bytes - 1))
     assert not (little.fits and little.host_bytes >= plan.host_bytes)
 
@@ -190,24 +185,24 @@ def test_all_weights_get_8_bit_state_and_an_optimizer_in_backward(real: Planner)
     whole = replace(real.job, adapter=None, max_grad_norm=None)
     free = replace(real, job=whole, may_change_optimizer=True, _known={})
     kept, late, small, both = shares(free, 100, 93, 72, 58)
-    assert (kept.optimizer, kept.optimizer_in_backward) == ("adamw", False)
-    assert (late.optimizer, late.optimizer_in_backward, late.approximates) == ("adamw", True, [])
+    assert (kept.optimizer, kept.levers.optimizer_in_backward) == ("adamw", False)
+    assert (late.optimizer, late.levers.optimizer_in_backward, late.approximates) == ("adamw", True, [])
     assert (small.optimizer, small.approximates) == ("adamw8bit", ["8-bit optimizer state"])
-    assert (both.optimizer, both.optimizer_in_backward) == ("adamw8bit", True)
+    assert (both.optimizer, both.levers.optimizer_in_backward) == ("adamw8bit", True)
     clipped = replace(free, job=replace(whole, max_grad_norm=1.0))
-    assert not any(way.in_backward for ways in clipped._ways(card(1)) for way in ways)
+    assert not any(way.optimizer_in_backward for ways in clipped._ways(card(1)) for way in ways)
     lacking = replace(card(10**12), lacks=("bitsandbytes",))
     assert {way.optimizer for ways in free._ways(lacking) for way in ways} == {"adamw"}
-    assert {way.base for ways in real._ways(lacking) for way in ways} == {"same", "int8"}
+    assert {way.base_precision for ways in real._ways(lacking) for way in ways} == {"same", "int8"}
 
 
 def test_class_pictures_are_drawn_fewer_at_once_where_there_is_little_room(job: Job) -> None:
     drawing = Planner(replace(job, class_pictures=(128, 128)), batch_size=1)
     large = drawing.plan("large", card(10**12))
-    assert large.class_batch == 4
+    assert large.levers.class_batch == 4
     assert large.phases["class_pictures"]["ledger"]["text encoders"] > 0
     least = large.phases["class_pictures"]["least_bytes"]
-    assert drawing.plan("card", card(least - 1)).class_batch in (1, 2)
+    assert drawing.plan("card", card(least - 1)).levers.class_batch in (1, 2)
 
 
 def test_captions_are_encoded_on_the_cpu_where_the_encoders_do_not_fit(tmp_path: Path) -> None:
@@ -216,10 +211,10 @@ def test_captions_are_encoded_on_the_cpu_where_the_encoders_do_not_fit(tmp_path:
     parts = tuple(denoiser if part.role == "denoiser" else part for part in flux.components)
     small = replace(flux, components=parts)
     planner = Planner(Job(small, ADAPTER, precision="bf16", size=(256, 256)), batch_size=1, cache=tmp_path)
-    assert not planner.plan("card", room_of(hardware.find("rtx-3090"))).encode_on_host
+    assert not planner.plan("card", room_of(hardware.find("rtx-3090"))).levers.encode_on_host
     plan = planner.plan("card", room_of(hardware.find("rtx-3090"), budget=8 * 2**30))
     assert plan.fits
-    assert plan.encode_on_host
+    assert plan.levers.encode_on_host
     assert "text encoders" not in plan.phases["encode"]["ledger"]
 
 
@@ -229,7 +224,7 @@ def test_pins_that_do_not_divide_the_batch(
 ) -> None:
     memory = PLANNED.model_copy(update={"micro_batch": pinned})
     plan = Planner(job, batch_size=4, memory=memory).plan("large", card(10**12))
-    assert (plan.micro_batch, plan.accumulation) == (micro_batch, accumulation)
+    assert (plan.levers.micro_batch, plan.accumulation) == (micro_batch, accumulation)
     assert plan.phases["step"]["peak_allocated_bytes"] > 0
 
 
@@ -283,7 +278,7 @@ def test_real_sizes(name: str, units: int, gib: float | None, tmp_path: Path) ->
     job = Job(
         usual(name), AdapterConfig(rank=16, alpha=16, targets=targets), precision="bf16", size=(side, side)
     )
-    traced = trace_step(job, replace(CUDA, convolution_room=0.0), micro_batch=1)
+    traced = trace_step(job, replace(CUDA, convolution_room=0.0))
     peak = traced.trace.peak()
     print(f"{name} at {side} px: {peak.size / 2**30:.2f} GiB, {len(traced.units)} units")
     assert len(traced.units) == units

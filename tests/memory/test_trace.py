@@ -30,7 +30,7 @@ def measure(script: Any) -> Callable[..., int]:
 
     def run(job: Job, micro_batch: int, accumulation: int, checkpointed: Any) -> int:
         family = families.get(job.sizes.family.name)
-        levers = Levers(job.precision, checkpointed=checkpointed)
+        levers = Levers(job.precision, gradient_checkpointing=checkpointed)
         fitted = fit(family.denoiser(family.tiny()), job.adapter, family.facts, levers, device="cpu")
         batch = script.real_batch(job, micro_batch, "cpu")
         batches = script.Same(micro_batch * accumulation, [batch] * accumulation)
@@ -54,8 +54,8 @@ def test_prediction_equals_a_real_run_on_the_cpu(
 ) -> None:
     """Every family that runs, in the recipes' own task."""
     job = Job(families.sizes_of(name, "tiny"), adapter, size=SIZE)
-    levers = Levers(checkpointed=checkpointed)
-    traced = trace_step(job, CPU, levers, micro_batch=micro_batch, accumulation=accumulation)
+    levers = Levers(micro_batch=micro_batch, gradient_checkpointing=checkpointed)
+    traced = trace_step(job, CPU, levers, accumulation=accumulation)
     predicted = traced.trace.peak().size
     real = measure(job, micro_batch, accumulation, checkpointed)
     print(f"predicted {predicted:,}, measured {real:,} bytes: {predicted / real - 1:+.2%}")
@@ -64,9 +64,9 @@ def test_prediction_equals_a_real_run_on_the_cpu(
 
 def test_a_part_of_the_units(tiny: Sizes, measure: Callable[..., int]) -> None:
     job = Job(tiny, ADAPTER, size=SIZE)
-    units = trace_step(job, CPU, micro_batch=4).units
+    units = trace_step(job, CPU).units
     chosen = units[:3] + units[-2:]
-    predicted = trace_step(job, CPU, Levers(checkpointed=chosen), micro_batch=4).trace.peak().size
+    predicted = trace_step(job, CPU, Levers(micro_batch=4, gradient_checkpointing=chosen)).trace.peak().size
     real = measure(job, 4, 1, chosen)
     print(f"{len(chosen)} of {len(units)} units: {predicted / real - 1:+.2%}")
     assert abs(predicted / real - 1) < 0.01
@@ -76,7 +76,7 @@ def test_checkpointed_units_change_no_gradient(tiny: Sizes) -> None:
     family = families.get("sd15")
     denoiser = family.denoiser(family.tiny()).train()
     other = copy.deepcopy(denoiser)
-    units = trace_step(Job(tiny, None, size=SIZE), CPU, micro_batch=1).units
+    units = trace_step(Job(tiny, None, size=SIZE), CPU).units
     checkpoint_units(other, units[::2])
     inputs = torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), torch.randn(2, 48, 32)
     for module in (denoiser, other):
@@ -87,28 +87,27 @@ def test_checkpointed_units_change_no_gradient(tiny: Sizes) -> None:
 
 def test_an_unknown_unit_is_refused() -> None:
     family = families.get("sd15")
-    levers = Levers(checkpointed=["mid_block.resnets.7"])
+    levers = Levers(gradient_checkpointing=["mid_block.resnets.7"])
     with pytest.raises(ConfigError, match=r'no block "mid_block.resnets.7"\n?') as error:
         fit(family.denoiser(family.tiny()), ADAPTER, family.facts, levers, device="cpu")
     assert 'did you mean "mid_block.resnets' in str(error.value)
     assert error.value.where == "memory.gradient_checkpointing"
 
 
-@pytest.mark.parametrize("key", ["checkpointed", "keep_attention"])
+@pytest.mark.parametrize("key", ["gradient_checkpointing", "keep_attention"])
 def test_a_part_that_is_no_unit_is_refused_after_the_first_forward(key: str) -> None:
     """Only a forward pass tells which modules are units."""
     family = families.get("sd15")
-    levers = Levers(**{"checkpointed": True, key: ["conv_in"]})
+    levers = Levers(**{"gradient_checkpointing": True, key: ["conv_in"]})
     fitted = fit(family.denoiser(family.tiny()), ADAPTER, family.facts, levers, device="cpu")
     inputs = torch.ones(1, 4, 16, 16), torch.tensor([500]), torch.ones(1, 48, 32)
     with pytest.raises(
         ConfigError, match=r'"conv_in" is a part of the denoiser that cannot be checkpointed by itself'
     ) as error:
         fitted.module.train()(*inputs, return_dict=False)
-    where = "gradient_checkpointing" if key == "checkpointed" else key
-    assert error.value.where == f"memory.{where}"
+    assert error.value.where == f"memory.{key}"
     with pytest.raises(ConfigError, match="cannot be checkpointed by itself"):
-        trace_step(Job(families.sizes_of("sd15", "tiny"), ADAPTER, size=SIZE), CPU, levers, micro_batch=1)
+        trace_step(Job(families.sizes_of("sd15", "tiny"), ADAPTER, size=SIZE), CPU, levers)
 
 
 def test_random_units_draw_the_same_twice() -> None:
@@ -116,7 +115,7 @@ def test_random_units_draw_the_same_twice() -> None:
     dropping = AdapterConfig(rank=4, alpha=4, dropout=0.5)
     gradients = []
     for checkpointed in (False, True):
-        levers = Levers(checkpointed=checkpointed)
+        levers = Levers(gradient_checkpointing=checkpointed)
         fitted = fit(family.denoiser(family.tiny()), dropping, family.facts, levers, device="cpu")
         fitted.module.train()
         torch.manual_seed(0)
@@ -129,16 +128,20 @@ def test_random_units_draw_the_same_twice() -> None:
 
 def test_bytes_are_affine_in_the_micro_batch(tiny: Sizes) -> None:
     job = Job(tiny, ADAPTER, size=SIZE)
-    one, two, four = (trace_step(job, CUDA, micro_batch=b).trace.peak().size for b in (1, 2, 4))
+    one, two, four = (trace_step(job, CUDA, Levers(micro_batch=b)).trace.peak().size for b in (1, 2, 4))
     assert four == pytest.approx(one + 3 * (two - one), rel=1e-3)
 
 
 def test_the_ledger_adds_up_and_names_what_is_there(tiny: Sizes) -> None:
-    trace = trace_step(Job(tiny, ADAPTER, precision="bf16", size=SIZE), CUDA, micro_batch=2).trace
+    trace = trace_step(
+        Job(tiny, ADAPTER, precision="bf16", size=SIZE), CUDA, Levers("bf16", micro_batch=2)
+    ).trace
     peak = trace.peak()
     assert sum(peak.ledger.values()) == peak.size
     assert {"base weights", "adapter", "optimizer state", "activations"} <= set(peak.ledger)
-    second = trace_step(Job(tiny, ADAPTER, size=SIZE), CPU, micro_batch=2).trace.peak("optimizer").ledger
+    second = (
+        trace_step(Job(tiny, ADAPTER, size=SIZE), CPU, Levers(micro_batch=2)).trace.peak("optimizer").ledger
+    )
     assert second["gradients"] == pytest.approx(second["adapter"], rel=0.01)
     assert second["optimizer state"] == pytest.approx(2 * second["adapter"], rel=0.05)
     assert trace.phases()[0] == "start"
@@ -147,7 +150,7 @@ def test_the_ledger_adds_up_and_names_what_is_there(tiny: Sizes) -> None:
 def test_attention_keeps_no_score_matrix_unless_the_card_has_no_kernel(tiny: Sizes) -> None:
     job = Job(tiny, ADAPTER, precision="bf16", size=(128, 128))
     flash, efficient, mathematical = (
-        trace_step(job, replace(CUDA, attention=kind), micro_batch=1).trace.peak().size
+        trace_step(job, replace(CUDA, attention=kind)).trace.peak().size
         for kind in ("flash", "efficient", "math")
     )
     assert flash == pytest.approx(efficient, rel=0.02)
@@ -163,7 +166,9 @@ def test_sixteen_bits_keep_less_than_float32(
     tiny: Sizes, adapter: AdapterConfig | None, precision: str
 ) -> None:
     full, half = (
-        trace_step(Job(tiny, adapter, precision=name, size=SIZE), CUDA, micro_batch=4).trace.peak()
+        trace_step(
+            Job(tiny, adapter, precision=name, size=SIZE), CUDA, Levers(name, micro_batch=4)
+        ).trace.peak()
         for name in ("fp32", precision)
     )
     print(f"activations x {half.ledger['activations'] / full.ledger['activations']:.2f}")
@@ -188,7 +193,12 @@ def test_previews_and_encoding(tiny: Sizes) -> None:
 
 def test_the_measuring_script(script: Any, tiny: Sizes) -> None:
     """The same on other rows: what scripts/measure_memory.py writes into benchmarks/."""
-    row = script.compare(Job(tiny, ADAPTER, size=SIZE), 3, 2, Levers(checkpointed=True), "cpu")
+    row = script.compare(
+        Job(tiny, ADAPTER, size=SIZE),
+        Levers(micro_batch=3, gradient_checkpointing=True),
+        "cpu",
+        accumulation=2,
+    )
     assert abs(row["error_allocated"]) < 0.01
     assert row["measured_allocated_bytes"] > 0
 

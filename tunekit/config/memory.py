@@ -1,9 +1,11 @@
-"""The section `memory:`."""
+"""The section `memory:`, and what is known of each of its keys: a lever, or what the planner is told."""
 
 from __future__ import annotations
 
 import re
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import field_validator, model_validator
 
@@ -15,46 +17,126 @@ CLASS_BATCH = 4
 """Class pictures drawn at once where there is room."""
 
 
-class MemoryConfig(Section):
-    """What fits where."""
+class Scale(NamedTuple):
+    """What the words of a plan compare a lever with."""
 
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    blocks: int
+    """Units of the denoiser that can be checkpointed."""
+    accumulation: int
+    """Forwards per optimizer step."""
+
+
+Words = Callable[[Any, Scale], str]
+"""What a plan says of a lever's value; "" where it is not worth a word. Of what is in "(" and ")", the lever
+before is meant."""
+
+
+def _nothing(value: Any, scale: Scale) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What is known of a key of `memory:`.
+
+    Attributes:
+        resumable: whether it may differ between the lives of one run.
+    """
+
+    resumable: bool = True
+
+
+@dataclass(frozen=True)
+class Lever(Mark):
+    """A key that is decided for each run: what the user set is kept, the planner finds the rest.
+
+    Attributes:
+        words: what a plan says of it.
+        exact: whether it changes nothing that is learned.
+    """
+
+    words: Words = _nothing
+    exact: bool = True
+
+
+def _base(value: str, scale: Scale) -> str:
+    return f"{value} base" if value != "same" else ""
+
+
+def _micro_batch(value: int, scale: Scale) -> str:
+    return f"micro-batch {value} x {scale.accumulation}" if scale.accumulation > 1 else ""
+
+
+def _checkpointing(value: tuple[str, ...], scale: Scale) -> str:
+    return f"{len(value)} of {scale.blocks} blocks checkpointed" if value else ""
+
+
+def _kept(value: tuple[str, ...], scale: Scale) -> str:
+    return f"({len(value)} keep their attention)" if value else ""
+
+
+def _offload(value: tuple[str, ...], scale: Scale) -> str:
+    return f"weights of {len(value)} blocks in host memory" if value else ""
+
+
+def _class_batch(value: int | None, scale: Scale) -> str:
+    return f"class pictures drawn {value} at once" if value is not None and value < CLASS_BATCH else ""
+
+
+def _if_so(text: str) -> Words:
+    return lambda value, scale: text if value else ""
+
+
+class MemoryConfig(Section):
+    """What fits where.
+
+    Each key is marked: as a `Lever`, which has a field of the same name in `memory.decided.Levers`, or as
+    what the planner is told.
+    """
+
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Lever(resumable=False, exact=False)] = (
+        "fp32"
+    )
     """Arithmetic of the denoiser; trained parameters stay fp32. auto is bf16 where the device has it, fp16 on
     older GPUs, fp32 on the CPU."""
-    base_precision: Literal["same", "int8", "nf4"] | None = None
+    base_precision: Annotated[
+        Literal["same", "int8", "nf4"] | None, Lever(words=_base, resumable=False, exact=False)
+    ] = None
     """Frozen weights of the linear layers in the blocks: same as precision, or packed (nf4 needs
     bitsandbytes). null leaves it to the planner, and is same without one."""
-    micro_batch: Positive | None = None
+    micro_batch: Annotated[Positive | None, Lever(words=_micro_batch)] = None
     """Samples per forward on one device; default batch_size / processes. Changes nothing that is learned."""
-    gradient_checkpointing: bool | list[str] | None = None
+    gradient_checkpointing: Annotated[bool | list[str] | None, Lever(words=_checkpointing)] = None
     """Compute activations twice instead of keeping them: of all blocks, or of those named. null leaves it to
     the planner, and is false without one."""
-    keep_attention: bool | list[str] | None = None
+    keep_attention: Annotated[bool | list[str] | None, Lever(words=_kept)] = None
     """Of the checkpointed blocks, all or those named keep what their attentions returned: a little more
     memory, a little less work. null leaves it to the planner."""
-    offload: bool | list[str] | None = None
+    offload: Annotated[bool | list[str] | None, Lever(words=_offload)] = None
     """Keep frozen weights of checkpointed blocks in host memory and copy them when they are needed: those
     named, or with true as many as the planner finds necessary. null lets the planner decide whether."""
-    optimizer_in_backward: bool | None = None
+    optimizer_in_backward: Annotated[
+        bool | None, Lever(words=_if_so("optimizer in backward"), resumable=False)
+    ] = None
     """Update each parameter as soon as its gradient is there, so that all gradients are never held. Only
     where all weights are trained, without accumulation and without train.max_grad_norm. null leaves it to
     the planner."""
-    encode_on_host: bool | None = None
+    encode_on_host: Annotated[bool | None, Lever(words=_if_so("text encoders on the CPU"))] = None
     """Run the text encoders on the CPU. null lets the planner decide, and is false without one."""
-    vae_tiling: bool | None = None
+    vae_tiling: Annotated[bool | None, Lever(words=_if_so("previews decoded in tiles"))] = None
     """Decode previews in tiles, which can show at their seams. null lets the planner decide."""
-    class_batch: Positive | None = None
+    class_batch: Annotated[Positive | None, Lever(words=_class_batch)] = None
     """Class pictures drawn at once. null leaves it to the planner, and is 4 without one."""
-    approximate: Literal["never", "if_needed", "if_faster"] = "if_needed"
+    approximate: Annotated[Literal["never", "if_needed", "if_faster"], Mark()] = "if_needed"
     """Whether the planner may choose what changes a little what is learned: packed base weights and 8-bit
     optimizer state. if_needed: only if nothing exact fits."""
-    budget: str | None = None
+    budget: Annotated[str | None, Mark()] = None
     """Memory to stay within, "8 GiB", or auto for all that is free: then what is not set here is planned
     (tunekit plan). null plans nothing."""
-    on_oom: Literal["stop", "replan"] = "stop"
+    on_oom: Annotated[Literal["stop", "replan"], Mark()] = "stop"
     """When memory runs out in spite of a plan: stop after a checkpoint, or plan again for less memory and go
     on from it."""
-    device: str = "auto"
+    device: Annotated[str, Mark()] = "auto"
     """auto, cpu, cuda, cuda:1, xpu or mps."""
 
     @model_validator(mode="after")
@@ -92,3 +174,28 @@ class MemoryConfig(Section):
         if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", value):
             refuse(f'there is no device "{value}"; known: auto, cpu, cuda, cuda:1, xpu, mps')
         return value
+
+
+def marks() -> dict[str, Mark]:
+    """Key -> what is known of it, in order."""
+    return {
+        name: mark
+        for name, field in MemoryConfig.model_fields.items()
+        for mark in field.metadata
+        if isinstance(mark, Mark)
+    }
+
+
+def levers() -> dict[str, Lever]:
+    """The keys that are decided for each run, in order."""
+    return {name: mark for name, mark in marks().items() if isinstance(mark, Lever)}
+
+
+def open_levers() -> list[str]:
+    """The levers that are left to the planner where nobody sets them."""
+    return [name for name in levers() if MemoryConfig.model_fields[name].default is None]
+
+
+def free_on_resume() -> tuple[str, ...]:
+    """Keys that may differ between the lives of one run, as "memory.micro_batch"."""
+    return tuple(f"memory.{name}" for name, mark in marks().items() if mark.resumable)

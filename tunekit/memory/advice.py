@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from tunekit.config.memory import open_levers
 from tunekit.hardware import DeviceFacts
 from tunekit.memory.plan import Plan
 from tunekit.memory.planner import Planner
@@ -26,12 +27,7 @@ def advice(planner: Planner, plan: Plan, room: Room, cards: Sequence[DeviceFacts
     def change(text: str, **fields: Any) -> None:
         changes.append((text, replace(planner, job=replace(job, **fields), _known={})))
 
-    pinned = planner.memory.model_copy(
-        update=dict.fromkeys(
-            ("micro_batch", "gradient_checkpointing", "keep_attention", "base_precision", "offload",
-             "optimizer_in_backward", "encode_on_host", "vae_tiling")
-        )
-    )  # fmt: skip
+    pinned = planner.memory.model_copy(update=dict.fromkeys(open_levers()))
     if pinned != planner.memory:
         changes.append(("leave what is set under memory: to the planner", replace(planner, memory=pinned)))
     if planner.memory.approximate == "never":

@@ -23,14 +23,31 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from tunekit import layers
 from tunekit.adapters import add_adapter
-from tunekit.config import AdapterConfig, MemoryConfig
+from tunekit.config import AdapterConfig
 from tunekit.errors import ConfigError, did_you_mean
 from tunekit.families.family import DTYPES, FamilyFacts
+from tunekit.memory.decided import Levers, Units
+
+__all__ = [
+    "ATTENTION",
+    "TILE",
+    "Fitted",
+    "HostWeights",
+    "Levers",
+    "as_held",
+    "autocast_of",
+    "checkpoint_units",
+    "fit",
+    "has_masters",
+    "held_in",
+    "lowered",
+    "quantize_base",
+    "step_in_backward",
+    "tile_vae",
+]
 
 OnUnit = Callable[[str, Callable[[], Any]], Any]
 """Called for each unit with its module path and what runs it."""
-Units = bool | Collection[str]
-"""Module paths of units; True for all, False for none."""
 
 aten = torch.ops.aten
 ATTENTION = [
@@ -45,39 +62,6 @@ ATTENTION = [
     if hasattr(aten, name)
 ]
 """The fused kernels that `scaled_dot_product_attention` chooses from."""
-
-
-@dataclass(frozen=True)
-class Levers:
-    """How a denoiser is made to fit.
-
-    Attributes:
-        precision: "fp32", "bf16" or "fp16" arithmetic; frozen weights are kept in it.
-        base: "same" as `precision`, or "int8" or "nf4" for the frozen linear layers of the blocks.
-        checkpointed: units that are computed twice.
-        keep_attention: of those, the ones that keep the outputs of their attentions.
-        offloaded: of those, the ones whose frozen weights stay in host memory.
-        optimizer_in_backward: each parameter is updated, and its gradient freed, as soon as it is there.
-    """
-
-    precision: str = "fp32"
-    base: str = "same"
-    checkpointed: Units = False
-    keep_attention: Units = False
-    offloaded: Units = False
-    optimizer_in_backward: bool = False
-
-    @classmethod
-    def of(cls, memory: MemoryConfig) -> Levers:
-        """Those of a `memory:` section in which nothing is left to a planner."""
-        return cls(
-            memory.precision,
-            memory.base_precision or "same",
-            memory.gradient_checkpointing or False,
-            memory.keep_attention or False,
-            memory.offload or False,
-            bool(memory.optimizer_in_backward),
-        )
 
 
 def has_masters(precision: str, adapter: AdapterConfig | None) -> bool:
@@ -187,8 +171,8 @@ def fit(
         MissingPackageError: nf4 without bitsandbytes.
     """
     denoiser.requires_grad_(adapter is None)
-    if adapter is None and (levers.base != "same" or levers.offloaded):
-        key = "base_precision" if levers.base != "same" else "offload"
+    if adapter is None and (levers.base_precision != "same" or levers.offload):
+        key = "base_precision" if levers.base_precision != "same" else "offload"
         raise ConfigError(
             "needs a frozen base: it cannot be used where all weights are trained",
             where=f"memory.{key}",
@@ -198,7 +182,9 @@ def fit(
     if adapter is not None:
         add_adapter(denoiser, adapter, list(facts.lora_targets), seed=seed)
     host = _host_weights(denoiser, levers, torch.device(device))
-    checkpoint_units(denoiser, levers.checkpointed, keep_attention=levers.keep_attention, on_unit=on_unit)
+    checkpoint_units(
+        denoiser, levers.gradient_checkpointing, keep_attention=levers.keep_attention, on_unit=on_unit
+    )
     _place(denoiser, device, host)
     learned = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
     fitted = Fitted(denoiser, learned, host, levers.optimizer_in_backward)
@@ -218,8 +204,8 @@ def held_in(adapter: AdapterConfig | None, precision: str) -> torch.dtype:
 
 def as_held(denoiser: nn.Module, adapter: AdapterConfig | None, levers: Levers) -> None:
     """Gives a float32 base the weights that it is trained with: packed, and in the type of the arithmetic."""
-    if levers.base != "same":
-        quantize_base(denoiser, levers.base)
+    if levers.base_precision != "same":
+        quantize_base(denoiser, levers.base_precision)
     held = held_in(adapter, levers.precision)
     if held != torch.float32:
         denoiser.to(held)
@@ -297,7 +283,7 @@ def checkpoint_units(
     Raises:
         ConfigError: a path that is no unit of the denoiser.
     """
-    if chosen is False and on_unit is None:
+    if not chosen and on_unit is None:
         return
     names = {module: name for name, module in denoiser.named_modules()}
     named = {"gradient_checkpointing": chosen, "keep_attention": keep_attention}
@@ -363,28 +349,28 @@ def _has(chosen: Units, name: str) -> bool:
 
 
 def _host_weights(denoiser: nn.Module, levers: Levers, device: torch.device) -> HostWeights | None:
-    if levers.offloaded is False:
+    if not levers.offload:
         return None
-    if levers.offloaded is True:
+    if levers.offload is True:
         raise ConfigError(
             "true lets the planner choose the blocks, and there is none",
             where="memory.offload",
             hint="set memory.budget, or name the blocks",
         )
-    if more := [name for name in levers.offloaded if not _has(levers.checkpointed, name)]:
+    if more := [name for name in levers.offload if not _has(levers.gradient_checkpointing, name)]:
         raise ConfigError(
             f'the block "{more[0]}" is not checkpointed, so its weights would have to stay on the device',
             where="memory.offload",
             hint="name it under memory.gradient_checkpointing too",
         )
     known = dict(denoiser.named_modules())
-    if unknown := [name for name in levers.offloaded if name not in known]:
+    if unknown := [name for name in levers.offload if name not in known]:
         raise ConfigError(
             f'the denoiser has no block "{unknown[0]}"',
             where="memory.offload",
             hint=did_you_mean(unknown[0], known),
         )
-    return HostWeights({name: known[name] for name in levers.offloaded}, device)
+    return HostWeights({name: known[name] for name in levers.offload}, device)
 
 
 class HostWeights:

@@ -9,13 +9,24 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from tunekit.config import CLASS_BATCH
+from tunekit.config.memory import Scale
 from tunekit.errors import DoesNotFit
+from tunekit.memory.decided import Levers
 from tunekit.resources import PACKAGE
 from tunekit.units import format_bytes
 
 VERSION = 1
 PHASES = ("class_pictures", "encode", "first_step", "step", "preview", "save")
+
+SPELLED_ALIKE = (
+    "precision",
+    "micro_batch",
+    "optimizer_in_backward",
+    "encode_on_host",
+    "vae_tiling",
+    "class_batch",
+)
+"""Levers that plan.json, version 1, also has at its top, under the names that they have in `memory:`."""
 
 Phase = dict[str, Any]
 """`{"peak_allocated_bytes", "least_bytes", "ledger"}`; least_bytes is what the allocator needs for it."""
@@ -28,17 +39,14 @@ class Plan:
     Attributes:
         device: name of the card, or title of the device that is here.
         budget_bytes: what may be used.
+        levers: what is done to make it fit; units are named, even if they are all.
+        accumulation: forwards per optimizer step.
+        optimizer: a row of `optimizers`.
+        blocks: number of all checkpointing units.
         device_bytes: what is needed: the allocator's in the largest phase, context and headroom.
         context_bytes: what CUDA and its libraries hold beside the allocator; 0 on the CPU.
         headroom_bytes: what is kept free, because a prediction can be wrong.
-        precision: of the arithmetic.
-        base_precision: of the frozen weights of linear layers: `precision`, "int8" or "nf4".
-        checkpointed_blocks: computed twice.
-        attention_kept_blocks: of those, the ones that keep what their attentions returned.
-        offloaded_blocks: of those, the ones whose weights stay in host memory.
-        host_bytes: what those take there.
-        class_batch: class pictures drawn at once; None where none are drawn.
-        blocks: number of all checkpointing units.
+        host_bytes: page-locked memory of the host, for weights that stay there.
         relative_step_time: to the same job with all the memory it wants.
         moments: one step, for a picture: [phase, ledger].
     """
@@ -46,24 +54,15 @@ class Plan:
     device: str
     budget_bytes: int
     fits: bool
-    micro_batch: int
+    levers: Levers
     accumulation: int
-    precision: str
-    base_precision: str
     optimizer: str
-    optimizer_in_backward: bool
-    checkpointed_blocks: tuple[str, ...]
-    attention_kept_blocks: tuple[str, ...]
-    offloaded_blocks: tuple[str, ...]
-    host_bytes: int
-    encode_on_host: bool
-    vae_tiling: bool
-    class_batch: int | None
     blocks: int
     phases: dict[str, Phase]
     device_bytes: int
     context_bytes: int
     headroom_bytes: int
+    host_bytes: int
     relative_step_time: float
     notes: tuple[str, ...] = ()
     rejected: tuple[dict[str, Any], ...] = ()
@@ -75,72 +74,35 @@ class Plan:
         return max(self.phases, key=lambda name: int(self.phases[name]["least_bytes"]))
 
     @property
-    def packed(self) -> bool:
-        """Whether the base is kept in fewer bits than it computes in."""
-        return self.base_precision != self.precision
+    def scale(self) -> Scale:
+        """What the words of its levers compare with."""
+        return Scale(self.blocks, self.accumulation)
 
     @property
     def approximates(self) -> list[str]:
         """What of it changes a little what is learned."""
-        found = []
-        if self.packed:
-            found.append(f"{self.base_precision} base")
-        if self.optimizer.endswith("8bit"):
-            found.append("8-bit optimizer state")
-        return found
+        eight = ["8-bit optimizer state"] if self.optimizer.endswith("8bit") else []
+        return [*self.levers.approximations(self.scale), *eight]
 
     @property
-    def levers(self) -> list[str]:
+    def measures(self) -> list[str]:
         """What was done to make it fit, in words."""
-        made = []
-        if self.packed:
-            made.append(f"{self.base_precision} base")
-        if self.accumulation > 1:
-            made.append(f"micro-batch {self.micro_batch} x {self.accumulation}")
-        if self.checkpointed_blocks:
-            text = f"{len(self.checkpointed_blocks)} of {self.blocks} blocks checkpointed"
-            if self.attention_kept_blocks:
-                text += f" ({len(self.attention_kept_blocks)} keep their attention)"
-            made.append(text)
-        if self.offloaded_blocks:
-            made.append(f"weights of {len(self.offloaded_blocks)} blocks in host memory")
-        if self.optimizer != "adamw":
-            made.append(self.optimizer)
-        if self.optimizer_in_backward:
-            made.append("optimizer in backward")
-        if self.encode_on_host:
-            made.append("text encoders on the CPU")
-        if self.class_batch is not None and self.class_batch < CLASS_BATCH:
-            made.append(f"class pictures drawn {self.class_batch} at once")
-        if self.vae_tiling:
-            made.append("previews decoded in tiles")
-        return made
+        return measures(self.levers, self.optimizer, self.scale)
 
     @property
     def words(self) -> str:
         """The plan in a line: "bf16, micro-batch 1 x 4, 34 of 86 blocks checkpointed"."""
-        said = [f"{self.precision}"]
+        said = [f"{self.levers.precision}"]
         if self.accumulation == 1:
-            said.append(f"micro-batch {self.micro_batch}")
-        said += self.levers
-        if not self.checkpointed_blocks:
+            said.append(f"micro-batch {self.levers.micro_batch}")
+        said += self.measures
+        if not self.levers.gradient_checkpointing:
             said.append("nothing checkpointed")
         return ", ".join(said)
 
     def memory(self) -> dict[str, Any]:
         """The plan as keys of a `memory:` section, with nothing left open."""
-        return {
-            "precision": self.precision,
-            "base_precision": self.base_precision if self.packed else "same",
-            "micro_batch": self.micro_batch,
-            "gradient_checkpointing": list(self.checkpointed_blocks),
-            "keep_attention": list(self.attention_kept_blocks),
-            "offload": list(self.offloaded_blocks),
-            "optimizer_in_backward": self.optimizer_in_backward,
-            "encode_on_host": self.encode_on_host,
-            "vae_tiling": self.vae_tiling,
-            "class_batch": self.class_batch,
-        }
+        return self.levers.section()
 
     def as_json(self) -> dict[str, Any]:
         """The content of `plan.json`."""
@@ -152,6 +114,8 @@ class Plan:
             }
             for name, found in self.phases.items()
         }
+        memory = self.memory()
+        packed = memory["base_precision"] != "same"
         return {
             "version": VERSION,
             "device": self.device,
@@ -163,20 +127,17 @@ class Plan:
             "context_bytes": self.context_bytes,
             "headroom_bytes": self.headroom_bytes,
             "host_bytes": self.host_bytes,
-            "micro_batch": self.micro_batch,
+            "memory": memory,
             "accumulation": self.accumulation,
-            "precision": self.precision,
-            "base_precision": self.base_precision,
             "optimizer": self.optimizer,
-            "optimizer_in_backward": self.optimizer_in_backward,
-            "checkpointed_blocks": list(self.checkpointed_blocks),
-            "attention_kept_blocks": list(self.attention_kept_blocks),
-            "offloaded_blocks": list(self.offloaded_blocks),
-            "encode_on_host": self.encode_on_host,
-            "vae_tiling": self.vae_tiling,
-            "class_batch": self.class_batch,
             "blocks": self.blocks,
-            "levers": self.levers,
+            # The levers again, as they were spelled before `memory` was there.
+            **{key: memory[key] for key in SPELLED_ALIKE},
+            "base_precision": memory["base_precision" if packed else "precision"],
+            "checkpointed_blocks": memory["gradient_checkpointing"],
+            "attention_kept_blocks": memory["keep_attention"],
+            "offloaded_blocks": memory["offload"],
+            "levers": self.measures,
             "approximates": self.approximates,
             "relative_step_time": round(self.relative_step_time, 4),
             "notes": list(self.notes),
@@ -199,7 +160,16 @@ class Plan:
             if isinstance(value, list):
                 known[name] = tuple(value)
         known["moments"] = tuple((phase, ledger) for phase, ledger in known["moments"])
+        named: dict[str, Any] = dict(known["levers"])
+        for name, value in named.items():
+            named[name] = tuple(value) if isinstance(value, list) else value
+        known["levers"] = Levers(**named)
         return cls(**known)
+
+
+def measures(levers: Levers, optimizer: str, scale: Scale) -> list[str]:
+    """What is done to make a job fit, in words."""
+    return [*levers.words(scale), *([optimizer] if optimizer != "adamw" else [])]
 
 
 @cache

@@ -18,19 +18,20 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunekit.artifacts import write_json
 from tunekit.config import CLASS_BATCH, MemoryConfig
+from tunekit.config.memory import Scale
 from tunekit.memory.choose import choose_units
 from tunekit.memory.costs import Costs, Row, costs, phase_of
+from tunekit.memory.decided import Levers, named
 from tunekit.memory.job import MASTERS, STATE, Job
-from tunekit.memory.levers import Levers
 from tunekit.memory.phases import trace_class_pictures, trace_encode, trace_preview
-from tunekit.memory.plan import PHASES, Phase, Plan, code, versions
+from tunekit.memory.plan import PHASES, Phase, Plan, code, measures, versions
 from tunekit.memory.room import DISPATCH_SECONDS, HOST_LINK, Room
 from tunekit.memory.step import trace_step
 from tunekit.memory.trace import Target
@@ -52,24 +53,56 @@ class Way:
 
     Attributes:
         rank: how far it is from exact: 0 is; 1 int8 base or 8-bit optimizer state; 2 nf4 base.
-        base: "same", "int8" or "nf4".
+        base_precision: "same", "int8" or "nf4".
         optimizer: a row of `optimizers`.
-        in_backward: whether parameters are updated during the backward pass.
+        optimizer_in_backward: whether parameters are updated during the backward pass.
     """
 
     rank: int
-    base: str
+    base_precision: str
     optimizer: str
-    in_backward: bool
+    optimizer_in_backward: bool
+
+
+class _Pair(NamedTuple):
+    """What is searched over: a way, a micro-batch, and the share of units whose weights are on the host."""
+
+    way: Way
+    micro_batch: int
+    away: float
 
 
 @dataclass
 class _Candidate:
+    """A choice for every unit, as it is estimated before it is traced.
+
+    Attributes:
+        seconds: of an optimizer step.
+        least: bytes that the allocator needs, where that is known; else 0.
+    """
+
     seconds: float
     way: Way
-    size: int
     levers: Levers
-    estimate: int
+    least: int
+
+
+@dataclass
+class _Search:
+    """What was looked at on the way to a plan.
+
+    Attributes:
+        name: of the device.
+        seconds: of a step of the unconstrained job.
+        rejected: what the plan shows of it.
+        tried: plans that did not fit.
+    """
+
+    name: str
+    room: Room
+    seconds: float
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    tried: list[Plan] = field(default_factory=list)
 
 
 @dataclass
@@ -97,59 +130,63 @@ class Planner:
         """The fastest plan that fits; if none does, the smallest, with `fits` False."""
         tiers = self._ways(room)
         first = tiers[0][0]
-        largest = self._sizes(first)[0]
-        free = self._levers(first)
-        reference = self._time(room, first, largest, free)
-        rejected: list[dict[str, Any]] = []
-        tried: list[Plan] = []
+        free = self._levers(first, self._sizes(first)[0])
+        search = _Search(name, room, self._time(room, first, free))
         if not self.memory.gradient_checkpointing and not self.memory.offload:
-            plan = self._check(name, room, first, largest, free, 1.0)
+            plan = self._check(name, room, first, free, 1.0)
             if plan.fits:  # nothing is faster than the largest micro-batch with all kept
                 return plan
-            tried.append(plan)
-            if self._hopeless(tried):
+            search.tried.append(plan)
+            if _hopeless(plan):
                 return plan
         if self.memory.approximate == "if_faster":
             tiers = [[way for ways in tiers for way in ways]]
+        plan = self._best(search, tiers) or min(
+            (*search.tried, self.least(name, room)), key=lambda plan: plan.device_bytes
+        )
+        return replace(plan, rejected=tuple(search.rejected[-REJECTED:]))
+
+    def _best(self, search: _Search, tiers: Sequence[Sequence[Way]]) -> Plan | None:
+        """The first plan that fits, tier by tier; those that take more than `PATIENCE` come last."""
         late: list[Plan] = []
+        room = search.room
         for ways in tiers:
-            pairs = [(way, size, 0) for way in ways if self._can_fit(room, way) for size in self._sizes(way)]
+            pairs = [
+                _Pair(way, size, 0) for way in ways if self._can_fit(room, way) for size in self._sizes(way)
+            ]
             if self.memory.offload is True:
                 pairs = []
-            found = self._search(name, room, pairs, reference, rejected, tried)
+            found = self._search(search, pairs)
             if found is not None:
-                for plan in late:
-                    rejected.append(_rejected(plan, "slower, though exact"))
-                return replace(found, rejected=tuple(rejected[-REJECTED:]))
-            if self._hopeless(tried):
+                search.rejected += [_rejected(plan, "slower, though exact") for plan in late]
+                return found
+            if search.tried and _hopeless(search.tried[-1]):
                 break
             pairs = [
-                (way, size, share)
+                _Pair(way, size, share)
                 for way in ways
                 for size in self._sizes(way)
                 for share in AWAY
                 if self._may_offload(room)
             ]
-            found = self._search(name, room, pairs, reference, [], tried)
+            found = self._search(replace(search, rejected=[]), pairs)
             if found is not None:
                 if found.relative_step_time <= PATIENCE or self.memory.offload:
-                    return replace(found, rejected=tuple(rejected[-REJECTED:]))
+                    return found
                 late.append(found)
-        if late:
-            return replace(late[0], rejected=tuple(rejected[-REJECTED:]))
-        smallest = min((*tried, self.least(name, room)), key=lambda plan: plan.device_bytes)
-        return replace(smallest, rejected=tuple(rejected[-REJECTED:]))
+        return late[0] if late else None
 
     def least(self, name: str, room: Room) -> Plan:
         """The plan that needs least, whatever it costs; its time is not looked at (0)."""
         way = self._ways(room)[-1][-1]
         size = self._sizes(way)[-1]
         every = self.memory.gradient_checkpointing is not False
-        levers = self._levers(way, checkpointed=every)
-        plan = self._check(name, room, way, size, levers, 0.0)
-        if every and self._may_offload(room) and not plan.fits and not self._hopeless([plan]):
-            units = plan.checkpointed_blocks
-            plan = self._check(name, room, way, size, self._levers(way, units, False, units), 0.0)
+        levers = self._levers(way, size, gradient_checkpointing=every)
+        plan = self._check(name, room, way, levers, 0.0)
+        if every and self._may_offload(room) and not plan.fits and not _hopeless(plan):
+            units = plan.levers.gradient_checkpointing
+            levers = replace(levers, gradient_checkpointing=units, offload=units)
+            plan = self._check(name, room, way, levers, 0.0)
         return plan
 
     def _ways(self, room: Room) -> list[list[Way]]:
@@ -157,7 +194,7 @@ class Planner:
         memory, adapter = self.memory, self.job.adapter is not None
         allowed = memory.approximate != "never"
         has_nf4 = "bitsandbytes" not in room.lacks
-        bases = [memory.base_precision or "same"]
+        bases: list[str] = [memory.base_precision or "same"]
         if memory.base_precision is None and adapter and allowed:
             bases += ["int8", *(["nf4"] if has_nf4 else [])]
         optimizers = [self.job.optimizer]
@@ -186,53 +223,53 @@ class Planner:
         if self.memory.micro_batch:
             # A pinned micro-batch may be more than this process's share of the batch.
             return [min(self.memory.micro_batch, self.batch_size)]
-        return [self.batch_size] if way.in_backward else divisors(self.batch_size)
+        return [self.batch_size] if way.optimizer_in_backward else divisors(self.batch_size)
 
-    def _levers(
-        self,
-        way: Way,
-        checkpointed: bool | Collection[str] = False,
-        keep_attention: bool | Collection[str] = False,
-        offloaded: bool | Collection[str] = False,
-    ) -> Levers:
-        return Levers(self.job.precision, way.base, checkpointed, keep_attention, offloaded, way.in_backward)
+    def _levers(self, way: Way, micro_batch: int, **units: Any) -> Levers:
+        """Those of a way.
 
-    def _search(
-        self,
-        name: str,
-        room: Room,
-        pairs: Sequence[tuple[Way, int, float]],
-        reference: float,
-        rejected: list[dict[str, Any]],
-        tried: list[Plan],
-    ) -> Plan | None:
-        """The fastest plan that fits, of (way, micro-batch, share of units with weights on the host)."""
+        Args:
+            units: levers that name units.
+        """
+        return Levers(
+            precision=self.job.precision,
+            base_precision=way.base_precision,
+            micro_batch=micro_batch,
+            optimizer_in_backward=way.optimizer_in_backward,
+            **units,
+        )
+
+    def _search(self, search: _Search, pairs: Sequence[_Pair]) -> Plan | None:
+        """The fastest plan that fits, of what is searched over."""
+        room = search.room
         budgets = dict.fromkeys(pairs, room.budget)
         tighter = dict.fromkeys(pairs, LEAST_STEP)
         for _ in range(TRIES * len(pairs)):
             candidates = {
                 pair: found
                 for pair in pairs
-                if (found := self._choose(room, pair[0], pair[1], budgets[pair], pair[2])) is not None
+                if (found := self._choose(room, pair, budgets[pair])) is not None
             }
             if not candidates:
                 return None
-            pair = min(candidates, key=lambda one: (candidates[one].seconds, one[0], one[2], -one[1]))
+            pair = min(
+                candidates, key=lambda one: (candidates[one].seconds, one.way, one.away, -one.micro_batch)
+            )
             best = candidates[pair]
-            ratio = best.seconds / reference
-            plan = self._check(name, room, best.way, best.size, best.levers, ratio)
+            plan = self._check(search.name, room, best.way, best.levers, best.seconds / search.seconds)
             if plan.fits:
                 others = sorted(candidates.values(), key=lambda found: found.seconds)
-                rejected += [
-                    self._slower(room, found, found.seconds / reference)
+                search.rejected += [
+                    self._slower(room, found, found.seconds / search.seconds)
                     for found in others[:REJECTED]
                     if found is not best
                 ]
                 return plan
-            tried.append(plan)
+            search.tried.append(plan)
             over = plan.device_bytes - room.total
-            rejected.append(_rejected(plan, f"{format_bytes(over)} too much in the phase {plan.peak_phase}"))
-            if self._hopeless(tried):
+            why = f"{format_bytes(over)} too much in the phase {plan.peak_phase}"
+            search.rejected.append(_rejected(plan, why))
+            if _hopeless(plan):
                 return None
             if plan.peak_phase == "preview":
                 budgets[pair] = 0  # other checkpoints do not make it smaller; another base does
@@ -242,19 +279,18 @@ class Planner:
 
     def _can_fit(self, room: Room, way: Way) -> bool:
         """Whether the smallest arrangement does; if not, no other has to be traced."""
-        levers = self._levers(way, checkpointed=self.memory.gradient_checkpointing is not False)
-        least = self._costs(room.target, way, self._sizes(way)[-1], levers)
+        every = self.memory.gradient_checkpointing is not False
+        levers = self._levers(way, self._sizes(way)[-1], gradient_checkpointing=every)
+        least = self._costs(room.target, way, levers)
         return bool(least.phases["step"]["peak_allocated_bytes"] <= room.budget)
 
-    def _hopeless(self, tried: Sequence[Plan]) -> bool:
-        """Whether nothing that is chosen for the denoiser can help."""
-        return bool(tried) and not tried[-1].fits and tried[-1].peak_phase in ("class_pictures", "encode")
-
-    def _choose(self, room: Room, way: Way, size: int, budget: int, share: float = 0) -> _Candidate | None:
+    def _choose(self, room: Room, pair: _Pair, budget: int) -> _Candidate | None:
         """The cheapest units to checkpoint, with the weights of a share of the units on the host."""
-        keeping = self._costs(room.target, way, size, self._levers(way))
+        way = pair.way
+        free = self._levers(way, pair.micro_batch)
+        keeping = self._costs(room.target, way, free)
         weights = [keeping.weights[unit] for unit in keeping.units]
-        away = math.ceil(len(weights) * share)
+        away = math.ceil(len(weights) * pair.away)
         moved = _spread(len(weights), away)
         hosted = sum(weights[index] for index in moved)
         if room.host_bytes is not None and hosted > room.host_bytes:
@@ -264,26 +300,26 @@ class Planner:
         host = tuple(keeping.units[index] for index in moved)
         fits = keeping.phases["step"]["peak_allocated_bytes"] <= budget
 
-        def candidate(levers: Levers, estimate: int) -> _Candidate:
-            return _Candidate(self._time(room, way, size, levers), way, size, levers, estimate)
+        def candidate(levers: Levers, least: int) -> _Candidate:
+            return _Candidate(self._time(room, way, levers), way, levers, least)
 
         pinned = self.memory.gradient_checkpointing
         if pinned is False or (pinned is None and fits and not away):
-            return candidate(self._levers(way), keeping.phases["step"]["least_bytes"]) if fits else None
-        states = [self._levers(way, True, False, host)]
+            return candidate(free, keeping.phases["step"]["least_bytes"]) if fits else None
+        states = [replace(free, gradient_checkpointing=True, offload=host)]
         if self.memory.keep_attention is not False:
-            states.append(self._levers(way, True, True, host))
+            states.append(replace(states[0], keep_attention=True))
         if self.memory.keep_attention:
             states = states[1:]
         if pinned:
             for levers in reversed(states):  # the faster first
-                costs = self._costs(room.target, way, size, replace(levers, offloaded=False))
+                costs = self._costs(room.target, way, replace(levers, offload=False))
                 if costs.phases["step"]["peak_allocated_bytes"] <= budget:
                     return candidate(levers, 0 if away else costs.phases["step"]["least_bytes"])
             return None
         others = []
         for levers in states:
-            costs = self._costs(room.target, way, size, replace(levers, offloaded=False))
+            costs = self._costs(room.target, way, replace(levers, offload=False))
             others.append((costs, self._unit_seconds(room, keeping, costs, levers)))
         # A unit whose weights come and go cannot keep what it computed with them.
         saving = {i for i in moved if any(costs.kept[i] < keeping.kept[i] for costs, _ in others)}
@@ -295,15 +331,16 @@ class Planner:
         twice = [name for index, name in enumerate(keeping.units) if chosen[index] or index in moved]
         kept = [name for name, number in zip(keeping.units, chosen, strict=True) if number == len(states)]
         attention = tuple(kept) if states[-1].keep_attention else ()
-        return candidate(self._levers(way, tuple(twice), attention, host), 0)
+        levers = replace(free, gradient_checkpointing=tuple(twice), keep_attention=attention, offload=host)
+        return candidate(levers, 0)
 
     def _may_offload(self, room: Room) -> bool:
         allowed = self.memory.offload is None or self.memory.offload is True
         return allowed and self.job.adapter is not None and room.has_host and room.context > 0
 
-    def _accumulation(self, size: int) -> int:
+    def _accumulation(self, micro_batch: int) -> int:
         """Forwards per optimizer step; the last may be shorter."""
-        return -(-self.batch_size // size)
+        return -(-self.batch_size // micro_batch)
 
     def _unit_seconds(self, room: Room, keeping: Costs, other: Costs, levers: Levers) -> list[float]:
         """What each unit takes longer in a forward and backward pass than in the trace that keeps all."""
@@ -325,125 +362,109 @@ class Planner:
             for unit, (before, after) in enumerate(zip(per_unit(keeping), per_unit(other), strict=True))
         ]
 
-    def _time(self, room: Room, way: Way, size: int, levers: Levers) -> float:
+    def _time(self, room: Room, way: Way, levers: Levers) -> float:
         """Predicted seconds of an optimizer step."""
-        keeping = self._costs(room.target, way, size, self._levers(way))
+        size = _size(levers)
+        keeping = self._costs(room.target, way, self._levers(way, size))
         passes = [row for row in keeping.work if row[0] != "optimizer"]
         once = [row for row in keeping.work if row[0] == "optimizer"]
         more = 0.0
-        for kept in (False, True):
-            twice = _units(levers.checkpointed, keeping.units)
-            attention = _units(levers.keep_attention, keeping.units) & twice
-            chosen = attention if kept else twice - attention
+        twice = named(levers.gradient_checkpointing, keeping.units)
+        attention = named(levers.keep_attention, keeping.units) & twice
+        for kept, chosen in ((False, twice - attention), (True, attention)):
             if chosen:
-                state = self._levers(way, True, kept)
-                costs = self._costs(room.target, way, size, state)
+                state = self._levers(way, size, gradient_checkpointing=True, keep_attention=kept)
+                costs = self._costs(room.target, way, state)
                 seconds = self._unit_seconds(room, keeping, costs, state)
                 more += sum(one for name, one in zip(keeping.units, seconds, strict=True) if name in chosen)
         one = room.speed.seconds(passes) / keeping.passes + more
-        if levers.offloaded:
+        if levers.offload:
             # A unit's weights visit twice, meanwhile others compute.
-            visits = 2 * sum(keeping.weights[name] for name in _units(levers.offloaded, keeping.units))
+            visits = 2 * sum(keeping.weights[name] for name in named(levers.offload, keeping.units))
             one = max(one, visits / HOST_LINK)
         return one * self._accumulation(size) + room.speed.seconds(once)
 
-    def _check(self, name: str, room: Room, way: Way, size: int, levers: Levers, ratio: float) -> Plan:
+    def _check(self, name: str, room: Room, way: Way, levers: Levers, ratio: float) -> Plan:
         """The plan as it would run, traced and replayed."""
-        whole = self._costs(room.target, way, size, levers)
-        on_host, encode = self._encode(room, way)
-        phases = {"encode": encode, **whole.phases}
-        tiled = bool(self.memory.vae_tiling)
-        class_batch = None
-        if self.job.class_pictures is not None:
-            class_batch, phases["class_pictures"] = self._class_pictures(room)
-        if self.job.preview is not None:
-            ledger = whole.phases["save"]["ledger"]
-            held = sum(ledger.get(part, 0) for part in (MASTERS, STATE))
-            tiled, phases["preview"] = self._preview(room, levers, held)
+        whole = self._costs(room.target, way, levers)
+        levers, around = self._around(room, levers.among(whole.units), whole)
+        phases = {**around, **whole.phases}
         phases = {key: phases[key] for key in PHASES if key in phases}
         least = max(int(found["least_bytes"]) for found in phases.values())
         need = room.needed(least)
-        twice = _units(levers.checkpointed, whole.units)
-        kept = _units(levers.keep_attention, whole.units) & twice
-        away = _units(levers.offloaded, whole.units)
         return Plan(
             device=name,
             budget_bytes=room.total,
             fits=need <= room.total,
-            micro_batch=size,
-            accumulation=self._accumulation(size),
-            precision=self.job.precision,
-            base_precision=self.job.precision if way.base == "same" else way.base,
+            levers=levers,
+            accumulation=self._accumulation(_size(levers)),
             optimizer=way.optimizer,
-            optimizer_in_backward=way.in_backward,
-            checkpointed_blocks=tuple(unit for unit in whole.units if unit in twice),
-            attention_kept_blocks=tuple(unit for unit in whole.units if unit in kept),
-            offloaded_blocks=tuple(unit for unit in whole.units if unit in away),
-            host_bytes=sum(whole.weights[unit] for unit in away),
-            encode_on_host=on_host,
-            vae_tiling=tiled,
-            class_batch=class_batch,
             blocks=len(whole.units),
             phases=phases,
             device_bytes=need,
             context_bytes=room.context,
             headroom_bytes=need - least - room.context,
+            host_bytes=sum(whole.weights[unit] for unit in named(levers.offload, whole.units)),
             relative_step_time=ratio,
             moments=tuple(whole.moments),
         )
 
+    def _around(self, room: Room, levers: Levers, whole: Costs) -> tuple[Levers, dict[str, Phase]]:
+        """The phases beside the steps, and the levers with what was chosen for those."""
+        phases: dict[str, Phase] = {}
+        on_host, phases["encode"] = self._encode(room, levers)
+        levers = replace(levers, encode_on_host=on_host, vae_tiling=bool(self.memory.vae_tiling))
+        if self.job.class_pictures is not None:
+            count, phases["class_pictures"] = self._class_pictures(room)
+            levers = replace(levers, class_batch=count)
+        if self.job.preview is not None:
+            ledger = whole.phases["save"]["ledger"]
+            held = sum(ledger.get(part, 0) for part in (MASTERS, STATE))
+            tiled, phases["preview"] = self._preview(room, levers, held)
+            levers = replace(levers, vae_tiling=tiled)
+        return levers, phases
+
     def _slower(self, room: Room, found: _Candidate, ratio: float) -> dict[str, Any]:
-        accumulation = self._accumulation(found.size)
-        units = found.levers.checkpointed
-        levers = [] if found.way.base == "same" else [f"{found.way.base} base"]
-        if accumulation > 1:
-            levers.append(f"micro-batch {found.size} x {accumulation}")
-        if units:
-            levers.append("all blocks checkpointed" if units is True else f"{len(units)} blocks checkpointed")
-        if found.way.in_backward:
-            levers.append("optimizer in backward")
-        need = room.needed(found.estimate) if found.estimate else None
+        size = _size(found.levers)
+        units = self._costs(room.target, found.way, self._levers(found.way, size)).units
+        scale = Scale(len(units), self._accumulation(size))
         return {
-            "levers": levers,
-            "device_bytes": need,
+            "levers": measures(found.levers.among(units), found.way.optimizer, scale),
+            "device_bytes": room.needed(found.least) if found.least else None,
             "relative_step_time": round(ratio, 4),
             "why": "not faster",
         }
 
     # Traces, made once
 
-    def _costs(self, target: Target, way: Way, size: int, levers: Levers) -> Costs:
-        levers = replace(
-            levers,
-            checkpointed=levers.checkpointed or False,
-            keep_attention=levers.keep_attention or False,
-            offloaded=levers.offloaded or False,
-        )
+    def _costs(self, target: Target, way: Way, levers: Levers) -> Costs:
+        """Of a step; what has nothing to do with it must be left out of the levers."""
+        levers = Levers.of(levers.section())
+        size = _size(levers)
         job = replace(self.job, optimizer=way.optimizer)
-        several = self.batch_size > size
 
         def make() -> dict[str, Any]:
-            self.say(
-                f"tracing a step of micro-batch {size}" + ("" if way.base == "same" else f", {way.base} base")
-            )
+            base = "" if levers.base_precision == "same" else f", {levers.base_precision} base"
+            self.say(f"tracing a step of micro-batch {size}{base}")
             accumulation = self._accumulation(size)
-            traced = trace_step(job, target, levers, micro_batch=size, accumulation=accumulation)
+            traced = trace_step(job, target, levers, accumulation=accumulation)
             return asdict(costs(traced, target, min(accumulation, 2)))
 
-        key = ["step", asdict(target), size, several, asdict(levers)]
+        key = ["step", asdict(target), self.batch_size > size, asdict(levers)]
         return Costs.load(self._made(key, make, job))
 
-    def _encode(self, room: Room, way: Way) -> tuple[bool, Phase]:
+    def _encode(self, room: Room, levers: Levers) -> tuple[bool, Phase]:
         """Whether captions are encoded on the CPU, and the phase."""
-        base = way.base if room.target.name == "cpu" else "same"  # elsewhere the denoiser is on the host
+        plain = Levers(self.job.precision)
+        if room.target.name == "cpu":  # elsewhere the denoiser is not there
+            plain = replace(plain, base_precision=levers.base_precision)
 
         def phase(on_host: bool) -> Phase:
             def make() -> Phase:
-                levers = Levers(self.job.precision, base)
-                traced = trace_encode(self.job, room.target, levers, captions_on_host=on_host)
+                traced = trace_encode(self.job, room.target, plain, captions_on_host=on_host)
                 return phase_of(traced, ("encode",), room.target)
 
-            return self._made(["encode", asdict(room.target), base, on_host], make, self.job)
+            return self._made(["encode", asdict(room.target), asdict(plain), on_host], make, self.job)
 
         pinned = self.memory.encode_on_host
         if pinned is None and room.context:
@@ -469,9 +490,9 @@ class Planner:
 
     def _preview(self, room: Room, levers: Levers, held: int) -> tuple[bool, Phase]:
         """Whether previews are decoded in tiles, and the phase."""
-        plain = replace(levers, checkpointed=False, keep_attention=False, optimizer_in_backward=False)
-        if levers.offloaded:
-            plain = replace(plain, checkpointed=levers.offloaded)
+        plain = Levers(self.job.precision, levers.base_precision)
+        if levers.offload:
+            plain = replace(plain, gradient_checkpointing=levers.offload, offload=levers.offload)
 
         def phase(tiled: bool) -> Phase:
             def make() -> Phase:
@@ -510,8 +531,14 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(number, 0, -1) if number % size == 0]
 
 
-def _units(chosen: bool | Collection[str], units: Sequence[str]) -> set[str]:
-    return set(units) if chosen is True else set(chosen or ())
+def _hopeless(plan: Plan) -> bool:
+    """Whether nothing that is chosen for the denoiser can help."""
+    return not plan.fits and plan.peak_phase in ("class_pictures", "encode")
+
+
+def _size(levers: Levers) -> int:
+    assert levers.micro_batch is not None
+    return levers.micro_batch
 
 
 def _spread(number: int, count: int) -> list[int]:
@@ -521,7 +548,7 @@ def _spread(number: int, count: int) -> list[int]:
 
 def _rejected(plan: Plan, why: str) -> dict[str, Any]:
     return {
-        "levers": plan.levers,
+        "levers": plan.measures,
         "device_bytes": plan.device_bytes,
         "relative_step_time": round(plan.relative_step_time, 4),
         "why": why,

@@ -64,20 +64,12 @@ def adapted(job: Job, levers: Levers, device: str = "meta", on_unit: OnUnit | No
     return fitted
 
 
-def trace_step(
-    job: Job,
-    target: Target,
-    levers: Levers | None = None,
-    *,
-    micro_batch: int,
-    accumulation: int = 1,
-) -> StepTrace:
+def trace_step(job: Job, target: Target, levers: Levers | None = None, *, accumulation: int = 1) -> StepTrace:
     """Follows two optimizer steps.
 
     Args:
         target: whose allocations are predicted.
-        levers: default none, at the job's precision.
-        micro_batch: samples per forward.
+        levers: default none, at the job's precision; without a micro-batch, of one sample.
         accumulation: forwards per optimizer step; beyond the second nothing new is held.
     """
     levers = levers or Levers(job.precision)
@@ -88,7 +80,7 @@ def trace_step(
     parameters = list(fitted.parameters.values())
     _watch(tracer, fitted)
     update = _updater(job, target, fitted, tracer)
-    batch = job.batch(micro_batch)
+    batch = job.batch(levers.micro_batch or 1)
     with tracer:
         _label(tracer, job, task)
         tracer.label(batch.tensors(), "inputs")
