@@ -111,8 +111,10 @@ def trace_class_pictures(job: Job, target: Target, batch: int) -> Trace:
     """
     if job.class_pictures is None:
         raise ValueError("this job draws no class pictures")
-    family, dtype = job.sizes.family, DTYPES[job.precision]
-    dtypes = family.facts.drawing_dtypes(dtype)
+    family = job.sizes.family
+    # They are drawn with the base as it was opened for training.
+    dtype = torch.float32 if job.adapter is None else DTYPES[job.precision]
+    dtypes = family.facts.dtypes(dtype)
     built = {part.name: part.build().to(dtypes[part.name]) for part in job.sizes.networks}
     pipeline = job.sizes.pipeline(built=built)
     encoders = [built[part.name] for part in job.sizes.encoders]

@@ -33,6 +33,7 @@ from torch import Tensor
 from tunekit import optimizers
 from tunekit.artifacts import atomic_folder, clean_leftovers, remove_folder, write_json
 from tunekit.config import ObjectiveConfig, TrainingRunConfig
+from tunekit.config.memory import free_on_resume
 from tunekit.data.images import Sample
 from tunekit.errors import ArtifactError, ResumeError, output_errors
 
@@ -50,22 +51,12 @@ FREE = (
     "data.class_path",
     "data.validation",
     "data.cache",
-    "memory.device",
-    "memory.budget",
-    "memory.micro_batch",
-    "memory.gradient_checkpointing",
-    "memory.keep_attention",
-    "memory.offload",
-    "memory.encode_on_host",
-    "memory.vae_tiling",
-    "memory.class_batch",
-    "memory.approximate",  # what was chosen is compared, not what might have been
-    "memory.on_oom",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.validate_every",
     "train.log_every",
     "train.trackers",
+    *free_on_resume(),
 )
 """Keys that do not change what is learned: they may differ between the lives of one run."""
 
