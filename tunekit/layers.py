@@ -244,18 +244,6 @@ def quantize(
     return [name for name, _ in layers]
 
 
-def dequantize(module: nn.Module) -> list[str]:
-    """Makes every quantized layer below `module` a float one; returns their names."""
-    done = [
-        (name, layer)
-        for name, layer in module.named_modules()
-        if isinstance(layer, QuantLinear | QuantConv2d)
-    ]
-    for name, layer in done:
-        _replace(module, name, dequantize_layer(layer))
-    return [name for name, _ in done]
-
-
 def block_linears(denoiser: nn.Module) -> list[str]:
     """Names of the float linear layers that stand in lists of blocks.
 

@@ -28,7 +28,7 @@ def quiet_libraries() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module=r"tunekit|__main__")
-    for name in ("bitsandbytes", "torch.distributed", "torch.utils._pytree", "torchao"):
+    for name in ("bitsandbytes", "torch.distributed", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
