@@ -465,9 +465,9 @@ def test_plan_says_what_is_wrong(
 
 def test_families_that_are_planned_only(here: Path, tunekit_command: Command):
     for command in ("check", "run"):
-        done = tunekit_command(command, "sdxl/lora", f"data.path={here}")
+        done = tunekit_command(command, "sd3/lora", f"data.path={here}")
         assert done.returncode == 2
-        assert 'the family "sdxl" can be planned (tunekit plan), but not be run yet' in done.stderr
+        assert 'the family "sd3" can be planned (tunekit plan), but not be run yet' in done.stderr
 
 
 def test_a_run_is_planned_within_its_budget(
