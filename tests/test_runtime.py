@@ -388,6 +388,47 @@ def test_a_missing_package(
     assert f'pip install "tunekit[{extra}]"' in message and "\n" not in message
 
 
+def test_an_engine_takes_as_many_rows_as_its_inputs_with_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table of positions is as long as there are tokens, and says nothing about rows."""
+    from contextlib import nullcontext
+
+    from tunekit.runtime import tensorrt
+
+    profile = {"sample": [(1, 5, 3), (2, 5, 3), (8, 5, 3)], "positions": [(5, 3)] * 3}
+
+    class Engine:
+        num_io_tensors = 3
+
+        def __getattr__(self, name: str) -> Any:
+            names = ["sample", "positions", "out"]
+            return {
+                "get_tensor_name": lambda index: names[index],
+                "get_tensor_mode": lambda name: "out" if name == "out" else "in",
+                "get_tensor_dtype": lambda name: np.float32,
+                "get_tensor_shape": lambda name: (-1, 5, 3) if name != "positions" else (-1, 3),
+                "get_tensor_profile_shape": lambda name, index: profile[name],
+                "create_execution_context": lambda: "a context",
+            }[name]
+
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda content: Engine())
+    package = SimpleNamespace(
+        Logger=type("Logger", (), {"ERROR": 0, "__init__": lambda self, level: None}),
+        Runtime=lambda log: runtime,
+        TensorIOMode=SimpleNamespace(INPUT="in"),
+        nptype=lambda kind: kind,
+    )
+    monkeypatch.setattr(tensorrt, "require", lambda *names, **options: package)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    file = tmp_path / "sm89.engine"
+    file.write_bytes(b"engine")
+    assert tensorrt.EngineGraph(file, torch.device("cpu")).max_rows == 5  # nobody told it better
+    (tmp_path / "config.json").write_text('{"unbatched_inputs": ["positions"]}')
+    graph = tensorrt.EngineGraph(file, torch.device("cpu"))
+    assert graph.max_rows == 8 and graph.unbatched == {"positions"}
+
+
 def test_engines_for_another_card(engines: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -14,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tunekit.artifacts import Artifact
 from tunekit.errors import ChainError, DeviceError, ModelError
 from tunekit.passes.base import Context, check_chain, parse_chain, run_chain
+from tunekit.passes.build_tensorrt import _input_shapes
 from tunekit.runtime import open_runtime
 
 needs_tensorrt = pytest.mark.skipif(
@@ -49,6 +51,47 @@ def test_one_engine_per_capability(tiny_onnx: Path, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(DeviceError, match="NVIDIA RTX cards"):
             open_runtime(made)
+
+
+@needs_tensorrt
+def test_it_builds_for_a_model_with_two_text_encoders(
+    tiny_onnxs: Callable[[str], Path], tmp_path: Path
+) -> None:
+    chain = parse_chain([{"build_tensorrt": {"devices": ["rtx-4090"], "batch": [1, 1, 3]}}])
+    source = Artifact.load(tiny_onnxs("sdxl"))
+    made = run_chain(chain, source, Context(run_dir=tmp_path, say=lambda line: None))
+    assert made.path is not None
+    built = {path.parent.name for path in made.path.glob("*/sm89.engine")}
+    assert built == {*COMPONENTS, "text_encoder_2"}
+    assert {"tokenizer", "tokenizer_2", "scheduler"} <= {path.name for path in made.path.iterdir()}
+    shapes = json.loads((made.path / "engines.json").read_text())["shapes"]
+    for encoder in ("text_encoder", "text_encoder_2"):
+        assert shapes[encoder] == {"input_ids": [[1, 40], [1, 40], [3, 40]]}
+    assert shapes["unet"] == {
+        "sample": [[1, 4, 8, 8], [2, 4, 16, 16], [6, 4, 16, 16]],
+        "encoder_hidden_states": [[1, 40, 80], [2, 40, 80], [6, 40, 80]],
+        "text_embeds": [[1, 24], [2, 24], [6, 24]],
+        "time_ids": [[1, 6], [2, 6], [6, 6]],
+    }
+
+
+def test_axes_are_as_long_as_what_the_encoders_give(tmp_path: Path) -> None:
+    import torch
+
+    inputs = {"sample": ["batch", 4, "height", "width"], "states": ["batch", "words", 8], "ids": ["words", 3]}
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, axes) for name, axes in inputs.items()]
+    node = helper.make_node("Identity", ["sample"], ["out"])
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, inputs["sample"])
+    onnx.save(helper.make_model(helper.make_graph([node], "unet", values, [out])), tmp_path / "model.onnx")
+    axes = {"batch": (1, 2, 6), "height": (8, 16, 16), "width": (8, 8, 16)}
+    known = {"states": torch.empty(1, 11, 8), "ids": torch.empty(11, 3)}
+    assert _input_shapes(tmp_path / "model.onnx", axes, known) == {
+        "sample": [(1, 4, 8, 8), (2, 4, 16, 8), (6, 4, 16, 16)],
+        "states": [(1, 11, 8), (2, 11, 8), (6, 11, 8)],
+        "ids": [(11, 3)] * 3,
+    }
+    with pytest.raises(ModelError, match="input states has an axis 'words'; known are batch, height, width"):
+        _input_shapes(tmp_path / "model.onnx", axes, {})
 
 
 def _folder_with(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,15 +20,32 @@ from tunekit.config import SamplingConfig
 from tunekit.diffusion.metrics import psnr_db, relative_error
 from tunekit.errors import ChainError, MissingPackageError, ModelError
 from tunekit.passes.base import Context, parse_chain, run_chain
-from tunekit.passes.export_onnx import check_inputs, export_component, graph_error
-from tunekit.runtime import generate_pixels, open_runtime
+from tunekit.passes.export_onnx import check_inputs, export_component, graph_config, graph_error
+from tunekit.runtime import GraphModule, generate_pixels, open_runtime
 
 ROOT = Path(__file__).resolve().parents[2]
-SIGNATURES = {
-    "text_encoder": (["input_ids"], ["last_hidden_state", "pooler_output"]),
-    "unet": (["sample", "timestep", "encoder_hidden_states"], ["out_sample"]),
+VAE = {
     "vae_encoder": (["sample"], ["latent_parameters"]),
     "vae_decoder": (["latent_sample"], ["sample"]),
+}
+SD = {
+    "text_encoder": (["input_ids"], ["last_hidden_state", "pooler_output"]),
+    "unet": (["sample", "timestep", "encoder_hidden_states"], ["out_sample"]),
+    **VAE,
+}
+STATES = [f"hidden_states.{index}" for index in range(4)]
+SIGNATURES = {
+    "sd15": SD,
+    "sd2": SD,
+    "sdxl": {
+        "text_encoder": (["input_ids"], ["last_hidden_state", "pooler_output", *STATES[:3]]),
+        "text_encoder_2": (["input_ids"], ["text_embeds", "last_hidden_state", *STATES]),
+        "unet": (
+            ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"],
+            ["out_sample"],
+        ),
+        **VAE,
+    },
 }
 
 
@@ -33,28 +53,46 @@ def axes(value: onnx.ValueInfoProto) -> list[str | int]:
     return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
 
 
-def test_layout_and_names_are_those_that_other_programs_expect(tiny_onnx: Path) -> None:
-    index = json.loads((tiny_onnx / "model_index.json").read_text())
-    assert index["_class_name"] == "StableDiffusionPipeline"
-    assert index["tokenizer"] == ["transformers", "CLIPTokenizer"]
-    # Tokenizers of transformers 4 know only these two files.
-    assert {"vocab.json", "merges.txt"} <= {path.name for path in (tiny_onnx / "tokenizer").iterdir()}
-    assert (tiny_onnx / "scheduler" / "scheduler_config.json").is_file()
-    for component, (inputs, outputs) in SIGNATURES.items():
-        graph = onnx.load(tiny_onnx / component / "model.onnx").graph
+def test_layout_and_names_are_those_that_other_programs_expect(
+    family: Any, tiny_onnxs: Callable[[str], Path]
+) -> None:
+    folder, facts = tiny_onnxs(family.name), family.facts
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == facts.pipeline_class
+    for encoder in facts.encoders:
+        assert index[encoder.tokenizer] == ["transformers", "CLIPTokenizer"]
+        # Tokenizers of transformers 4 know only these two files.
+        there = {path.name for path in (folder / encoder.tokenizer).iterdir()}
+        assert {"vocab.json", "merges.txt"} <= there
+    assert (folder / "scheduler" / "scheduler_config.json").is_file()
+    signatures = SIGNATURES[family.name]
+    assert {path.parent.name for path in folder.glob("*/model.onnx")} == set(signatures)
+    for component, (inputs, outputs) in signatures.items():
+        graph = onnx.load(folder / component / "model.onnx").graph
         assert [value.name for value in graph.input] == inputs
         assert [value.name for value in graph.output] == outputs
         assert index[component] == ["diffusers", "OnnxRuntimeModel"]
         assert not graph.value_info, "onnxruntime's quantizer trips over shapes in between"
-    unet = {value.name: value for value in onnx.load(tiny_onnx / "unet" / "model.onnx").graph.input}
+        assert "unbatched_inputs" not in json.loads((folder / component / "config.json").read_text())
+    unet = {value.name: value for value in onnx.load(folder / "unet" / "model.onnx").graph.input}
     assert axes(unet["sample"]) == ["batch", 4, "height", "width"]
-    assert axes(unet["encoder_hidden_states"]) == ["batch", "sequence", 32]
+    assert axes(unet["encoder_hidden_states"])[:2] == ["batch", "sequence"]
     assert len(axes(unet["timestep"])) == 1
-    text = onnx.load(tiny_onnx / "text_encoder" / "model.onnx").graph.input[0]
+    text = onnx.load(folder / "text_encoder" / "model.onnx").graph.input[0]
     assert text.type.tensor_type.elem_type == onnx.TensorProto.INT32
-    assert "time_cond_proj_dim" in json.loads((tiny_onnx / "unet" / "config.json").read_text())
-    for vae in ("vae_encoder", "vae_decoder"):
-        assert json.loads((tiny_onnx / vae / "config.json").read_text())["scaling_factor"] == 0.5
+    assert "time_cond_proj_dim" in json.loads((folder / "unet" / "config.json").read_text())
+    for vae in VAE:
+        assert json.loads((folder / vae / "config.json").read_text())["scaling_factor"] == 0.5
+
+
+def test_the_pipelines_own_settings_stay(tiny_onnxs: Callable[[str], Path]) -> None:
+    index = json.loads((tiny_onnxs("sdxl") / "model_index.json").read_text())
+    assert index["force_zeros_for_empty_prompt"] is True and index["image_encoder"] == [None, None]
+    assert "safety_checker" not in index
+    runtime = open_runtime(tiny_onnxs("sdxl"), device="cpu")
+    assert all((value == 0).all() for value in runtime.encode_prompt([""]).values())
+    index = json.loads((tiny_onnxs("sd15") / "model_index.json").read_text())
+    assert index["safety_checker"] == [None, None] and index["requires_safety_checker"] is False
 
 
 def test_graphs_do_not_tell_about_this_machine(tiny_onnx: Path) -> None:
@@ -73,31 +111,39 @@ def test_metrics_are_recorded(tiny_onnx: Path) -> None:
     assert 0 < metrics["relative_error"] <= 1e-4  # type: ignore[operator]
     assert metrics["size_bytes"] == artifact.size_bytes > 1_000_000
     assert metrics["nodes"] == sum(row["nodes"] for row in artifact.step.details["components"]) > 500
-    assert {row["component"] for row in artifact.step.details["components"]} == set(SIGNATURES)
+    assert {row["component"] for row in artifact.step.details["components"]} == set(SD)
 
 
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 64, 64), (3, 96, 40), (2, 8, 128)])
 def test_components_equal_torch_at_other_sizes(
-    tiny_source: Path, tiny_onnx: Path, batch: int, height: int, width: int
+    family: Any,
+    tiny_sources: Callable[[str], Path],
+    tiny_onnxs: Callable[[str], Path],
+    batch: int,
+    height: int,
+    width: int,
 ) -> None:
-    torch_side, onnx_side = open_runtime(tiny_source, family="sd15"), open_runtime(tiny_onnx)
+    torch_side = open_runtime(tiny_sources(family.name), family=family.name, device="cpu")
+    onnx_side = open_runtime(tiny_onnxs(family.name), device="cpu")
     texts = ["a red cat", "the moon", ""][:batch]
-    known = torch_side.encode_prompt(texts)
+    encoded, known = (side.encode_prompt(texts) for side in (onnx_side, torch_side))
+    told = family.conditioning(known, families.Frame.whole(height, width).rows(batch))
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(batch, *torch_side.latent_shape(height, width), generator=generator)
     pixels = torch.rand(batch, 3, height, width, generator=generator) * 2 - 1
     errors = {
-        "text_encoder": relative_error(
-            onnx_side.encode_prompt(texts)["encoder_hidden_states"], known["encoder_hidden_states"]
-        ),
+        **{name: relative_error(encoded[name], value) for name, value in known.items()},
         "unet": max(
-            relative_error(onnx_side.denoise(latents, step, known), torch_side.denoise(latents, step, known))
+            relative_error(onnx_side.denoise(latents, step, told), torch_side.denoise(latents, step, told))
             for step in (999, 500, 1)
         ),
         "vae_encoder": relative_error(onnx_side.encode_image(pixels), torch_side.encode_image(pixels)),
         "vae_decoder": relative_error(onnx_side.decode(latents), torch_side.decode(latents)),
     }
-    print(f"{batch} x {height} x {width}:", {name: f"{error:.2g}" for name, error in errors.items()})
+    print(
+        f"{family.name}, {batch} x {height} x {width}:",
+        {key: f"{value:.2g}" for key, value in errors.items()},
+    )
     assert max(errors.values()) <= 1e-4
 
 
@@ -135,6 +181,68 @@ def test_pruned_in_fp16(tiny_source: Path, tmp_path: Path) -> None:
     wanted = generate_pixels(open_runtime(next(tmp_path.glob("01-prune-*"))), ["a cat"], seeds=[1])
     assert drawn.shape[-2:] == (32, 32)
     assert psnr_db(drawn, wanted) > 40
+
+
+def test_what_overflows_stays_in_fp32(tiny_sources: Callable[[str], Path], tmp_path: Path) -> None:
+    """SDXL's autoencoder, both graphs of it."""
+    source = open_artifact(tiny_sources("sdxl"), family="sdxl")
+    chain = parse_chain([{"export_onnx": {"dtype": "fp16"}}])
+    made = run_chain(chain, source, Context(run_dir=tmp_path, say=lambda line: None))
+    assert made.step is not None
+    rows = {row["component"]: row for row in made.step.details["components"]}
+    print({name: f"{row['relative_error']:.2g}" for name, row in rows.items()})
+    assert {name for name, row in rows.items() if row["dtype"] == "fp32"} == set(VAE)
+    for name, row in rows.items():
+        graph = onnx.load(Path(made.source) / name / "model.onnx").graph
+        large = [tensor for tensor in graph.initializer if np.prod(tensor.dims) > 100]
+        types = {tensor.data_type for tensor in large}
+        whole = row["dtype"] == "fp32"
+        assert types == {onnx.TensorProto.FLOAT if whole else onnx.TensorProto.FLOAT16}
+        assert row["relative_error"] < (1e-4 if whole else 3e-2)
+    assert generate_pixels(open_runtime(made, device="cpu"), ["a cat"], seeds=[1]).isfinite().all()
+
+
+class Positioned(torch.nn.Module):
+    """Rows of tokens, and a table of positions that is the same for all rows."""
+
+    def forward(self, sample: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return sample + positions.sin()
+
+
+@pytest.mark.parametrize("provider", ["onnxruntime", "openvino"])
+def test_positions_are_not_cut_like_rows(provider: str, tmp_path: Path) -> None:
+    if provider == "openvino":
+        pytest.importorskip("openvino")
+    generator = torch.Generator().manual_seed(0)
+    sample, positions = (torch.randn(*shape, generator=generator) for shape in ((2, 6, 3), (6, 3)))
+    component = families.ExportComponent(
+        name="unet",
+        component="unet",
+        module=Positioned(),
+        inputs={"sample": sample, "positions": positions, "timestep": torch.zeros(1)},
+        dynamic={"sample": {0: "batch", 1: "tokens"}, "positions": {0: "tokens"}},
+        outputs=["out"],
+        config={"a": 1},
+    )
+    config = graph_config(component)
+    assert config == {"a": 1, "unbatched_inputs": ["positions"]}  # a timestep is one row for all
+    exported = replace(component, inputs={"sample": sample, "positions": positions})
+    export_component(exported, tmp_path / "unet")
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
+    file = tmp_path / "unet" / "model.onnx"
+    graph: Any
+    if provider == "openvino":
+        from tunekit.runtime.openvino import OpenVinoGraph
+
+        graph = OpenVinoGraph(file, "CPU", torch.float32, 1)
+    else:
+        from tunekit.runtime.onnx import OrtGraph
+
+        graph = OrtGraph(file, [("CPUExecutionProvider", {})], 1)
+    graph.max_rows = 2
+    rows, table = torch.randn(3, 4, 3, generator=generator), torch.randn(4, 3, generator=generator)
+    made = GraphModule(graph, config)(rows, table, return_dict=False)[0]
+    assert torch.allclose(made, rows + table.sin(), atol=1e-6)
 
 
 def test_weights_above_the_threshold_go_beside_the_graph(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,12 +25,13 @@ from tunekit.passes.verify import Verify
 
 
 class Damage(Pass):
-    """Adds a share of noise to the denoiser's weights."""
+    """Adds a share of noise to the weights of one part."""
 
     kind: ClassVar[str] = "damage"
     accepts: ClassVar[frozenset[str]] = frozenset({"torch"})
 
     share: float
+    part: str = "unet"
 
     def run(self, artifact: Artifact, context: Context) -> Outcome:
         import torch
@@ -38,17 +39,19 @@ class Damage(Pass):
         family = families.get(context.family)
         pipeline = family.load(artifact.source)
         generator = torch.Generator().manual_seed(0)
-        for parameter in family.denoiser(pipeline).parameters():
+        for parameter in getattr(pipeline, self.part).parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data += self.share * parameter.std(correction=0) * noise
         family.save(pipeline, context.folder)
         return Outcome()
 
 
-def chain(source: Path, tmp_path: Path, passes: Sequence[Pass], **options: Any) -> Artifact:
+def chain(
+    source: Path, tmp_path: Path, passes: Sequence[Pass], *, family: str = "sd15", **options: Any
+) -> Artifact:
     return run_chain(
         passes,
-        open_artifact(source, family="sd15"),
+        open_artifact(source, family=family),
         Context(run_dir=tmp_path, prompts=("a cat", "the moon"), **options),
     )
 
@@ -170,6 +173,26 @@ def test_parent_and_first_are_different_references(tiny_source: Path, tmp_path: 
     made = chain(tiny_source, tmp_path, passes)
     parent, first = (step.metrics["relative_error_denoiser"] for step in made.lineage[-2:])
     assert parent < first  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "unet", "vae"])
+def test_an_error_is_placed(part: str, tiny_sources: Callable[[str], Path], tmp_path: Path) -> None:
+    """With two text encoders, too: each has its own figure."""
+    passes = [Damage(share=0.1, part=part), Verify(pictures=1, steps=2)]
+    made = chain(tiny_sources("sdxl"), tmp_path, passes, family="sdxl", device="cpu")
+    assert made.step is not None
+    prefix = "relative_error_"
+    errors = {
+        name.removeprefix(prefix): value
+        for name, value in made.step.metrics.items()
+        if name.startswith(prefix) and not name.endswith("trajectory")
+    }
+    assert set(errors) == {"text_encoder", "text_encoder_2", "denoiser", "vae_encoder", "vae_decoder"}
+    damaged = {"unet": {"denoiser"}, "vae": {"vae_encoder", "vae_decoder"}}.get(part, {part})
+    assert {name for name, error in errors.items() if error > 1e-3} == damaged  # type: ignore[operator]
+    assert all(error == 0 for name, error in errors.items() if name not in damaged)
+    rows = made.step.details["components"]
+    assert {row["batch"] for row in rows if row["component"] == "text_encoder_2"} == {1, 2, 3}
 
 
 def test_a_broken_file_is_found(tiny_source: Path, tiny_onnx: Path, tmp_path: Path) -> None:

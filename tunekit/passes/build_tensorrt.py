@@ -10,13 +10,13 @@ the ONNX file: TensorRT's networks are strongly typed. The folder keeps the layo
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator
@@ -28,14 +28,18 @@ from tunekit.passes.base import Context, Outcome, Pass
 from tunekit.passes.metrics import SIZE, Metric
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tunekit.artifacts import Artifact
-    from tunekit.families import Family
+    from tunekit.families import Component, Family, Sizes
 
 PACKAGE = "tensorrt_rtx"
 INDEX = "engines.json"
 VERSION = 1
 Range = tuple[int, int, int]
 """Smallest, usual and largest."""
+Shapes = dict[str, list[tuple[int, ...]]]
+"""Input name -> its smallest, usual and largest shape."""
 
 
 class BuildTensorrt(Pass):
@@ -106,8 +110,7 @@ class BuildTensorrt(Pass):
         targets = _targets(trt, self.devices)
         components = sorted(path.parent.name for path in source.glob("*/model.onnx"))
         family = families.get(context.family)
-        axes = self._axes(family, source, components)
-        shapes = {name: _input_shapes(source / name / "model.onnx", axes[name]) for name in components}
+        shapes = self._shapes(family, source, components)
         table = []
         for component in components:
             for engine, cards in targets.items():
@@ -137,43 +140,52 @@ class BuildTensorrt(Pass):
         write_json(context.folder / INDEX, index)
         return Outcome(metrics={"engines": len(table)}, details={"engines": table})
 
-    def _axes(self, family: Family, folder: Path, components: list[str]) -> dict[str, dict[str, Range]]:
-        """Per component, the (smallest, usual, largest) size of each of its named axes.
+    def _shapes(self, family: Family, folder: Path, components: list[str]) -> dict[str, Shapes]:
+        """Per component and input, its smallest, usual and largest shape.
 
         Raises:
             ConfigError: a height or width that the model cannot draw.
         """
-
-        def read(name: str) -> dict[str, Any]:
-            content: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
-            return content
-
-        def config(name: str) -> SimpleNamespace:
-            return SimpleNamespace(config=SimpleNamespace(**read(f"{name}/config.json")))
-
-        denoiser = family.facts.denoiser_name
-        # The family computes sizes from configs alone, so this stands in for a pipeline.
-        pipeline: Any = SimpleNamespace(**{denoiser: config(denoiser), "vae": config("vae_decoder")})
-        multiple = family.resolution_multiple(pipeline)
-        own = family.default_size(pipeline)
+        denoiser, sizes = family.facts.denoiser_name, _sizes(family, folder)
+        multiple, own = family.resolution_multiple(sizes.configs), family.default_size(sizes.configs)
         pixels = [
             wanted or (max(multiple, side // 2 // multiple * multiple), side, side)
             for wanted, side in zip((self.height, self.width), own, strict=True)
         ]
-        latents = [family.latent_shape(pipeline, *size)[1:] for size in zip(*pixels, strict=True)]
-        heights, widths = zip(*latents, strict=True)
-        tokens = int(read(f"{family.facts.encoders[0].tokenizer}/tokenizer_config.json")["model_max_length"])
+        latents = [family.latent_shape(sizes.configs, *size)[1:] for size in zip(*pixels, strict=True)]
+        encoded = sizes.encoded(1)
+        tokens = {encoder.name: encoder.tokens for encoder in sizes.encoders}
         rows: dict[str, Range] = {denoiser: (self.batch[0], 2 * self.batch[1], 2 * self.batch[2])}
-        sides: dict[str, Any] = {"vae_encoder": pixels}
-        return {
-            name: {
+        found = {}
+        for name in components:
+            height, width = pixels if name == "vae_encoder" else zip(*latents, strict=True)
+            axes: dict[str, Range] = {
                 "batch": rows.get(name, self.batch),
-                "height": sides.get(name, (heights, widths))[0],
-                "width": sides.get(name, (heights, widths))[1],
-                "sequence": (tokens, tokens, tokens),
+                "height": tuple(height),
+                "width": tuple(width),
             }
-            for name in components
-        }
+            if name in tokens:
+                axes["sequence"] = (tokens[name],) * 3
+            known = encoded if name == denoiser else {}
+            found[name] = _input_shapes(folder / name / "model.onnx", axes, known)
+        return found
+
+
+def _sizes(family: Family, folder: Path) -> Sizes:
+    """Of the networks that the graphs in a folder were made from, by their configurations."""
+    from tunekit.families.sizes import Sizes, with_config
+
+    def read(part: Component) -> Component:
+        """A row of the family's table, as it is in this folder."""
+        place = {"vae": "vae_decoder"}.get(part.role, part.name)
+        name = "scheduler_config.json" if part.role == "scheduler" else "config.json"
+        made = with_config(part, json.loads((folder / place / name).read_text(encoding="utf-8")))
+        if not part.tokenizer:
+            return made
+        config = json.loads((folder / part.tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return dataclasses.replace(made, tokens=min(made.tokens, int(config["model_max_length"])))
+
+    return Sizes(family, tuple(read(part) for part in family.facts.components))
 
 
 def _targets(trt: Any, devices: Sequence[str]) -> dict[str, list[str]]:
@@ -193,28 +205,41 @@ def _targets(trt: Any, devices: Sequence[str]) -> dict[str, list[str]]:
     return targets
 
 
-def _input_shapes(graph: Path, sizes: dict[str, Range]) -> dict[str, list[tuple[int, ...]]]:
-    """Input name -> its smallest, usual and largest shape; inputs of one fixed shape are left out."""
+def _input_shapes(graph: Path, axes: Mapping[str, Range], encoded: Mapping[str, Tensor]) -> Shapes:
+    """Input name -> its smallest, usual and largest shape; inputs of one fixed shape are left out.
+
+    Args:
+        axes: the sizes of axes by their names.
+        encoded: what the text encoders give, by the names of the denoiser's inputs: any other axis of these
+            is as long as there.
+    """
     import onnx
 
     shapes = {}
     for value in onnx.load(graph, load_external_data=False).graph.input:
-        axes = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        unknown = [axis for axis in axes if isinstance(axis, str) and axis not in sizes]
-        if unknown:
-            raise ModelError(
-                f"input {value.name} has an axis {unknown[0]!r}; known are {', '.join(sizes)}",
-                where=str(graph),
-                hint="export it with export_onnx",
-            )
-        if any(isinstance(axis, str) for axis in axes):
+        sizes: list[Range | int] = []
+        for index, dim in enumerate(value.type.tensor_type.shape.dim):
+            axis = dim.dim_param
+            if axis in axes:
+                sizes.append(axes[axis])
+            elif axis and value.name in encoded:
+                sizes.append((int(encoded[value.name].shape[index]),) * 3)
+            elif axis:
+                raise ModelError(
+                    f"input {value.name} has an axis {axis!r}; known are {', '.join(axes)}",
+                    where=str(graph),
+                    hint="export it with export_onnx",
+                )
+            else:
+                sizes.append(int(dim.dim_value))
+        if any(isinstance(size, tuple) for size in sizes):
             shapes[value.name] = [
-                tuple(sizes[axis][i] if isinstance(axis, str) else axis for axis in axes) for i in range(3)
+                tuple(size[i] if isinstance(size, tuple) else size for size in sizes) for i in range(3)
             ]
     return shapes
 
 
-def _build(trt: Any, graph: Path, shapes: dict[str, list[tuple[int, ...]]], engine: str) -> bytes:
+def _build(trt: Any, graph: Path, shapes: Shapes, engine: str) -> bytes:
     """Parses and builds one graph for one compute capability."""
     log = _logger(trt)
     builder = trt.Builder(log)

@@ -250,25 +250,74 @@ def _trials(reference: Runtime, prompts: list[str], seed: int, sampling: Samplin
     sizes = ((height, width), (half_height, width), (half_height, half_width + multiple))
     for batch, size in enumerate(sizes, start=1):
         texts = [prompts[i % len(prompts)] for i in range(batch)]
-        trials.append(_Trial("text_encoder", batch, None, None, partial(_encode, prompts=texts)))
+        for encoder in reference.family.facts.encoders:
+            run = partial(_encode, encoder=encoder.name, prompts=texts)
+            trials.append(_Trial(encoder.name, batch, None, None, run))
         told = reference.conditioning(
             texts, sampling.model_copy(update={"height": size[0], "width": size[1]})
         )
         latents = initial_latents(range(seed, seed + batch), reference.latent_shape(*size))
         for timestep in (last, last // 2, last // 50):
             given = (latents, torch.tensor(timestep), told)
-            run = partial(_denoise, given=given)
-            trials.append(_Trial("denoiser", batch, size, timestep, run))
+            trials.append(_Trial("denoiser", batch, size, timestep, partial(_denoise, given=given)))
         pixels = reference.decode(latents) * 2 - 1
         trials.append(_Trial("vae_decoder", batch, size, None, partial(_decode, latents=latents)))
         trials.append(_Trial("vae_encoder", batch, size, None, partial(_encode_image, pixels=pixels)))
     return sorted(trials, key=lambda trial: trial.component)
 
 
-def _encode(side: Runtime, prompts: list[str]) -> Tensor:
+def _encode(side: Runtime, encoder: str, prompts: list[str]) -> Tensor:
+    """All that the family reads of what one text encoder says."""
     import torch
 
-    return torch.cat([value.flatten() for _, value in sorted(side.encode_prompt(prompts).items())])
+    read: list[Tensor] = []
+    with torch.no_grad():
+        tokens = side.family.tokenize(side.pipeline, prompts)
+        side.family.encode_tokens(_Listening(side.pipeline, encoder, read), tokens)
+    return torch.cat([value.float().cpu().flatten() for value in read])
+
+
+class _Listening:
+    """A pipeline that notes every tensor which is read of what one of its text encoders says."""
+
+    def __init__(self, pipeline: Any, encoder: str, read: list[Tensor]) -> None:
+        self._pipeline, self._encoder, self._read = pipeline, encoder, read
+
+    def __getattr__(self, name: str) -> Any:
+        part = getattr(self._pipeline, name)
+        return _Speaker(part, self._read) if name == self._encoder else part
+
+
+class _Speaker:
+    """The text encoder."""
+
+    def __init__(self, encoder: Any, read: list[Tensor]) -> None:
+        self._encoder, self._read = encoder, read
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._encoder, name)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return _Said(self._encoder(*args, **options), self._read)
+
+
+class _Said:
+    """What it says: fields, some of which are tuples of tensors."""
+
+    def __init__(self, value: Any, read: list[Tensor]) -> None:
+        self._value, self._read = value, read
+
+    def __getattr__(self, name: str) -> Any:
+        return self._noted(getattr(self._value, name))
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._noted(self._value[index])
+
+    def _noted(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return _Said(value, self._read)
+        self._read.append(value)
+        return value
 
 
 def _denoise(side: Runtime, given: tuple[Tensor, Tensor, dict[str, Tensor]]) -> Tensor:

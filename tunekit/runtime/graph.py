@@ -38,6 +38,12 @@ class Graph(Protocol):
         ...
 
 
+def unbatched_inputs(folder: Path) -> frozenset[str]:
+    """Inputs that a component's config.json says are the same for all rows."""
+    config = folder / "config.json"
+    return frozenset(json.loads(config.read_text("utf-8")).get(UNBATCHED, ()) if config.is_file() else ())
+
+
 class GraphModule:
     """A graph that is called like the torch module it was exported from."""
 
@@ -88,7 +94,7 @@ class GraphModule:
         parts = []
         for start in range(0, rows, step):
             part = {
-                k: a if len(a) == 1 or k in self._unbatched else a[start : start + step]
+                k: a if k in self._unbatched or len(a) == 1 else a[start : start + step]
                 for k, a in arrays.items()
             }
             parts.append(self.graph.run({k: a[:1] if k in single else a for k, a in part.items()}))

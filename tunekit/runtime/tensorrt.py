@@ -13,7 +13,7 @@ from tunekit.artifacts import Artifact
 from tunekit.errors import DeviceError, ModelError, require
 from tunekit.families.family import Family
 from tunekit.runtime.base import Runtime
-from tunekit.runtime.graph import Array, graph_pipeline, model_folder
+from tunekit.runtime.graph import Array, graph_pipeline, model_folder, unbatched_inputs
 
 
 def open_engines(artifact: Artifact, family: Family, device: str) -> Runtime:
@@ -74,13 +74,13 @@ class EngineGraph:
             for name in names
             if name not in inputs
         }
+        self.unbatched = unbatched_inputs(path.parent)
         most = [
             self._engine.get_tensor_profile_shape(name, 0)[2][0]
             for name, (_, shape) in self.inputs.items()
-            if shape and shape[0] is None
+            if shape and shape[0] is None and name not in self.unbatched
         ]
         self.max_rows: int | None = min(most, default=None)
-        self.unbatched: frozenset[str] = frozenset()
 
     def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         """See `Graph.run`."""
