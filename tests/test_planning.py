@@ -192,3 +192,53 @@ def test_golden_plans(name: str, cards: list[str]) -> None:
         )
         assert plan.device_bytes == pytest.approx(known["device_bytes"], rel=1e-3)
         assert plan.relative_step_time == pytest.approx(known["relative_step_time"], abs=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", ["rtx-3060", "rtx-3090"])
+def test_dreambooth_on_sdxl_fits_where_a_lora_fits(card: str) -> None:
+    """Its class pictures are drawn in the precision of the run; in float32 they would need 20 GiB."""
+    base = (
+        "model.family=sdxl",
+        "model.source=stabilityai/stable-diffusion-xl-base-1.0",
+        "model.variant=null",
+    )
+    size = ("data.resolution=1024", "train.batch_size=1", "adapter.targets=[to_q, to_k, to_v, to_out.0]")
+    (plan,) = planning.plan_config(config(*base, *size, name="sd15/dreambooth"), device=card)
+    (lora,) = planning.plan_config(config(name="sdxl/lora"), device=card)
+    print(f"{card}: {plan.words}, {plan.device_bytes / GIB:.1f} GiB, most in the phase {plan.peak_phase}")
+    assert plan.fits
+    assert lora.fits
+    assert plan.approximates == lora.approximates == []
+    assert plan.levers.class_batch in (1, 2, 4)
+
+
+def test_a_chain_that_heals_is_planned_with_its_teacher() -> None:
+    """Student and teacher in float32, the student's gradients and state: predicted, and not arranged."""
+    chain = "optimize=[merge, {prune: {ratio: 0.3}}, {heal: {batch_size: 4, micro_batch: 2}}]"
+    (bare,) = planning.plan_config(config(*TINY), device="rtx-3060")
+    (plan,) = planning.plan_config(config(*TINY, chain), device="rtx-3060")
+    assert "heal" not in bare.phases
+    ledger = plan.phases["heal"]["ledger"]
+    print(ledger)
+    assert ledger["teacher"] == pytest.approx(ledger["weights"], rel=0.01)
+    assert ledger["optimizer state"] == pytest.approx(2 * ledger["weights"], rel=0.05)
+    assert plan.phases["heal"]["host_bytes"] > 2 * ledger["weights"]
+    assert "heal" not in planning.plan_config(config(*TINY, chain), device="cpu")[0].phases
+    (again,) = planning.plan_config(
+        config(*TINY, chain.replace("batch_size: 4", "batch_size: 8")), device="rtx-3060"
+    )
+    assert again.phases["heal"]["peak_allocated_bytes"] == plan.phases["heal"]["peak_allocated_bytes"]
+    (smaller,) = planning.plan_config(
+        config(*TINY, chain.replace("micro_batch: 2", "micro_batch: 1")), device="rtx-3060"
+    )
+    assert smaller.phases["heal"]["peak_allocated_bytes"] < plan.phases["heal"]["peak_allocated_bytes"]
+
+
+def test_a_heal_that_does_not_fit_is_refused_before_anything_is_trained() -> None:
+    chain = "optimize=[merge, {prune: {ratio: 0.3}}, {heal: {batch_size: 8}}]"
+    loaded = config("data.resolution=256", "train.batch_size=1", chain)
+    with pytest.raises(DoesNotFit, match=r"in the phase heal") as error:
+        planning.plan_config(loaded, device="rtx-3060")
+    print(error.value)
+    assert "what helps most: " in str(error.value)

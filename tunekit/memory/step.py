@@ -40,13 +40,15 @@ class StepTrace:
         trace: phases "first forward", "first backward", "first optimizer", then the same without "first".
         units: module paths of the checkpointing units, in the order in which they run.
         weights: unit -> bytes of its frozen weights.
-        saving: bytes that writing the result takes on the device for a while.
+        saving: bytes that writing the result takes in the host's memory for a while.
+        paged: bytes of optimizer state that are in the host's memory.
     """
 
     trace: Trace
     units: tuple[str, ...]
     weights: Mapping[str, int] = field(default_factory=dict)
     saving: int = 0
+    paged: int = 0
 
 
 def adapted(job: Job, levers: Levers, device: str = "meta", on_unit: OnUnit | None = None) -> Fitted:
@@ -103,7 +105,7 @@ def trace_step(job: Job, target: Target, levers: Levers | None = None, *, accumu
                 update()
                 task.updated(number)
     weights = {name: _frozen_bytes(fitted.module, name) for name in units}
-    return StepTrace(tracer.trace(), tuple(units), weights, _saving(job, target, parameters))
+    return StepTrace(tracer.trace(), tuple(units), weights, _saving(job, target, parameters), tracer.on_host)
 
 
 def _watch(tracer: Tracer, fitted: Fitted) -> None:
@@ -114,7 +116,9 @@ def _watch(tracer: Tracer, fitted: Fitted) -> None:
     fitted.watch = lambda gradient: tracer.label([gradient], GRADIENTS)
     if fitted.optimizer_in_backward:
         for parameter in fitted.parameters.values():  # before the hook that frees it
-            parameter.register_post_accumulate_grad_hook(lambda p: tracer.label([p.grad], GRADIENTS))
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda p: tracer.label([p.grad], GRADIENTS)
+            )
 
 
 def _label(tracer: Tracer, job: Job, task: Task) -> None:
@@ -167,12 +171,12 @@ def _updater(job: Job, target: Target, fitted: Fitted, tracer: Tracer) -> Callab
 
 
 def _saving(job: Job, target: Target, parameters: list[nn.Parameter]) -> int:
-    """On the CPU both adapter files are read again, or the rest of the pipeline is loaded anew."""
-    if target.name != "cpu":
-        return 0
+    """Both adapter files are read again, or the rest of the pipeline, beside copies of what was learned."""
+    learned = bytes_of(*parameters)
+    copied = learned if target.name != "cpu" else 0
     if job.adapter:
-        return 2 * bytes_of(*parameters)
-    return sum(bytes_of(*part.build().parameters()) for part in job.sizes.networks)
+        return copied + 2 * learned
+    return copied + sum(bytes_of(*part.build().parameters()) for part in job.sizes.networks)
 
 
 def _frozen_bytes(denoiser: nn.Module, unit: str) -> int:
@@ -224,12 +228,16 @@ def _update_fused(optimizer: torch.optim.Optimizer) -> None:
                     torch.zeros_like(parameter),
                 )
         beta1, beta2 = group["betas"]
+        means, squares, steps = (
+            [optimizer.state[p][name] for p in learned] for name in ("exp_avg", "exp_avg_sq", "step")
+        )
         torch._fused_adamw_(
             learned,
             [p.grad for p in learned],
-            *([optimizer.state[p][name] for p in learned] for name in ("exp_avg", "exp_avg_sq")),
+            means,
+            squares,
             [],
-            [optimizer.state[p]["step"] for p in learned],
+            steps,
             lr=group["lr"],
             beta1=beta1,
             beta2=beta2,
