@@ -22,11 +22,10 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
-from tunekit.yamlfile import REQUIRED
 
 from tunekit import cli, hardware, planning, workspace
 from tunekit.artifacts import Artifact, RunFolder, Step
-from tunekit.config import Loaded, load
+from tunekit.config import REQUIRED, Loaded, load
 from tunekit.memory.plan import Plan
 from tunekit.resources import PACKAGE, resolve_path
 from tunekit.units import parse_bytes
