@@ -82,7 +82,7 @@ class Step:
 def prepared(family: Family, kind: str, config: ObjectiveConfig, rows: slice) -> tuple[Denoising, Batch]:
     pipeline = family.tiny()
     adapter = AdapterConfig(kind=kind, rank=RANK, alpha=ALPHA)
-    fitted = fit(family.denoiser(pipeline), adapter, family.facts.lora_targets, Levers(), device="cpu")
+    fitted = fit(family.denoiser(pipeline), adapter, family.facts, Levers(), device="cpu")
     moved(fitted.module)
     pipeline.register_modules(scheduler=configured(pipeline.scheduler, config))
     sample = samples(pipeline, rows)
