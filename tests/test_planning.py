@@ -192,3 +192,34 @@ def test_golden_plans(name: str, cards: list[str]) -> None:
         )
         assert plan.device_bytes == pytest.approx(known["device_bytes"], rel=1e-3)
         assert plan.relative_step_time == pytest.approx(known["relative_step_time"], abs=2e-3)
+
+
+def test_a_chain_that_heals_is_planned_with_its_teacher() -> None:
+    """Student and teacher in float32, the student's gradients and state: predicted, and not arranged."""
+    chain = "optimize=[merge, {prune: {ratio: 0.3}}, {heal: {batch_size: 4, micro_batch: 2}}]"
+    (bare,) = planning.plan_config(config(*TINY), device="rtx-3060")
+    (plan,) = planning.plan_config(config(*TINY, chain), device="rtx-3060")
+    assert "heal" not in bare.phases
+    ledger = plan.phases["heal"]["ledger"]
+    print(ledger)
+    assert ledger["teacher"] == pytest.approx(ledger["weights"], rel=0.01)
+    assert ledger["optimizer state"] == pytest.approx(2 * ledger["weights"], rel=0.05)
+    assert plan.phases["heal"]["host_bytes"] > 2 * ledger["weights"]
+    assert "heal" not in planning.plan_config(config(*TINY, chain), device="cpu")[0].phases
+    (again,) = planning.plan_config(
+        config(*TINY, chain.replace("batch_size: 4", "batch_size: 8")), device="rtx-3060"
+    )
+    assert again.phases["heal"]["peak_allocated_bytes"] == plan.phases["heal"]["peak_allocated_bytes"]
+    (smaller,) = planning.plan_config(
+        config(*TINY, chain.replace("micro_batch: 2", "micro_batch: 1")), device="rtx-3060"
+    )
+    assert smaller.phases["heal"]["peak_allocated_bytes"] < plan.phases["heal"]["peak_allocated_bytes"]
+
+
+def test_a_heal_that_does_not_fit_is_refused_before_anything_is_trained() -> None:
+    chain = "optimize=[merge, {prune: {ratio: 0.3}}, {heal: {batch_size: 8}}]"
+    loaded = config("data.resolution=256", "train.batch_size=1", chain)
+    with pytest.raises(DoesNotFit, match=r"in the phase heal") as error:
+        planning.plan_config(loaded, device="rtx-3060")
+    print(error.value)
+    assert "what helps most: " in str(error.value)

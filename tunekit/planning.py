@@ -22,8 +22,12 @@ from tunekit.resources import builtin
 from tunekit.units import parse_bytes
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from tunekit.memory.job import Job
+    from tunekit.memory.levers import Fitted
     from tunekit.memory.plan import Plan
-    from tunekit.memory.planner import Planner
+    from tunekit.memory.planner import After, Planner
     from tunekit.memory.room import Room
     from tunekit.training.run import Processes
 
@@ -287,7 +291,8 @@ def _planned(
     from tunekit.memory.advice import advice
 
     planner, room, notes = _planner(config, place, processes, say)
-    made = replace(planner.plan(name, room), notes=(*place.notes, *notes))
+    made = planner.plan(name, room)
+    made = replace(made, notes=(*place.notes, *notes, *made.notes))
     if made.fits or not strict:
         if not place.is_here:  # what is free here is different each time
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -307,6 +312,7 @@ def _digest(config: TrainingRunConfig, place: _Place, name: str, processes: int)
         asdict(place),
         name,
         processes,
+        _heals(config),
         versions(),
         code(),
     ]
@@ -399,6 +405,7 @@ def _planner(
         batch_size=-(-config.train.batch_size * rows // processes),
         memory=memory,
         may_change_optimizer=config.train.optimizer == optimizers.AUTO,
+        after=_healing(config, job),
         cache=_cache() / "traces",
         say=say,
     )
@@ -411,3 +418,52 @@ def _planner(
     if not facts.runs:
         notes.append(f"{job.sizes.title} can be planned, not run yet")
     return planner, room, tuple(notes)
+
+
+def _heals(config: TrainingRunConfig) -> list[Any]:
+    """The passes of the chain that train."""
+    return [item for item in config.optimize if "heal" in (item if isinstance(item, dict) else [item])]
+
+
+def _healing(config: TrainingRunConfig, job: Job) -> list[After]:
+    """What the chain's heal trains: all weights, as if nothing had been pruned, beside a teacher of the size.
+
+    Raises:
+        ChainError: its settings are wrong.
+    """
+    items = _heals(config)
+    if not items:
+        return []
+    from tunekit.config import TrainConfig
+    from tunekit.memory.job import Job, bytes_of
+    from tunekit.memory.levers import Levers
+    from tunekit.memory.planner import After
+    from tunekit.passes.base import parse_chain
+    from tunekit.training.distill import Distillation
+
+    sizes = job.sizes
+    # Both models are read whole, in float32, before their denoisers leave for the device.
+    read = 2 * sum(bytes_of(*part.build().parameters()) for part in sizes.networks)
+    found = []
+    for settings in [step.model_dump() for step in parse_chain(items)]:
+        size, weight = settings["batch_size"], settings["feature_weight"]
+        micro_batch = settings["micro_batch"] or size
+
+        def make(fitted: Fitted, weight: float = weight) -> Distillation:
+            teacher: nn.Module = sizes.denoiser.build()
+            return Distillation(fitted, sizes.family, teacher, job.learned(), weight)
+
+        taught = Job(
+            sizes,
+            None,
+            optimizers.find(settings["optimizer"]).name,
+            settings["precision"],
+            job.size,
+            TrainConfig(max_steps=1, lr=1.0).max_grad_norm,
+            make_task=make,
+            task=f"distillation {weight}",
+        )
+        levers = Levers(settings["precision"], micro_batch=micro_batch)
+        found.append(After("heal", taught, levers, -(-size // micro_batch), read))
+    return found
+

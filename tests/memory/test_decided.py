@@ -32,7 +32,7 @@ DECIDED = Levers(
 
 
 def plan(levers: Levers, accumulation: int = 2, optimizer: str = "adamw") -> Plan:
-    phase = {"peak_allocated_bytes": 1, "least_bytes": 1, "ledger": {"weights": 1}}
+    phase = {"peak_allocated_bytes": 1, "least_bytes": 1, "host_bytes": 0, "ledger": {"weights": 1}}
     return Plan("a card", 10, True, levers, accumulation, optimizer, 86, {"step": phase}, 1, 0, 0, 0, 1.0)
 
 

@@ -239,7 +239,7 @@ def test_nothing_fits(planner: Planner) -> None:
 def test_the_json_is_what_is_promised(planner: Planner) -> None:
     content = planner.plan("large", room(10**12)).as_json()
     assert content["version"] == 1
-    assert set(content["phases"]) == {"encode", "first_step", "step", "preview", "save"}
+    assert set(content["phases"]) == {"load", "encode", "first_step", "step", "preview", "save"}
     for phase in content["phases"].values():
         assert sum(phase["ledger"].values()) == phase["peak_allocated_bytes"] <= phase["peak_reserved_bytes"]
     reserved = max(phase["peak_reserved_bytes"] for phase in content["phases"].values())

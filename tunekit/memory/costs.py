@@ -36,6 +36,7 @@ class Costs:
         phases: of "first_step", "step" and "save".
         moments: the second step in `MOMENTS` parts: [phase, ledger at the part's peak].
         weights: unit -> bytes of its frozen weights.
+        saving, paged: of the host, see `StepTrace`.
     """
 
     units: list[str]
@@ -46,6 +47,8 @@ class Costs:
     phases: dict[str, Phase]
     moments: list[tuple[str, dict[str, int]]] = field(default_factory=list)
     weights: dict[str, int] = field(default_factory=dict)
+    saving: int = 0
+    paged: int = 0
 
     @classmethod
     def load(cls, content: dict[str, Any]) -> Costs:
@@ -80,12 +83,22 @@ def costs(traced: StepTrace, target: Target, passes: int = 1) -> Costs:
     phases = {
         "first_step": phase_of(traced.trace, ("first forward", "first backward", "first optimizer"), target),
         "step": phase_of(traced.trace, SECOND_STEP, target),
-        "save": _at_rest(traced),
+        "save": _at_rest(traced, traced.saving if target.name == "cpu" else 0),
     }
     counted = Counter(work for work in traced.trace.work if not work.phase.startswith("first "))
     work = [(*one, times) for one, times in counted.items()]
-    moments, weights = _moments(traced.trace), dict(traced.weights)
-    return Costs(list(traced.units), kept, need, work, passes, phases, moments, weights)
+    return Costs(
+        list(traced.units),
+        kept,
+        need,
+        work,
+        passes,
+        phases,
+        _moments(traced.trace),
+        dict(traced.weights),
+        traced.saving,
+        traced.paged,
+    )
 
 
 def _moments(trace: Trace) -> list[tuple[str, dict[str, int]]]:
@@ -121,14 +134,14 @@ def phase_of(trace: Trace, names: Sequence[str], target: Target) -> Phase:
     }
 
 
-def _at_rest(traced: StepTrace) -> Phase:
+def _at_rest(traced: StepTrace, saving: int) -> Phase:
     """After a step: weights and optimizer state. What is saved is copied to the host tensor by tensor."""
     ledger: Counter[str] = Counter()
     for event in traced.trace.events:
         if event.storage >= 0:
             ledger[traced.trace.categories[event.storage]] += event.size
     held = {name: size for name, size in ledger.items() if size and name in STAYS}
-    if traced.saving:
-        held["what is saved"] = traced.saving
+    if saving:
+        held["what is saved"] = saving
     total = sum(held.values())
     return {"peak_allocated_bytes": total, "least_bytes": total, "ledger": held}

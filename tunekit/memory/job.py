@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from tunekit.families import sizes_of
 from tunekit.families.family import DTYPES, Conditioning
 from tunekit.families.sizes import Sizes
 from tunekit.memory.levers import Fitted, autocast_of, held_in
+from tunekit.memory.stored import Stored, stored
 from tunekit.tasks import Denoising, Task
 
 WEIGHTS, ADAPTER, GRADIENTS, STATE = "base weights", "adapter", "gradients", "optimizer state"
@@ -60,6 +61,7 @@ class Job:
         make_task: another task than `Denoising`, made of the denoiser as it is trained. What it has beside
             that is seen by the trace: modules among its attributes, and the tensors of its `state()`.
         task: name of that task, which tells it from others where traces are kept.
+        stored: network -> how it lies on disk; those that are not in it are made, in float32.
     """
 
     sizes: Sizes
@@ -74,6 +76,7 @@ class Job:
     class_pictures: tuple[int, int] | None = None
     make_task: MakeTask | None = field(default=None, compare=False)
     task: str = "denoising"
+    stored: Mapping[str, Stored] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.make_task is None) != (self.task == "denoising"):
@@ -89,6 +92,12 @@ class Job:
     def held(self) -> torch.dtype:
         """Of the denoiser's frozen weights."""
         return held_in(self.adapter, self.precision)
+
+    @property
+    def packs(self) -> bool:
+        """Whether a packed base is packed while it is read; else it is when it is fitted."""
+        known = self.stored.get(self.sizes.denoiser.name)
+        return known is not None and known.packs
 
     def learned(self) -> Objective:
         """The objective, as the base's scheduler and the `objective:` section have it.
@@ -135,6 +144,7 @@ class Job:
             list(self.sizes.family.facts.lora_targets),
             self.adapter.model_dump(mode="json") if self.adapter else None,
             self.objective.model_dump(mode="json"),
+            {name: asdict(known) for name, known in self.stored.items()},
             own,
         ]
 
@@ -168,6 +178,7 @@ def job_of(config: TrainingRunConfig, data: DataConfig | DreamboothData, precisi
         (sampling.height, sampling.width) if config.preview.prompts else None,
         sampling.guided,
         drawn if getattr(data, "class_prompt", None) else None,
+        stored=stored(sizes, config.model.opened),
     )
 
 

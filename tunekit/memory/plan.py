@@ -16,7 +16,7 @@ from tunekit.resources import PACKAGE
 from tunekit.units import format_bytes
 
 VERSION = 1
-PHASES = ("class_pictures", "encode", "first_step", "step", "preview", "save")
+PHASES = ("load", "class_pictures", "encode", "first_step", "step", "preview", "save", "heal")
 
 SPELLED_ALIKE = (
     "precision",
@@ -29,7 +29,8 @@ SPELLED_ALIKE = (
 """Levers that plan.json, version 1, also has at its top, under the names that they have in `memory:`."""
 
 Phase = dict[str, Any]
-"""`{"peak_allocated_bytes", "least_bytes", "ledger"}`; least_bytes is what the allocator needs for it."""
+"""`{"peak_allocated_bytes", "least_bytes", "host_bytes", "ledger"}`; least_bytes is what the allocator needs
+for it, host_bytes what is in the host's memory: on the CPU, all."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Plan:
             name: {
                 "peak_allocated_bytes": found["peak_allocated_bytes"],
                 "peak_reserved_bytes": found["least_bytes"],
+                "host_bytes": found["host_bytes"],
                 "ledger": found["ledger"],
             }
             for name, found in self.phases.items()
@@ -182,6 +184,7 @@ def versions() -> dict[str, str]:
 def code() -> str:
     """A digest of our own code that traces and plans come from: what they are cached under."""
     sources = [PACKAGE / f"{name}.py" for name in ("planning", "layers", "optimizers", "tasks")]
+    sources.append(PACKAGE / "training" / "distill.py")
     for folder in ("adapters", "diffusion", "memory", "families"):
         sources += sorted((PACKAGE / folder).glob("*.py"))
     digest = hashlib.sha256()

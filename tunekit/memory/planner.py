@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from tunekit.config.memory import Scale
 from tunekit.memory.choose import choose_units
 from tunekit.memory.costs import Costs, Row, costs, phase_of
 from tunekit.memory.decided import Levers, named
+from tunekit.memory.host import FILES, Base, Waiting, base_of, on_host
 from tunekit.memory.job import MASTERS, STATE, Job
 from tunekit.memory.phases import trace_class_pictures, trace_encode, trace_preview
 from tunekit.memory.plan import PHASES, Phase, Plan, code, measures, versions
@@ -45,6 +46,8 @@ AWAY = (0.05, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 PATIENCE = 2.0
 """Weights in host memory come after approximations where they make a step longer than this."""
 REJECTED = 6
+HOPELESS = ("load", "class_pictures", "encode", "heal")
+"""Phases that nothing which is chosen for the denoiser makes smaller."""
 
 
 @dataclass(frozen=True, order=True)
@@ -70,6 +73,25 @@ class _Pair(NamedTuple):
     way: Way
     micro_batch: int
     away: float
+
+
+@dataclass(frozen=True)
+class After:
+    """A training that follows the run's own and has settings of its own: it is predicted, not arranged.
+
+    Attributes:
+        phase: what the plan calls it.
+        job: what is trained then, and for what.
+        levers: its own.
+        accumulation: forwards per optimizer step.
+        host_bytes: of the host's memory that it takes.
+    """
+
+    phase: str
+    job: Job
+    levers: Levers
+    accumulation: int
+    host_bytes: int
 
 
 @dataclass
@@ -114,6 +136,7 @@ class Planner:
         batch_size: samples per optimizer step on one device.
         memory: what of it is decided already.
         may_change_optimizer: whether 8-bit optimizer state may be chosen.
+        after: what is trained afterwards; looked at on devices with a memory of their own.
         cache: folder of traces; None keeps them in memory only.
         say: takes progress lines.
     """
@@ -122,6 +145,7 @@ class Planner:
     batch_size: int
     memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(budget="auto"))
     may_change_optimizer: bool = False
+    after: Sequence[After] = ()
     cache: Path | None = None
     say: Callable[[str], None] = lambda line: None
     _known: dict[str, Any] = field(default_factory=dict)
@@ -389,6 +413,12 @@ class Planner:
         whole = self._costs(room.target, way, levers)
         levers, around = self._around(room, levers.among(whole.units), whole)
         phases = {**around, **whole.phases}
+        locked = sum(whole.weights[unit] for unit in named(levers.offload, whole.units))
+        hosted = self._hosted(levers, Waiting(locked, whole.paged, whole.saving))
+        for key, found in phases.items():
+            in_host = found["peak_allocated_bytes"] if room.target.name == "cpu" else hosted[key]
+            phases[key] = {**found, "host_bytes": in_host}
+        phases |= self._afterwards(room)
         phases = {key: phases[key] for key in PHASES if key in phases}
         least = max(int(found["least_bytes"]) for found in phases.values())
         need = room.needed(least)
@@ -404,14 +434,15 @@ class Planner:
             device_bytes=need,
             context_bytes=room.context,
             headroom_bytes=need - least - room.context,
-            host_bytes=sum(whole.weights[unit] for unit in named(levers.offload, whole.units)),
+            host_bytes=locked,
             relative_step_time=ratio,
+            notes=_too_much_for_the_host(room, phases),
             moments=tuple(whole.moments),
         )
 
     def _around(self, room: Room, levers: Levers, whole: Costs) -> tuple[Levers, dict[str, Phase]]:
         """The phases beside the steps, and the levers with what was chosen for those."""
-        phases: dict[str, Phase] = {}
+        phases = {"load": self._load(room, levers)}
         on_host, phases["encode"] = self._encode(room, levers)
         levers = replace(levers, encode_on_host=on_host, vae_tiling=bool(self.memory.vae_tiling))
         if self.job.class_pictures is not None:
@@ -453,10 +484,51 @@ class Planner:
         key = ["step", asdict(target), self.batch_size > size, asdict(levers)]
         return Costs.load(self._made(key, make, job))
 
+    def _load(self, room: Room, levers: Levers) -> Phase:
+        """The phase in which the base is read; on a device of its own memory it takes none of that."""
+        if room.target.name != "cpu":
+            return {"peak_allocated_bytes": 0, "least_bytes": 0, "ledger": {}}
+        size, ledger = self._base(levers).load()
+        # The system takes pages of mapped files back where memory is short.
+        least = size - ledger.get(FILES, 0)
+        return {"peak_allocated_bytes": size, "least_bytes": least, "ledger": ledger}
+
+    def _hosted(self, levers: Levers, waiting: Waiting) -> dict[str, int]:
+        """Bytes of the host in each phase, where the device has a memory of its own."""
+        previews = self.job.preview is not None
+        return on_host(self._base(levers), waiting, previews=previews, captions=levers.encode_on_host)
+
+    def _base(self, levers: Levers) -> Base:
+        plain = Levers(self.job.precision, levers.base_precision)
+
+        def make() -> dict[str, Any]:
+            return asdict(base_of(self.job, plain))
+
+        return Base(**self._made(["base", asdict(plain)], make, self.job))
+
+    def _afterwards(self, room: Room) -> dict[str, Phase]:
+        """The phases of what is trained afterwards; of several of one name, the one that needs most."""
+        phases: dict[str, Phase] = {}
+        for after in self.after if room.target.name != "cpu" else ():
+
+            def make(after: After = after) -> Phase:
+                self.say(f"tracing a step of {after.phase}")
+                traced = trace_step(
+                    after.job, room.target, after.levers, accumulation=after.accumulation
+                ).trace
+                return phase_of(traced, traced.phases()[1:], room.target)
+
+            key = ["after", asdict(room.target), asdict(after.levers), min(after.accumulation, 2)]
+            found = {**self._made(key, make, after.job), "host_bytes": after.host_bytes}
+            known = phases.get(after.phase)
+            if known is None or found["least_bytes"] > known["least_bytes"]:
+                phases[after.phase] = found
+        return phases
+
     def _encode(self, room: Room, levers: Levers) -> tuple[bool, Phase]:
         """Whether captions are encoded on the CPU, and the phase."""
         plain = Levers(self.job.precision)
-        if room.target.name == "cpu":  # elsewhere the denoiser is not there
+        if room.target.name == "cpu" and self.job.packs:  # elsewhere the denoiser is not there
             plain = replace(plain, base_precision=levers.base_precision)
 
         def phase(on_host: bool) -> Phase:
@@ -531,9 +603,19 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(number, 0, -1) if number % size == 0]
 
 
+def _too_much_for_the_host(room: Room, phases: Mapping[str, Phase]) -> tuple[str, ...]:
+    """What to be told of the host's memory."""
+    most = max(phases, key=lambda name: int(phases[name]["host_bytes"]))
+    size = int(phases[most]["host_bytes"])
+    if room.host_bytes is None or size <= room.host_bytes:
+        return ()
+    free = format_bytes(room.host_bytes)
+    return (f"the phase {most} takes {format_bytes(size)} of the host's memory, and {free} are free",)
+
+
 def _hopeless(plan: Plan) -> bool:
     """Whether nothing that is chosen for the denoiser can help."""
-    return not plan.fits and plan.peak_phase in ("class_pictures", "encode")
+    return not plan.fits and plan.peak_phase in HOPELESS
 
 
 def _size(levers: Levers) -> int:

@@ -40,13 +40,15 @@ class StepTrace:
         trace: phases "first forward", "first backward", "first optimizer", then the same without "first".
         units: module paths of the checkpointing units, in the order in which they run.
         weights: unit -> bytes of its frozen weights.
-        saving: bytes that writing the result takes on the device for a while.
+        saving: bytes that writing the result takes in the host's memory for a while.
+        paged: bytes of optimizer state that are in the host's memory.
     """
 
     trace: Trace
     units: tuple[str, ...]
     weights: Mapping[str, int] = field(default_factory=dict)
     saving: int = 0
+    paged: int = 0
 
 
 def adapted(job: Job, levers: Levers, device: str = "meta", on_unit: OnUnit | None = None) -> Fitted:
@@ -103,7 +105,7 @@ def trace_step(job: Job, target: Target, levers: Levers | None = None, *, accumu
                 update()
                 task.updated(number)
     weights = {name: _frozen_bytes(fitted.module, name) for name in units}
-    return StepTrace(tracer.trace(), tuple(units), weights, _saving(job, target, parameters))
+    return StepTrace(tracer.trace(), tuple(units), weights, _saving(job, target, parameters), tracer.on_host)
 
 
 def _watch(tracer: Tracer, fitted: Fitted) -> None:
@@ -167,12 +169,12 @@ def _updater(job: Job, target: Target, fitted: Fitted, tracer: Tracer) -> Callab
 
 
 def _saving(job: Job, target: Target, parameters: list[nn.Parameter]) -> int:
-    """On the CPU both adapter files are read again, or the rest of the pipeline is loaded anew."""
-    if target.name != "cpu":
-        return 0
+    """Both adapter files are read again, or the rest of the pipeline, beside copies of what was learned."""
+    learned = bytes_of(*parameters)
+    copied = learned if target.name != "cpu" else 0
     if job.adapter:
-        return 2 * bytes_of(*parameters)
-    return sum(bytes_of(*part.build().parameters()) for part in job.sizes.networks)
+        return copied + 2 * learned
+    return copied + sum(bytes_of(*part.build().parameters()) for part in job.sizes.networks)
 
 
 def _frozen_bytes(denoiser: nn.Module, unit: str) -> int:

@@ -230,6 +230,11 @@ class Tracer(TorchDispatchMode):
         """Says that tensors are not on the device: their births and deaths are left out."""
         self.label(tensors, HOST)
 
+    @property
+    def on_host(self) -> int:
+        """Bytes of tensors that are not on the device."""
+        return sum(self._sizes[number] for number, name in self.categories.items() if name == HOST)
+
     def trace(self) -> Trace:
         """What was recorded so far."""
         events = self.events
