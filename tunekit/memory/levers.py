@@ -107,7 +107,9 @@ class Fitted:
                 continue
             master = nn.Parameter(parameter.detach().clone())
             parameter.data = parameter.data.to(dtype)
-            parameter.register_post_accumulate_grad_hook(partial(self._sum_on, master))
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                partial(self._sum_on, master)
+            )
             self.parameters[name], self._working[name] = master, parameter
 
     def _sum_on(self, master: nn.Parameter, parameter: Tensor) -> None:
@@ -124,8 +126,9 @@ class Fitted:
         """After an update: the module's copies follow the masters."""
         if self._working:
             with torch.no_grad():
-                masters = [self.parameters[name] for name in self._working]
-                torch._foreach_copy_(list(self._working.values()), masters)
+                masters: list[Tensor] = [self.parameters[name] for name in self._working]
+                working: list[Tensor] = [*self._working.values()]
+                torch._foreach_copy_(working, masters)
 
     def finish(self) -> None:
         """After training: the module holds the float32 masters themselves."""
@@ -230,15 +233,16 @@ def _lower_inputs(
     dtype: torch.dtype, keeps: Collection[str], module: nn.Module, args: Any, kwargs: Any
 ) -> tuple[Any, Any]:
     """`lowered` before a forward pass; inputs without a name have that of the parameter that they fill."""
-    names = zip_longest(_parameters_of(type(module))[: len(args)], args, fillvalue="")
+    names = zip_longest(_names(type(module).forward)[: len(args)], args, fillvalue="")
     return tuple(lowered({name: arg}, dtype, keeps)[name] for name, arg in names), lowered(
         kwargs, dtype, keeps
     )
 
 
 @cache
-def _parameters_of(module: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(module.forward).parameters)[1:]
+def _names(method: Callable[..., Any]) -> tuple[str, ...]:
+    """What a method calls its parameters, but for `self`."""
+    return tuple(inspect.signature(method).parameters)[1:]
 
 
 def _raised(module: nn.Module, args: Any, made: Any) -> Any:
@@ -389,12 +393,14 @@ class HostWeights:
         self._order: list[str] = []
         self._coming: dict[str, tuple[dict[str, Tensor], Any]] = {}
         self._inside: set[str] = set()
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: Any = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._host: dict[str, dict[str, Tensor]] = {}
         for name, unit in units.items():
             frozen = {key: p for key, p in unit.named_parameters() if not p.requires_grad}
             self._host[name] = {**frozen, **dict(unit.named_buffers())}
-            unit.forward = partial(self._run, name, unit, unit.forward)  # type: ignore[method-assign]
+            unit.forward = partial(self._run, name, unit, unit.forward)
         if self._stream is not None:
             for tensor in self.tensors:
                 tensor.data = tensor.data.pin_memory()
@@ -425,7 +431,8 @@ class HostWeights:
             self._inside.remove(name)
 
     def _fetch(self, name: str) -> dict[str, Tensor]:
-        weights, ready = self._coming.pop(name, None) or self._copy(name)
+        there = self._coming.pop(name) if name in self._coming else None
+        weights, ready = there or self._copy(name)
         self._coming.clear()  # where the direction changes, one was fetched in vain
         if ready is not None:
             current = torch.cuda.current_stream(self.device)

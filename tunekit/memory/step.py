@@ -116,7 +116,9 @@ def _watch(tracer: Tracer, fitted: Fitted) -> None:
     fitted.watch = lambda gradient: tracer.label([gradient], GRADIENTS)
     if fitted.optimizer_in_backward:
         for parameter in fitted.parameters.values():  # before the hook that frees it
-            parameter.register_post_accumulate_grad_hook(lambda p: tracer.label([p.grad], GRADIENTS))
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda p: tracer.label([p.grad], GRADIENTS)
+            )
 
 
 def _label(tracer: Tracer, job: Job, task: Task) -> None:
@@ -226,12 +228,16 @@ def _update_fused(optimizer: torch.optim.Optimizer) -> None:
                     torch.zeros_like(parameter),
                 )
         beta1, beta2 = group["betas"]
+        means, squares, steps = (
+            [optimizer.state[p][name] for p in learned] for name in ("exp_avg", "exp_avg_sq", "step")
+        )
         torch._fused_adamw_(
             learned,
             [p.grad for p in learned],
-            *([optimizer.state[p][name] for p in learned] for name in ("exp_avg", "exp_avg_sq")),
+            means,
+            squares,
             [],
-            [optimizer.state[p]["step"] for p in learned],
+            steps,
             lr=group["lr"],
             beta1=beta1,
             beta2=beta2,

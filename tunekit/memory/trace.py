@@ -153,7 +153,7 @@ class Trace:
 
 
 @dataclass
-class Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records births and deaths of storages while it is entered. Not reentrant.
 
     Attributes:
@@ -175,7 +175,7 @@ class Tracer(TorchDispatchMode):
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._casts = _Autocast(self.autocast) if self.autocast else None
         self._known = _KNOWN.setdefault(self.target, {})
 
@@ -189,11 +189,11 @@ class Tracer(TorchDispatchMode):
         self._stack.enter_context(attention_of(self.target))
         if self._casts:
             self._stack.enter_context(self._casts.on())
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._stack.close()
 
     @contextmanager
@@ -409,18 +409,21 @@ def attention_of(target: Target) -> Iterator[None]:
         kind = attention_kind(target, query, attn_mask)
         if query.device.type != "meta" or kind == "math":
             return own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        made: Tensor
         if kind == "cpu":
-            return aten._scaled_dot_product_flash_attention_for_cpu(
+            made, *_ = aten._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-            )[0]
-        if kind == "flash":
-            return aten._scaled_dot_product_flash_attention(
+            )
+        elif kind == "flash":
+            made, *_ = aten._scaled_dot_product_flash_attention(
                 query, key, value, dropout_p, is_causal, scale=scale
-            )[0]
-        needs_gradient = any(item.requires_grad for item in (query, key, value))
-        return aten._scaled_dot_product_efficient_attention(
-            query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, scale=scale
-        )[0]
+            )
+        else:
+            needs_gradient = any(item.requires_grad for item in (query, key, value))
+            made, *_ = aten._scaled_dot_product_efficient_attention(
+                query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, scale=scale
+            )
+        return made
 
     with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", chosen):
         yield
@@ -521,22 +524,25 @@ def workspace_bytes(func: Any, args: Sequence[Any], result: Any, target: Target)
             return int(target.convolution_room * (_bytes(gradient) + _bytes(taken) + _bytes(weight)))
     elif packet is aten._scaled_dot_product_flash_attention_backward:
         batch, heads, length, width = args[1].shape
-        return batch * (-(-length // 128) * 128) * heads * (-(-width // 32) * 32) * 4
+        return int(batch * (-(-length // 128) * 128) * heads * (-(-width // 32) * 32) * 4)
     return 0
 
 
 def _cpu_workspace_bytes(packet: Any, args: Sequence[Any], result: Any, threads: int) -> int:
     """Of oneDNN's kernels on x86 with several threads, as measured; bitsandbytes' by its source."""
     if packet is aten._scaled_dot_product_flash_attention_for_cpu:
-        return _cpu_attention_room(*args[:3], threads)
+        query, key, value = args[:3]
+        return _cpu_attention_room(query, key, value, threads)
     if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return _cpu_attention_room(*args[1:4], threads, backward=True)
+        query, key, value = args[1:4]
+        return _cpu_attention_room(query, key, value, threads, backward=True)
     if str(packet) == EIGHT_BIT:
         return 5 * 4 * int(args[2].numel())
     if packet is aten.convolution:
         taken, weight = args[0], args[1]
         if taken.shape[0] == 1 and taken.numel() <= SMALL_CONVOLUTION and taken.dtype not in HALF:
-            return int(weight[0, 0].numel() > 1) * weight[0, 0].numel() * _bytes(taken)  # im2col
+            window = int(weight[0, 0].numel())
+            return window * _bytes(taken) if window > 1 else 0  # im2col
         return max(_bytes(taken) + _bytes(weight), _bytes(result))
     if packet is aten.convolution_backward:
         gradient, taken, weight = args[:3]
