@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +23,51 @@ FEW = {"samples": 8}
 
 
 def pruned(
-    source: Path, folder: Path, *, prompts: tuple[str, ...] = ("a cat",), data: Any = None, **settings: Any
+    source: Path,
+    folder: Path,
+    *,
+    family: str = "sd15",
+    prompts: tuple[str, ...] = ("a cat",),
+    data: Any = None,
+    **settings: Any,
 ) -> Artifact:
-    start = open_artifact(source, family="sd15")
+    start = open_artifact(source, family=family)
     step = Prune(**{**FEW, **settings})
     context = Context(run_dir=folder / "run", prompts=prompts, data=data, device="cpu", say=lambda line: None)
     return run_chain([step], start, context)
 
 
 def unet(artifact: Artifact) -> Any:
-    return FAMILY.denoiser(FAMILY.load(artifact.source))
+    family = families.get(artifact.family)
+    return family.denoiser(family.load(artifact.source))
 
 
 @pytest.fixture(scope="module")
-def result(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return pruned(tiny_source, tmp_path_factory.mktemp("pruned"), ratio=0.4, multiple=4)
+def results(
+    tiny_sources: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Artifact]:
+    @cache
+    def make(family: str) -> Artifact:
+        folder = tmp_path_factory.mktemp("pruned")
+        return pruned(tiny_sources(family), folder, family=family, ratio=0.4, multiple=4)
+
+    return make
 
 
-def test_shapes_shrink_and_nothing_is_zeroed(result: Artifact):
-    denoiser, whole = unet(result), FAMILY.denoiser(FAMILY.tiny())
-    metrics = result.lineage[-1].metrics
+@pytest.fixture
+def result(results: Callable[[str], Artifact]) -> Artifact:
+    return results("sd15")
+
+
+@pytest.fixture
+def each(family: Any, results: Callable[[str], Artifact]) -> Artifact:
+    """Of each family."""
+    return results(family.name)
+
+
+def test_shapes_shrink_and_nothing_is_zeroed(family: Any, each: Artifact):
+    denoiser, whole = unet(each), family.denoiser(family.tiny())
+    metrics = each.lineage[-1].metrics
     assert metrics["parameters"] == parameters(denoiser) < metrics["parameters_before"] == parameters(whole)
     assert metrics["macs"] < metrics["macs_before"]
     assert 0 < metrics["relative_error"] < 1
@@ -51,22 +78,22 @@ def test_shapes_shrink_and_nothing_is_zeroed(result: Artifact):
     ]
     assert smaller
     assert not any((weight == 0).all() for name, weight in denoiser.named_parameters() if "bias" not in name)
-    described = json.loads(Path(result.source, "unet", layers.FILE).read_text())
+    described = json.loads(Path(each.source, "unet", layers.FILE).read_text())
     assert described == layers.describe(denoiser)
 
 
-def test_about_the_share_asked_for_leaves(result: Artifact):
+def test_about_the_share_asked_for_leaves(family: Any, each: Artifact):
     prunable = sum(
         item.count * item.parameters
-        for item in find(FAMILY.denoiser(FAMILY.tiny()), ["feed_forward", "heads", "resnet"])
+        for item in find(family.denoiser(family.tiny()), ["feed_forward", "heads", "resnet"])
     )
-    metrics = result.lineage[-1].metrics
+    metrics = each.lineage[-1].metrics
     assert (metrics["parameters_before"] - metrics["parameters"]) / prunable == pytest.approx(0.4, abs=0.05)
 
 
-def test_the_table_tells_what_left(result: Artifact):
-    table = {(row["block"], row["what"]): row for row in result.lineage[-1].details["blocks"]}
-    after = find(unet(result), ["feed_forward", "heads", "resnet"])
+def test_the_table_tells_what_left(each: Artifact):
+    table = {(row["block"], row["what"]): row for row in each.lineage[-1].details["blocks"]}
+    after = find(unet(each), ["feed_forward", "heads", "resnet"])
     assert {key: row["after"] for key, row in table.items()} == {
         (item.name, item.target): item.count for item in after
     }

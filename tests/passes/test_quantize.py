@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ LEAST_SQNR_DB = {"weight_only": 30, "dynamic": 29, "static": 15}
 LEAST_SQNR_DB_TORCH = {"int8": 30, "int4": 10, "nf4": 10}
 
 
-def quantized(source: Path, folder: Path, **settings: Any) -> Artifact:
+def quantized(source: Path, folder: Path, *, family: str = "sd15", **settings: Any) -> Artifact:
     return run_chain(
         [Quantize(**settings)],
-        open_artifact(source, family="sd15"),
+        open_artifact(source, family=family),
         Context(
             run_dir=folder / "run",
             prompts=PROMPTS,
@@ -41,8 +42,8 @@ def quantized(source: Path, folder: Path, **settings: Any) -> Artifact:
     )
 
 
-def draw(source: Artifact | Path, **options: Any) -> torch.Tensor:
-    runtime = open_runtime(source, family="sd15", device="cpu", **options)
+def draw(source: Artifact | Path, family: str = "sd15", **options: Any) -> torch.Tensor:
+    runtime = open_runtime(source, family=family, device="cpu", **options)
     return generate_pixels(runtime, PROMPTS, SamplingConfig(steps=3), seeds=[0, 1])
 
 
@@ -66,6 +67,19 @@ def test_a_torch_model_gets_small_and_stays_near(scheme: str, tiny_source: Path,
     assert isinstance(denoiser.mid_block.resnets[0].conv1, layers.QuantConv2d)
     count = sum(isinstance(module, layers.QuantLinear | layers.QuantConv2d) for module in denoiser.modules())
     assert metrics["quantized_layers"] == count > 50
+
+
+def test_every_family_keeps_what_it_knows_to_be_sensitive(
+    family: Any, tiny_sources: Callable[[str], Path], tmp_path: Path
+):
+    result = quantized(tiny_sources(family.name), tmp_path, family=family.name)
+    metrics, details = result.lineage[-1].metrics, result.lineage[-1].details
+    print(f"{family.name}: {metrics['sqnr_db']:.1f} dB, kept {details['kept']}")
+    assert metrics["sqnr_db"] > LEAST_SQNR_DB_TORCH["int8"]
+    assert details["kept"] == list(family.facts.denoiser.sensitive)
+    denoiser = family.denoiser(family.load(result.source))
+    packed = [name for name, module in denoiser.named_modules() if hasattr(module, "packed")]
+    assert packed and not any(layers.under(name, denoiser, details["kept"]) for name in packed)
 
 
 def test_the_runtime_draws_with_packed_weights(tiny_source: Path, tmp_path: Path):
@@ -212,6 +226,25 @@ def test_what_tensorrt_refuses_is_not_in_its_files(results: dict[str, Artifact])
             if tensor.data_type == TensorProto.INT8 and tensor.dims
         }
         assert all(node.op_type in quantizing for node in found.node if set(node.input) & int8)
+
+
+def test_a_model_with_two_text_encoders(tiny_onnxs: Callable[[str], Path], tmp_path: Path):
+    source = tiny_onnxs("sdxl")
+    result = quantized(source, tmp_path, family="sdxl", mode="static", samples=8)
+    metrics = result.lineage[-1].metrics
+    print(f"sdxl: {metrics['sqnr_db']:.1f} dB")
+    assert metrics["sqnr_db"] > 11  # twice as many layers as SD 1.x's smallest, all with random weights
+    rows = {row["component"]: row for row in result.lineage[-1].details["components"]}
+    assert set(rows) == {"text_encoder", "text_encoder_2", "unet", "vae_encoder", "vae_decoder"}
+    assert rows["unet"]["computed"] > 50
+    # What the family knows to be sensitive is stored in int8 and computed in floats.
+    kept = {f"unet.add_embedding.linear_{index}.weight" for index in (1, 2)}
+    quantizers = [node for node in graph(result).node if node.op_type == "QuantizeLinear"]
+    users = {node.input[1]: node for node in graph(result).node if node.op_type in ("Gemm", "MatMul")}
+    for name in kept:
+        feeder = users[f"{name}_dequantized"].input[0]
+        assert not any(feeder.startswith(node.output[0].removesuffix("_q")) for node in quantizers)
+    assert psnr_db(draw(result, "sdxl"), draw(source, "sdxl")) > 15
 
 
 def test_only_some_components(tiny_onnx: Path, tmp_path: Path):
