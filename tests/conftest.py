@@ -6,7 +6,8 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], AbstractContextManager[Path]]:
+    """`with once("models") as folder:` what is made in there, one process of the test run makes for all."""
+
+    @contextmanager
+    def hold(name: str) -> Iterator[Path]:
+        fcntl = pytest.importorskip("fcntl")
+        own = tmp_path_factory.getbasetemp()
+        folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder
+
+    return hold
+
+
+@pytest.fixture(scope="session")
+def tiny_sources(once: Callable[[str], AbstractContextManager[Path]]) -> Callable[[str], Path]:
     """`tiny_sources("sdxl")`: a tiny pipeline with random weights, as diffusers saves it. Only to be read."""
     from tunekit import families
+    from tunekit.artifacts import atomic_folder
 
     @cache
     def make(name: str) -> Path:
         family = families.get(name)
-        folder = tmp_path_factory.mktemp("tiny") / name
-        family.save(family.tiny(), folder)
+        with once(f"tiny-{name}") as shared:
+            folder = shared / name
+            if not folder.exists():
+                with atomic_folder(folder) as made:
+                    family.save(family.tiny(), made)
         return folder
 
     return make
@@ -55,7 +77,7 @@ def tiny_sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 @pytest.fixture(scope="session")
 def tiny_onnxs(
-    tiny_sources: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    tiny_sources: Callable[[str], Path], once: Callable[[str], AbstractContextManager[Path]]
 ) -> Callable[[str], Path]:
     """`tiny_onnxs("sdxl")`: that pipeline as an fp32 ONNX artifact; it takes a while. Only to be read."""
     from tunekit.artifacts import open_artifact
@@ -64,11 +86,9 @@ def tiny_onnxs(
 
     @cache
     def make(name: str) -> Path:
-        made = run_chain(
-            [ExportOnnx()],
-            open_artifact(tiny_sources(name), family=name),
-            Context(run_dir=tmp_path_factory.mktemp("onnx"), say=lambda line: None),
-        )
+        source = open_artifact(tiny_sources(name), family=name)
+        with once(f"onnx-{name}") as folder:
+            made = run_chain([ExportOnnx()], source, Context(run_dir=folder, say=lambda line: None))
         assert made.path is not None
         return made.path
 
