@@ -197,12 +197,14 @@ def _refuse_packed(denoiser: nn.Module, source: str) -> None:
 
 
 def _promote(model: Any) -> None:
-    """Casts what is concatenated to one type: torch does so silently, and the exporter leaves it as it was."""
+    """Casts what is concatenated to one type: torch does so by itself, and the exporter does not say it."""
     import onnx_ir
 
     for node in list(model.graph.all_nodes()):
-        wanted = node.outputs[0].dtype if node.op_type == "Concat" else None
-        for index, value in enumerate(node.inputs if wanted else ()):
+        wanted = node.outputs[0].dtype
+        if node.op_type != "Concat" or wanted is None:
+            continue
+        for index, value in enumerate(node.inputs):
             if value.dtype not in (None, wanted):
                 cast = onnx_ir.node("Cast", [value], {"to": wanted}, name=f"{node.name}_cast_{index}")
                 cast.outputs[0].name = f"{value.name}_{wanted.name.lower()}_{index}"
