@@ -15,6 +15,8 @@ from tunekit.config import Loaded, changed, wrong
 from tunekit.launch import run_recipe
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tunekit.artifacts import Artifact
 
 
@@ -47,69 +49,50 @@ def main(config: Config, loaded: Loaded) -> None:
     if int(os.environ.get("RANK", "0")) > 0:
         return  # passes are not spread over processes
 
-    from tunekit.artifacts import RunFolder, write_text
+    from tunekit.artifacts import RunFolder, open_artifact, write_text
+    from tunekit.errors import ConfigError
     from tunekit.passes.base import Context, check_chain, parse_chain, run_chain
     from tunekit.report import write as write_report
     from tunekit.training.checkpoint import only_writer
 
+    run, model, preview = RunFolder(config.run_dir), config.model, config.preview
     chain = parse_chain(config.optimize, loaded.chain_where)
-    artifact = find_model(config, loaded)
+    artifact = open_artifact(model.source, family=model.family)
+    if artifact.family not in ("", model.family):
+        message = f"model.family is {model.family}, but the source is of family {artifact.family}"
+        raise ConfigError(message, where=loaded.where("model.family"))
     check_chain(chain, artifact.format, loaded.chain_where)
-    run = RunFolder(config.run_dir)
     context = Context(
-        run_dir=run.path,
-        device=config.memory.device,
-        seed=config.seed,
-        prompts=tuple(config.preview.prompts),
-        sampling=config.preview.sampling,
+        run.path,
+        config.memory.device,
+        config.seed,
+        prompts=tuple(preview.prompts),
+        sampling=preview.sampling,
         data=config.data,
         say=lambda line: print(line, flush=True),
     )
     with only_writer(run.path):
         write_text(run.config, sections.dump_yaml(config))
-        run_chain(chain, fetched(config, artifact), context, lambda _: write_report(run.path))
-    print(f"report: {run.path / 'report.html'}", flush=True)
+        run_chain(chain, plain(artifact, model, run.model), context, lambda _: write_report(run.path))
+    context.say(f"report: {run.path / 'report.html'}")
 
 
-def find_model(config: Config, loaded: Loaded) -> Artifact:
-    """Open `model.source`, whatever it is, as the other keys of `model` say.
-
-    Raises:
-        ConfigError: it is of another family than the config says.
-    """
-    from dataclasses import replace
-
-    from tunekit.artifacts import open_artifact
-    from tunekit.errors import ConfigError
-
-    model = config.model
-    artifact = open_artifact(model.source, family=model.family)
-    if artifact.family and artifact.family != model.family:
-        raise ConfigError(
-            f"model.family is {model.family}, but the source is of family {artifact.family}",
-            where=loaded.where("model.family"),
-        )
-    opened = model.opened if model.opened.is_special else artifact.opened
-    return replace(artifact, family=model.family, opened=opened)
-
-
-def fetched(config: Config, artifact: Artifact) -> Artifact:
-    """The artifact as plain files: what is on the hub or opened in a special way goes to `model/` once."""
+def plain(artifact: Artifact, model: sections.ModelConfig, final: Path) -> Artifact:
+    """The artifact as files of this machine: what has to be fetched or unpickled is saved here, once."""
     from dataclasses import replace
 
     from tunekit import families
-    from tunekit.artifacts import Artifact, RunFolder, Step, atomic_folder
+    from tunekit.artifacts import Artifact, Step, atomic_folder
 
-    plain = artifact.model_path is not None and artifact.opened is None
-    if plain or artifact.format != "torch":  # `opened` is of the base, where it is an adapter
-        return artifact
-    final = RunFolder(config.run_dir).model
-    step = Step(kind="fetch", artifact=final.name, settings=config.model.model_dump(mode="json"))
-    if (final / "artifact.json").is_file() and (there := Artifact.load(final)).lineage[
-        0
-    ].settings == step.settings:
+    opened = model.opened if model.opened.is_special else artifact.opened
+    artifact = replace(artifact, family=model.family, opened=opened)
+    if artifact.format != "torch" or (artifact.model_path and not opened):
+        return artifact  # of an adapter, `opened` is the base's
+    step = Step(kind="fetch", artifact=final.name, settings=model.model_dump(mode="json"))
+    there = Artifact.load(final) if (final / "artifact.json").is_file() else None
+    if there and there.lineage[0].settings == step.settings:
         return there
-    family = families.get(artifact.family)
+    family = families.get(model.family)
     with atomic_folder(final) as folder:
         family.save(family.load(artifact.model_source), folder)
         made = Artifact(folder, folder, "torch", family.name, str(folder), lineage=(step,))

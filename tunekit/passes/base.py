@@ -225,6 +225,8 @@ class Context:
             ConfigError: the run knows neither pictures nor prompts.
             DeviceError: the device does not answer.
         """
+        import torch
+
         from tunekit import families
         from tunekit.config import MemoryConfig
         from tunekit.data.calibration import gather
@@ -233,14 +235,16 @@ class Context:
         # After a training over several processes only the main one is left, and must not wait for the others.
         launched = {name: os.environ.pop(name) for name in LAUNCHER_VARIABLES if name in os.environ}
         accelerator = open_accelerator(MemoryConfig(device=self.device, precision=precision), batch_size=1)
-        family, pipeline = families.get(self.family), self.open(model)
-        height, width = family.default_size(pipeline)
-        sampling = self.sampling_of(model).over(SamplingConfig(height=height, width=width))
-        material = self._material(model, sampling, count)
         try:
+            family = families.get(self.family)
+            # Encoders encode in the types that the family's table gives them.
+            pipeline = in_types(self.open(model), family.facts, family.facts.dtypes(torch.float32))
+            height, width = family.default_size(pipeline)
+            sampling = self.sampling_of(model).over(SamplingConfig(height=height, width=width))
+            material = self._material(model, sampling, count)
             found = self.models.recorded(
                 model,
-                ("examples", None if self.data else count),
+                ("examples", None if self.data else count, sampling.model_dump_json()),
                 lambda: gather(family, pipeline, accelerator, material, self.say),
             )
             yield found, accelerator
@@ -263,7 +267,8 @@ class Context:
         if steps is not None:
             sampling = sampling.model_copy(update={"steps": min(steps, sampling.steps or steps)})
         material = self._material(model, sampling, count)
-        return self.models.recorded(model, ("calls", count, sampling.steps), lambda: calls(runtime, material))
+        what = ("calls", count, sampling.model_dump_json())
+        return self.models.recorded(model, what, lambda: calls(runtime, material))
 
     def _material(self, model: Artifact, sampling: SamplingConfig, count: int) -> Material:
         from tunekit.data.calibration import Material

@@ -248,34 +248,29 @@ def compare(
     finally:
         torch.set_num_threads(before)
     gc.collect()
-    rows = []
-    for side in sides:
-        peak = _peak_memory(side, settings, threads) if settings.memory else None
-        rows.append(
-            {
-                "source": side.artifact.source,
-                "title": side.title,
-                "steps": side.sampling.steps,
-                "guidance": side.sampling.guidance,
-                "pixels": [side.sampling.height, side.sampling.width],
-                "denoiser_ms_p50": percentile(side.calls, 50),
-                "denoiser_ms_p95": percentile(side.calls, 95),
-                "picture_ms_p50": percentile(side.pictures, 50),
-                "picture_ms_p95": percentile(side.pictures, 95),
-                "size_bytes": side.artifact.size_bytes or None,
-                "peak_memory_bytes": peak,
-                "rounds_ms": side.pictures,
-            }
-        )
+    rows = [_row(side, settings, threads) for side in sides]
     for row in rows[1:]:
         row |= ratios(row, rows[0])
-    shared = {
-        "repeats": settings.repeats,
-        "threads": threads,
-        "device": settings.device,
-        "busy": busy,
-    }
+    shared = {"repeats": settings.repeats, "threads": threads, "device": settings.device, "busy": busy}
     return {"version": VERSION, "settings": shared, "artifacts": rows}
+
+
+def _row(side: _Side, settings: Settings, threads: int) -> dict[str, Any]:
+    """What was found about one model, before it is compared; its memory is measured here."""
+    return {
+        "source": side.artifact.source,
+        "title": side.title,
+        "steps": side.sampling.steps,
+        "guidance": side.sampling.guidance,
+        "pixels": [side.sampling.height, side.sampling.width],
+        "denoiser_ms_p50": percentile(side.calls, 50),
+        "denoiser_ms_p95": percentile(side.calls, 95),
+        "picture_ms_p50": percentile(side.pictures, 50),
+        "picture_ms_p95": percentile(side.pictures, 95),
+        "size_bytes": side.artifact.size_bytes or None,
+        "peak_memory_bytes": _peak_memory(side, settings, threads) if settings.memory else None,
+        "rounds_ms": side.pictures,
+    }
 
 
 @contextmanager

@@ -197,12 +197,12 @@ def _refuse_packed(denoiser: nn.Module, source: str) -> None:
 
 
 def _promote(model: Any) -> None:
-    """Casts what is concatenated to one type: torch does so silently, and the exporter leaves it out."""
+    """Casts what is concatenated to one type: torch does so by itself, and the exporter does not say it."""
     import onnx_ir
 
     for node in list(model.graph.all_nodes()):
-        wanted = node.outputs[0].dtype if node.op_type == "Concat" else None
-        if wanted is None:
+        wanted = node.outputs[0].dtype
+        if node.op_type != "Concat" or wanted is None:
             continue
         for index, value in enumerate(node.inputs):
             if value.dtype not in (None, wanted):
