@@ -194,6 +194,25 @@ def test_golden_plans(name: str, cards: list[str]) -> None:
         assert plan.relative_step_time == pytest.approx(known["relative_step_time"], abs=2e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("card", ["rtx-3060", "rtx-3090"])
+def test_dreambooth_on_sdxl_fits_where_a_lora_fits(card: str) -> None:
+    """Its class pictures are drawn in the precision of the run; in float32 they would need 19.7 GiB."""
+    base = (
+        "model.family=sdxl",
+        "model.source=stabilityai/stable-diffusion-xl-base-1.0",
+        "model.variant=null",
+    )
+    size = ("data.resolution=1024", "train.batch_size=1", "adapter.targets=[to_q, to_k, to_v, to_out.0]")
+    (plan,) = planning.plan_config(config(*base, *size, name="sd15/dreambooth"), device=card)
+    (lora,) = planning.plan_config(config(name="sdxl/lora"), device=card)
+    print(f"{card}: {plan.words}, {plan.device_bytes / GIB:.1f} GiB, most in the phase {plan.peak_phase}")
+    assert plan.fits
+    assert lora.fits
+    assert plan.approximates == lora.approximates == []
+    assert plan.levers.class_batch in (1, 2, 4)
+
+
 def test_a_chain_that_heals_is_planned_with_its_teacher() -> None:
     """Student and teacher in float32, the student's gradients and state: predicted, and not arranged."""
     chain = "optimize=[merge, {prune: {ratio: 0.3}}, {heal: {batch_size: 4, micro_batch: 2}}]"

@@ -51,7 +51,8 @@ def advice(planner: Planner, plan: Plan, room: Room, cards: Sequence[DeviceFacts
         changes.append(("no heal under optimize:", replace(planner, after=())))
     if min(job.size) >= 512:
         half = (job.size[0] // 2, job.size[1] // 2)
-        change(f"data.resolution={half[0]}", size=half, preview=half if job.preview else None)
+        drawn = {name: half for name in ("preview", "class_pictures") if getattr(job, name)}
+        change(f"data.resolution={half[0]}", size=half, **drawn)
     tried = [(text, other.least(plan.device, room)) for text, other in changes]
     lines = []
     if tried:
