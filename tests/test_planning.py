@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -169,6 +170,24 @@ def test_a_plan_is_made_anew_when_what_it_follows_from_changes(tmp_path: Path) -
     assert said
 
 
+@pytest.mark.parametrize(
+    "file", ["unet/config.json", "scheduler/scheduler_config.json", "vae/diffusion_pytorch_model.safetensors"]
+)
+def test_a_plan_follows_from_the_files_of_a_local_model(tiny_source: Path, tmp_path: Path, file: str) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(tiny_source, source)
+    place = planning._Place("a card", hardware.find("rtx-3060"), None, "bf16")
+
+    def digest() -> str:
+        return planning._digest(config(f"model.source={source}").config, place, "rtx-3060", 1)
+
+    before = digest()
+    assert before == digest()
+    with (source / file).open("ab") as opened:
+        opened.write(b" ")
+    assert digest() != before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "cards"),
@@ -197,7 +216,7 @@ def test_golden_plans(name: str, cards: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("card", ["rtx-3060", "rtx-3090"])
 def test_dreambooth_on_sdxl_fits_where_a_lora_fits(card: str) -> None:
-    """Its class pictures are drawn in the precision of the run; in float32 they would need 20 GiB."""
+    """Its class pictures are drawn in the precision of the run; in float32 they would need 19.7 GiB."""
     base = (
         "model.family=sdxl",
         "model.source=stabilityai/stable-diffusion-xl-base-1.0",

@@ -18,7 +18,7 @@ from tunekit import hardware, optimizers
 from tunekit.artifacts import Artifact, RunFolder, write_json
 from tunekit.config import Loaded, TrainingRunConfig
 from tunekit.errors import ConfigError, DeviceError, OutOfMemory
-from tunekit.resources import builtin, cache_dir
+from tunekit.resources import cache_dir
 from tunekit.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -302,7 +302,7 @@ def _planned(
 
 
 def _digest(config: TrainingRunConfig, place: _Place, name: str, processes: int) -> str:
-    """Of all that a plan follows from: the config, the sizes of a local model, the device, and the code."""
+    """Of all that a plan follows from: the config, the files of a local model, the device, and the code."""
     from tunekit.memory.plan import code, versions
 
     parts: list[Any] = [
@@ -316,10 +316,13 @@ def _digest(config: TrainingRunConfig, place: _Place, name: str, processes: int)
         versions(),
         code(),
     ]
-    model = builtin(config.model.source) or Path(config.model.source).expanduser()
-    sources = sorted(model.glob("*/config.json")) if model.is_dir() else []
+    model = config.model.opened.path
+    if model is not None:
+        # How weights are stored decides what reading them takes.
+        weights = sorted(model.glob("*/*.safetensors")) if model.is_dir() else [model]
+        parts += [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in weights]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    for source in sources:
+    for source in sorted(model.glob("*/*config.json")) if model is not None else ():
         digest.update(source.read_bytes())
     return digest.hexdigest()[:24]
 

@@ -203,6 +203,14 @@ def test_the_measuring_script(script: Any, tiny: Sizes) -> None:
     assert row["measured_allocated_bytes"] > 0
 
 
+@pytest.mark.parametrize("phase", ["encode", "preview"])
+@pytest.mark.parametrize("name", families.runnable())
+def test_other_phases_take_what_was_predicted(script: Any, name: str, phase: str) -> None:
+    job = Job(families.sizes_of(name, "tiny"), ADAPTER, size=SIZE, preview=SIZE)
+    row = script.compare_phase(job, phase, "cpu")
+    assert abs(row["error_allocated"]) < 0.01
+
+
 def test_a_storage_is_born_once_and_dies_once() -> None:
     with Tracer(CPU) as tracer:
         made = torch.empty(1000)

@@ -609,8 +609,8 @@ def _too_much_for_the_host(room: Room, phases: Mapping[str, Phase]) -> tuple[str
     size = int(phases[most]["host_bytes"])
     if room.host_bytes is None or size <= room.host_bytes:
         return ()
-    free = format_bytes(room.host_bytes)
-    return (f"the phase {most} takes {format_bytes(size)} of the host's memory, and {free} are free",)
+    told, free = most.replace("_", " "), format_bytes(room.host_bytes)
+    return (f"the phase {told} takes {format_bytes(size)} of the host's memory, and {free} are free",)
 
 
 def _hopeless(plan: Plan) -> bool:
