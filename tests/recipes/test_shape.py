@@ -11,7 +11,7 @@ import pytest
 from tunekit.registry import recipe_names, recipe_path
 from tunekit.resources import PACKAGE
 
-LONGEST = {"lora": 90, "dreambooth": 90, "optimize": 125}
+LONGEST = {"lora": 90, "dreambooth": 90, "optimize": 110}
 
 
 def lines(path: Path) -> list[str]:
