@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tunekit.config.adapter import AdapterConfig
     from tunekit.config.data import DataConfig, DreamboothData
-    from tunekit.config.memory import CLASS_BATCH, MemoryConfig
+    from tunekit.config.memory import (
+        CLASS_BATCH,
+        Lever,
+        Mark,
+        MemoryConfig,
+        Scale,
+        free_on_resume,
+        levers,
+        marks,
+        open_levers,
+    )
     from tunekit.config.model import ModelConfig
     from tunekit.config.objective import ObjectiveConfig
     from tunekit.config.run import RunConfig, TrainingRunConfig
@@ -52,7 +62,9 @@ __all__ = [
     "DreamboothData",
     "Fraction",
     "Key",
+    "Lever",
     "Loaded",
+    "Mark",
     "MemoryConfig",
     "ModelConfig",
     "Multiple",
@@ -61,6 +73,7 @@ __all__ = [
     "PreviewConfig",
     "RunConfig",
     "SamplingConfig",
+    "Scale",
     "Section",
     "TrainConfig",
     "TrainingRunConfig",
@@ -69,9 +82,13 @@ __all__ = [
     "dotted",
     "dump_yaml",
     "find_config",
+    "free_on_resume",
+    "levers",
     "load",
     "load_schema",
+    "marks",
     "no_effect",
+    "open_levers",
     "parse",
     "read",
     "refuse",
