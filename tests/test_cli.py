@@ -429,7 +429,7 @@ def test_plan_for_a_card(config: Path, tunekit_command: Command, traces: dict[st
     assert ">optimizer state<" in Path("step.svg").read_text()
     assert content["fits"] is True
     assert content["device_bytes"] < content["budget_bytes"]
-    assert set(content["phases"]) == {"encode", "first_step", "step", "save"}
+    assert set(content["phases"]) == {"load", "encode", "first_step", "step", "save"}
 
 
 def test_plan_for_all_cards_and_a_sweep(config: Path, tunekit_command: Command, traces: dict[str, str]):
