@@ -104,7 +104,7 @@ def trace_preview(
 def trace_class_pictures(job: Job, target: Target, batch: int) -> Trace:
     """Follows the drawing of class pictures by the base, with all its networks on the device.
 
-    They are in the precision that the run computes in, but for those that would overflow.
+    They are in the types that they were opened in for training.
 
     Args:
         batch: pictures at once, each with guidance.
