@@ -25,7 +25,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`with drawn() as steps:` fills a list with the steps of every batch that is drawn."""
     import tunekit.runtime.draw
 
-    sample = drawing.sample
+    sample_steps = drawing.sample_steps
     counts: list[int] = []
 
     def counting(denoise: Any, *arguments: Any, **options: Any) -> Any:
@@ -35,11 +35,10 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Any:
             calls.append(1)
             return denoise(*given)
 
-        made = sample(counted, *arguments, **options)
+        yield from sample_steps(counted, *arguments, **options)
         counts.append(len(calls))
-        return made
 
-    monkeypatch.setattr(tunekit.runtime.draw, "sample", counting)
+    monkeypatch.setattr(tunekit.runtime.draw, "sample_steps", counting)
 
     @contextmanager
     def watch() -> Iterator[list[int]]:
