@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from tunekit import families, planning
+from tunekit import families, hardware, planning
 from tunekit.adapters import save_adapter
 from tunekit.artifacts import (
     Artifact,
@@ -45,7 +45,7 @@ from tunekit.memory.picture import draw
 from tunekit.memory.plan import Plan
 from tunekit.passes.base import Context, Pass, check_chain, parse_chain, run_chain
 from tunekit.report import write as write_report
-from tunekit.runtime import generate, torch_runtime
+from tunekit.runtime import Runtime, sample_pixels, to_images
 from tunekit.tasks import Task
 from tunekit.training.checkpoint import Checkpoints, compare_identities, identity, only_writer
 from tunekit.training.evaluation import Previewer
@@ -207,15 +207,43 @@ class Run:
         encoder.release(keep_vae=bool(config.preview.prompts))
 
     def drawing(self, base: Base, prompt: str, sampling: SamplingConfig) -> Callable[..., list[Image]]:
-        """Gives a function that draws pictures of `prompt` with the base; `seeds=[1, 2]` gives two."""
-        pipeline, device = base.pipeline, self.accelerator.device
-        pipeline.to(device)
-        runtime = torch_runtime(base.family, pipeline, device=str(device))
-        batch = self.config.memory.class_batch or CLASS_BATCH
+        """Gives a function that draws pictures of `prompt` with the base; `seeds=[1, 2]` gives two.
+
+        The text encoders visit the device first and alone, since one prompt is all they are for; behind them
+        the denoiser and the VAE stay there.
+        """
+        family, pipeline, device = base.family, base.pipeline, self.accelerator.device
+        memory, facts = self.config.memory, base.family.facts
+        denoiser = family.denoiser(pipeline)
+        runtime = Runtime(family, pipeline, f"torch {device}", device=device, dtype=cast(Any, denoiser).dtype)
+        whole = sampling.over(runtime.sampling)
+        encoders = [getattr(pipeline, part.name) for part in facts.encoders]
+        with self.meter.phase("class_pictures"):
+            for encoder in encoders:
+                encoder.to("cpu" if memory.encode_on_host else device)
+            told = runtime.conditioning([prompt], whole)
+            negative = runtime.conditioning([whole.negative_prompt or ""], whole) if whole.guided else None
+            for encoder in encoders:
+                encoder.to("cpu")
+        hardware.forget()  # what the encoders held
+        denoiser.to(device)
+        pipeline.vae.to(device)
+        batch = memory.class_batch or CLASS_BATCH
 
         def drawn(*, seeds: Sequence[int]) -> list[Image]:
-            with self.meter.phase("class_pictures"):
-                return generate(runtime, [prompt], sampling, seeds=seeds, batch=batch)
+            pictures: list[Image] = []
+            for start in range(0, len(seeds), batch):
+                part = seeds[start : start + batch]
+                with self.meter.phase("class_pictures", again=True):
+                    pixels = sample_pixels(
+                        runtime,
+                        repeated(told, len(part)),
+                        repeated(negative, len(part)) if negative else None,
+                        whole,
+                        seeds=part,
+                    )
+                pictures += to_images(pixels)
+            return pictures
 
         return drawn
 
@@ -375,6 +403,11 @@ class Run:
         )
         run_chain(self.chain, Artifact.load(trained), context, after_step=lambda _: write_report(path))
         self.say(f"report: {path / 'report.html'}")
+
+
+def repeated(conditioning: Conditioning, count: int) -> Conditioning:
+    """The conditioning of one prompt, for each of `count` pictures."""
+    return {name: value.expand(count, *value.shape[1:]) for name, value in conditioning.items()}
 
 
 def _in_memory(

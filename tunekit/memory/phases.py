@@ -101,39 +101,50 @@ def trace_preview(
     return _after(tracer.trace(), decoder.trace())
 
 
-def trace_class_pictures(job: Job, target: Target, batch: int) -> Trace:
-    """Follows the drawing of class pictures by the base, with all its networks on the device.
+def trace_class_pictures(job: Job, target: Target, batch: int, *, captions_on_host: bool = False) -> Trace:
+    """Follows the drawing of class pictures by the base, in the types that it was opened in for training.
 
-    They are in the types that they were opened in for training.
+    The text encoders visit the device alone; then the denoiser and the VAE are there. On the CPU all stay.
 
     Args:
         batch: pictures at once, each with guidance.
+        captions_on_host: the text encoders run on the CPU.
     """
     if job.class_pictures is None:
         raise ValueError("this job draws no class pictures")
-    family = job.sizes.family
-    # They are drawn with the base as it was opened for training.
+    family, everything = job.sizes.family, target.name == "cpu"
     dtype = torch.float32 if job.adapter is None else DTYPES[job.precision]
     dtypes = family.facts.dtypes(dtype)
     built = {part.name: part.build().to(dtypes[part.name]) for part in job.sizes.networks}
     pipeline = job.sizes.pipeline(built=built)
     encoders = [built[part.name] for part in job.sizes.encoders]
     told = lowered(job.told(2 * batch), dtype, family.facts.denoiser.keeps)
-    latents, tokens = job.sizes.latents(batch, *job.class_pictures), job.sizes.tokens(batch)
+    latents, tokens = job.sizes.latents(batch, *job.class_pictures), job.sizes.tokens(1)
+
+    def begin(tracer: Tracer, *, captions: bool) -> None:
+        if everything or not captions:
+            tracer.label(tensors(family.denoiser(pipeline)), WEIGHTS)
+            tracer.label(tensors(pipeline.vae), VAE)
+        if everything or captions:
+            tracer.label(tensors(*encoders), ENCODERS)
+
     with Tracer(target) as tracer, torch.no_grad():
-        tracer.label(tensors(family.denoiser(pipeline)), WEIGHTS)
-        tracer.label(tensors(pipeline.vae), VAE)
-        tracer.label(tensors(*encoders), ENCODERS)
+        begin(tracer, captions=False)
         with tracer.phase("class pictures"):
-            encoded = {name: value.float() for name, value in family.encode_tokens(pipeline, tokens).items()}
-            del encoded
             tracer.label(told.values(), "inputs")
             noisy, timesteps = torch.cat([latents] * 2).to(dtype), latents.new_empty(2 * batch)
             made = family.denoise(family.denoiser(pipeline), noisy, timesteps, told).float()
             del made, noisy, timesteps, told
             pixels = family.decode(pipeline, latents)
             del pixels
-    return tracer.trace()
+    if captions_on_host:
+        return tracer.trace()
+    with Tracer(target) as first, torch.no_grad():
+        begin(first, captions=True)
+        with first.phase("class pictures"):
+            encoded = {name: value.float() for name, value in family.encode_tokens(pipeline, tokens).items()}
+            del encoded
+    return _after(first.trace(), tracer.trace())
 
 
 def tensors(*modules: nn.Module) -> list[Tensor]:

@@ -446,7 +446,7 @@ class Planner:
         on_host, phases["encode"] = self._encode(room, levers)
         levers = replace(levers, encode_on_host=on_host, vae_tiling=bool(self.memory.vae_tiling))
         if self.job.class_pictures is not None:
-            count, phases["class_pictures"] = self._class_pictures(room)
+            count, phases["class_pictures"] = self._class_pictures(room, on_host)
             levers = replace(levers, class_batch=count)
         if self.job.preview is not None:
             ledger = whole.phases["save"]["ledger"]
@@ -546,16 +546,16 @@ class Planner:
         on_host = bool(pinned is None and room.context) or bool(pinned)
         return on_host, phase(on_host)
 
-    def _class_pictures(self, room: Room) -> tuple[int, Phase]:
+    def _class_pictures(self, room: Room, on_host: bool) -> tuple[int, Phase]:
         """How many class pictures are drawn at once, and the phase."""
         pinned = self.memory.class_batch
         for batch in [pinned] if pinned else divisors(CLASS_BATCH):
 
             def make(batch: int = batch) -> Phase:
-                traced = trace_class_pictures(self.job, room.target, batch)
+                traced = trace_class_pictures(self.job, room.target, batch, captions_on_host=on_host)
                 return phase_of(traced, ("class pictures",), room.target)
 
-            found = self._made(["class pictures", asdict(room.target), batch], make, self.job)
+            found = self._made(["class pictures", asdict(room.target), batch, on_host], make, self.job)
             if room.needed(found["least_bytes"]) <= room.total:
                 break
         return batch, found
