@@ -221,7 +221,6 @@ class ExportComponent:
         outputs: names.
         config: written as config.json beside the graph.
         multiples: axis name -> number that its size is always divisible by, where it is not 1.
-        usual: axis name -> its size in use, where that is not a batch, a height or a width.
     """
 
     name: str
