@@ -49,19 +49,16 @@ def main(config: Config, loaded: Loaded) -> None:
     if int(os.environ.get("RANK", "0")) > 0:
         return  # passes are not spread over processes
 
-    from tunekit.artifacts import RunFolder, open_artifact, write_text
-    from tunekit.errors import ConfigError
-    from tunekit.passes.base import Context, check_chain, parse_chain, run_chain
+    from tunekit import preconditions
+    from tunekit.artifacts import RunFolder, write_text
+    from tunekit.passes.base import Context, run_chain
     from tunekit.report import write as write_report
     from tunekit.training.checkpoint import only_writer
 
     run, model, preview = RunFolder(config.run_dir), config.model, config.preview
-    chain = parse_chain(config.optimize, loaded.chain_where)
-    artifact = open_artifact(model.source, family=model.family)
-    if artifact.family not in ("", model.family):
-        message = f"model.family is {model.family}, but the source is of family {artifact.family}"
-        raise ConfigError(message, where=loaded.where("model.family"))
-    check_chain(chain, artifact.format, loaded.chain_where)
+    found = preconditions.look(loaded)
+    found.check()
+    assert found.model is not None
     context = Context(
         run.path,
         config.memory.device,
@@ -73,7 +70,9 @@ def main(config: Config, loaded: Loaded) -> None:
     )
     with only_writer(run.path):
         write_text(run.config, sections.dump_yaml(config))
-        run_chain(chain, plain(artifact, model, run.model), context, lambda _: write_report(run.path))
+        run_chain(
+            found.chain, plain(found.model, model, run.model), context, lambda _: write_report(run.path)
+        )
     context.say(f"report: {run.path / 'report.html'}")
 
 

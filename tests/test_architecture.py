@@ -17,9 +17,10 @@ from tunekit.resources import PACKAGE
 # Each imports only from those to its right; names within { } are siblings and do not know each other.
 # CONTRIBUTING.md says the same.
 LAYERS = """
-    __main__ > cli > workspace > running > planning > passes > training > {memory, data, runtime}
-        > {adapters, tasks, report, doctor} > families > {diffusion, layers, launch} > artifacts > config
-        > {hardware, optimizers} > {units, registry, quiet} > resources > errors
+    __main__ > cli > workspace > running > preconditions > planning > passes > training
+        > {memory, data, runtime} > {adapters, tasks, report, doctor} > families
+        > {diffusion, layers, launch} > artifacts > config > {hardware, optimizers}
+        > {units, registry, quiet} > resources > errors
 """
 RANK = {name: rank for rank, names in enumerate(LAYERS.split(">")) for name in re.findall(r"\w+", names)}
 REPOSITORY = Path(__file__).parents[1]
@@ -33,6 +34,7 @@ WITHOUT_TORCH = [
     "optimizers",
     "launch",
     "planning",
+    "preconditions",
     "memory.plan",
     *(f"config.{path.stem}" for path in sorted((PACKAGE / "config").glob("[!_]*.py"))),
     *(f"passes.{name}" for name in PASSES.names()),

@@ -201,7 +201,7 @@ def test_a_copied_config_means_the_same(here: Path, tunekit_command: Command, na
         (["run", "sd15/lora"], "data.path: is required; set it here or give data.path=..."),
         (
             ["run", "mine.yaml", "memory.device=cuda:77", "--processes", "2"],
-            'error: the device "cuda:77" is not there',
+            'error: command line: the device "cuda:77" is not there',
         ),
         (["generate", "runs/nothing", "--prompt", "x"], 'error: there is no "runs/nothing"'),
         (["generate", "builtin/emojis", "--prompt", "x"], "error: nothing is bundled under the name"),

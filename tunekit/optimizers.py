@@ -78,6 +78,20 @@ def find(name: str, *, where: str | None = None) -> OptimizerFacts:
     raise ConfigError(f'there is no optimizer "{name}"; {hint}', where=where)
 
 
+def require_package(name: str) -> OptimizerFacts:
+    """The row of an optimizer (see `find`) whose package is installed.
+
+    Raises:
+        ConfigError: unknown name.
+        MissingPackageError: the package that has it is not installed.
+    """
+    facts = find(name)
+    if facts.extra:
+        package = facts.import_path.partition(":")[0].partition(".")[0]
+        require(package, extra=facts.extra, why=f'the optimizer "{facts.name}" needs')
+    return facts
+
+
 def build(
     name: str,
     parameters: Iterable[torch.nn.Parameter],
@@ -101,10 +115,8 @@ def build(
         ConfigError: unknown name.
         MissingPackageError: the package that has it is not installed.
     """
-    facts = find(name)
+    facts = require_package(name)
     module_name, class_name = facts.import_path.split(":")
-    if facts.extra:
-        require(module_name.partition(".")[0], extra=facts.extra, why=f'the optimizer "{facts.name}" needs')
     optimizer_class = getattr(importlib.import_module(module_name), class_name)
     shared = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
     options = {key: value for key, value in shared.items() if key in facts.takes} | dict(facts.defaults)

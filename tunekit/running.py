@@ -9,6 +9,7 @@ run.optimize()                        # the passes, and the report
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from tunekit import families, hardware, planning
+from tunekit import families, hardware, planning, preconditions
 from tunekit.adapters import save_adapter
 from tunekit.artifacts import (
     Artifact,
@@ -34,7 +35,7 @@ from tunekit.artifacts import (
 )
 from tunekit.config import CLASS_BATCH, Loaded, SamplingConfig, TrainingRunConfig, dump_yaml
 from tunekit.data.cache import Encoder, Stream
-from tunekit.data.images import Scan, scan_data
+from tunekit.data.images import Scan
 from tunekit.diffusion.objectives import Objective, configured, scheduler_changes
 from tunekit.errors import OutOfMemory
 from tunekit.families.family import DTYPES, Conditioning, Family, Pipeline
@@ -43,7 +44,7 @@ from tunekit.memory.levers import Fitted, Levers, fit
 from tunekit.memory.measure import Meter
 from tunekit.memory.picture import draw
 from tunekit.memory.plan import Plan
-from tunekit.passes.base import Context, Pass, check_chain, parse_chain, run_chain
+from tunekit.passes.base import Context, Pass, run_chain
 from tunekit.report import write as write_report
 from tunekit.runtime import Runtime, sample_pixels, to_images
 from tunekit.tasks import Task
@@ -427,25 +428,24 @@ def _in_memory(
 def open_run(config: TrainingRunConfig, loaded: Loaded) -> Iterator[Run]:
     """Check, decide, and hold the run folder for as long as the run lives.
 
-    Whatever can be wrong with the chain or the pictures is said before anything has started; memory is
-    decided before anything is loaded, once for all processes.
+    Whatever can be known to be wrong (`preconditions`) is said before anything has started; memory is decided
+    before anything is loaded, once for all processes.
 
     Raises:
-        ChainError, DataError: the passes or the pictures.
+        TunekitError: one of the preconditions is not met.
         DeviceError, ConfigError, DoesNotFit: see `open_accelerator` and `planning.settle`.
         ArtifactError: another process is writing to this run.
         OutputError: the folder cannot be written.
         OutOfMemory: while it trained; its `replan` says whether to start again at once.
     """
-    chain = parse_chain(config.optimize, loaded.chain_where)
-    check_chain(chain, "adapter" if config.adapter else "torch", loaded.chain_where)
-    scan = scan_data(config.data)  # type: ignore[attr-defined]
-    scan.check()
+    found = preconditions.look(loaded, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    found.check()
+    assert found.scan is not None
     settled, plan = planning.settle(config, Processes.of(config.memory.device))
     accelerator = open_accelerator(settled.memory, settled.train.batch_size, settled.adapter)
     meter = Meter(accelerator.device, active=False)
     folder, main = RunFolder(config.run_dir), bool(accelerator.is_main_process)
-    run = Run(settled, config, folder, accelerator, main, meter, scan, chain, plan)
+    run = Run(settled, config, folder, accelerator, main, meter, found.scan, found.chain, plan)
     with _held(run):
         try:
             yield run

@@ -13,9 +13,7 @@ from tunekit.config import config_names, find_config
 from tunekit.errors import (
     ArtifactError,
     ConfigError,
-    DataError,
     Interrupted,
-    ModelError,
     OutputError,
     TunekitError,
     did_you_mean,
@@ -34,8 +32,6 @@ if TYPE_CHECKING:
     from tunekit.memory.plan import Plan
 
 RUNS = Path("runs")
-SOURCES = ("path", "validation", "class_path")
-"""Keys of `data:` that name pictures."""
 BATCH = 4
 """Pictures drawn at once."""
 
@@ -217,57 +213,13 @@ def check(config: str | Path, overrides: Sequence[str] = ()) -> Examination:
 
 
 def examine(loaded: Loaded) -> Examination:
-    """Looks at a config's model, its passes and every picture, and collects all that is wrong."""
-    facts: dict[str, str | int] = {
-        "recipe": loaded.config.recipe,
-        "writes to": str(loaded.config.run_dir),
-    }
-    errors: list[TunekitError] = []
-    problems: list[Problem] = []
+    """Asks all of `preconditions` of a config: its model, its passes, the machine, every picture."""
+    from tunekit import preconditions
 
-    def note(error: TunekitError) -> None:
-        errors.append(error)
-        problems.extend(_rows(error))
-
-    model = None
-    try:
-        model = _model(loaded)
-        if model is not None:
-            on_hub = model.path is None and model.source != "tiny"
-            kind = "on the hub: not looked at" if on_hub else model.format
-            facts["model"] = f"{loaded.config.model.source} ({kind})"
-    except TunekitError as error:
-        note(error)
-    try:
-        facts["passes"] = _chain(loaded, model)
-    except TunekitError as error:
-        note(error)
-    data = getattr(loaded.config, "data", None)
-    if data is not None:
-        from tunekit.data.images import scan_data
-
-        try:
-            scan = scan_data(data)
-        except TunekitError as error:  # a name that is not bundled
-            keys = [key for key in SOURCES if f'"{getattr(data, key, None)}"' in error.message]
-            error.key = f"data.{keys[0]}" if keys else "data"
-            error.where = loaded.where(error.key)
-            note(error)
-        else:
-            facts["pictures"] = len(scan.samples)
-            if scan.held_out:
-                facts["held out"] = len(scan.held_out)
-            if scan.prior:
-                facts["class pictures"] = len(scan.prior)
-            try:
-                scan.check()
-            except DataError as error:
-                errors.append(error)
-                for found in scan.problems:
-                    keys = [key for key in SOURCES if getattr(data, key, None) == found.where]
-                    key = f"data.{keys[0]}" if keys else ""
-                    problems.append(Problem(found.where, key, found.what, found.fix))
-    return Examination(str(loaded.path), facts, tuple(errors), tuple(problems))
+    found = preconditions.look(loaded)
+    facts = {"recipe": loaded.config.recipe, "writes to": str(loaded.config.run_dir), **found.facts}
+    rows = tuple(row for error in found.errors for row in _rows(error))
+    return Examination(str(loaded.path), facts, tuple(found.errors), rows)
 
 
 def _rows(error: TunekitError) -> list[Problem]:
@@ -276,64 +228,15 @@ def _rows(error: TunekitError) -> list[Problem]:
     ]
 
 
-def ready(loaded: Loaded) -> None:
-    """The checks before a run is launched: its model and its passes.
+def ready(loaded: Loaded, *, processes: int = 1) -> None:
+    """The checks before a run is launched, without a look at every picture, which the run takes itself.
 
     Raises:
-        ArtifactError, ModelError: the model is not there.
-        ChainError: the passes cannot run, or not in this order.
+        TunekitError: something is wrong.
     """
-    _chain(loaded, _model(loaded) if hasattr(loaded.config, "optimize") else None)
+    from tunekit import preconditions
 
-
-def _model(loaded: Loaded) -> Artifact | None:
-    """What `model.source` is; None for a recipe without a model.
-
-    Raises:
-        ArtifactError, ModelError: nothing there.
-    """
-    model = getattr(loaded.config, "model", None)
-    if model is None:
-        return None
-    from tunekit import families
-
-    try:
-        families.get(model.family)
-    except ConfigError as error:
-        error.where, error.key = loaded.where("model.family"), "model.family"
-        raise
-    try:
-        opened = open_artifact(model.source, family=model.family)
-    except (ArtifactError, ModelError) as error:
-        error.where, error.key = loaded.where("model.source"), "model.source"
-        raise
-    if opened.family and opened.family != model.family:
-        raise ConfigError(
-            f"model.family is {model.family}, but the source is of family {opened.family}",
-            where=loaded.where("model.family"),
-            key="model.family",
-        )
-    return opened
-
-
-def _chain(loaded: Loaded, model: Artifact | None) -> str:
-    """Checks the passes of `optimize:` and describes them: "merge > export_onnx (onnx)".
-
-    Raises:
-        ChainError: unknown pass or key, or a wrong order.
-    """
-    from tunekit.passes.base import check_chain, parse_chain
-
-    config = loaded.config
-    passes = parse_chain(getattr(config, "optimize", []), loaded.chain_where)
-    if not passes:
-        return "none"
-    if hasattr(config, "adapter"):  # trained first
-        start = "adapter" if config.adapter else "torch"
-    else:
-        start = model.format if model else "torch"
-    end = check_chain(passes, start, loaded.chain_where)
-    return " > ".join(step.kind for step in passes) + f" ({end})"
+    preconditions.look(loaded, processes=processes, pictures=False).check()
 
 
 # Running ----------------------------------------------------------------------------------------------------
@@ -380,16 +283,13 @@ def launch(config: str | Path, overrides: Sequence[str] = (), *, processes: int 
     from tunekit.config import load
 
     loaded = load(config, overrides)
-    ready(loaded)
+    ready(loaded, processes=processes)
     memory = getattr(loaded.config, "memory", None)
     device = memory.device if memory else getattr(loaded.config, "device", "auto")
     if processes > 1:
         from tunekit import hardware
 
-        kind = hardware.probe(device).torch_device.partition(":")[0]
-        if kind in {"cuda", "xpu"}:
-            hardware.probe(f"{kind}:{processes - 1}")  # says so if there are fewer
-        device = kind
+        device = hardware.probe(device).torch_device.partition(":")[0]
     recipe = recipe_path(loaded.config.recipe)
     code = launcher.launch(recipe, loaded.path, overrides, processes=processes, cpu=device == "cpu")
     return loaded, code

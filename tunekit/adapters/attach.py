@@ -47,22 +47,29 @@ def add_adapter(
         AdapterError: a target that matches no Linear or Conv2d.
     """
     targets = list(config.targets or default_targets)
-    paths = list(modules_of(denoiser))
-    for target in targets:
-        if not any(path == target or path.endswith("." + target) for path in paths):
-            ends = sorted(
-                {path.rsplit(".", 1)[-1] for path in paths if not path.rsplit(".", 1)[-1].isdigit()}
-            )
-            raise AdapterError(
-                f'adapter target "{target}" names no linear or convolution layer of the denoiser',
-                hint=f"there are: {', '.join(ends)}",
-            )
+    check_targets(denoiser, targets)
     denoiser.requires_grad_(False)
     kind = KINDS[config.kind]
     _inject(denoiser, kind, kind.settings(config.rank, config.alpha, targets, config.dropout))
     for path, layer in adapted(denoiser):
         kind.draw(layer, torch.Generator().manual_seed(stable_seed(seed, "adapter", path)))
     return [(name, p) for name, p in denoiser.named_parameters() if p.requires_grad]
+
+
+def check_targets(denoiser: nn.Module, targets: Sequence[str]) -> None:
+    """Refuse a target that no layer answers to; the denoiser may be without data.
+
+    Raises:
+        AdapterError: it matches no Linear or Conv2d; says what there is.
+    """
+    paths = list(modules_of(denoiser))
+    for target in targets:
+        if not any(path == target or path.endswith("." + target) for path in paths):
+            ends = {path.rsplit(".", 1)[-1] for path in paths}
+            raise AdapterError(
+                f'adapter target "{target}" names no linear or convolution layer of the denoiser',
+                hint=f"there are: {', '.join(sorted(end for end in ends if not end.isdigit()))}",
+            )
 
 
 def adapter_state(denoiser: nn.Module) -> State:

@@ -1,0 +1,330 @@
+"""What has to be true before a run starts: one list, shown whole by `tunekit check` and asked by every run.
+
+Nothing here loads weights or writes. A check is a function in `CHECKS`, which collects what is wrong
+(`Found.about`) and notes what others may want to know. So whatever can be known before pictures are encoded
+is said before, all of it at once, and `check` does not accept what a run refuses.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunekit.artifacts import Artifact, RunFolder, open_artifact
+from tunekit.errors import (
+    ArtifactError,
+    ChainError,
+    ConfigError,
+    DataError,
+    DeviceError,
+    OutputError,
+    TunekitError,
+)
+
+# What imports torch is imported where it is used: the command asks for this before it launches something.
+if TYPE_CHECKING:
+    from tunekit.config import Loaded, RunConfig
+    from tunekit.data.images import Scan
+    from tunekit.passes.base import Pass
+
+
+@dataclass
+class Found:
+    """What was found out about a config, before anything is loaded.
+
+    Attributes:
+        loaded: the config.
+        processes: that shall run it.
+        errors: what is wrong, in the order of the list.
+        facts: what there is, by name, for people: "model", "passes", "pictures", ...
+        model: what `model.source` is; None where it could not be found, or the recipe has none.
+        chain: the passes of `optimize:`, in order.
+        scan: the pictures; None where the recipe has none, or they were not looked at.
+    """
+
+    loaded: Loaded
+    processes: int = 1
+    errors: list[TunekitError] = field(default_factory=list)
+    facts: dict[str, str | int] = field(default_factory=dict)
+    model: Artifact | None = None
+    chain: list[Pass] = field(default_factory=list)
+    scan: Scan | None = None
+
+    @property
+    def config(self) -> RunConfig:
+        """The config itself."""
+        config: RunConfig = self.loaded.config
+        return config
+
+    def section(self, name: str) -> Any:
+        """A section that not every recipe has; None then."""
+        return getattr(self.config, name, None)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the recipe trains something."""
+        return self.section("train") is not None
+
+    @contextmanager
+    def about(self, key: str) -> Iterator[None]:
+        """Collects what is raised within; it is about that key of the config, where it names none itself."""
+        try:
+            yield
+        except TunekitError as error:
+            if not error.key and not error.parts:
+                error.key = key
+                error.where = self.loaded.where(key)
+            self.errors.append(error)
+
+    def check(self) -> None:
+        """Raise what is wrong: the one error, or the first kind of error with all of them in its text."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            parts = [part for error in self.errors for part in error.parts or [error]]
+            raise type(self.errors[0])("\n".join(map(str, self.errors)), parts=parts)
+
+
+def look(loaded: Loaded, *, processes: int = 1, pictures: bool = True) -> Found:
+    """Ask all of the list.
+
+    Args:
+        loaded: the config.
+        processes: that shall run it.
+        pictures: whether to look at every picture too, which takes longer than all the rest.
+    """
+    found = Found(loaded, processes)
+    for check in CHECKS:
+        if pictures or check is not _pictures:
+            check(found)
+    return found
+
+
+def _model(found: Found) -> None:
+    """The source is there, is of the family that is named, and of an adapter the base is known."""
+    from tunekit import families
+
+    model = found.section("model")
+    if model is None:
+        return
+    with found.about("model.family"):
+        families.get(model.family)
+    with found.about("model.source"):
+        opened = open_artifact(model.source, family=model.family)
+        found.model = opened
+        on_hub = opened.path is None and opened.source != "tiny"
+        found.facts["model"] = f"{model.source} ({'on the hub: not looked at' if on_hub else opened.format})"
+        if found.is_trained and opened.format not in {"torch", "adapter"}:
+            raise ArtifactError(
+                f"is a model in the format {opened.format}, which cannot be trained",
+                hint="name a whole torch model: what this was exported from",
+            )
+    with found.about("model.family"):
+        if opened.family and opened.family != model.family:
+            raise ConfigError(f"is {model.family}, but the source is of family {opened.family}")
+
+
+def _chain(found: Found) -> None:
+    """The passes are known, their settings right, and each can take what the one before it gives."""
+    from tunekit.passes.base import check_chain, parse_chain
+
+    found.facts["passes"] = "none"
+    where = found.loaded.chain_where
+    with found.about("optimize"):
+        found.chain = parse_chain(found.section("optimize") or [], where)
+    if not found.chain:
+        return
+    opened, first = found.model, found.chain[0]
+    with found.about("optimize"):
+        if found.is_trained:
+            start = "adapter" if found.section("adapter") else "torch"
+        else:
+            start = opened.format if opened else "torch"
+        end = check_chain(found.chain, start, where)
+        found.facts["passes"] = " > ".join(step.kind for step in found.chain) + f" ({end})"
+        if (
+            opened
+            and start == opened.format == "adapter"
+            and not (opened.base or getattr(first, "base", None))
+        ):
+            raise ChainError(
+                f"optimize[0] ({first.kind}) needs the base of the adapter {opened.source}, which names none",
+                where=where(0, None),
+                hint="- merge: {base: ...} names it",
+                key="optimize[0]",
+            )
+
+
+def _device(found: Found) -> None:
+    """The device answers, can compute in the precision asked for, and there is work for each process."""
+    from tunekit import hardware
+
+    memory = found.section("memory")
+    if memory is None:
+        return
+    device = None
+    with found.about("memory.device"):
+        device = hardware.probe(memory.device)
+        kind = device.torch_device.partition(":")[0]
+        if found.processes > 1 and kind in {"cuda", "xpu"}:
+            hardware.probe(f"{kind}:{found.processes - 1}")  # says so if there are fewer
+    train = found.section("train")
+    if train is None or device is None:
+        return
+    with found.about("memory.precision"):
+        if memory.precision == "fp16" and kind not in {"cuda", "xpu"}:
+            raise DeviceError(
+                f"memory.precision=fp16 needs a GPU, and this run is on {device.torch_device}",
+                hint="use memory.precision=bf16, which has the range of fp32, or fp32",
+            )
+    with found.about("train.batch_size"):
+        if found.processes > train.batch_size:
+            raise ConfigError(
+                f"train.batch_size={train.batch_size} is too little for {found.processes} processes",
+                hint=f"set train.batch_size to {found.processes} or more, or start fewer processes",
+            )
+    with found.about("memory.optimizer_in_backward"):
+        if found.processes > 1 and memory.optimizer_in_backward:
+            raise ConfigError(
+                f"memory.optimizer_in_backward works in one process, and there are {found.processes}",
+                hint="gradients of all processes are summed before an update; leave it out",
+            )
+
+
+def _packages(found: Found) -> None:
+    """What is optional and was asked for is installed."""
+    from tunekit import optimizers
+    from tunekit.errors import require
+
+    train, memory = found.section("train"), found.section("memory")
+    if train is None:
+        return
+    with found.about("train.optimizer"):
+        optimizers.require_package(train.optimizer)
+    with found.about("train.trackers"):
+        if "tensorboard" in train.trackers:
+            require("tensorboard", extra="trackers", why="train.trackers: [tensorboard] needs")
+    with found.about("memory.base_precision"):
+        if memory.base_precision == "nf4":
+            require("bitsandbytes", extra="quant", why="memory.base_precision=nf4 needs")
+
+
+def _targets(found: Found) -> None:
+    """Each target of the adapter names a layer of the denoiser."""
+    adapter, opened = found.section("adapter"), found.model
+    if not adapter or not adapter.targets or opened is None:
+        return
+    from tunekit import families
+    from tunekit.adapters.attach import check_targets
+
+    with found.about("adapter.targets"):
+        sizes = families.sizes_of(found.section("model").family, found.section("model").opened)
+        check_targets(sizes.denoiser.build(), adapter.targets)
+
+
+LONGEST = len(".tmp-4194304") + len(".kohya.safetensors")
+"""What is put around the name of a run in names of files."""
+
+
+def _folders(found: Found) -> None:
+    """What the run writes can be written, under names that the file system takes."""
+    with found.about("name"):
+        room = _longest_name(Path(found.config.runs).expanduser()) - LONGEST
+        if len(os.fsencode(found.config.name)) > room:
+            raise OutputError(
+                f"is too long for a file's name: {room} bytes at most, with what is added to it"
+            )
+    with found.about("runs"):
+        _writable(RunFolder(found.config.run_dir).path)
+    data = found.section("data")
+    if data is not None and getattr(data, "cache", None) is not None:
+        with found.about("data.cache"):
+            _writable(Path(data.cache).expanduser())
+
+
+def _there(folder: Path) -> Path:
+    """The folder, or the nearest one above it that there is."""
+    folder = folder.absolute()
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _longest_name(folder: Path) -> int:
+    try:
+        return os.pathconf(_there(folder), "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):  # Windows has no such question
+        return 255
+
+
+def _writable(folder: Path) -> None:
+    """Raises an OutputError if a folder cannot be made, or not be written to."""
+    try:
+        there = _there(folder)
+        is_folder = there.is_dir()
+    except OSError as error:  # a part of the path that is too long
+        raise OutputError(
+            f"cannot be a folder's name: {error.strerror}: {folder}", hint="choose a shorter one"
+        ) from error
+    if not is_folder:
+        raise OutputError(
+            f"{folder} cannot be made: {there} is not a folder",
+            hint="choose another place, or remove the file",
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"{folder} cannot be written: no permission to write to {there}", hint="choose another place"
+        )
+
+
+def _pictures(found: Found) -> None:
+    """Every picture and every caption."""
+    data = found.section("data")
+    if data is None:
+        return
+    from tunekit.data.images import scan_data
+
+    def key_of(names: str) -> str:
+        """The key whose value is that source; "" if none is."""
+        return next((f"data.{key}" for key in SOURCES if getattr(data, key, None) == names), "")
+
+    with found.about("data"):
+        try:
+            scan = found.scan = scan_data(data)
+        except TunekitError as error:  # a name that is not bundled
+            quoted = error.message.split('"')[1:2]
+            error.key = key_of(quoted[0]) if quoted else ""
+            error.where = found.loaded.where(error.key) if error.key else error.where
+            raise
+        found.facts["pictures"] = len(scan.samples)
+        if scan.held_out:
+            found.facts["held out"] = len(scan.held_out)
+        if scan.prior:
+            found.facts["class pictures"] = len(scan.prior)
+        try:
+            scan.check()
+        except DataError as error:
+            error.parts = tuple(
+                DataError(problem.what, where=problem.where, hint=problem.fix, key=key_of(problem.where))
+                for problem in scan.problems
+            )
+            raise
+
+
+SOURCES = ("path", "validation", "class_path")
+"""Keys of `data:` that name pictures."""
+
+CHECKS: tuple[Callable[[Found], None], ...] = (
+    _model,
+    _chain,
+    _device,
+    _packages,
+    _targets,
+    _folders,
+    _pictures,
+)
+"""The list, in the order in which it is asked; a later check may use what an earlier one found."""
