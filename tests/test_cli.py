@@ -398,7 +398,7 @@ def test_doctor_names_what_is_missing_and_the_line_that_installs_it(
 ):
     import typer
 
-    from tunekit import cli, doctor
+    from tunekit import cli, doctor, install
 
     absent = {"openvino", "peft"}
     real = doctor._version
@@ -407,8 +407,8 @@ def test_doctor_names_what_is_missing_and_the_line_that_installs_it(
         cli.doctor()
     assert caught.value.exit_code == 1
     said = " ".join(capsys.readouterr().out.split())
-    assert "peft pip install tunekit" in said
-    assert 'openvino (run ONNX through OpenVINO) pip install "tunekit[openvino]"' in said
+    assert f"peft {install.again()}" in said
+    assert f"openvino (run ONNX through OpenVINO) {install.with_extra('openvino')}" in said
 
 
 # plan -------------------------------------------------------------------------------------------------------

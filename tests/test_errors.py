@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from tunekit import errors
+from tunekit import errors, install
 from tunekit.errors import (
     ConfigError,
     Interrupted,
@@ -15,6 +15,7 @@ from tunekit.errors import (
     TunekitError,
     VerificationFailed,
     did_you_mean,
+    missing,
     output_errors,
     require,
 )
@@ -50,10 +51,11 @@ def test_did_you_mean(name: str, expected: str):
 
 def test_require_gives_the_line_that_installs():
     assert require("json", extra="onnx", why="x needs").__name__ == "json"
-    with pytest.raises(
-        MissingPackageError, match=r'Engines need the package "nopackage": pip install "tunekit\[tensorrt\]"'
-    ):
+    with pytest.raises(MissingPackageError, match=r'Engines need the package "nopackage": .*\[tensorrt\]"'):
         require("nopackage.inner", extra="tensorrt", why="Engines need")
+    assert missing("json", extra="onnx", why="x needs") is None
+    said = missing("nopackage.inner", extra="tensorrt", why="Engines need")
+    assert str(said) == f'Engines need the package "nopackage": {install.with_extra("tensorrt")}'
 
 
 def test_require_does_not_call_a_broken_package_absent(tmp_path, monkeypatch):

@@ -121,5 +121,5 @@ def test_unknown_optimizer():
 @pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw8bit"])
 def test_missing_package(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(MissingPackageError, match=r'pip install "tunekit\[quant\]"'):
+    with pytest.raises(MissingPackageError, match=r'install .*\[quant\]"'):
         optimizers.build(name, [torch.nn.Parameter(torch.zeros(1))], lr=1.0)

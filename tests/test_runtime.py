@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tunekit import families
+from tunekit import families, install
 from tunekit.adapters import add_adapter, save_adapter
 from tunekit.artifacts import Artifact
 from tunekit.config import AdapterConfig, SamplingConfig
@@ -338,7 +338,7 @@ def test_a_provider_that_is_not_installed(tiny_onnx: Path, provider: str) -> Non
     if len(onnxruntime.get_available_providers()) > 2:
         pytest.skip("onnxruntime-gpu is installed")
     message = why(DeviceError, tiny_onnx, provider=provider)
-    assert "ExecutionProvider here; it has" in message and "tunekit[gpu]" in message
+    assert "ExecutionProvider here; it has" in message and "[gpu]" in message
 
 
 def test_a_missing_component(tiny_onnx: Path, tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ def test_a_missing_package(
     monkeypatch.setitem(sys.modules, package, None)
     source, options = (tiny_onnx, {"provider": package}) if package == "openvino" else (engines, {})
     message = why(MissingPackageError, source, **options)
-    assert f'pip install "tunekit[{extra}]"' in message and "\n" not in message
+    assert install.with_extra(extra) in message and "\n" not in message
 
 
 def test_an_engine_takes_as_many_rows_as_its_inputs_with_rows(

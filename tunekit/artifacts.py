@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunekit import install
 from tunekit.errors import ArtifactError, did_you_mean, output_errors
 from tunekit.resources import Source, builtin
 
@@ -298,7 +299,7 @@ class Artifact:
                 raise ArtifactError(
                     f"written by a newer tunekit (version {version}, this one knows {VERSION})",
                     where=str(file),
-                    hint="pip install --upgrade tunekit",
+                    hint=install.newer(),
                 )
             if record["format"] not in FORMATS:
                 raise ValueError(f'unknown format "{record["format"]}"')

@@ -515,10 +515,9 @@ def doctor(as_json: AsJson = False) -> None:
     console.print(" " + (", ".join(found["bundled"]) or "nothing"))
     if found["missing"]:
         _heading(console, "missing")
-        table = _table("what", "install")
-        for item in found["missing"]:
-            table.add_row(Text(item["what"], "red" if item["needed"] else "yellow"), item["install"])
-        console.print(table)
+        for item in found["missing"]:  # a line to copy must not be folded into a column
+            console.print(Text(f" {item['what']}", "red" if item["needed"] else "yellow"))
+            print(f"   {item['install']}")
     else:
         console.print("\nnothing is missing", style="green")
     raise typer.Exit(1 if incomplete else 0)

@@ -7,11 +7,12 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import tunekit
+from tunekit import install
 from tunekit.errors import DeviceError
 from tunekit.resources import builtin_names
 
@@ -45,12 +46,13 @@ def _packages() -> tuple[dict[str, str | None], dict[str, dict[str, str | None]]
     """Versions of what tunekit needs, and of what each extra brings."""
     core: dict[str, str | None] = {}
     extras: dict[str, dict[str, str | None]] = {name: {} for name in USES}
-    for requirement in requires("tunekit") or []:
+    own = install.distribution()
+    for requirement in install.requirements():
         package = _name(requirement)
         _, _, condition = requirement.partition("extra ==")
         if not condition:
             core[package] = _version(package)
-        elif package != "tunekit":
+        elif own is None or package != own.metadata["Name"]:
             extra = condition.strip().strip("'\"")
             if extra in extras:
                 extras[extra][package] = _version(package)
@@ -87,6 +89,14 @@ def _devices() -> list[dict[str, Any]]:
     return found
 
 
+def _torch() -> tuple[str, str | None]:
+    """Version of torch, and what it is built for."""
+    import torch
+
+    made = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip, "XPU": getattr(torch.version, "xpu", None)}
+    return torch.__version__, next((f"{name} {number}" for name, number in made.items() if number), None)
+
+
 def _providers() -> dict[str, list[str] | str]:
     """Who can run or build exported models, by package; a text is the reason why one does not answer."""
     asks: dict[str, Callable[[], list[str]]] = {
@@ -109,19 +119,28 @@ def examine() -> dict[str, Any]:
 
     Returns:
         `{"version", "python", "packages", "extras", "devices", "providers", "bundled", "disk_free_bytes",
-        "missing"}`, JSON-able; `missing` is a list of `{"what", "install", "needed"}`.
+        "missing"}`, JSON-able; `missing` is a list of `{"what", "install", "needed"}`, and has a torch that
+        leaves a GPU idle too.
     """
     core, extras = _packages()
     devices, trouble = _answer(_devices)
+    cards = install.cards()
     missing = [
-        {"what": package, "install": "pip install tunekit", "needed": True}
+        {"what": package, "install": install.again(), "needed": True}
         for package, installed in core.items()
         if installed is None
     ]
     if trouble:
         missing.append(
-            {"what": f"torch does not work: {trouble}", "install": "pip install torch", "needed": True}
+            {
+                "what": f"torch does not work: {trouble}",
+                "install": install.torch_for(cards)[1],
+                "needed": True,
+            }
         )
+    elif cards and all(device["device"] == "cpu" for device in devices or []):
+        what, line = install.torch_trouble(cards, *_torch())
+        missing.append({"what": what, "install": line, "needed": False})
     onnx_elsewhere = _version("onnxruntime-gpu") is not None
     for extra, packages in extras.items():
         absent = [package for package, installed in packages.items() if installed is None]
@@ -130,10 +149,8 @@ def examine() -> dict[str, Any]:
         if extra == "gpu" and not any(device["device"].startswith("cuda") for device in devices or []):
             continue
         if absent:
-            install = f'pip install "tunekit[{extra}]"'
-            missing.append(
-                {"what": f"{', '.join(absent)} ({USES[extra]})", "install": install, "needed": False}
-            )
+            what = f"{', '.join(absent)} ({USES[extra]})"
+            missing.append({"what": what, "install": install.with_extra(extra), "needed": False})
     return {
         "version": tunekit.__version__,
         "python": f"{sys.version.split()[0]} on {platform.platform(terse=True)}",

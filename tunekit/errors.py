@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import errno
-import importlib
+import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+
+from tunekit import install
 
 
 class TunekitError(Exception):
@@ -124,6 +126,16 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f'did you mean "{by_lower[nearest[0]]}"?' if nearest else ""
 
 
+def missing(module: str, *, extra: str, why: str) -> MissingPackageError | None:
+    """The error of `require` for a module that is not installed, found without importing it; else None."""
+    package = module.partition(".")[0]
+    return None if importlib.util.find_spec(package) else _missing(package, extra, why)
+
+
+def _missing(package: str, extra: str, why: str) -> MissingPackageError:
+    return MissingPackageError(f'{why} the package "{package}": {install.with_extra(extra)}')
+
+
 def require(module: str, *, extra: str, why: str) -> ModuleType:
     """Imports an optional module.
 
@@ -141,8 +153,7 @@ def require(module: str, *, extra: str, why: str) -> ModuleType:
         # A package that is there but lacks one of its own parts must not be reported as absent.
         if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
             raise
-        message = f'{why} the package "{module.partition(".")[0]}": pip install "tunekit[{extra}]"'
-        raise MissingPackageError(message) from error
+        raise _missing(module.partition(".")[0], extra, why) from error
 
 
 _OUTPUT_ERRNOS = {

@@ -768,5 +768,5 @@ def test_what_needs_a_frozen_base_is_refused_where_all_weights_are_trained(lever
 def test_nf4_without_bitsandbytes_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(MissingPackageError, match=r'pip install "tunekit\[quant\]"'):
+    with pytest.raises(MissingPackageError, match=r'install .*\[quant\]"'):
         ready(Levers(base_precision="nf4"))

@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from tunekit import install
 from tunekit.artifacts import Artifact
 from tunekit.errors import ChainError, DeviceError, ModelError
 from tunekit.passes.base import Context, check_chain, parse_chain, run_chain
@@ -182,5 +183,5 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ChainError) as raised:
         check_chain(parse_chain([{"build_tensorrt": {"devices": ["rtx-3060"]}}]), "onnx")
     message = str(raised.value)
-    assert message.endswith('needs the package "tensorrt_rtx": pip install "tunekit[tensorrt]"')
+    assert message.endswith(f'needs the package "tensorrt_rtx": {install.with_extra("tensorrt")}')
     assert "\n" not in message

@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 
-from tunekit import families, layers
+from tunekit import families, install, layers
 from tunekit.artifacts import Artifact, open_artifact
 from tunekit.config import SamplingConfig
 from tunekit.diffusion.metrics import psnr_db, relative_error
@@ -287,4 +287,5 @@ def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
         run_chain(
             parse_chain(["export_onnx"]), open_artifact("tiny", family="sd15"), Context(run_dir=tmp_path)
         )
-    assert str(raised.value) == 'ONNX export needs the package "onnxscript": pip install "tunekit[onnx]"'
+    line = install.with_extra("onnx")
+    assert str(raised.value) == f'ONNX export needs the package "onnxscript": {line}'

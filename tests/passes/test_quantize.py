@@ -92,7 +92,7 @@ def test_without_bitsandbytes_nothing_starts(
     tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(MissingPackageError, match=r"bitsandbytes.*tunekit\[quant\]"):
+    with pytest.raises(MissingPackageError, match=r"bitsandbytes.*install .*\[quant\]"):
         quantized(tiny_source, tmp_path, scheme="nf4")
     assert not [path for path in (tmp_path / "run").iterdir() if path.is_dir()]
 

@@ -11,7 +11,7 @@ the ONNX file: TensorRT's networks are strongly typed. The folder keeps the layo
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import shutil
 import time
@@ -23,7 +23,7 @@ from pydantic import Field, field_validator
 
 from tunekit import hardware
 from tunekit.artifacts import write_json
-from tunekit.errors import DeviceError, ModelError, output_errors, require
+from tunekit.errors import DeviceError, ModelError, missing, output_errors, require
 from tunekit.passes.base import Context, Outcome, Pass
 from tunekit.passes.metrics import SIZE, Metric
 
@@ -80,8 +80,9 @@ class BuildTensorrt(Pass):
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """Says what is missing before other passes have taken their time."""
-        if importlib.util.find_spec(PACKAGE) is None:
-            return f'needs the package "{PACKAGE}": pip install "tunekit[tensorrt]"'
+        absent = missing(PACKAGE, extra="tensorrt", why="needs")
+        if absent:
+            return absent.message
         old = [name for name in self.devices if hardware.find(name).compute_capability == (7, 5)]
         if old and any("fp32" in step.gives() for step in earlier):
             return (

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tunekit import install
 from tunekit.artifacts import Artifact
 from tunekit.errors import ConfigError, DeviceError, ModelError
 from tunekit.families.family import Family
@@ -112,7 +113,8 @@ def _ort_choice(
     if name not in ort_providers():
         raise DeviceError(
             f"ONNX Runtime has no {name} here; it has {', '.join(ort_providers())}",
-            hint='pip uninstall onnxruntime; pip install "tunekit[gpu]" (and an NVIDIA driver)',
+            hint=f"{install.pip('uninstall')} onnxruntime; {install.with_extra('gpu')}"
+            " (and an NVIDIA driver)",
         )
     cpu: tuple[str, dict[str, Any]] = (ORT_PROVIDERS["cpu"], {})
     cuda = (ORT_PROVIDERS["cuda"], {"device_id": index})
