@@ -19,8 +19,8 @@ from tunekit.resources import PACKAGE
 LAYERS = """
     __main__ > cli > workspace > running > preconditions > planning > passes > training
         > {memory, data, runtime} > {adapters, tasks, report, doctor} > families
-        > {diffusion, layers, launch} > artifacts > config > {hardware, optimizers}
-        > {units, registry, quiet} > resources > errors > install
+        > {diffusion, layers, launch} > artifacts > config > {hardware, optimizers, progress}
+        > {units, registry, quiet} > resources > files > errors > install
 """
 RANK = {name: rank for rank, names in enumerate(LAYERS.split(">")) for name in re.findall(r"\w+", names)}
 REPOSITORY = Path(__file__).parents[1]

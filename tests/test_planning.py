@@ -120,6 +120,42 @@ def test_what_a_card_lacks_is_refused(overrides: tuple[str, ...], what: str) -> 
         planning.plan_config(config(*TINY, *overrides), device="radeon-pro-w6800")
 
 
+def test_what_this_machine_lacks_is_told_with_its_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for package in ("bitsandbytes", "tensorboard"):
+        monkeypatch.setitem(sys.modules, package, None)
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "extends: sd15/lora\n"
+        "memory: {device: cpu, precision: fp16, base_precision: nf4}\n"
+        "train: {optimizer: adamw8bit, trackers: [tensorboard]}\n"
+    )
+    found = planning.unmet(load(file, ["data.path=x", "train.batch_size=1"]), processes=2)
+    assert [(error.key, error.where) for error in found] == [
+        ("memory.precision", f"{file}:2"),
+        ("memory.base_precision", f"{file}:2"),
+        ("train.optimizer", f"{file}:3"),
+        ("train.trackers", f"{file}:3"),
+        ("train.batch_size", "command line"),
+    ]
+    assert "[quant]" in str(found[1])
+    assert "[trackers]" in str(found[3])
+    monkeypatch.undo()
+    assert planning.unmet(load(file, ["data.path=x", "memory.precision=fp32"])) == []
+
+
+def test_a_device_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    (error,) = planning.unmet(config("memory.device=cuda:7"))
+    assert (error.key, error.where) == ("memory.device", "command line")
+    assert "is not there" in str(error)
+    optimize = load("sd15/optimize", ["model.source=tiny", "memory.device=cuda:7"])
+    assert [error.key for error in planning.unmet(optimize)] == ["memory.device"]
+    here(monkeypatch, title="AMD Radeon PRO W6800", kind="rocm", supports_bf16=False)
+    keys = [error.key for error in planning.unmet(config("memory.base_precision=nf4"))]
+    assert "memory.base_precision" in keys
+
+
 def test_less_than_the_weights(capsys: pytest.CaptureFixture[str]) -> None:
     """One message: how much is missing, what was tried, what would help most, and which card would do."""
     loaded = config("memory.approximate=never", "memory.offload=false")

@@ -403,6 +403,17 @@ def probe(requested: str = "auto") -> Device:
     return Device("cpu", 0, "cpu", _processor(), total, free, True)
 
 
+def without_precision(device: Device, precision: str) -> DeviceError | None:
+    """What is to be said where a device cannot train in a precision that was asked for; else None."""
+    if precision != "fp16" or device.torch_device.startswith(("cuda", "xpu")):
+        return None
+    return DeviceError(
+        f"memory.precision=fp16 needs a GPU, and this run is on {device.torch_device}",
+        hint="use memory.precision=bf16, which has the range of fp32, or fp32",
+        key="memory.precision",
+    )
+
+
 def forget() -> None:
     """Gives memory that torch keeps for later back to the GPU."""
     import torch

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tunekit.errors import ConfigError, did_you_mean, require
+from tunekit.errors import ConfigError, MissingPackageError, did_you_mean, missing, require
 
 if TYPE_CHECKING:
     import torch
@@ -78,18 +78,16 @@ def find(name: str, *, where: str | None = None) -> OptimizerFacts:
     raise ConfigError(f'there is no optimizer "{name}"; {hint}', where=where)
 
 
-def require_package(name: str) -> OptimizerFacts:
-    """The row of an optimizer (see `find`) whose package is installed.
+def absent(name: str) -> MissingPackageError | None:
+    """What is to be said where the package of an optimizer is not installed; else None.
 
     Raises:
         ConfigError: unknown name.
-        MissingPackageError: the package that has it is not installed.
     """
     facts = find(name)
-    if facts.extra:
-        package = facts.import_path.partition(":")[0].partition(".")[0]
-        require(package, extra=facts.extra, why=f'the optimizer "{facts.name}" needs')
-    return facts
+    package = facts.import_path.partition(":")[0]
+    why = f'the optimizer "{facts.name}" needs'
+    return missing(package, extra=facts.extra, why=why) if facts.extra else None
 
 
 def build(
@@ -115,8 +113,10 @@ def build(
         ConfigError: unknown name.
         MissingPackageError: the package that has it is not installed.
     """
-    facts = require_package(name)
+    facts = find(name)
     module_name, class_name = facts.import_path.split(":")
+    if facts.extra:
+        require(module_name.partition(".")[0], extra=facts.extra, why=f'the optimizer "{facts.name}" needs')
     optimizer_class = getattr(importlib.import_module(module_name), class_name)
     shared = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
     options = {key: value for key, value in shared.items() if key in facts.takes} | dict(facts.defaults)

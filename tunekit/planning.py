@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tunekit import hardware, optimizers
 from tunekit.artifacts import Artifact, RunFolder, write_json
 from tunekit.config import Loaded, TrainingRunConfig
-from tunekit.errors import ConfigError, DeviceError, OutOfMemory
+from tunekit.errors import ConfigError, DeviceError, OutOfMemory, TunekitError, missing
 from tunekit.resources import cache_dir
 from tunekit.units import parse_bytes
 
@@ -102,6 +102,72 @@ def plan_config(
     machine = hardware.machine_memory()[0]
     cards = [replace(facts, memory_bytes=facts.memory_bytes or machine) for facts in hardware.TABLE.values()]
     return [_known(config, facts, size, say, strict=False) for facts in cards]
+
+
+def unmet(loaded: Loaded, *, processes: int = 1) -> list[TunekitError]:
+    """What this machine lacks for a config: its device, arithmetic and packages. Nothing is loaded for it.
+
+    Each problem names its key and the line. What the memory is enough for is `plan_config`'s.
+
+    Args:
+        processes: that the run is to have.
+    """
+    config = loaded.config
+    memory = getattr(config, "memory", None)
+    if memory is None:
+        return []
+    found: list[TunekitError] = []
+
+    def note(error: TunekitError | None, key: str) -> None:
+        if error is not None:
+            error.key, error.where = key, loaded.where(key)
+            found.append(error)
+
+    device = None
+    try:
+        device = hardware.probe(memory.device)
+        kind = device.torch_device.partition(":")[0]
+        if processes > 1 and kind in {"cuda", "xpu"}:
+            hardware.probe(f"{kind}:{processes - 1}")
+    except DeviceError as error:
+        note(error, "memory.device")
+    if not isinstance(config, TrainingRunConfig):
+        return found
+    train = config.train
+    if device is not None:
+        note(hardware.without_precision(device, memory.precision), "memory.precision")
+        facts = hardware.resembling(device)
+        if facts is not None:
+            for key, lacking in _lacking(config, facts):
+                note(lacking, key)
+    if memory.base_precision == "nf4":
+        note(missing("bitsandbytes", extra="quant", why="nf4 needs"), "memory.base_precision")
+    note(optimizers.absent(train.optimizer), "train.optimizer")
+    if "tensorboard" in train.trackers:
+        note(missing("tensorboard", extra="trackers", why="it needs"), "train.trackers")
+    for key, wrong in _too_many(config, processes):
+        note(wrong, key)
+    return found
+
+
+def _too_many(config: TrainingRunConfig, processes: int) -> Iterator[tuple[str, ConfigError]]:
+    """What a config cannot do in as many processes."""
+    if processes > 1 and config.memory.optimizer_in_backward:
+        yield (
+            "memory.optimizer_in_backward",
+            ConfigError(
+                f"works in one process, and there are {processes}",
+                hint="gradients of all processes are summed before an update; leave it out",
+            ),
+        )
+    if processes > config.train.batch_size:
+        yield (
+            "train.batch_size",
+            ConfigError(
+                f"{config.train.batch_size} is too little for {processes} processes",
+                hint=f"set it to {processes} or more, or start fewer processes",
+            ),
+        )
 
 
 def settle(config: C, processes: Processes | None = None) -> tuple[C, Plan | None]:
@@ -329,18 +395,21 @@ def _digest(config: TrainingRunConfig, place: _Place, name: str, processes: int)
 
 def _refuse_what_it_lacks(config: TrainingRunConfig, facts: hardware.DeviceFacts, loaded: Loaded) -> None:
     """Errors for what was set and the card cannot do."""
+    for key, error in _lacking(config, facts):
+        error.where = loaded.where(key)
+        raise error
+
+
+def _lacking(config: TrainingRunConfig, facts: hardware.DeviceFacts) -> Iterator[tuple[str, DeviceError]]:
+    """What was set that needs what a card lacks."""
     needs = []
     if config.memory.base_precision == "nf4":
         needs.append(("memory.base_precision", "nf4 needs bitsandbytes"))
     if optimizers.find(config.train.optimizer).extra:
         needs.append(("train.optimizer", f"{config.train.optimizer} needs bitsandbytes"))
-    if "bitsandbytes" in facts.lacks and needs:
-        key, what = needs[0]
-        raise DeviceError(
-            f"{what}, which does not run on {facts.title}",
-            where=loaded.where(key),
-            hint="leave it out; int8 and adafactor run everywhere",
-        )
+    for key, what in needs if "bitsandbytes" in facts.lacks else ():
+        message = f"{what}, which does not run on {facts.title}"
+        yield key, DeviceError(message, hint="leave it out; int8 and adafactor run everywhere", key=key)
 
 
 def _here(config: TrainingRunConfig, device: str | None, budget: int | None) -> _Place:

@@ -12,7 +12,7 @@ from torch import nn
 
 from tunekit import hardware, optimizers
 from tunekit.config import AdapterConfig, MemoryConfig, TrainConfig
-from tunekit.errors import ConfigError, DeviceError, TunekitError
+from tunekit.errors import ConfigError, TunekitError
 from tunekit.memory.levers import autocast_of, step_in_backward
 
 if TYPE_CHECKING:
@@ -101,12 +101,9 @@ def open_accelerator(
     from accelerate import Accelerator
 
     device = hardware.probe(memory.device)
-    on_gpu = device.torch_device.startswith(("cuda", "xpu"))
-    if memory.precision == "fp16" and not on_gpu:
-        raise DeviceError(
-            f"memory.precision=fp16 needs a GPU, and this run is on {device.torch_device}",
-            hint="use memory.precision=bf16, which has the range of fp32, or fp32",
-        )
+    wrong = hardware.without_precision(device, memory.precision)
+    if wrong is not None:
+        raise wrong
     if device.torch_device.startswith("cuda"):
         torch.cuda.set_device(device.index)
     mixed = autocast_of(memory.precision, adapter)
