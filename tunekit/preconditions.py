@@ -20,7 +20,6 @@ from tunekit.errors import (
     ChainError,
     ConfigError,
     DataError,
-    DeviceError,
     OutputError,
     TunekitError,
 )
@@ -159,58 +158,11 @@ def _chain(found: Found) -> None:
             )
 
 
-def _device(found: Found) -> None:
-    """The device answers, can compute in the precision asked for, and there is work for each process."""
-    from tunekit import hardware
+def _machine(found: Found) -> None:
+    """The device, its arithmetic and the packages asked for are there, and there is work for each process."""
+    from tunekit import planning
 
-    memory = found.section("memory")
-    if memory is None:
-        return
-    device = None
-    with found.about("memory.device"):
-        device = hardware.probe(memory.device)
-        kind = device.torch_device.partition(":")[0]
-        if found.processes > 1 and kind in {"cuda", "xpu"}:
-            hardware.probe(f"{kind}:{found.processes - 1}")  # says so if there are fewer
-    train = found.section("train")
-    if train is None or device is None:
-        return
-    with found.about("memory.precision"):
-        if memory.precision == "fp16" and kind not in {"cuda", "xpu"}:
-            raise DeviceError(
-                f"memory.precision=fp16 needs a GPU, and this run is on {device.torch_device}",
-                hint="use memory.precision=bf16, which has the range of fp32, or fp32",
-            )
-    with found.about("train.batch_size"):
-        if found.processes > train.batch_size:
-            raise ConfigError(
-                f"train.batch_size={train.batch_size} is too little for {found.processes} processes",
-                hint=f"set train.batch_size to {found.processes} or more, or start fewer processes",
-            )
-    with found.about("memory.optimizer_in_backward"):
-        if found.processes > 1 and memory.optimizer_in_backward:
-            raise ConfigError(
-                f"memory.optimizer_in_backward works in one process, and there are {found.processes}",
-                hint="gradients of all processes are summed before an update; leave it out",
-            )
-
-
-def _packages(found: Found) -> None:
-    """What is optional and was asked for is installed."""
-    from tunekit import optimizers
-    from tunekit.errors import require
-
-    train, memory = found.section("train"), found.section("memory")
-    if train is None:
-        return
-    with found.about("train.optimizer"):
-        optimizers.require_package(train.optimizer)
-    with found.about("train.trackers"):
-        if "tensorboard" in train.trackers:
-            require("tensorboard", extra="trackers", why="train.trackers: [tensorboard] needs")
-    with found.about("memory.base_precision"):
-        if memory.base_precision == "nf4":
-            require("bitsandbytes", extra="quant", why="memory.base_precision=nf4 needs")
+    found.errors += planning.unmet(found.loaded, processes=found.processes)
 
 
 def _targets(found: Found) -> None:
@@ -321,8 +273,7 @@ SOURCES = ("path", "validation", "class_path")
 CHECKS: tuple[Callable[[Found], None], ...] = (
     _model,
     _chain,
-    _device,
-    _packages,
+    _machine,
     _targets,
     _folders,
     _pictures,
