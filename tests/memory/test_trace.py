@@ -118,7 +118,7 @@ def test_random_units_draw_the_same_twice() -> None:
         levers = Levers(gradient_checkpointing=checkpointed)
         fitted = fit(family.denoiser(family.tiny()), dropping, family.facts, levers, device="cpu")
         fitted.module.train()
-        torch.manual_seed(0)
+        fitted.masks.draw(0, 1, ["a"], "cpu")
         inputs = torch.ones(1, 4, 16, 16), torch.tensor([500]), torch.ones(1, 48, 32)
         fitted.module(*inputs, return_dict=False)[0].square().mean().backward()
         gradients.append([parameter.grad for parameter in fitted.parameters.values()])

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from tunekit import layers
 from tunekit.adapters import add_adapter
 from tunekit.config import AdapterConfig
+from tunekit.diffusion.dropout import Masks, with_masks
 from tunekit.errors import ConfigError, did_you_mean
 from tunekit.families.family import DTYPES, FamilyFacts
 from tunekit.memory.decided import Levers, Units
@@ -85,12 +86,14 @@ class Fitted:
     Attributes:
         module: the denoiser.
         parameters: name -> what the optimizer updates, float32: the module's own parameters, or copies.
+        masks: of its dropout; told of each batch before it goes through the module.
     """
 
     module: nn.Module
     parameters: dict[str, nn.Parameter]
     host: HostWeights | None = None
     optimizer_in_backward: bool = False
+    masks: Masks = field(default_factory=Masks)
     watch: Callable[[Tensor], None] = lambda gradient: None
     """Told of each gradient that is summed on a master, for observers."""
     _working: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -98,7 +101,8 @@ class Fitted:
     @classmethod
     def plain(cls, module: nn.Module) -> Fitted:
         """A module as it is, without levers: all that requires a gradient is trained."""
-        return cls(module, {name: p for name, p in module.named_parameters() if p.requires_grad})
+        learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        return cls(module, learned, masks=with_masks(module))
 
     def hold_masters(self, dtype: torch.dtype) -> None:
         """Lets the module compute with `dtype` copies; gradients are summed in float32 on the originals."""
@@ -184,13 +188,14 @@ def fit(
     as_held(denoiser, adapter, levers)
     if adapter is not None:
         add_adapter(denoiser, adapter, list(facts.lora_targets), seed=seed)
+    masks = with_masks(denoiser)
     host = _host_weights(denoiser, levers, torch.device(device))
     checkpoint_units(
         denoiser, levers.gradient_checkpointing, keep_attention=levers.keep_attention, on_unit=on_unit
     )
     _place(denoiser, device, host)
     learned = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
-    fitted = Fitted(denoiser, learned, host, levers.optimizer_in_backward)
+    fitted = Fitted(denoiser, learned, host, levers.optimizer_in_backward, masks)
     if has_masters(levers.precision, adapter):
         dtype = DTYPES[levers.precision]
         fitted.hold_masters(dtype)

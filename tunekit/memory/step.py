@@ -83,6 +83,7 @@ def trace_step(job: Job, target: Target, levers: Levers | None = None, *, accumu
     _watch(tracer, fitted)
     update = _updater(job, target, fitted, tracer)
     batch = job.batch(levers.micro_batch or 1)
+    fitted.masks.draw(0, 0, batch.ids, "meta")
     with tracer:
         _label(tracer, job, task)
         tracer.label(batch.tensors(), "inputs")

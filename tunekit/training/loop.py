@@ -72,7 +72,7 @@ class Hooks:
     """What happens beside the steps; nothing of it changes what is learned but `seed`.
 
     Attributes:
-        seed: seeds torch's global generator before each forward (dropout).
+        seed: of dropout's masks, by sample; and of torch's global generator before each forward.
         meter: measures the phases "first_step" and "step".
         tracker: writes metrics.jsonl (and TensorBoard); None keeps nothing on disk.
         checkpoints: where resumable state goes; None neither saves nor resumes, and leaves signals alone.
@@ -309,7 +309,8 @@ class _Training:
         parts: dict[str, Tensor] = {}
         values = []
         for index, batch in enumerate(micro_batches):
-            torch.manual_seed(stable_seed(self.hooks.seed, step, rank, index, "dropout"))
+            self.fitted.masks.draw(self.hooks.seed, step, batch.ids, accelerator.device)
+            torch.manual_seed(stable_seed(self.hooks.seed, step, rank, index, "loss"))
             last = index == len(micro_batches) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
                 losses = self.task.loss(self.model, batch.to(accelerator.device))
