@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tunekit import artifacts
+from tunekit import files
 from tunekit.artifacts import (
     ADAPTER_FILE,
     Artifact,
@@ -165,7 +165,7 @@ def test_no_space_left_while_syncing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with open("/dev/full", "wb", buffering=0) as device:
             device.write(b"1")  # the kernel's own ENOSPC
 
-    monkeypatch.setattr(artifacts.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with (
         pytest.raises(OutputError, match="no space left on the disk"),
         atomic_folder(tmp_path / "x") as folder,

@@ -1,4 +1,4 @@
-"""Artifacts: plain folders other tools can load, with `artifact.json` in them; whole-or-absent writing."""
+"""Artifacts: plain folders other tools can load, with `artifact.json` in them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,44 @@ import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunekit import install
-from tunekit.errors import ArtifactError, did_you_mean, output_errors
+from tunekit.errors import ArtifactError, did_you_mean
+from tunekit.files import (
+    atomic_folder,
+    clean_leftovers,
+    directory_size,
+    remove_folder,
+    write_json,
+    write_text,
+)
 from tunekit.resources import Source, builtin
 
 if TYPE_CHECKING:
     from tunekit.config import SamplingConfig
+
+__all__ = [
+    "ADAPTER_FILE",
+    "FORMATS",
+    "PICTURES",
+    "RECORD",
+    "VERSION",
+    "Artifact",
+    "Metric",
+    "RunFolder",
+    "Step",
+    "atomic_folder",
+    "clean_leftovers",
+    "directory_size",
+    "open_artifact",
+    "remove_folder",
+    "write_json",
+    "write_text",
+]
 
 VERSION = 2
 """Of artifact.json. Version 1, which says neither how the model is drawn with nor opened, is read."""
@@ -32,113 +56,6 @@ PICTURES = "pictures"
 """Folder inside an artifact for the pictures of its step; no part of the model, so not hashed."""
 
 Metric = float | int | bool | str | None
-
-
-# Writing: whole or absent ---------------------------------------------------------------------------------
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def atomic_folder(final: Path | str) -> Iterator[Path]:
-    """Yields an empty folder beside `final`, renamed to it when the block ends well, else removed.
-
-    A folder that already stands at `final` is replaced.
-
-    Raises:
-        OutputError: disk full, no permission and the like, also when raised by the block.
-    """
-    final = Path(final)
-    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
-    replaced = final.with_name(f".{final.name}.old-{os.getpid()}")
-    with output_errors(final):
-        try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            yield temporary
-            for folder, _, names in os.walk(temporary):
-                for name in names:
-                    _sync(Path(folder, name))
-                _sync(Path(folder))
-            if final.exists():
-                final.rename(replaced)
-            temporary.rename(final)
-            _sync(final.parent)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if replaced.exists() and not final.exists():
-                replaced.rename(final)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def write_text(path: Path | str, text: str) -> Path:
-    """Writes a text file whole or not at all.
-
-    Raises:
-        OutputError: when it cannot be written; what stood there before is untouched.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with output_errors(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            _sync(path.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    return path
-
-
-def write_json(path: Path | str, value: Any) -> Path:
-    """Writes JSON whole or not at all; see `write_text`."""
-    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def clean_leftovers(folder: Path | str) -> list[Path]:
-    """Removes what killed processes left half-written in `folder`; brings back what they were replacing."""
-    removed = []
-    for path in sorted(Path(folder).glob(".*-*")):
-        match = re.fullmatch(r"\.(.+)\.(tmp|old)-(\d+)", path.name)
-        if not match or _alive(int(match[3])):
-            continue
-        whole = path.with_name(match[1])
-        if match[2] == "old" and not whole.exists():
-            path.rename(whole)
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-        removed.append(path)
-    return removed
-
-
-def directory_size(path: Path | str) -> int:
-    """Bytes of the files under `path`."""
-    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
 
 
 # Artifacts -------------------------------------------------------------------------------------------------
@@ -506,12 +423,3 @@ def open_artifact(source: Path | str, *, family: str | None = None) -> Artifact:
         where=text,
         hint=f"looked for config.yaml, {RECORD}, model_index.json and {ADAPTER_FILE}",
     )
-
-
-def remove_folder(path: Path | str) -> None:
-    """Removes a folder so that no reader ever sees half of it."""
-    path = Path(path)
-    doomed = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with suppress(FileNotFoundError):
-        path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
