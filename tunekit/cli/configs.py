@@ -1,0 +1,88 @@
+"""Commands about configs: ls, show, check, cp."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tunekit.cli import screen
+from tunekit.cli.options import AsJson, Config, Overrides, Runs
+from tunekit.errors import TunekitError
+
+
+def ls(runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+    """What there is: configs, recipes, families, passes, bundled models and pictures, runs."""
+    from tunekit import workspace
+
+    found = workspace.inventory()
+    states = workspace.runs(runs)
+    if as_json:
+        screen.print_json({**found, "runs": [asdict(state) for state in states]})
+        return
+    console = screen.console()
+    for title, entries in found.items():
+        table = screen.table("name", "what")
+        for name, about in entries.items():
+            table.add_row(name, about.removesuffix("."))
+        screen.heading(console, title)
+        console.print(table)
+    table = screen.table("folder", "state", "final")
+    for state in states:
+        table.add_row(state.run, state.state, state.final or "-")
+    screen.heading(console, f"runs in {runs}")
+    console.print(table if states else " none")
+
+
+def show(
+    config: Config,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of this config")] = False,
+) -> None:
+    """Print a config as it will be used: with what it extends, the overrides and all defaults."""
+    from tunekit.config import dump_yaml, load, load_schema
+
+    if schema:
+        screen.print_json(load_schema(config, overrides or ()).model_json_schema())
+        return
+    loaded = load(config, overrides or ())
+    if as_json:
+        screen.print_json(loaded.config.model_dump(mode="json"))
+    else:
+        print(dump_yaml(loaded.config), end="")
+
+
+def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Look at a config, its passes and every picture, and list all that is wrong. Starts nothing."""
+    from tunekit import workspace
+    from tunekit.config import load
+
+    if as_json:
+        examination = workspace.check(config, overrides or ())
+        screen.print_json(examination.as_json())
+        raise typer.Exit(2 if examination.problems else 0)
+    loaded = load(config, overrides or ())
+    found = workspace.examine(loaded)
+    table = screen.table("what", "found")
+    for name, fact in found.facts.items():
+        table.add_row(name, str(fact))
+    console = screen.console()
+    console.print(str(loaded.path), style="bold")
+    console.print(table)
+    if found.errors:
+        raise TunekitError("\n".join(map(str, found.errors)))
+    console.print("all is well", style="green")
+
+
+def cp(
+    name: Annotated[str, typer.Argument(help="config or recipe, as tunekit ls shows it")],
+    dest: Annotated[Path, typer.Argument(help="file or folder to copy to")],
+    force: Annotated[bool, typer.Option("--force", help="overwrite")] = False,
+) -> None:
+    """Copy a ready-made config or recipe, to make it your own."""
+    from tunekit import workspace
+
+    print(workspace.copy(name, dest, force=force))

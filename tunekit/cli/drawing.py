@@ -1,0 +1,146 @@
+"""Commands that draw pictures: generate, bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tunekit.cli import screen
+from tunekit.cli.options import AsJson, Guidance, Side, Steps
+
+if TYPE_CHECKING:
+    from tunekit.config import SamplingConfig
+
+
+def _sampling(
+    steps: int | None,
+    guidance: float | None,
+    height: int | None,
+    width: int | None,
+    negative: str | None = None,
+) -> SamplingConfig:
+    """Options as a section, with the messages of one.
+
+    Raises:
+        ConfigError: a size that no model draws.
+    """
+    from tunekit.config import SamplingConfig, validate
+
+    given = {"steps": steps, "guidance": guidance, "height": height, "width": width}
+    known = {key: value for key, value in {**given, "negative_prompt": negative}.items() if value is not None}
+    return validate(SamplingConfig, known, lambda key: "command line")
+
+
+def generate(
+    artifact: Annotated[
+        str,
+        typer.Argument(help='run folder, adapter, any artifact, diffusers folder, hub id, or "builtin/..."'),
+    ],
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="may be given several times")],
+    negative: Annotated[str | None, typer.Option(help="what not to draw")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the first picture; the next ones count up")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="pictures of each prompt")] = 1,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    height: Side = None,
+    width: Side = None,
+    out: Annotated[Path, typer.Option(help="folder, or a .png file for one picture")] = Path("generated"),
+    adapter: Annotated[str | None, typer.Option(help="adapter to put on the artifact")] = None,
+    family: Annotated[str | None, typer.Option(help="if the artifact does not say it")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu, mps")] = "auto",
+    provider: Annotated[
+        str | None, typer.Option("--provider", "--backend", help="for ONNX: cpu, cuda, tensorrt, openvino")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16, for torch and OpenVINO")] = None,
+) -> None:
+    """Draw pictures with a run, an adapter, any artifact of a chain, a diffusers folder or a hub id."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from tunekit import workspace
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = screen.console(stderr=True)
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        redirect_stdout=False,  # the paths may go into a file
+        disable=not console.is_terminal,
+    ) as progress:
+        task = progress.add_task("", visible=False)
+        sampling = _sampling(steps, guidance, height, width, negative)
+        for path in workspace.draw(
+            artifact,
+            prompt,
+            sampling,
+            out=out,
+            seed=seed,
+            count=count,
+            adapter=adapter,
+            family=family,
+            device=device,
+            provider=provider,
+            dtype=dtype,
+            on_step=lambda title, done, total: progress.update(
+                task, description=title, completed=done, total=total, visible=True
+            ),
+        ):
+            print(path)
+
+
+def bench(
+    artifacts: Annotated[
+        list[str], typer.Argument(metavar="A B ...", help="as for generate; A is the baseline")
+    ],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="taken in turn")] = None,
+    steps: Steps = None,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds; each draws a picture with every artifact")] = 5,
+    guidance: Guidance = None,
+    height: Side = None,
+    width: Side = None,
+    family: Annotated[str | None, typer.Option(help="if the artifacts do not say it")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu, mps")] = "auto",
+    provider: Annotated[
+        str | None, typer.Option("--provider", "--backend", help="for ONNX: cpu, cuda, tensorrt, openvino")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads")] = None,
+    memory: Annotated[bool, typer.Option(help="measure peak memory too")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Measure artifacts in turns: latency, size and peak memory, and the ratios to the first."""
+    from tunekit.artifacts import open_artifact
+    from tunekit.passes.benchmark import PROMPT, Settings, compare
+
+    opened = [open_artifact(artifact, family=family) for artifact in artifacts]
+    console = screen.console(stderr=True)
+    settings = Settings(
+        prompts=tuple(prompt or [PROMPT]),
+        sampling=_sampling(steps, guidance, height, width),
+        repeats=repeats,
+        device=device,
+        provider=provider,
+        threads=threads,
+        memory=memory,
+    )
+    found = compare(opened, settings, say=lambda line: console.print(line, style="dim"))
+    if as_json:
+        screen.print_json(found)
+        return
+    from rich.text import Text
+
+    from tunekit.passes.base import format_metric
+
+    shown = ("denoiser_ms_p50", "denoiser_ms_p95", "picture_ms_p50", "size_bytes", "peak_memory_bytes")
+    table = screen.table("", "denoiser p50", "p95", "picture p50", "size", "peak memory", "speed", "size")
+    for name, row in zip(artifacts, found["artifacts"], strict=True):
+        cells = ["-" if row[key] is None else format_metric(key, row[key]) for key in shown]
+        if "speedup" in row:
+            speed = Text(f"{row['speedup']:.2f}x" + (" SLOWER" if row["slower"] else ""))
+            speed.style = "red" if row["slower"] else "green"
+            size = "-" if row["size_ratio"] is None else f"{row['size_ratio']:.2f}x"
+        else:
+            speed, size = Text("1x"), "1x"
+        table.add_row(f"{name}\n{row['title']}", *cells, speed, size)
+    screen.console().print(table)

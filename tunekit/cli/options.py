@@ -1,0 +1,20 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Config = Annotated[str, typer.Argument(help="YAML file, or the name of a ready-made config (tunekit ls)")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="a.b=c ...", help="values that replace the config's")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Steps = Annotated[int | None, typer.Option(min=1, help="sampling steps; default: the model's own")]
+Guidance = Annotated[
+    float | None, typer.Option(min=0, help="classifier-free guidance; default: the model's own")
+]
+Side = Annotated[int | None, typer.Option(help="pixels; default: the model's own")]
+Runs = Annotated[Path, typer.Option("--runs", help="folder of all runs")]
