@@ -40,7 +40,7 @@ class Source:
     @property
     def path(self) -> Path | None:
         """The folder or file, if it is on this machine."""
-        path = builtin(self.name) or Path(self.name).expanduser()
+        path = resolve_path(self.name)
         return path if path.exists() else None
 
     def __str__(self) -> str:
@@ -94,6 +94,14 @@ def cache_dir() -> Path:
     return user_cache_path("tunekit", appauthor=False)
 
 
+def expand(text: str | Path) -> Path:
+    """A path as the user wrote it, with `~` expanded where there is such a home."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
 def resolve_path(text: str) -> Path:
     """A path as the user wrote it (`~` expanded), or the place of a "builtin/..." name."""
-    return builtin(text) or Path(text).expanduser()
+    return builtin(text) or expand(text)
