@@ -22,7 +22,8 @@ from tunekit import families
 from tunekit.config import DataConfig, ObjectiveConfig
 from tunekit.data import cache
 from tunekit.data.cache import CachedDataset, Draws, Encoder, Stream
-from tunekit.data.images import CROPS, Sample, Transform, scan_data
+from tunekit.data.images import Sample, scan_data
+from tunekit.data.shapes import CROPS, Transform
 from tunekit.diffusion.batch import Batch
 from tunekit.diffusion.noise import sample_generator
 from tunekit.errors import DataError, NonFiniteError, OutputError

@@ -16,7 +16,8 @@ from torch import Tensor
 from tunekit import families
 from tunekit.config import DataConfig, SamplingConfig
 from tunekit.data.cache import CachedDataset, Draws, Encoder, Stream, frame_of
-from tunekit.data.images import CROPS, Sample, Transform, scan_data
+from tunekit.data.images import Sample, scan_data
+from tunekit.data.shapes import CROPS, Transform
 from tunekit.diffusion.noise import sample_generator
 from tunekit.families import Frame
 from tunekit.runtime import torch_runtime

@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 
 from tunekit.config import DataConfig, DreamboothData
-from tunekit.data.images import Scan, Transform, bucket_for, buckets, decode, scan_data
+from tunekit.data.decoding import decode
+from tunekit.data.images import Scan, scan_data
+from tunekit.data.shapes import Transform, bucket_for, buckets
 from tunekit.errors import DataError
 
 MakePictures = Callable[..., Path]

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 
 from tunekit.artifacts import write_text
 from tunekit.config import DataConfig, DreamboothData
-from tunekit.data.images import CROPS, Sample, Transform, bucket_for
+from tunekit.data.images import Sample
+from tunekit.data.shapes import CROPS, Transform, bucket_for
 from tunekit.diffusion.batch import Batch, join, single
 from tunekit.diffusion.noise import sample_generator, stable_seed
 from tunekit.diffusion.objectives import Objective

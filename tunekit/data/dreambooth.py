@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from tunekit.artifacts import clean_leftovers
 from tunekit.config import CLASS_BATCH, DreamboothData, ModelConfig, SamplingConfig
-from tunekit.data.images import SUFFIXES, Sample, Scan, scan_data
+from tunekit.data.files import SUFFIXES
+from tunekit.data.images import Sample, Scan, scan_data
 from tunekit.diffusion.noise import stable_seed
 from tunekit.errors import output_errors
 from tunekit.resources import resolve_path

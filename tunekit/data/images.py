@@ -12,7 +12,6 @@ them, or a hub id goes through `datasets`.
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
 import re
@@ -21,21 +20,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
+from PIL import Image
 
 from tunekit.config import DataConfig, DreamboothData
+from tunekit.data.decoding import decode
+from tunekit.data.files import SUFFIXES, Problem, Raw, folder
+from tunekit.data.rows import METADATA, dataset_rows
 from tunekit.errors import DataError, did_you_mean
 from tunekit.resources import resolve_path
-
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-CROPS = 4
-"""Random crops cached per picture, see `Transform`."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +50,6 @@ class Sample:
     def open(self) -> Image.Image:
         """The upright RGB picture."""
         return decode(self.read())
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something wrong with one picture, and what to change."""
-
-    where: str
-    what: str
-    fix: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.what}; {self.fix}"
 
 
 @dataclass(frozen=True)
@@ -140,101 +121,6 @@ def scan_data(data: DataConfig | DreamboothData) -> Scan:
     return Scan(tuple(samples), tuple(problems), tuple(held_out))
 
 
-def decode(data: bytes) -> Image.Image:
-    """Bytes of any format Pillow reads to an upright RGB picture: EXIF applied, transparency laid on white.
-
-    Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: not a whole, sane picture.
-    """
-    with Image.open(io.BytesIO(data)) as opened:
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and opened.width * opened.height > limit:
-            raise Image.DecompressionBombError(f"{opened.width}x{opened.height} pixels")
-        opened.load()
-        image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255
-        grey = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray(np.clip(np.rint(grey / 257), 0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-# Shapes, crops and flips
-
-
-def buckets(resolution: int, multiple: int) -> list[tuple[int, int]]:
-    """Sizes (width, height) of about `resolution` squared pixels, up to 2.5 times as long as wide.
-
-    >>> buckets(64, 16)
-    [(32, 80), (48, 80), (64, 64), (80, 48), (80, 32)]
-    """
-    step = max(multiple, resolution // 8 // multiple * multiple)
-    area = resolution * resolution
-    found = {(resolution // multiple * multiple,) * 2}
-    for width in range(step, 2 * resolution + 1, step):
-        height = area // width // step * step
-        if height and max(width, height) <= 2.5 * min(width, height):
-            found.add((width, height))
-            found.add((height, width))
-    return sorted(found)
-
-
-def bucket_for(width: int, height: int, resolution: int, multiple: int, *, many: bool) -> tuple[int, int]:
-    """The size (width, height) a picture is trained at: the square, or the bucket nearest in aspect ratio."""
-    if not many:
-        return (resolution // multiple * multiple,) * 2
-    ratio = math.log(width / height)
-    return min(
-        buckets(resolution, multiple),
-        key=lambda size: (abs(math.log(size[0] / size[1]) - ratio), -size[0] * size[1]),
-    )
-
-
-@dataclass(frozen=True)
-class Transform:
-    """How a picture becomes pixels: scaled to cover `size`, cut at `left`, `top` (0 to 1), mirrored.
-
-    Latents are encoded once, so random crops and flips are a few cached variants of each picture: `CROPS`
-        cuts drawn from
-    (seed, sample id, cut) when `crop: random`, times two when `flip`. Which one an epoch sees is drawn from
-    (seed, epoch, sample id).
-    """
-
-    size: tuple[int, int]
-    left: float = 0.5
-    top: float = 0.5
-    flip: bool = False
-
-    def apply(self, image: Image.Image) -> Tensor:
-        """Upright RGB picture to pixels [3, height, width] in [-1, 1], float32."""
-        width, height = self.size
-        scaled = self.scaled(image.width, image.height)
-        left, top = self.corner(image.width, image.height)
-        if scaled != image.size:
-            image = image.resize(scaled, Image.Resampling.LANCZOS)
-        image = image.crop((left, top, left + width, top + height))
-        if self.flip:
-            image = ImageOps.mirror(image)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-
-    def scaled(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) that a picture of that size is scaled to."""
-        scale = max(self.size[0] / width, self.size[1] / height)
-        return max(self.size[0], round(width * scale)), max(self.size[1], round(height * scale))
-
-    def corner(self, width: int, height: int) -> tuple[int, int]:
-        """(left, top) of the cut in the scaled picture, in pixels."""
-        scaled = self.scaled(width, height)
-        return round(self.left * (scaled[0] - self.size[0])), round(self.top * (scaled[1] - self.size[1]))
-
-    def key(self) -> str:
-        """For cache keys: the crop to 1e-6, so no two crops that differ by a pixel share a key."""
-        return f"{self.size[0]}x{self.size[1]} {self.left:.6f} {self.top:.6f} {int(self.flip)}"
-
-
 # Reading
 
 
@@ -252,9 +138,9 @@ def _scan_source(
     try:
         kind, place = _locate(path)
         if kind == "folder":
-            raw = list(_folder(place, needs_caption=caption is None))
+            raw = list(folder(place, needs_caption=caption is None))
         else:
-            raw = list(_dataset(kind, path, place, split, image_column, caption_column, caption is None))
+            raw = list(dataset_rows(kind, path, place, split, image_column, caption_column, caption is None))
     except DataError as error:
         return [], [Problem(path, error.message, error.hint or "correct the path")]
     samples: list[Sample] = []
@@ -281,47 +167,6 @@ def _scan_source(
     return samples, problems
 
 
-@dataclass(frozen=True)
-class _Raw:
-    """A picture before anyone looked at it."""
-
-    id: str
-    where: str
-    read: Callable[[], bytes]
-    caption: str = ""
-    problem: Problem | None = None
-
-
-def _look(raw: Sequence[_Raw], resolution: int) -> Iterator[tuple[_Raw, Problem | tuple[int, int, str]]]:
-    """Decode each picture, in order; Pillow leaves the interpreter lock while it does, hence threads."""
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-        yield from zip(raw, pool.map(lambda item: _look_at(item, resolution), raw), strict=True)
-
-
-def _look_at(item: _Raw, resolution: int) -> Problem | tuple[int, int, str]:
-    try:
-        image = decode(item.read())
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        limit = (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
-        return Problem(
-            item.where, f"more than {limit} megapixels (decompression bomb?)", "shrink it or remove it"
-        )
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reason = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "it", reason)
-        return Problem(item.where, f"cannot be read as a picture ({reason})", "replace it or remove it")
-    if min(image.size) < resolution / 2:
-        return Problem(
-            item.where,
-            f"{image.width}x{image.height} pixels is tiny for data.resolution {resolution}",
-            f"use {math.ceil(resolution / 2)} pixels or more on each side, or a smaller resolution",
-        )
-    digest = hashlib.blake2b(f"{image.width}x{image.height}".encode() + image.tobytes(), digest_size=16)
-    return image.width, image.height, digest.hexdigest()
-
-
 def _locate(path: str) -> tuple[str, Path]:
     """What `path` is: a plain folder, an imagefolder or parquet for `datasets`, or a hub id."""
     place = Path(resolve_path(path)).expanduser()
@@ -345,127 +190,34 @@ def _locate(path: str) -> tuple[str, Path]:
     )
 
 
-def _folder(root: Path, *, needs_caption: bool) -> Iterator[_Raw]:
-    files = sorted(
-        item
-        for item in root.rglob("*")
-        if item.suffix.lower() in SUFFIXES
-        and item.is_file()
-        and not any(part.startswith(".") for part in item.relative_to(root).parts)
-    )
-    for file in files:
-        caption, problem = _caption(file) if needs_caption else ("", None)
-        yield _Raw(file.relative_to(root).as_posix(), str(file), file.read_bytes, caption, problem)
+def _look(raw: Sequence[Raw], resolution: int) -> Iterator[tuple[Raw, Problem | tuple[int, int, str]]]:
+    """Decode each picture, in order; Pillow leaves the interpreter lock while it does, hence threads."""
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+        yield from zip(raw, pool.map(lambda item: _look_at(item, resolution), raw), strict=True)
 
 
-def _caption(picture: Path) -> tuple[str, Problem | None]:
-    """Text beside a picture."""
-    file = picture.with_suffix(".txt")
+def _look_at(item: Raw, resolution: int) -> Problem | tuple[int, int, str]:
     try:
-        text = " ".join(file.read_bytes().decode("utf-8-sig").split())
-    except FileNotFoundError:
-        return "", Problem(
-            str(picture), f"no caption: {file.name} is missing", f"write what it shows into {file.name}"
+        image = decode(item.read())
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        limit = (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
+        return Problem(
+            item.where, f"more than {limit} megapixels (decompression bomb?)", "shrink it or remove it"
         )
-    except UnicodeDecodeError as error:
-        return "", Problem(str(file), f"not UTF-8 (byte {error.start})", "save it as UTF-8")
-    except OSError as error:
-        return "", Problem(str(file), f"cannot be read ({error.strerror})", "make it readable")
-    if not text:
-        return "", Problem(str(file), "the caption is empty", "write what the picture shows into it")
-    return text, None
-
-
-def _dataset(
-    kind: str,
-    path: str,
-    place: Path,
-    split: str,
-    image_column: str | None,
-    caption_column: str | None,
-    needs_caption: bool,
-) -> Iterator[_Raw]:
-    """Rows of an imagefolder, parquet files or a hub data set, undecoded, so that we meet the broken ones."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        if kind == "imagefolder":
-            loaded = datasets.load_dataset("imagefolder", data_dir=str(place), split=split)
-        elif kind == "parquet":
-            files = (
-                [str(place)] if place.is_file() else sorted(str(item) for item in place.rglob("*.parquet"))
-            )
-            loaded = datasets.load_dataset("parquet", data_files={split: files}, split=split)
-        else:
-            loaded = datasets.load_dataset(path, split=split)
-    except Exception as error:  # datasets raises anything from ValueError to its own and the hub's exceptions
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if kind == "hub":
-            raise DataError(
-                f"neither a folder here nor a data set that could be loaded from the hub ({reason})",
-                hint="check the spelling, the split and the connection",
-            ) from error
-        raise DataError(
-            f"`datasets` cannot load it ({reason})", hint="check the metadata file and data.split"
-        ) from error
-
-    features: dict[str, Any] = dict(loaded.features)
-    pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    picture = _column("image_column", image_column, pictures, features, ["image"])
-    texts = [
-        name
-        for name, feature in features.items()
-        if getattr(feature, "dtype", "") in ("string", "large_string")
-    ]
-    text = (
-        _column("caption_column", caption_column, texts, features, ["text", "caption"])
-        if needs_caption
-        else None
-    )
-    if picture not in pictures:
-        loaded = loaded.cast_column(picture, datasets.Image())
-    loaded = loaded.cast_column(picture, datasets.Image(decode=False))
-    for row in range(len(loaded)):
-        yield _row(loaded, row, path, place, picture, text)
-
-
-def _row(loaded: Any, row: int, path: str, place: Path, picture: str, text: str | None) -> _Raw:
-    item = loaded[row]
-    cell = item[picture] or {}
-    file = cell.get("path") or ""
-    name = f"{row:06d}"
-    if file and Path(file).is_absolute() and Path(file).is_relative_to(place):
-        name = Path(file).relative_to(place).as_posix()
-    where = f"{path}[{row}]" if name == f"{row:06d}" else str(place / name)
-
-    def read() -> bytes:
-        cell = loaded[row][picture]
-        if not cell:
-            raise OSError("the row has no picture")
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-
-    caption = " ".join(str(item[text] or "").split()) if text is not None else ""
-    problem = None
-    if text is not None and not caption:
-        problem = Problem(where, f"no caption in column {text!r}", "write what the picture shows there")
-    return _Raw(name, where, read, caption, problem)
-
-
-def _column(
-    key: str, asked: str | None, fitting: list[str], features: dict[str, Any], usual: list[str]
-) -> str:
-    """The column to use: the one asked for, else a usual name, else the only fitting one."""
-    if asked is not None:
-        if asked not in features:
-            nearest = did_you_mean(asked, list(features)) or f"columns: {', '.join(features)}"
-            raise DataError(f"data.{key}: no column {asked!r}", hint=nearest)
-        return asked
-    for name in [*(name for name in usual if name in fitting), *(fitting if len(fitting) == 1 else [])]:
-        return name
-    raise DataError(
-        f"cannot tell which column to use (columns: {', '.join(features)})", hint=f"set data.{key}"
-    )
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "it", reason)
+        return Problem(item.where, f"cannot be read as a picture ({reason})", "replace it or remove it")
+    if min(image.size) < resolution / 2:
+        return Problem(
+            item.where,
+            f"{image.width}x{image.height} pixels is tiny for data.resolution {resolution}",
+            f"use {math.ceil(resolution / 2)} pixels or more on each side, or a smaller resolution",
+        )
+    digest = hashlib.blake2b(f"{image.width}x{image.height}".encode() + image.tobytes(), digest_size=16)
+    return image.width, image.height, digest.hexdigest()
 
 
 def _hold_out(samples: Sequence[Sample], fraction: float) -> tuple[list[Sample], list[Sample]]:
