@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tunekit import resources
+from tunekit import install, resources
 from tunekit.config.yaml import config_names
 from tunekit.registry import FAMILIES, PASSES, recipe_names
 
@@ -73,7 +73,8 @@ def test_constraints_lie_within_the_ranges():
             missing.append(name)
         else:
             assert requirement.specifier.contains(pins[name]), f"{requirement} excludes {pins[name]}"
-    assert set(missing) == {"tunekit", "onnxruntime-gpu"}  # the latter needs a GPU to be tested
+    assert project["name"] == install.NAME
+    assert set(missing) == {install.NAME, "onnxruntime-gpu"}  # the latter needs a GPU to be tested
 
 
 def test_ranges_admit_the_set_that_optimum_needs():

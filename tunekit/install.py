@@ -14,6 +14,8 @@ from pathlib import Path
 
 COMMAND, ENTRY = "tunekit", "tunekit.cli:main"
 """The console script by which our distribution is known, whatever its name on an index."""
+NAME = "tunekit-diffusion"
+"""On an index, where "tunekit" is another project."""
 HOME = Path(__file__).resolve().parents[1]
 """The checkout, where there is one."""
 TORCH = "https://download.pytorch.org/whl/"
@@ -74,7 +76,7 @@ def _ourselves(extras: str = "") -> str:
     if folder is not None:
         return f'-e "{folder}{extras}"'
     known = distribution()
-    title = known.metadata["Name"] if known else COMMAND
+    title = known.metadata["Name"] if known else NAME
     origin = _origin(known)
     return f'"{title}{extras} @ {origin}"' if origin else f'"{title}{extras}"'
 

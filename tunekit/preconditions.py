@@ -113,18 +113,22 @@ def _model(found: Found) -> None:
     with found.about("model.family"):
         families.get(model.family)
     with found.about("model.source"):
-        opened = open_artifact(model.source, family=model.family)
-        found.model = opened
-        on_hub = opened.path is None and opened.source != "tiny"
-        found.facts["model"] = f"{model.source} ({'on the hub: not looked at' if on_hub else opened.format})"
+        found.model = open_artifact(model.source, family=model.family)
+    opened = found.model
+    if opened is None:
+        return
+    on_hub = opened.path is None and opened.source != "tiny"
+    found.facts["model"] = f"{model.source} ({'on the hub: not looked at' if on_hub else opened.format})"
+    with found.about("model.source"):
         if found.is_trained and opened.format not in {"torch", "adapter"}:
             raise ArtifactError(
-                f"is a model in the format {opened.format}, which cannot be trained",
+                f"{model.source} has the format {opened.format}, which cannot be trained",
                 hint="name a whole torch model: what this was exported from",
             )
     with found.about("model.family"):
         if opened.family and opened.family != model.family:
-            raise ConfigError(f"is {model.family}, but the source is of family {opened.family}")
+            message = f"model.family is {model.family}, but the source is of family {opened.family}"
+            raise ConfigError(message)
 
 
 def _chain(found: Found) -> None:
