@@ -3,7 +3,7 @@
 So that the class keeps its other members, each picture of the subject is learned together with a picture of
 the class that the base model has drawn (prior preservation, Ruiz et al. 2022, arXiv:2208.12242).
 
-accelerate launch recipes/dreambooth.py --config configs/sd15/dreambooth.yaml data.path=robot ...
+    accelerate launch recipes/dreambooth.py --config configs/sd15/dreambooth.yaml data.path=robot ...
 """
 
 from __future__ import annotations

@@ -1,13 +1,17 @@
-"""What the documents tell a reader to write or to type works: every YAML block, every line of a shell block.
+"""What the documents tell a reader to write or to type works: every block of YAML and Python, every line of a
+shell block, and the commands in the headers of configs, recipes and scripts.
 
-A command line runs through the real command, in a folder with stand-ins for what a reader brings (mine.yaml,
-photos/, runs/mine). Two things are not done: a recipe is not launched, once all the checks before have
-passed, and a plan of another family than sd15 would take a minute, so that one of sd15 is made in its place.
+README's own config is run, on the tiny model and in few steps; that run is what the lines after it read. A
+command line runs through the real command, in a folder with what a reader brings (mine.yaml, photos/). Two
+things are not done: other recipes are not launched, once all the checks before have passed, and a plan of
+another family than sd15 would take a minute, so that one of sd15 is made in its place.
 """
 
 from __future__ import annotations
 
 import glob
+import importlib.util
+import itertools
 import os
 import re
 import shlex
@@ -24,16 +28,19 @@ import yaml
 from PIL import Image
 
 from tunekit import cli, hardware, planning, workspace
-from tunekit.artifacts import Artifact, RunFolder, Step
+from tunekit.artifacts import open_artifact
 from tunekit.config import REQUIRED, Loaded, load
 from tunekit.memory.plan import Plan
+from tunekit.passes.base import Context, run_chain
 from tunekit.resources import PACKAGE, resolve_path
 from tunekit.units import parse_bytes
 
 ROOT = PACKAGE.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"(\$ )?((\./)?scripts/\w|(tunekit|git|pip|python|accelerate) )")
-SHELLS = {"bash", "sh", "shell", "console"}
+COMMAND = re.compile(r"(\$ )?((\./)?scripts/\w|(\.venv/bin/)?(tunekit|git|pip|python|py|accelerate|source) )")
+SHELLS = {"bash", "sh", "shell", "console", "powershell"}
+ACTIVATE = ("source", ".venv\\Scripts\\Activate.ps1")
+"""Bring `tunekit` onto the path of a shell."""
 
 
 # Reading the documents --------------------------------------------------------------------------------------
@@ -78,12 +85,34 @@ def blocks(document: str, text: str) -> Iterator[Block]:
         index += 1
 
 
+def header(document: str, text: str) -> Iterator[Block]:
+    """The commands that stand in the comment or docstring at the head of a config, recipe or script."""
+    lines = text.splitlines()
+    if lines[0].startswith('"""') or (lines[1:2] and lines[1].startswith('"""')):
+        ends = [number for number, line in enumerate(lines) if line.endswith('"""') and number > 1]
+        lines = lines[: ends[0]]
+    else:
+        lines = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    for number, line in enumerate(lines, start=1):
+        if told := re.match(r"(?:#   +|(?!#) *)(\S.*)", line):
+            command = re.split(r" {4,}", told[1])[0]
+            if COMMAND.match(command):
+                yield Block(document, number, "sh", command)
+
+
+HEADED = [
+    *sorted((ROOT / "configs").rglob("*.yaml")),
+    *sorted((ROOT / "recipes").glob("*.py")),
+    *sorted(path for path in (ROOT / "scripts").iterdir() if path.is_file()),
+]
 BLOCKS = [
     block
-    for path in DOCUMENTS
-    for block in blocks(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
+    for read, paths in ((blocks, DOCUMENTS), (header, HEADED))
+    for path in paths
+    for block in read(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
 ]
 YAMLS = [block for block in BLOCKS if block.language in {"yaml", "yml"}]
+PYTHONS = [block for block in BLOCKS if block.language in {"python", "py"}]
 LINES = [line for block in BLOCKS if block.is_shell for line in block.commands()]
 
 
@@ -132,16 +161,16 @@ tunekit prints
     assert {words[1] for _, words in LINES if words[0] == "tunekit"} >= {
         *("plan", "run", "cp", "check", "generate", "bench"),
     }
-    assert YAMLS and lines_of("scripts/") and lines_of("pip")
+    assert YAMLS and PYTHONS and lines_of("scripts/") and lines_of("pip") and lines_of("accelerate")
 
 
 def test_every_line_is_of_a_kind_that_is_tested() -> None:
     untested = [("git", "clone"), ("cd", "tunekit")]
+    kinds = ("tunekit", "pip", "scripts/", "python", "py", "accelerate", *ACTIVATE)
     others = [
         (place, words)
         for place, words in LINES
-        if words[0] not in {"tunekit", "pip"}
-        and not re.match(r"(\./)?scripts/", words[0])
+        if not words[0].removeprefix("./").removeprefix(".venv/bin/").startswith(kinds)
         and tuple(words[:2]) not in untested
     ]
     assert others == []
@@ -162,8 +191,11 @@ def test_yaml(block: Block, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def brought(tmp_path_factory: pytest.TempPathFactory, tiny_source: Path) -> Path:
-    """What a reader has, or has after the lines before: pictures, and the run of the README's own config."""
+def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a reader has, or has after the lines before: pictures, and the run of the README's own config.
+
+    It is that of the tiny model, small and short, and everything else as README has it.
+    """
     folder = tmp_path_factory.mktemp("brought")
     (folder / "photos").mkdir()
     for path in resolve_path("builtin/pictures/style").iterdir():
@@ -173,17 +205,20 @@ def brought(tmp_path_factory: pytest.TempPathFactory, tiny_source: Path) -> Path
         else:
             (folder / "photos" / path.name).write_bytes(path.read_bytes())
     text = next(block.text for block in YAMLS if block.document == "README.md")
-    chain = yaml.safe_load(text.replace(REQUIRED, "given"))["optimize"]
-    run = RunFolder(folder / "runs" / "mine")
-    names = []
-    for index, item in enumerate(chain, start=1):
-        kind = item if isinstance(item, str) else next(iter(item))
-        made = run.pass_folder(index, kind, "0" * 8)
-        made.mkdir(parents=True)
-        names.append(made.name)
-        Artifact(made, tiny_source, "torch", "sd15", str(tiny_source), (Step(kind, made.name),)).write()
-    run.write_chain(names)
-    workspace.copy("sd15/lora", run.config)
+    tree = yaml.safe_load(text.replace(REQUIRED, str(folder / "photos")))
+    tree["model"] = {"family": tree["model"]["family"], "source": "tiny"}
+    tree["data"]["resolution"] = 32
+    tree["train"] |= {"max_steps": 2, "batch_size": 2}
+    tree["memory"]["device"] = "cpu"
+    for step in tree["optimize"]:
+        if "heal" in step:
+            step["heal"] |= {"max_steps": 2, "batch_size": 2}
+    (folder / "mine.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    command = [sys.executable, "-m", "tunekit", "run", "mine.yaml"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (merged,) = (folder / "runs" / "mine").glob("01-merge-*")
+    (folder / "runs" / "lora").symlink_to(merged)  # for those who optimize a whole model
     return folder
 
 
@@ -238,16 +273,38 @@ def test_tunekit(words: list[str], desk: Path, monkeypatch: pytest.MonkeyPatch) 
             assert (desk / arguments[arguments.index(option) + 1]).exists()
 
 
-@pytest.mark.parametrize("words", lines_of("scripts/"))
+@pytest.mark.parametrize(
+    "words", [*lines_of("scripts/"), *lines_of("python"), *lines_of("py "), *lines_of(".venv")]
+)
 def test_scripts(words: list[str]) -> None:
-    script = ROOT / words[0]
-    assert os.access(script, os.X_OK)
+    """A script is there, starts, and knows the options; what it passes on as overrides is right together."""
+    if Path(words[0]).name in {"python", "py", "python3"}:
+        words = words[1:]
+    name, *arguments = [word.replace("\\", "/") for word in words]
+    script = ROOT / name
     known = script.read_text(encoding="utf-8")
     if script.suffix == ".py":
         asked = [sys.executable, str(script), "--help"]
         known = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
-    for option in words[1:]:
+    else:
+        assert os.access(script, os.X_OK)
+    for option in arguments:
         assert not option.startswith("-") or option.partition("=")[0] in known
+    if "quickstart" in (script.name, *arguments[:1]):
+        overrides = [word for word in arguments if re.match(r"\w+\.\w+=", word)]
+        workspace.ready(load("quickstart", overrides))
+
+
+@pytest.mark.parametrize("words", lines_of("accelerate"))
+def test_accelerate(words: list[str], desk: Path) -> None:
+    """A recipe that is started without the command is given a config of its own kind."""
+    assert words[1] == "launch"
+    recipe, flag, config, *overrides = words[2:]
+    assert Path(recipe).is_file() and flag == "--config"
+    assert (
+        load(config, [word for word in overrides if word != "..."], stand_in="x").config.recipe
+        == Path(recipe).stem
+    )
 
 
 @pytest.mark.parametrize("words", lines_of("pip"))
@@ -256,3 +313,24 @@ def test_pip_installs_extras_that_there_are(words: list[str]) -> None:
     named = re.findall(r"\[(.+?)\]", " ".join(words))
     assert named
     assert {extra for group in named for extra in group.split(",")} <= set(extras)
+
+
+# Python -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [pytest.param(it, id=f"{it.document}:{it.line}") for it in PYTHONS])
+def test_python(block: Block, tmp_path: Path, tiny_source: Path) -> None:
+    """A block runs; one that is a pass works in a chain, and may stand before those that are there."""
+    file = tmp_path / "block.py"
+    file.write_text(block.text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("block", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "PASS"):
+        return
+    step = module.PASS()
+    source = open_artifact(tiny_source, family="sd15")
+    made = run_chain([step], source, Context(tmp_path / "run", device="cpu", say=lambda line: None))
+    assert made.lineage[-1].metrics and made.hash != source.hash
+    assert step.summary() in block.text

@@ -63,7 +63,7 @@ def test_nothing_is_wrong_with_what_runs(desk: Path):
         ("data.cache=mine.yaml", "data.cache", "mine.yaml is not a folder"),
         ("model.source=nothing/here/at/all", "model.source", "nothing/here/at/all"),
         ("optimize=[no_such]", "optimize[0]", "there is no pass 'no_such'"),
-        ("data.path=nowhere", "data.path", "nowhere"),
+        ("data.path=nowhere", "data.path", "no such folder"),
         ("data.path=builtin/nothing", "data.path", "builtin/nothing"),
     ],
 )

@@ -219,14 +219,11 @@ def _longest_name(folder: Path) -> int:
 
 def _writable(folder: Path) -> None:
     """Raises an OutputError if a folder cannot be made, or not be written to."""
-    try:
-        there = _there(folder)
-        is_folder = there.is_dir()
-    except OSError as error:  # a part of the path that is too long
-        raise OutputError(
-            f"cannot be a folder's name: {error.strerror}: {folder}", hint="choose a shorter one"
-        ) from error
-    if not is_folder:
+    there, longest = _there(folder), _longest_name(folder)
+    for part in folder.parts:
+        if len(os.fsencode(part)) > longest:
+            raise OutputError(f"{folder} cannot be made: a name in it is too long, {longest} bytes at most")
+    if not there.is_dir():
         raise OutputError(
             f"{folder} cannot be made: {there} is not a folder",
             hint="choose another place, or remove the file",
