@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tunekit import hardware, planning
+from tunekit import hardware, kept, planning
 from tunekit.config import Loaded, load
 from tunekit.errors import DeviceError, DoesNotFit
 from tunekit.memory.levers import Levers
@@ -184,6 +184,19 @@ def test_the_second_plan_is_read_without_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "nothing checkpointed" in done.stdout
     assert took < 2
+
+
+def test_a_home_that_cannot_be_written_costs_time_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "home").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    kept._complain.cache_clear()
+    small = (*TINY, "train.batch_size=1", "preview.prompts=[]")
+    assert planning.plan_config(config(*small), device="rtx-3060")[0].fits
+    here(monkeypatch)
+    assert planning.settle(config(*small).config)[1] is not None
+    assert capsys.readouterr().err.count("not kept for the next time") == 1
 
 
 def test_a_plan_that_does_not_fit_is_an_error_the_second_time_too() -> None:

@@ -18,7 +18,7 @@ from tunekit import hardware, optimizers
 from tunekit.artifacts import Artifact, RunFolder, write_json
 from tunekit.config import Loaded, TrainingRunConfig
 from tunekit.errors import ConfigError, DeviceError, OutOfMemory, TunekitError, missing
-from tunekit.resources import cache_dir
+from tunekit.kept import Kept
 from tunekit.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -347,13 +347,12 @@ def _planned(
     """
     from tunekit.memory.plan import Plan, refuse
 
-    file = cache_dir() / "plans" / f"{_digest(config, place, name, processes)}.json"
-    try:
-        made = Plan.load(json.loads(file.read_text(encoding="utf-8")))
+    kept, key = Kept.of("plans"), _digest(config, place, name, processes)
+    known = kept.read(key)
+    if known is not None:
+        made = Plan.load(known)
         if made.fits or not strict:
             return made
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     from tunekit.memory.advice import advice
 
     planner, room, notes = _planner(config, place, processes, say)
@@ -361,8 +360,7 @@ def _planned(
     made = replace(made, notes=(*place.notes, *notes, *made.notes))
     if made.fits or not strict:
         if not place.is_here:  # what is free here is different each time
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, made.dump())
+            kept.write(key, made.dump())
         return made
     raise refuse(made, advice(planner, made, room, list(hardware.TABLE.values())), room.why_less)
 
@@ -473,7 +471,7 @@ def _planner(
         memory=memory,
         may_change_optimizer=config.train.optimizer == optimizers.AUTO,
         after=_healing(config, job),
-        cache=cache_dir() / "traces",
+        cache=Kept.of("traces"),
         say=say,
     )
     room = room_of(place.facts, budget=place.total, real=place.is_here)

@@ -87,11 +87,18 @@ def builtin(source: str) -> Path | None:
     raise ModelError(f'nothing is bundled under the name "{source}"', hint=hint)
 
 
-def cache_dir() -> Path:
-    """Where plans, traces and engines are kept between calls: `tunekit` in the user's cache folder."""
+def cache_dir() -> Path | None:
+    """Where plans, traces and engines are kept between calls: `tunekit` in the user's cache folder.
+
+    None for a user without a home. It need not be there, nor be a place that can be written.
+    """
     from platformdirs import user_cache_path
 
-    return user_cache_path("tunekit", appauthor=False)
+    try:
+        path = user_cache_path("tunekit", appauthor=False)
+    except RuntimeError:  # older versions leave "~" as it is instead
+        return None
+    return path if path.is_absolute() else None
 
 
 def expand(text: str | Path) -> Path:

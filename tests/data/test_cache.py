@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 
-from tunekit import families
+from tunekit import families, kept
 from tunekit.config import DataConfig, ObjectiveConfig
 from tunekit.data import cache
 from tunekit.data.cache import CachedDataset, Draws, Encoder, Stream
@@ -236,7 +236,7 @@ def test_names_follow_what_the_pipeline_makes_of_the_empty_prompt(tmp_path: Path
 @pytest.fixture
 def hashing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """The classes of the modules that were hashed; notes are kept in a folder of the test's own."""
-    monkeypatch.setattr(cache, "cache_dir", lambda: tmp_path / "notes")
+    monkeypatch.setattr(kept, "cache_dir", lambda: tmp_path / "notes")
     seen: list[str] = []
     hashed = cache._hash_module
 

@@ -11,6 +11,7 @@ import torch
 from tunekit import families
 from tunekit.config import AdapterConfig
 from tunekit.families import Sizes
+from tunekit.kept import Kept
 from tunekit.memory.host import FILES, SHARD, Base, base_of
 from tunekit.memory.job import ENCODERS, VAE, WEIGHTS, Job
 from tunekit.memory.levers import Levers
@@ -126,7 +127,7 @@ def room(total: int = 10**12, *, on_cpu: bool = False, host: int | None = None) 
 @pytest.fixture(scope="module")
 def planner(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Planner:
     job = replace(job_of(folder), preview=(64, 64), class_pictures=(64, 64))
-    return Planner(job, batch_size=1, cache=tmp_path_factory.mktemp("traces"))
+    return Planner(job, batch_size=1, cache=Kept(tmp_path_factory.mktemp("traces")))
 
 
 def test_host_memory_of_every_phase(planner: Planner) -> None:

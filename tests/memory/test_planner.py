@@ -11,6 +11,7 @@ import pytest
 from tunekit import families, hardware
 from tunekit.config import AdapterConfig, MemoryConfig
 from tunekit.families import Sizes
+from tunekit.kept import Kept
 from tunekit.memory.advice import advice
 from tunekit.memory.job import Job
 from tunekit.memory.levers import Levers
@@ -39,7 +40,7 @@ def job() -> Job:
 
 @pytest.fixture(scope="module")
 def planner(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Planner:
-    return Planner(job, batch_size=4, cache=tmp_path_factory.mktemp("traces"))
+    return Planner(job, batch_size=4, cache=Kept(tmp_path_factory.mktemp("traces")))
 
 
 def room(total: int, context: int = 0) -> Room:
@@ -57,7 +58,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Planner:
     adapter = AdapterConfig(rank=4, alpha=4, targets=["to_q", "to_v"])
     job = Job(usual("sd15"), adapter, precision="bf16", size=(256, 256))
     memory = PLANNED.model_copy(update={"micro_batch": 2})
-    return Planner(job, batch_size=2, memory=memory, cache=tmp_path_factory.mktemp("real"))
+    return Planner(job, batch_size=2, memory=memory, cache=Kept(tmp_path_factory.mktemp("real")))
 
 
 def shares(planner: Planner, *percents: int) -> list[Plan]:
@@ -212,7 +213,9 @@ def test_captions_are_encoded_on_the_cpu_where_the_encoders_do_not_fit(tmp_path:
     denoiser = replace(flux.denoiser, config={**flux.denoiser.config, **TINY_FLUX})
     parts = tuple(denoiser if part.role == "denoiser" else part for part in flux.components)
     small = replace(flux, components=parts)
-    planner = Planner(Job(small, ADAPTER, precision="bf16", size=(256, 256)), batch_size=1, cache=tmp_path)
+    planner = Planner(
+        Job(small, ADAPTER, precision="bf16", size=(256, 256)), batch_size=1, cache=Kept(tmp_path)
+    )
     assert not planner.plan("card", room_of(hardware.find("rtx-3090"))).levers.encode_on_host
     plan = planner.plan("card", room_of(hardware.find("rtx-3090"), budget=8 * 2**30))
     assert plan.fits

@@ -23,7 +23,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -34,16 +34,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tunekit.artifacts import write_text
 from tunekit.config import DataConfig, DreamboothData
 from tunekit.data.images import Sample
 from tunekit.data.shapes import CROPS, Transform, bucket_for
 from tunekit.diffusion.batch import Batch, join, single
 from tunekit.diffusion.noise import sample_generator, stable_seed
 from tunekit.diffusion.objectives import Objective
-from tunekit.errors import DataError, NonFiniteError, OutputError, output_errors
+from tunekit.errors import DataError, NonFiniteError, output_errors
 from tunekit.families.family import DTYPES, Conditioning, Family, Frame
-from tunekit.resources import cache_dir
+from tunekit.files import clean_leftovers
+from tunekit.kept import Kept
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -210,6 +210,9 @@ class Encoder:
         modules: Sequence[nn.Module],
     ) -> None:
         """Make the files that are missing, split over the processes, while `modules` visit the device."""
+        if self.accelerator.is_main_process:
+            for folder in {path.parent for path, _ in jobs}:
+                clean_leftovers(folder)
         missing = [(path, make) for path, make in dict(jobs).items() if not path.exists()]
         self.accelerator.wait_for_everyone()  # nobody writes before everyone has looked
         if missing and self.accelerator.is_main_process:
@@ -548,16 +551,12 @@ def _hash_once(module: nn.Module, files: Sequence[Path]) -> str:
         return _hash_module(module)
     seen = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
     dtypes = sorted({str(tensor.dtype) for tensor in module.state_dict().values()})
-    note = cache_dir() / "hashes" / _digest(VERSION, seen, dtypes, _described(module))
-    try:
-        known = note.read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
-        known = ""
-    if len(known) == 2 * _HASH_BYTES:
+    kept, key = Kept.of("hashes"), _digest(VERSION, seen, dtypes, _described(module))
+    known = kept.read(key)
+    if isinstance(known, str):
         return known
     made = _hash_module(module)
-    with suppress(OSError, OutputError):  # where it cannot be kept, it is made again the next time
-        write_text(note, made)
+    kept.write(key, made)
     return made
 
 

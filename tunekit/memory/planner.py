@@ -20,12 +20,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunekit.artifacts import write_json
 from tunekit.config import CLASS_BATCH, MemoryConfig
 from tunekit.config.memory import Scale
+from tunekit.kept import Kept
 from tunekit.memory.choose import choose_units
 from tunekit.memory.costs import Costs, Row, costs, phase_of
 from tunekit.memory.decided import Levers, named
@@ -137,7 +136,7 @@ class Planner:
         memory: what of it is decided already.
         may_change_optimizer: whether 8-bit optimizer state may be chosen.
         after: what is trained afterwards; looked at on devices with a memory of their own.
-        cache: folder of traces; None keeps them in memory only.
+        cache: of traces; None keeps them in memory only.
         say: takes progress lines.
     """
 
@@ -146,7 +145,7 @@ class Planner:
     memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(budget="auto"))
     may_change_optimizer: bool = False
     after: Sequence[After] = ()
-    cache: Path | None = None
+    cache: Kept | None = None
     say: Callable[[str], None] = lambda line: None
     _known: dict[str, Any] = field(default_factory=dict)
 
@@ -583,17 +582,10 @@ class Planner:
     def _made(self, what: list[Any], make: Callable[[], dict[str, Any]], job: Job) -> dict[str, Any]:
         key = digest([what, code(), versions(), job.described()])
         if key not in self._known:
-            file = self.cache / f"{key}.json" if self.cache else None
-            if file and file.is_file():
-                try:
-                    self._known[key] = json.loads(file.read_text(encoding="utf-8"))
-                except ValueError:
-                    file.unlink()
-            if key not in self._known:
-                self._known[key] = make()
-                if file:
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(file, self._known[key])
+            kept = self.cache.read(key) if self.cache else None
+            self._known[key] = kept if kept is not None else make()
+            if kept is None and self.cache:
+                self.cache.write(key, self._known[key])
         found: dict[str, Any] = self._known[key]
         return found
 

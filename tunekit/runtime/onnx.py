@@ -123,7 +123,10 @@ def _ort_choice(
     if provider == "cuda":
         return lambda component: [cuda, cpu]
     # Building takes minutes; the next start takes the engines from here.
-    cache = cache_dir() / "tensorrt" / artifact.hash[:16]
+    home = cache_dir()
+    if home is None:
+        return lambda component: [(name, {"device_id": index}), cuda, cpu]
+    cache = home / "tensorrt" / artifact.hash[:16]
     options = {"device_id": index, "trt_engine_cache_enable": True, "trt_timing_cache_enable": True}
     return lambda component: [
         (
