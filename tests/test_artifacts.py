@@ -3,16 +3,18 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tunekit import files
+from tunekit import artifacts, files
 from tunekit.artifacts import (
     ADAPTER_FILE,
     Artifact,
@@ -262,14 +264,184 @@ def test_a_hub_model_can_be_looked_at_too(tmp_path: Path):
     [
         ("{", "is damaged"),
         ("{}", "is damaged"),
+        ("[]", "is damaged"),
         ('{"version": 1, "format": "gguf"}', 'unknown format "gguf"'),
         ('{"version": 9}', "written by a newer tunekit"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"version": ' + "9" * 5000 + "}", "a number of 5000 digits"),
     ],
 )
 def test_damaged_records(tmp_path: Path, text: str, message: str):
     (tmp_path / "artifact.json").write_text(text)
     with pytest.raises(ArtifactError, match=message):
         Artifact.load(tmp_path)
+
+
+def change(folder: Path, *keys: str | int, value: object) -> None:
+    """Sets one value in the record of a folder."""
+    record = json.loads((folder / "artifact.json").read_text())
+    place = record
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (folder / "artifact.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (("lineage",), {}, "lineage: input should be a valid list"),
+        (("lineage", 0, "artifact"), "../../x", r"lineage\[0\].artifact: is no name of a folder"),
+        (("lineage", 0, "metrics"), [1], r"lineage\[0\].metrics: "),
+        (("lineage", 0, "seconds"), "long", r"lineage\[0\].seconds: "),
+        (("lineage", 0, "details"), {"artifacts": [1]}, r"lineage\[0\].details.artifacts: "),
+        (("lineage", 0, "pictures"), [{"file": "/etc/passwd", "label": "a"}], "no path inside the folder"),
+        (("model",), 5, "model: "),
+        (("model",), "a\0b", "model: is no path"),
+        (("model",), None, "names neither a model nor a source"),
+        (("opened",), {"allow_pickle": "yes"}, "opened.allow_pickle: "),
+        (("sampling",), {"steps": "many"}, "sampling.steps: "),
+        (("hash",), 1, "hash: "),
+    ],
+)
+def test_records_of_another_shape(
+    tmp_path: Path, keys: tuple[str | int, ...], value: object, message: str
+) -> None:
+    make(tmp_path / "x", lineage=(Step("prune", "x"),))
+    change(tmp_path / "x", *keys, value=value)
+    with pytest.raises(ArtifactError, match=rf"artifact\.json is damaged \(.*{message}"):
+        Artifact.load(tmp_path / "x")
+
+
+def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "artifact.json")
+    with pytest.raises(ArtifactError, match="is no regular file"):
+        Artifact.load(tmp_path)
+
+
+def test_what_is_not_finite_is_written_as_null_and_read_from_records_of_before(tmp_path: Path):
+    step = Step("verify", "x", metrics={"psnr_db": math.nan, "ssim": 0.5}, details={"t": [math.inf]})
+    assert make(tmp_path / "x", lineage=(step,)).lineage[0].metrics == {"psnr_db": None, "ssim": 0.5}
+    text = (tmp_path / "x" / "artifact.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    (tmp_path / "x" / "artifact.json").write_text(text.replace('null,\n        "ssim"', 'NaN, "ssim"'))
+    assert "NaN" in (tmp_path / "x" / "artifact.json").read_text()
+    assert Artifact.load(tmp_path / "x").lineage[0].metrics["psnr_db"] is None
+
+
+# Model files are those that were written --------------------------------------------------------------------
+
+
+def touch(path: Path) -> None:
+    """Gives a file another time stamp."""
+    os.utime(path, ns=(1, 1))
+
+
+def flip(path: Path) -> None:
+    """Changes one bit."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    touch(path)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache folder."""
+    monkeypatch.setattr(artifacts, "cache_dir", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip, "weights does not hold what was written"),
+        (lambda path: path.write_text("w" * 99), "weights has 99 bytes, and 100 were written"),
+        (Path.unlink, "weights is missing"),
+    ],
+)
+def test_a_changed_model_is_not_taken_for_what_was_written(
+    tmp_path: Path, cache: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    make(tmp_path / "run" / "01-a")
+    fill(tmp_path / "run" / "02-b", pictures__p="x")
+    subject = Artifact.load(tmp_path / "run" / "01-a")
+    dataclasses.replace(subject, path=tmp_path / "run" / "02-b").write()
+    damage(tmp_path / "run" / "01-a" / "weights")
+    for name in ("01-a", "02-b"):
+        with pytest.raises(ArtifactError, match=message):
+            open_artifact(tmp_path / "run" / name)
+    assert Artifact.load(tmp_path / "run" / "01-a", check=False).family == "sd15"
+
+
+def test_files_are_read_once_after_they_were_moved(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By size and time stamp first; what was found right is remembered by these."""
+    hashed: list[Path] = []
+    plain = artifacts._hash_content
+    monkeypatch.setattr(artifacts, "_hash_content", lambda path: hashed.append(path) or plain(path))
+    make(tmp_path / "x")
+    hashed.clear()
+    Artifact.load(tmp_path / "x")
+    assert hashed == []
+    touch(tmp_path / "x" / "weights")
+    for _ in range(3):
+        Artifact.load(tmp_path / "x")
+    assert len(hashed) == 1
+    (tmp_path / "x" / "notes.txt").write_text("mine")
+    (tmp_path / "x" / "README.md").write_text("mine")
+    Artifact.load(tmp_path / "x")
+    Artifact.load(tmp_path / "x").check(thorough=True)
+    assert len(hashed) == 2
+
+
+def test_records_of_before_have_one_hash_for_all_files(tmp_path: Path, cache: Path):
+    make(tmp_path / "x")
+    change(tmp_path / "x", "files", value=None)
+    assert Artifact.load(tmp_path / "x").files is None
+    touch(tmp_path / "x" / "weights")
+    assert Artifact.load(tmp_path / "x").size_bytes == 100
+    flip(tmp_path / "x" / "weights")
+    os.utime(tmp_path / "x" / "weights", ns=(2, 2))
+    with pytest.raises(ArtifactError, match="its files are others"):
+        Artifact.load(tmp_path / "x")
+
+
+def test_where_nothing_can_be_remembered_files_are_read_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    make(tmp_path / "x")
+    monkeypatch.setattr(artifacts, "cache_dir", homeless)
+    touch(tmp_path / "x" / "weights")
+    assert Artifact.load(tmp_path / "x").size_bytes == 100
+    flip(tmp_path / "x" / "weights")
+    with pytest.raises(ArtifactError, match="does not hold"):
+        Artifact.load(tmp_path / "x")
+
+
+# Others may see it ------------------------------------------------------------------------------------------
+
+
+def test_a_record_names_no_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    home = tmp_path / "secret-name"
+    monkeypatch.setenv("HOME", str(home))
+    base = fill(home / "models" / "base", **{"model_index.json": "{}"})
+    settings = {
+        "model": {"source": str(base), "variant": "fp16"},
+        "data": {"path": str(home / "pictures" / "cats"), "validation": "/mnt/other/dogs", "resolution": 64},
+    }
+    identity = {"model.source": str(base)}
+    step = Step("train", "adapter", settings, details={"identity": identity, "note": f"read {base}, all"})
+    read = make(tmp_path / "run" / "adapter", format="adapter", base=str(base), lineage=(step,))
+    text = (tmp_path / "run" / "adapter" / "artifact.json").read_text()
+    assert "secret-name" not in text and "/mnt/other" not in text
+    assert read.base == "~/models/base" and read.model_source.path == base
+    assert read.lineage[0].settings["data"]["path"] == ".../cats"
+    assert read.lineage[0].details["note"] == "read ~/models/base, all"
 
 
 def test_records_without_their_model(tmp_path: Path):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunekit import install
-from tunekit.errors import ArtifactError, did_you_mean
+from tunekit.errors import ArtifactError, TunekitError, did_you_mean
 from tunekit.files import (
     atomic_folder,
     clean_leftovers,
@@ -22,14 +22,16 @@ from tunekit.files import (
     write_json,
     write_text,
 )
-from tunekit.resources import Source, builtin
+from tunekit.provenance import at_home, made, public
+from tunekit.resources import Source, builtin, cache_dir
 
 if TYPE_CHECKING:
     from tunekit.config import SamplingConfig
+    from tunekit.records import ArtifactRecord
 
 __all__ = [
     "ADAPTER_FILE",
-    "FORMATS",
+    "CARD",
     "PICTURES",
     "RECORD",
     "VERSION",
@@ -49,11 +51,13 @@ __all__ = [
 VERSION = 2
 """Of artifact.json. Version 1, which says neither how the model is drawn with nor opened, is read."""
 CHAIN_VERSION = 1
-FORMATS = ("adapter", "torch", "onnx", "tensorrt")
 RECORD = "artifact.json"
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 PICTURES = "pictures"
 """Folder inside an artifact for the pictures of its step; no part of the model, so not hashed."""
+
+CARD = "README.md"
+"""The model card beside a record; it says who made the model and when, and is no part of it."""
 
 Metric = float | int | bool | str | None
 
@@ -86,19 +90,98 @@ class Step:
     pictures: list[dict[str, Any]] = field(default_factory=list)
 
 
+def model_files(root: Path) -> dict[str, Path]:
+    """The model files under `root` (or the one file) by name: no record, card, picture or hidden file."""
+    if root.is_file():
+        return {root.name: root}
+    beside = {RECORD, CARD} if (root / RECORD).is_file() else {RECORD}
+    found = {}
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        name = path.relative_to(root).as_posix()
+        parts = name.split("/")
+        if name in beside or parts[0] == PICTURES or any(part.startswith(".") for part in parts):
+            continue
+        found[name] = path
+    return found
+
+
+def _hash_content(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _joined(contents: Mapping[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for name, content in contents.items():
+        digest.update(len(name).to_bytes(4, "big") + os.fsencode(name) + content)
+    return digest.hexdigest()
+
+
 def hash_files(root: Path) -> str:
     """SHA-256 over names and contents of the model files under `root` (or of the one file)."""
-    digest = hashlib.sha256()
-    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
-    for path in files:
-        name = path.name if path == root else path.relative_to(root).as_posix()
-        parts = name.split("/")
-        if name == RECORD or parts[0] == PICTURES or any(part.startswith(".") for part in parts):
-            continue
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").digest()
-        digest.update(len(name).to_bytes(4, "big") + name.encode() + content)
-    return digest.hexdigest()
+    return _joined({name: _hash_content(path) for name, path in model_files(root).items()})
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file of a model as it was written.
+
+    Attributes:
+        bytes: its size.
+        modified_ns: its time stamp.
+        sha256: of its content.
+    """
+
+    bytes: int
+    modified_ns: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> Written:
+        """The file as it is now."""
+        found = path.stat()
+        return cls(found.st_size, found.st_mtime_ns, _hash_content(path).hex())
+
+    def problem(self, path: Path, *, thorough: bool) -> str | None:
+        """What is wrong with the file that should be this one.
+
+        Its content is read where its time stamp has changed, or if `thorough`.
+        """
+        try:
+            found = path.stat()
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+        if found.st_size != self.bytes:
+            return f"has {found.st_size} bytes, and {self.bytes} were written"
+        if found.st_mtime_ns == self.modified_ns and not thorough:
+            return None
+        key = [str(path.resolve()), found.st_size, found.st_mtime_ns, self.sha256]
+        if not thorough and _is_known(key):
+            return None
+        try:
+            if _hash_content(path).hex() != self.sha256:
+                return "does not hold what was written"
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+        _remember(key)
+        return None
+
+
+def _note(key: object) -> Path:
+    name = hashlib.blake2b(repr(key).encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
+    return cache_dir() / "verified" / name
+
+
+def _is_known(key: object) -> bool:
+    """Whether these very files were found to be right before."""
+    with suppress(OSError, RuntimeError):
+        return _note(key).is_file()
+    return False
+
+
+def _remember(key: object) -> None:
+    with suppress(OSError, RuntimeError, TunekitError):  # where nothing can be kept, it is read again
+        write_text(_note(key), "")
 
 
 @dataclass(frozen=True)
@@ -108,7 +191,7 @@ class Artifact:
     Attributes:
         path: folder of `artifact.json`, or the bare folder or file; None for a hub id or "tiny".
         model_path: where the model files are; a step that changes nothing points at its subject's.
-        format: one of `FORMATS`.
+        format: one of `records.FORMATS`.
         family: family name; "" when the folder does not say (see `families.detect`).
         lineage: all steps so far, the last one made this artifact.
         base: the source an adapter belongs to.
@@ -127,6 +210,10 @@ class Artifact:
     opened: Source | None = None
     sampling: SamplingConfig | None = None
     recorded_hash: str | None = field(default=None, repr=False, compare=False)
+    files: Mapping[str, Written] | None = field(default=None, repr=False, compare=False)
+    """The model files as they were written; None where the record does not say."""
+    made: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """See `provenance.made`; empty in records of before."""
 
     @property
     def model_source(self) -> Source:
@@ -164,13 +251,7 @@ class Artifact:
             return 0
         if self.model_path.is_file():
             return self.model_path.stat().st_size
-        size = directory_size(self.model_path)
-        for extra in (self.model_path / RECORD, self.model_path / PICTURES):
-            if extra.is_file():
-                size -= extra.stat().st_size
-            elif extra.is_dir():
-                size -= directory_size(extra)
-        return size
+        return sum(path.stat().st_size for path in model_files(self.model_path).values())
 
     @property
     def step(self) -> Step | None:
@@ -178,90 +259,181 @@ class Artifact:
         return self.lineage[-1] if self.lineage else None
 
     def write(self) -> Artifact:
-        """Writes `artifact.json` into `path`, with the hash; returns the artifact as it will be loaded."""
+        """Writes `artifact.json` into `path`, with the hash; returns the artifact as it will be loaded.
+
+        What others may see of it: home folders are written as `~`, and folders of data by their last part.
+        """
         if self.path is None:
             raise ArtifactError(f'"{self.source}" is not a folder, so nothing can be recorded beside it')
         model = (
             None if self.model_path is None else Path(os.path.relpath(self.model_path, self.path)).as_posix()
         )
         opened = dataclasses.asdict(self.opened) if self.opened and self.opened.is_special else None
+        files, whole = self._written()
         record = {
             "version": VERSION,
             "format": self.format,
             "family": self.family,
             "model": model,  # relative, so that a run folder can be moved
-            "source": self.source if model is None else None,
-            "base": self.base,
+            "source": at_home(self.source) if model is None else None,
+            "base": self.base if self.base is None else at_home(self.base),
             "opened": {key: opened[key] for key in OPENED} if opened else None,
             "sampling": self.sampling.model_dump(mode="json", exclude_none=True) if self.sampling else None,
-            "hash": self.hash,
-            "lineage": [dataclasses.asdict(step) for step in self.lineage],
+            "hash": whole,
+            "files": {name: dataclasses.asdict(file) for name, file in files.items()} if files else None,
+            "made": made(),
+            "lineage": [public(dataclasses.asdict(step)) for step in self.lineage],
         }
         write_json(self.path / RECORD, record)
-        return Artifact.load(self.path)
+        return Artifact.load(self.path, check=False)
 
-    @staticmethod
-    def load(path: Path | str) -> Artifact:
-        """Reads `artifact.json` of a folder.
+    def _written(self) -> tuple[Mapping[str, Written] | None, str]:
+        """The model files as they are recorded, and the hash of all."""
+        if self.model_path is None:
+            return None, self.hash
+        if self.recorded_hash is None:
+            files = {name: Written.of(path) for name, path in model_files(self.model_path).items()}
+            return files, _joined({name: bytes.fromhex(file.sha256) for name, file in files.items()})
+        if self.files is None and self.model_path != self.path and (self.model_path / RECORD).is_file():
+            subject = Artifact.load(self.model_path, check=False)  # of a step that only looks
+            return subject.files if subject.hash == self.recorded_hash else None, self.recorded_hash
+        return self.files, self.recorded_hash
+
+    def check(self, *, thorough: bool = False) -> None:
+        """Compares the model files with what was written.
+
+        Sizes and time stamps first; content where a time stamp has changed, once for each such file, for that
+        is remembered in the user's cache folder. Records of before have one hash for all files: they are read
+        once, too. Files that were added are let be.
+
+        Args:
+            thorough: read all content, whatever the time stamps say.
 
         Raises:
-            ArtifactError: missing, damaged, newer than this tunekit, or pointing at a model that is gone.
+            ArtifactError: naming the file that is missing, cut or changed.
         """
+        root = self.model_path
+        if root is None or self.recorded_hash is None or self.path is None:
+            return
+        if self.files is None:
+            self._check_whole(root, thorough=thorough)
+            return
+        wrong = []
+        for name, file in self.files.items():
+            path = root if root.is_file() else root / name
+            if not path.is_file():
+                wrong.append(f"{name} is missing")
+            elif problem := file.problem(path, thorough=thorough):
+                wrong.append(f"{name} {problem}")
+        if wrong:
+            raise _changed(root, wrong)
+
+    def _check_whole(self, root: Path, *, thorough: bool) -> None:
+        stats = [(str(path.resolve()), path.stat()) for path in model_files(root).values()]
+        key = [self.recorded_hash, [(path, found.st_size, found.st_mtime_ns) for path, found in stats]]
+        if not thorough and _is_known(key):
+            return
+        if hash_files(root) != self.recorded_hash:
+            raise _changed(root, ["its files are others (the record does not say which)"])
+        _remember(key)
+
+    @staticmethod
+    def load(path: Path | str, *, check: bool = True) -> Artifact:
+        """Reads `artifact.json` of a folder.
+
+        Args:
+            path: the folder.
+            check: compare the model files with the record, see `Artifact.check`.
+
+        Raises:
+            ArtifactError: missing, damaged, newer than this tunekit, or pointing at a model that is gone or
+                changed.
+        """
+        from tunekit.records import ArtifactRecord, read
+
         path = Path(path)
         file = path / RECORD
         try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            version = int(record["version"])
-            if version > VERSION:
-                raise ArtifactError(
-                    f"written by a newer tunekit (version {version}, this one knows {VERSION})",
-                    where=str(file),
-                    hint=install.newer(),
-                )
-            if record["format"] not in FORMATS:
-                raise ValueError(f'unknown format "{record["format"]}"')
-            model_path = None if record["model"] is None else Path(os.path.normpath(path / record["model"]))
-            artifact = Artifact(
-                path=path,
-                model_path=model_path,
-                format=record["format"],
-                family=record["family"],
-                source=record["source"] if model_path is None else str(model_path),
-                lineage=tuple(Step(**step) for step in record["lineage"]),
-                base=record["base"],
-                opened=_opened(record),
-                sampling=_sampling(record.get("sampling")),
-                recorded_hash=record["hash"],
-            )
+            record = read(file, ArtifactRecord)
         except FileNotFoundError as error:
             raise ArtifactError("not an artifact: artifact.json is missing", where=str(path)) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(f"artifact.json is damaged ({error})", where=str(file)) from error
-        if model_path is not None and not model_path.exists():
+        model_path = None if record.model is None else Path(os.path.normpath(path / record.model))
+        source = record.source if model_path is None else str(model_path)
+        if source is None:
+            raise _damaged(file, "it names neither a model nor a source")
+        if model_path is not None and not _exists(model_path):
             raise ArtifactError(f"the model it points at is gone: {model_path}", where=str(file))
+        files = {name: Written(**entry.model_dump()) for name, entry in (record.files or {}).items()}
+        artifact = Artifact(
+            path=path,
+            model_path=model_path,
+            format=record.format,
+            family=record.family,
+            source=source,
+            lineage=tuple(Step(**step.plain()) for step in record.lineage),
+            base=record.base,
+            opened=_opened(record),
+            sampling=_sampling(record.sampling, file),
+            recorded_hash=record.hash,
+            files=files or None,
+            made=record.made,
+        )
+        if check:
+            artifact.check()
         return artifact
 
 
 OPENED = ("revision", "variant", "allow_pickle")
 
 
-def _opened(record: dict[str, Any]) -> Source | None:
+def _damaged(file: Path, why: str) -> ArtifactError:
+    return ArtifactError(f"{file.name} is damaged ({why})", where=str(file))
+
+
+def _changed(root: Path, wrong: Sequence[str]) -> ArtifactError:
+    shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    return ArtifactError(
+        f"not as it was written: {shown}",
+        where=str(root),
+        hint="remove the folder and run again to make it anew; if it was changed on purpose, "
+        f"`tunekit verify-files {root} --accept` takes it as it is",
+    )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long, or one that no file can have
+        return False
+
+
+def _opened(record: ArtifactRecord) -> Source | None:
     """How the model is opened; version 1 has it in the settings of the training, of adapters alone."""
-    opened = record.get("opened")
-    if opened is None and int(record["version"]) == 1 and record["format"] == "adapter" and record["lineage"]:
-        opened = record["lineage"][0]["settings"].get("model")
-    if not opened:
+    from tunekit.records import OpenedRecord
+
+    opened = record.opened
+    if opened is None and record.version == 1 and record.format == "adapter" and record.lineage:
+        settings = record.lineage[0].settings.get("model")
+        with suppress(ValueError):
+            opened = OpenedRecord.model_validate(settings)
+    if opened is None:
         return None
-    found = Source("", **{key: opened[key] for key in OPENED if key in opened})
+    found = Source("", **opened.model_dump())
     return found if found.is_special else None
 
 
-def _sampling(record: Any) -> SamplingConfig | None:
-    if record is None:
+def _sampling(settings: Mapping[str, Any] | None, file: Path) -> SamplingConfig | None:
+    if settings is None:
         return None
-    from tunekit.config import SamplingConfig  # pydantic, which `tunekit ls` does without
+    from pydantic import ValidationError
 
-    return SamplingConfig.model_validate(record)
+    from tunekit.config import SamplingConfig  # pydantic, which `tunekit ls` does without
+    from tunekit.records import first_problem
+
+    try:
+        return SamplingConfig.model_validate(settings)
+    except ValidationError as error:
+        raise _damaged(file, f"sampling.{first_problem(error)}") from error
 
 
 # Run folders -----------------------------------------------------------------------------------------------
@@ -318,24 +490,34 @@ class RunFolder:
 
     def passes(self) -> list[Path]:
         """The finished pass folders of the present chain, in order."""
+        from tunekit.records import ChainRecord, read
+
         try:
-            names = json.loads(self.chain_file.read_text(encoding="utf-8"))["folders"]
+            names = read(self.chain_file, ChainRecord).folders
         except FileNotFoundError:
             pattern = re.compile(r"\d\d-[a-z_0-9]+-[0-9a-f]{8}")
             names = sorted(path.name for path in self.path.glob("*") if pattern.fullmatch(path.name))
-        except (ValueError, KeyError) as error:
-            raise ArtifactError(f"chain.json is damaged ({error})", where=str(self.chain_file)) from error
         return [self.path / name for name in names if (self.path / name / RECORD).is_file()]
 
     def trained(self) -> Path | None:
         """What training left: the adapter or the whole model; None while there is none."""
         return next((path for path in (self.adapter, self.model) if (path / RECORD).is_file()), None)
 
-    def final(self) -> Artifact:
+    def folder_of(self, artifact: Artifact) -> str | None:
+        """The folder in this run that has an artifact's model; None where it lies elsewhere."""
+        if artifact.model_path is None:
+            return None
+        parts = Path(os.path.relpath(artifact.model_path, self.path)).parts
+        return parts[0] if len(parts) == 1 and parts[0] != ".." else None
+
+    def final(self, *, check: bool = True) -> Artifact:
         """The last finished step of the chain, else what training left.
 
+        Args:
+            check: compare the model files with the record.
+
         Raises:
-            ArtifactError: when nothing is finished yet.
+            ArtifactError: when nothing is finished yet, or what there is is damaged.
         """
         passes = self.passes()
         last = passes[-1] if passes else self.trained()
@@ -345,7 +527,7 @@ class RunFolder:
                 where=str(self.path),
                 hint=f"start or continue it: tunekit run {self.config}",
             )
-        return Artifact.load(last)
+        return Artifact.load(last, check=check)
 
 
 # Opening ---------------------------------------------------------------------------------------------------
@@ -353,14 +535,21 @@ class RunFolder:
 
 def _safetensors_keys(path: Path) -> list[str]:
     """Tensor names out of the header, without reading a tensor."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(100_000_000, path.stat().st_size):
-            raise ArtifactError("not a safetensors file, or truncated", where=str(path))
-        try:
-            return [key for key in json.loads(file.read(length)) if key != "__metadata__"]
-        except ValueError as error:
-            raise ArtifactError("not a safetensors file, or truncated", where=str(path)) from error
+    from tunekit.records import parse
+
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(100_000_000, path.stat().st_size):
+                raise ValueError
+            header = parse(file.read(length))
+            if not isinstance(header, dict):
+                raise ValueError
+    except ValueError as error:
+        raise ArtifactError("not a safetensors file, or truncated", where=str(path)) from error
+    except OSError as error:
+        raise ArtifactError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    return [key for key in header if key != "__metadata__"]
 
 
 def _is_adapter_file(path: Path) -> bool:
@@ -391,7 +580,7 @@ def open_artifact(source: Path | str, *, family: str | None = None) -> Artifact:
     if text == "tiny":
         return Artifact(path=None, model_path=None, format="torch", family=family or "", source=text)
     path = builtin(text) or Path(text).expanduser()
-    if not path.exists():
+    if not _exists(path):
         hub_id = re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", text)
         if isinstance(source, Path) or not hub_id or path.parent.is_dir():
             raise _missing(text)

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tunekit import hardware, optimizers
 from tunekit.artifacts import Artifact, RunFolder, write_json
 from tunekit.config import Loaded, TrainingRunConfig
-from tunekit.errors import ConfigError, DeviceError, OutOfMemory, TunekitError, missing
+from tunekit.errors import (
+    ArtifactError,
+    ConfigError,
+    DeviceError,
+    OutOfMemory,
+    TunekitError,
+    missing,
+)
 from tunekit.kept import Kept
 from tunekit.units import parse_bytes
 
@@ -266,14 +273,17 @@ def ran_out(config: TrainingRunConfig, error: BaseException) -> OutOfMemory | No
 
 def _begun(run_dir: Path, *, always: bool = False) -> dict[str, Any]:
     """The plan.json of a run that has learned something already; empty without."""
+    from tunekit.records import PlanRecord, read_plain
+
     run = RunFolder(run_dir)
     if not always and not run.trained() and not any(run.checkpoints.glob("step-*")):
         return {}
     try:
-        content: dict[str, Any] = json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_plain(run_dir / "plan.json", PlanRecord)
+    except (FileNotFoundError, ArtifactError):  # a file beside the run, which goes on without
         return {}
-    return content if "optimizer_in_backward" in content else {}
+    decided = ("optimizer", "optimizer_in_backward", "precision", "base_precision")
+    return content if all(content.get(key) is not None for key in decided) else {}
 
 
 def _is_trained(config: TrainingRunConfig) -> bool:
@@ -281,7 +291,8 @@ def _is_trained(config: TrainingRunConfig) -> bool:
     path = RunFolder(config.run_dir).trained()
     if path is None:
         return False
-    return int(Artifact.load(path).lineage[-1].details.get("step", 0)) >= config.train.max_steps
+    step = Artifact.load(path).step
+    return step is not None and int(step.details.get("step", 0)) >= config.train.max_steps
 
 
 @dataclass(frozen=True)

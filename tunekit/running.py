@@ -37,7 +37,7 @@ from tunekit.config import CLASS_BATCH, Loaded, SamplingConfig, TrainingRunConfi
 from tunekit.data.cache import Encoder, Stream
 from tunekit.data.images import Scan
 from tunekit.diffusion.objectives import Objective, configured, scheduler_changes
-from tunekit.errors import OutOfMemory
+from tunekit.errors import ArtifactError, OutOfMemory
 from tunekit.families.family import DTYPES, Conditioning, Family, Pipeline
 from tunekit.families.loading import source_files
 from tunekit.memory.levers import Fitted, Levers, fit
@@ -45,6 +45,7 @@ from tunekit.memory.measure import Meter
 from tunekit.memory.picture import draw
 from tunekit.memory.plan import Plan
 from tunekit.passes.base import Context, Pass, run_chain
+from tunekit.records import PlanRecord, read_plain
 from tunekit.report import write as write_report
 from tunekit.runtime import Runtime, sample_pixels, to_images
 from tunekit.tasks import Task
@@ -145,8 +146,9 @@ class Run:
             ResumeError: what is there was made by another configuration; names the keys.
         """
         trained = self.folder.trained()
-        details = Artifact.load(trained).lineage[-1].details if trained else None
-        if trained and details:
+        step = Artifact.load(trained).step if trained else None
+        details = step.details if step else None
+        if trained and details and "identity" in details:
             compare_identities(details["identity"], self.identity, trained)
         self._checkpoints.check()
         self.accelerator.wait_for_everyone()
@@ -154,7 +156,7 @@ class Run:
             write_text(self.folder.config, dump_yaml(self.given))
             if self.plan is not None:
                 self._write_plan(self.plan)
-        if details and int(details["step"]) >= self.config.train.max_steps:
+        if details and int(details.get("step", 0)) >= self.config.train.max_steps:
             self.say(f"training is finished ({details['step']} steps): {trained}")
             return False
         self.learns = True
@@ -165,8 +167,11 @@ class Run:
         file = self.folder.path / "plan.json"
         content = plan.as_json()
         if file.is_file():  # what went wrong in this run's earlier lives stays known
-            before = json.loads(file.read_text(encoding="utf-8"))
-            content |= {key: before[key] for key in ("ran_out",) if key in before}
+            try:
+                before = read_plain(file, PlanRecord)
+                content |= {key: before[key] for key in ("ran_out",) if key in before}
+            except ArtifactError as error:  # a file beside the run, which goes on without
+                self.say(f"plan: {error.message}; it is written anew")
         write_json(file, content)
         write_text(self.folder.path / "plan.svg", draw(plan))
         self.say(

@@ -69,18 +69,30 @@ class RunState:
 
     Attributes:
         run: its folder.
-        state: "trained", "at step-000200", "2 passes done", "begun".
-        final: the folder in it that is the result so far.
+        state: "trained", "at step-000200", "2 passes done", "begun"; "damaged" where that cannot be told.
+        final: the folder in it that has the model which is the result so far.
+        problem: why it is damaged; "" if it is not.
     """
 
     run: str
     state: str
     final: str | None
+    problem: str = ""
 
 
 def runs(folder: Path | str = RUNS) -> list[RunState]:
-    """The runs in a folder of runs."""
-    return [state for path in sorted(Path(folder).glob("*")) if (state := _run_state(path))]
+    """The runs in a folder of runs; one that is damaged is named, and hides no other."""
+    found = []
+    for path in sorted(Path(folder).glob("*")):
+        try:
+            state = _run_state(path)
+        except TunekitError as error:
+            state = RunState(str(path), "damaged", None, str(error))
+        except OSError as error:
+            state = RunState(str(path), "damaged", None, f"{path}: cannot be read: {error.strerror}")
+        if state:
+            found.append(state)
+    return found
 
 
 def _run_state(path: Path) -> RunState | None:
@@ -89,11 +101,12 @@ def _run_state(path: Path) -> RunState | None:
         return None
     trained, passes = run.trained(), run.passes()
     checkpoints = sorted(run.checkpoints.glob("step-*"))
-    final = passes[-1] if passes else trained
+    last = passes[-1] if passes else trained
+    final = run.folder_of(Artifact.load(last, check=False)) if last else None
     state = "trained" if trained else f"at {checkpoints[-1].name}" if checkpoints else "begun"
     if passes:
         state = f"{len(passes)} {'pass' if len(passes) == 1 else 'passes'} done"
-    return RunState(str(path), state, final.name if final else None)
+    return RunState(str(path), state, final)
 
 
 def find_run(name: str) -> Path:

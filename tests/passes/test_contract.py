@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tunekit.artifacts import FORMATS
 from tunekit.config import load
 from tunekit.errors import ChainError
 from tunekit.passes.base import Pass, check_chain, parse_chain
 from tunekit.passes.metrics import Metric, declared
+from tunekit.records import FORMATS
 from tunekit.registry import PASSES
 from tunekit.resources import PACKAGE
 

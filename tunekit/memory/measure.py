@@ -7,11 +7,10 @@ costs time; the size of the process would count libraries and fragments too.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ import torch
 from torch import Tensor
 
 from tunekit.artifacts import write_json
+from tunekit.errors import ArtifactError
+from tunekit.records import PlanRecord, read_plain
 
 Measured = dict[str, int | None]
 """`{"peak_allocated_bytes", "peak_reserved_bytes"}`; the latter is None on the CPU."""
@@ -104,9 +105,9 @@ class Meter:
             known["peak_reserved_bytes"] = max(known["peak_reserved_bytes"] or 0, reserved)
 
     def write(self, file: Path) -> None:
-        """Puts what was measured beside what was predicted in a plan.json."""
-        content = json.loads(file.read_text(encoding="utf-8"))
-        write_json(file, beside(content, self.measured))
+        """Puts what was measured beside what was predicted in a plan.json, if that is there and whole."""
+        with suppress(FileNotFoundError, ArtifactError):
+            write_json(file, beside(read_plain(file, PlanRecord), self.measured))
 
 
 def beside(plan: Mapping[str, Any], measured: Mapping[str, Measured]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from torch import Tensor
 from tunekit.artifacts import Artifact
 from tunekit.errors import ArtifactError, ModelError
 from tunekit.families.family import Family, Pipeline
+from tunekit.records import read_mapping
 
 Array = np.ndarray[Any, np.dtype[Any]]
 STATES = "hidden_states."
@@ -41,7 +41,8 @@ class Graph(Protocol):
 def unbatched_inputs(folder: Path) -> frozenset[str]:
     """Inputs that a component's config.json says are the same for all rows."""
     config = folder / "config.json"
-    return frozenset(json.loads(config.read_text("utf-8")).get(UNBATCHED, ()) if config.is_file() else ())
+    named = read_mapping(config).get(UNBATCHED) if config.is_file() else None
+    return frozenset(map(str, named) if isinstance(named, list) else ())
 
 
 class GraphModule:
@@ -141,26 +142,38 @@ def graph_pipeline(folder: Path, family: Family, open_graph: Callable[[Path], Gr
 
     index_file = folder / "model_index.json"
     try:
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"its model_index.json cannot be read: {error}", where=str(folder)) from error
+        index = read_mapping(index_file)
+    except FileNotFoundError as error:
+        raise ArtifactError("its model_index.json is missing", where=str(folder)) from error
+
+    def class_of(library: Any, name: str) -> Any:
+        named = index.get(name)
+        found = getattr(library, named[1], None) if _names_a_class(named) else None
+        if not isinstance(found, type):
+            message = f"its model_index.json names no class for {name} that is known here"
+            raise ArtifactError(message, where=str(index_file))
+        return found
 
     def component(name: str) -> GraphModule:
         config = folder / name / "config.json"
         if not config.is_file():
             raise ArtifactError(f"its component {name} is missing", where=str(folder))
-        return GraphModule(open_graph(folder / name), json.loads(config.read_text(encoding="utf-8")))
+        return GraphModule(open_graph(folder / name), read_mapping(config))
 
     parts: dict[str, Any] = {family.facts.denoiser_name: component(family.facts.denoiser_name)}
     for row in family.facts.encoders:
-        tokenizer_class = getattr(transformers, index[row.tokenizer][1])
+        tokenizer_class = class_of(transformers, str(row.tokenizer))
         parts[row.tokenizer] = tokenizer_class.from_pretrained(folder / row.tokenizer)
         parts[row.name] = component(row.name)
     encoder_there = (folder / "vae_encoder" / "config.json").is_file()
     parts["vae"] = GraphVae(component("vae_encoder") if encoder_there else None, component("vae_decoder"))
-    parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
+    parts["scheduler"] = class_of(diffusers, "scheduler").from_pretrained(folder / "scheduler")
     settings = {key: value for key, value in index.items() if not isinstance(value, list)}
     return SimpleNamespace(**parts, config=SimpleNamespace(**settings))
+
+
+def _names_a_class(named: Any) -> bool:
+    return isinstance(named, list) and len(named) == 2 and isinstance(named[1], str)
 
 
 def model_folder(artifact: Artifact) -> Path:

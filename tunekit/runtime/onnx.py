@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tunekit.artifacts import Artifact
 from tunekit.errors import ConfigError, DeviceError, ModelError
 from tunekit.families.family import Family
 from tunekit.hardware import Device
+from tunekit.records import read_mapping
 from tunekit.resources import cache_dir
 from tunekit.runtime.base import Runtime
 from tunekit.runtime.graph import Array, first_line, graph_pipeline
@@ -94,7 +94,7 @@ class OrtGraph:
 def _only_stores_int8(folder: Path) -> bool:
     """Whether the config.json of a component says that its int8 weights are computed with as floats."""
     config = folder / "config.json"
-    noted = json.loads(config.read_text(encoding="utf-8")).get("quantization") if config.is_file() else None
+    noted = read_mapping(config).get("quantization") if config.is_file() else None
     return isinstance(noted, dict) and noted.get("mode") == "weight_only"
 
 

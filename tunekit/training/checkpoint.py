@@ -22,11 +22,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,8 +34,11 @@ from tunekit.config import ObjectiveConfig, TrainingRunConfig
 from tunekit.config.memory import free_on_resume
 from tunekit.data.images import Sample
 from tunekit.errors import ArtifactError, ResumeError, output_errors
+from tunekit.provenance import public
+from tunekit.records import StateRecord, read
 
 VERSION = 1
+REMEDY = "remove this folder to continue from the one before it"
 _NAME = re.compile(r"step-(\d{6,})")
 _LOCK_SECONDS = 30.0
 
@@ -180,28 +181,31 @@ class Checkpoints:
             optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
             own = path / "task.safetensors"
             task = load_file(own) if own.is_file() else {}
-        except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # what torch's reader makes of a damaged file has a dozen names
             raise _damaged(path, error) from error
+        if not isinstance(optimizer, dict):
+            raise _damaged(path, TypeError("optimizer.pt holds no state of an optimizer"))
         return Saved(int(state["step"]), trainable, optimizer, state, task)
 
     def _state(self, path: Path) -> dict[str, Any]:
         """`state.json`, once it is known to belong to this run."""
         try:
-            state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            version, saved = state["version"], state["identity"]
-        except (OSError, ValueError, KeyError) as error:
-            raise _damaged(path, error) from error
-        if version != VERSION:
+            state = read(path / "state.json", StateRecord)
+        except (ArtifactError, FileNotFoundError) as error:
+            raise _damaged(path, getattr(error, "message", error)) from error
+        if state.version != VERSION:
             raise ResumeError(
-                f"in version {version} of the format, this tunekit reads {VERSION}", where=str(path)
+                f"in version {state.version} of the format, this tunekit reads {VERSION}", where=str(path)
             )
-        compare_identities(saved, self.identity, path)
-        return state
+        compare_identities(state.identity, self.identity, path)
+        figures = {name: value for name, value in state.metrics.items() if value is not None}
+        return {**state.model_dump(), "metrics": figures}
 
 
-def _damaged(path: Path, error: Exception) -> ResumeError:
-    hint = "remove this folder to continue from the one before it"
-    return ResumeError(f"the checkpoint is damaged ({error})", where=str(path), hint=hint)
+def _damaged(path: Path, error: object) -> ResumeError:
+    return ResumeError(f"the checkpoint is damaged ({error})", where=str(path), hint=REMEDY)
 
 
 def compare_identities(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
@@ -210,6 +214,7 @@ def compare_identities(saved: Mapping[str, Any], now: Mapping[str, Any], path: P
     Raises:
         ResumeError: naming the keys that differ.
     """
+    saved, now = public(dict(saved)), public(dict(now))  # as artifact.json has them
     changed = sorted(key for key in {*saved, *now} if saved.get(key) != now.get(key))
     if not changed:
         return

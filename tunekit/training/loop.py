@@ -506,9 +506,22 @@ def _restore(
             f"the checkpoint trains other parameters than this run ({len(odd)} differ: {odd[0]} ...)",
             hint="give the run another name (name=...)",
         )
+    for name, parameter in parameters.items():
+        if saved.trainable[name].shape != parameter.shape:
+            was, now = (" x ".join(map(str, t.shape)) for t in (saved.trainable[name], parameter))
+            raise ResumeError(
+                f"the checkpoint has {was} values of {name}, and this run {now}",
+                hint="give the run another name (name=...)",
+            )
+    try:
+        optimizer.load_state_dict(saved.optimizer)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ResumeError(
+            f"the optimizer's state in the checkpoint is damaged, or another optimizer's ({error})",
+            hint="remove the checkpoint to continue from the one before it",
+        ) from error
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved.trainable[name])
-    optimizer.load_state_dict(saved.optimizer)
     if accelerator.scaler and saved.state["scaler"]:
         accelerator.scaler.load_state_dict(saved.state["scaler"])

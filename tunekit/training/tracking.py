@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tunekit.artifacts import write_text
 from tunekit.errors import output_errors, require
+from tunekit.files import atomic_file, json_text
+from tunekit.records import metrics_of
 from tunekit.units import format_seconds
 
+UNREADABLE = "metrics.unreadable"
+"""Beside metrics.jsonl: lines of it that are no rows."""
 _PLAIN_SECONDS = 15.0
 """Without a terminal, a line at least this often."""
 
@@ -28,25 +31,46 @@ class Tracker:
     Args:
         path: `runs/<name>/metrics.jsonl`.
         tensorboard: a folder for event files, or None.
+        say: takes a line about what was found there.
     """
 
-    def __init__(self, path: Path, *, tensorboard: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, *, tensorboard: Path | None = None, say: Callable[[str], None] | None = None
+    ) -> None:
         self.path = path
+        self._say = say or partial(print, flush=True)
         self._writer: Any = None
         self._tensorboard = tensorboard
         if tensorboard is not None:
             require("tensorboard", extra="trackers", why="train.trackers: [tensorboard] needs")
 
     def rewind(self, step: int) -> None:
-        """Drop what a killed life wrote after `step`, so that no step is there twice."""
-        lines = read_metrics(self.path)
-        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step] if step else []
+        """Drop what a killed life wrote after `step`, so that no step is there twice.
+
+        Lines that cannot be read are not this class's to delete: they go into a file beside it.
+        """
+        found = metrics_of(self.path)
+        if found.unread:
+            self._put_aside(found.unread)
+        kept = [
+            line for row, line in zip(found.rows, found.lines, strict=True) if step and row["step"] <= step
+        ]
         if self.path.exists() or kept:
-            write_text(self.path, "".join(kept))
+            with atomic_file(self.path) as file:
+                file.write_bytes(b"".join(line + b"\n" for line in kept))
         if self._tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._tensorboard), purge_step=step + 1 if step else None)
+
+    def _put_aside(self, lines: Sequence[bytes]) -> None:
+        aside = self.path.with_name(UNREADABLE)
+        with output_errors(aside), aside.open("ab") as file:
+            file.write(b"".join(line + b"\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+        count = f"{len(lines)} lines" if len(lines) > 1 else "a line"
+        self._say(f"{self.path}: {count} could not be read and went into {aside.name}")
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows; they survive the process, though not yet the machine (see `sync`)."""
@@ -55,7 +79,7 @@ class Tracker:
         with output_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
+                file.write("".join(json_text(row, indent=None) + "\n" for row in rows))
         if self._writer is not None:
             for row in rows:
                 for name, value in row.items():
@@ -78,15 +102,8 @@ class Tracker:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut off by a kill is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-    return rows
+    """The rows of a metrics.jsonl in the order of their steps; lines that are no rows are left out."""
+    return metrics_of(path).rows
 
 
 class Progress:
