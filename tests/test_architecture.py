@@ -20,7 +20,7 @@ LAYERS = """
     __main__ > cli > workspace > running > preconditions > planning > passes > training
         > {memory, data, runtime} > {adapters, tasks, report, doctor} > families
         > {diffusion, layers, launch} > artifacts > config > {hardware, optimizers, progress}
-        > {units, registry, quiet, kept} > resources > files > errors > install
+        > {units, registry, quiet, kept, records, provenance} > resources > files > errors > install
 """
 RANK = {name: rank for rank, names in enumerate(LAYERS.split(">")) for name in re.findall(r"\w+", names)}
 REPOSITORY = Path(__file__).parents[1]
