@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -23,6 +24,10 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What is kept between runs (traces and plans above all) is kept for all tests, not beside the user's own.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _home = tempfile.TemporaryDirectory(prefix="tunekit-tests-")
+    os.environ["XDG_CACHE_HOME"] = _home.name
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -414,31 +414,26 @@ def test_doctor_names_what_is_missing_and_the_line_that_installs_it(
 # plan -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return {"XDG_CACHE_HOME": str(tmp_path_factory.getbasetemp() / "cache")}
-
-
-def test_plan_for_a_card(config: Path, tunekit_command: Command, traces: dict[str, str]):
-    made = tunekit_command("plan", config, "--device", "rtx-3060", env=traces)
+def test_plan_for_a_card(config: Path, tunekit_command: Command):
+    made = tunekit_command("plan", config, "--device", "rtx-3060")
     assert made.returncode == 0, made.stderr
     assert "rtx-3060: fp32, micro-batch 1, nothing checkpointed" in made.stdout
     assert "optimizer state" in made.stdout
     asked = ("--device", "3060", "--json", "--picture", "step.svg")
-    content = json.loads(tunekit_command("plan", config, *asked, env=traces).stdout)
+    content = json.loads(tunekit_command("plan", config, *asked).stdout)
     assert ">optimizer state<" in Path("step.svg").read_text()
     assert content["fits"] is True
     assert content["device_bytes"] < content["budget_bytes"]
     assert set(content["phases"]) == {"load", "encode", "first_step", "step", "save"}
 
 
-def test_plan_for_all_cards_and_a_sweep(config: Path, tunekit_command: Command, traces: dict[str, str]):
+def test_plan_for_all_cards_and_a_sweep(config: Path, tunekit_command: Command):
     made = tunekit_command(
-        "plan", config, "--sweep", "data.resolution=32,64", "train.batch_size=1,2", "--json", env=traces
+        "plan", config, "--sweep", "data.resolution=32,64", "train.batch_size=1,2", "--json"
     )
     plans = json.loads(made.stdout)
     assert len(plans) == 4 * len({plan["device"] for plan in plans}) > 80
-    table = tunekit_command("plan", config, "--device", "all", "memory.precision=bf16", env=traces).stdout
+    table = tunekit_command("plan", config, "--device", "all", "memory.precision=bf16").stdout
     assert "no bf16 there: needs memory.precision=fp16" in table
     assert "h200" in table
 
@@ -454,10 +449,8 @@ def test_plan_for_all_cards_and_a_sweep(config: Path, tunekit_command: Command, 
         (["--picture", "all.svg"], "give an .html file"),
     ],
 )
-def test_plan_says_what_is_wrong(
-    config: Path, tunekit_command: Command, traces: dict[str, str], arguments: list[str], message: str
-):
-    made = tunekit_command("plan", config, *arguments, env=traces)
+def test_plan_says_what_is_wrong(config: Path, tunekit_command: Command, arguments: list[str], message: str):
+    made = tunekit_command("plan", config, *arguments)
     assert made.returncode == 2
     assert message in made.stderr
     assert "Traceback" not in made.stderr
@@ -470,15 +463,11 @@ def test_families_that_are_planned_only(here: Path, tunekit_command: Command):
         assert 'the family "sd3" can be planned (tunekit plan), but not be run yet' in done.stderr
 
 
-def test_a_run_is_planned_within_its_budget(
-    config: Path, pictures: Path, tunekit_command: Command, traces: dict[str, str]
-):
+def test_a_run_is_planned_within_its_budget(config: Path, pictures: Path, tunekit_command: Command):
     losses = []
     for name, overrides in (("free", []), ("tight", ["memory.budget=11 MB"])):
         batch = ["train.batch_size=4", "data.resolution=64"]
-        done = tunekit_command(
-            "run", config, f"data.path={pictures}", f"name={name}", *batch, *overrides, env=traces
-        )
+        done = tunekit_command("run", config, f"data.path={pictures}", f"name={name}", *batch, *overrides)
         assert done.returncode == 0, done.stderr
         lines = Path("runs", name, "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)])

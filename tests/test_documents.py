@@ -228,7 +228,6 @@ def desk(brought: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     probe = hardware.probe  # with one GPU, `--processes 2` is refused for a reason
     monkeypatch.setattr(hardware, "probe", lambda name="auto": probe("cpu" if name == "auto" else name))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(brought / "cache"))  # a trace serves several lines
     for path in (ROOT / "configs", ROOT / "recipes", brought / "photos", brought / "runs"):
         (tmp_path / path.name).symlink_to(path)
     mine = workspace.copy("sd15/lora", "mine.yaml")

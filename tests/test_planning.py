@@ -25,12 +25,6 @@ GIB = 2**30
 T = TypeVar("T")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traces of this module, not of the user."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "plans"))
-
-
 def config(*overrides: str, name: str = "sd15/lora") -> Loaded:
     return load(name, overrides, stand_in="(pictures)")
 

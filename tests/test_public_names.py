@@ -76,7 +76,6 @@ def test_names_that_need_no_torch_import_none() -> None:
 @pytest.mark.slow
 def test_the_example_in_the_docstring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (example,) = doctest.DocTestFinder(recurse=False).find(tunekit)
     assert len(example.examples) > 5
     said: list[str] = []

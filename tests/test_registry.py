@@ -56,13 +56,22 @@ def test_recipes_by_name_and_path(tmp_path):
         load_recipe("nowhere/mine.py")
 
 
-def test_a_recipe_file_of_ones_own(tmp_path):
+def test_a_recipe_file_of_ones_own(tmp_path, capsys):
+    """It is named before it is imported, and may be what a stranger's config brings along."""
+    load_recipe("lora")
+    assert capsys.readouterr() == ("", "")
     file = tmp_path / "mine.py"
     file.write_text("Config = 1\n")
     with pytest.raises(ConfigError, match="is no recipe: it does not define main"):
         load_recipe(str(file))
     file.write_text("Config = 1\ndef main(config, loaded): ...\n")
+    capsys.readouterr()
     assert load_recipe(str(file)) is load_recipe(str(file))
+    assert capsys.readouterr() == ("", f"mine.py: the recipe {file} is code, and runs from here on\n")
+    file.write_text("raise SystemExit('it ran')\n")
+    with pytest.raises(SystemExit):
+        load_recipe(str(file.rename(tmp_path / "other.py")), where="mine.yaml:1")
+    assert capsys.readouterr().err.startswith("mine.yaml:1: the recipe ")
 
 
 def test_builtin_names():

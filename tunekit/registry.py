@@ -121,6 +121,8 @@ def recipe_path(name_or_path: str, *, where: str | None = None) -> Path:
 def load_recipe(name_or_path: str, *, where: str | None = None) -> ModuleType:
     """Imports a recipe, which has `Config` and `main(config, loaded)`.
 
+    One that is named by its path is somebody's code, brought along by a config: that is said on stderr before.
+
     Raises:
         ConfigError: when there is no such recipe, or the file is no recipe.
     """
@@ -132,6 +134,8 @@ def load_recipe(name_or_path: str, *, where: str | None = None) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f'"{path}" cannot be imported as a recipe', where=where, key="recipe")
+    if path.parent != recipes_dir().resolve():
+        print(f"{where or path.name}: the recipe {path} is code, and runs from here on", file=sys.stderr)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # pydantic resolves annotations through sys.modules
     try:
