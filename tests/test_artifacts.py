@@ -1,34 +1,25 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tunekit import artifacts, files
+from tunekit import artifacts, kept
 from tunekit.artifacts import (
     ADAPTER_FILE,
     Artifact,
     RunFolder,
     Step,
-    atomic_folder,
-    clean_leftovers,
-    directory_size,
     open_artifact,
     remove_folder,
-    write_json,
-    write_text,
 )
-from tunekit.errors import ArtifactError, ModelError, OutputError
+from tunekit.errors import ArtifactError, ModelError
 
 
 def fill(folder: Path, **files: str) -> Path:
@@ -52,153 +43,6 @@ def write_adapter(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 4)
     return path
-
-
-# Whole or absent --------------------------------------------------------------------------------------------
-
-
-def test_atomic_folder_appears_when_whole(tmp_path: Path):
-    final = tmp_path / "deep" / "x"
-    with atomic_folder(final) as folder:
-        fill(folder, a="1", sub__b="2")
-        assert not final.exists()
-    assert (final / "sub" / "b").read_text() == "2"
-    assert os.listdir(final.parent) == ["x"]
-
-
-def test_atomic_folder_leaves_nothing_when_the_block_fails(tmp_path: Path):
-    with pytest.raises(ValueError, match="boom"), atomic_folder(tmp_path / "x") as folder:
-        fill(folder, a="1")
-        raise ValueError("boom")
-    assert os.listdir(tmp_path) == []
-
-
-def test_atomic_folder_replaces_only_with_something_whole(tmp_path: Path):
-    final = fill(tmp_path / "x", old="1")
-    with pytest.raises(KeyboardInterrupt), atomic_folder(final) as folder:
-        fill(folder, new="2")
-        raise KeyboardInterrupt
-    assert os.listdir(final) == ["old"]
-    with atomic_folder(final) as folder:
-        fill(folder, new="2")
-    assert os.listdir(final) == ["new"]
-    assert os.listdir(tmp_path) == ["x"]
-
-
-def test_killed_in_the_middle_leaves_nothing_that_looks_whole(tmp_path: Path):
-    code = (
-        "import sys, time; from pathlib import Path; from tunekit.artifacts import atomic_folder\n"
-        "with atomic_folder(Path(sys.argv[1]) / 'x') as folder:\n"
-        "    (folder / 'a').write_text('1'); print('in', flush=True); time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
-    assert process.stdout
-    process.stdout.readline()
-    assert clean_leftovers(tmp_path) == []  # its maker is alive
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert not (tmp_path / "x").exists()
-    assert [path.name for path in clean_leftovers(tmp_path)] == [f".x.tmp-{process.pid}"]
-    assert os.listdir(tmp_path) == []
-
-
-def dead_pid() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
-def test_leftovers_bring_back_what_was_being_replaced(tmp_path: Path):
-    pid = dead_pid()
-    fill(tmp_path / f".x.old-{pid}", a="1")
-    fill(tmp_path / f".y.old-{pid}", a="old")
-    fill(tmp_path / "y", a="new")
-    fill(tmp_path / ".hidden", a="mine")
-    (tmp_path / f".z.json.tmp-{pid}").write_text("{")
-    clean_leftovers(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".hidden", "x", "y"]
-    assert (tmp_path / "y" / "a").read_text() == "new"
-
-
-LIMITED = """\
-import resource, signal, sys
-from pathlib import Path
-from tunekit.artifacts import atomic_folder, write_json
-from tunekit.errors import OutputError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)   # then writing fails as on a full disk
-root = Path(sys.argv[1])
-write_json(root / "kept.json", {"old": True})
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-def folder():
-    with atomic_folder(root / "x") as temporary:
-        (temporary / "small").write_bytes(b"1")
-        (temporary / "large").write_bytes(b"1" * 100_000)
-def tensors():
-    import numpy
-    from safetensors.numpy import save_file
-    with atomic_folder(root / "x") as temporary:
-        save_file({"a": numpy.zeros(100_000)}, temporary / "a.safetensors")
-def record():
-    write_json(root / "kept.json", list(range(100_000)))
-for write in (folder, tensors, record):
-    try:
-        write()
-    except OutputError as error:
-        print(error.exit_code, str(error).splitlines()[0])
-"""
-
-
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path):
-    run = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=True
-    )
-    lines = run.stdout.splitlines()
-    assert len(lines) == 3
-    assert lines[0].startswith(f"1 {tmp_path}/x: could not write: ")
-    assert lines[2].startswith(f"1 {tmp_path}/kept.json: could not write: ")
-    assert os.listdir(tmp_path) == ["kept.json"]
-    assert json.loads((tmp_path / "kept.json").read_text()) == {"old": True}
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_no_space_left_while_syncing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def full(descriptor: int) -> None:
-        with open("/dev/full", "wb", buffering=0) as device:
-            device.write(b"1")  # the kernel's own ENOSPC
-
-    monkeypatch.setattr(files.os, "fsync", full)
-    with (
-        pytest.raises(OutputError, match="no space left on the disk"),
-        atomic_folder(tmp_path / "x") as folder,
-    ):
-        fill(folder, a="1")
-    with pytest.raises(OutputError, match="no space left on the disk"):
-        write_text(tmp_path / "a.txt", "1")
-    assert os.listdir(tmp_path) == []
-
-
-def test_an_unwritable_place(tmp_path: Path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OutputError, match=r"file/x: could not write"), atomic_folder(tmp_path / "file" / "x"):
-        pass
-    with pytest.raises(OutputError, match="could not write"):
-        write_json(tmp_path / "file" / "x.json", {})
-    with pytest.raises(OutputError, match="could not write"):
-        write_json(Path("/sys/kernel/x.json"), {})  # refuses even root
-
-
-def test_errors_of_the_block_other_than_output_pass_through(tmp_path: Path):
-    with pytest.raises(OSError) as caught, atomic_folder(tmp_path / "x"):
-        raise OSError(errno.ECONNRESET, "Connection reset")
-    assert not isinstance(caught.value, OutputError)
-
-
-def test_remove_folder(tmp_path: Path):
-    fill(tmp_path / "x", a="1")
-    remove_folder(tmp_path / "x")
-    remove_folder(tmp_path / "x")
-    assert os.listdir(tmp_path) == []
 
 
 # Artifacts --------------------------------------------------------------------------------------------------
@@ -348,7 +192,7 @@ def flip(path: Path) -> None:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's cache folder."""
-    monkeypatch.setattr(artifacts, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(kept, "cache_dir", lambda: tmp_path / "cache")
     return tmp_path / "cache"
 
 
@@ -411,11 +255,8 @@ def test_records_of_before_have_one_hash_for_all_files(tmp_path: Path, cache: Pa
 def test_where_nothing_can_be_remembered_files_are_read_each_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def homeless() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
     make(tmp_path / "x")
-    monkeypatch.setattr(artifacts, "cache_dir", homeless)
+    monkeypatch.setattr(kept, "cache_dir", lambda: None)
     touch(tmp_path / "x" / "weights")
     assert Artifact.load(tmp_path / "x").size_bytes == 100
     flip(tmp_path / "x" / "weights")
@@ -516,7 +357,3 @@ def test_open_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "cut.safetensors").write_bytes(b"\xff\xff\xff\x7f\0\0\0\0{")
     with pytest.raises(ArtifactError, match="truncated"):
         open_artifact(tmp_path / "cut.safetensors")
-
-
-def test_directory_size(tmp_path: Path):
-    assert directory_size(fill(tmp_path / "x", a="123", sub__b="45")) == 5

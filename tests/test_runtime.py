@@ -343,12 +343,13 @@ def test_a_provider_that_is_not_installed(tiny_onnx: Path, provider: str) -> Non
 
 def test_a_missing_component(tiny_onnx: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_onnx, tmp_path / "model")
+    (folder / "artifact.json").unlink()  # which would say that it is not as it was written
     shutil.rmtree(folder / "vae_encoder")
-    runtime = open_runtime(folder, **CPU)
+    runtime = open_runtime(folder, family="sd15", **CPU)
     with pytest.raises(ModelError, match="no vae_encoder"):
         runtime.encode_image(torch.zeros(1, 3, 64, 64))
     shutil.rmtree(folder / "unet")
-    assert "unet is missing" in why(ArtifactError, folder)
+    assert "unet is missing" in why(ArtifactError, folder, family="sd15")
 
 
 @pytest.mark.parametrize("provider", ["cpu", "openvino"])
@@ -356,8 +357,9 @@ def test_a_damaged_graph(tiny_onnx: Path, tmp_path: Path, provider: str) -> None
     if provider == "openvino":
         pytest.importorskip("openvino")
     folder = shutil.copytree(tiny_onnx, tmp_path / "model")
+    (folder / "artifact.json").unlink()  # which would say that it is not as it was written
     (folder / "unet" / "model.onnx").write_bytes(b"not a graph")
-    message = why(ModelError, folder, provider=provider)
+    message = why(ModelError, folder, provider=provider, family="sd15")
     assert str(folder / "unet" / "model.onnx") in message and "cannot load" in message
 
 

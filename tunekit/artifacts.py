@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunekit.errors import ArtifactError, TunekitError, did_you_mean
+from tunekit.errors import ArtifactError, did_you_mean
 from tunekit.files import (
     atomic_folder,
     clean_leftovers,
@@ -22,8 +22,9 @@ from tunekit.files import (
     write_json,
     write_text,
 )
+from tunekit.kept import Kept
 from tunekit.provenance import at_home, made, public
-from tunekit.resources import Source, builtin, cache_dir
+from tunekit.resources import Source, builtin
 
 if TYPE_CHECKING:
     from tunekit.config import SamplingConfig
@@ -167,21 +168,17 @@ class Written:
         return None
 
 
-def _note(key: object) -> Path:
-    name = hashlib.blake2b(repr(key).encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
-    return cache_dir() / "verified" / name
+def _name_of(key: object) -> str:
+    return hashlib.blake2b(repr(key).encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
 
 
 def _is_known(key: object) -> bool:
     """Whether these very files were found to be right before."""
-    with suppress(OSError, RuntimeError):
-        return _note(key).is_file()
-    return False
+    return Kept.of("verified").read(_name_of(key)) is True
 
 
 def _remember(key: object) -> None:
-    with suppress(OSError, RuntimeError, TunekitError):  # where nothing can be kept, it is read again
-        write_text(_note(key), "")
+    Kept.of("verified").write(_name_of(key), True)
 
 
 @dataclass(frozen=True)

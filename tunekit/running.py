@@ -473,6 +473,7 @@ def _held(run: Run) -> Iterator[None]:
         yield
         return
     with only_writer(run.folder.path, run.say):
-        clean_leftovers(run.folder.path)
+        for folder in (run.folder.path, run.cache):
+            clean_leftovers(folder, deep=True)
         run.accelerator.wait_for_everyone()
         yield

@@ -17,7 +17,6 @@ import gc
 import hashlib
 import itertools
 import json
-import os
 import threading
 import time
 from collections import OrderedDict
@@ -31,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from tunekit.config import DataConfig, DreamboothData
@@ -40,9 +39,9 @@ from tunekit.data.shapes import CROPS, Transform, bucket_for
 from tunekit.diffusion.batch import Batch, join, single
 from tunekit.diffusion.noise import sample_generator, stable_seed
 from tunekit.diffusion.objectives import Objective
-from tunekit.errors import DataError, NonFiniteError, output_errors
+from tunekit.errors import DataError, NonFiniteError
 from tunekit.families.family import DTYPES, Conditioning, Family, Frame
-from tunekit.files import clean_leftovers
+from tunekit.files import atomic_file, clean_leftovers
 from tunekit.kept import Kept
 
 if TYPE_CHECKING:
@@ -514,18 +513,11 @@ def _variants(
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write one file of the cache, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with output_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary
-            )
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with atomic_file(path) as temporary:
+        # safetensors' own way into a file has a temporary name that nobody can tell from another process's.
+        temporary.write_bytes(
+            save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        )
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from tunekit.data.files import SUFFIXES
 from tunekit.data.images import Sample, Scan, scan_data
 from tunekit.diffusion.noise import stable_seed
 from tunekit.errors import output_errors
+from tunekit.files import atomic_file
 from tunekit.resources import resolve_path
 
 if TYPE_CHECKING:
@@ -135,10 +135,5 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _write(path: Path, picture: Image.Image) -> None:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with output_errors(path):
-        try:
-            picture.save(temporary, format="PNG")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with atomic_file(path) as temporary:
+        picture.save(temporary, format="PNG")

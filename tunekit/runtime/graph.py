@@ -147,8 +147,11 @@ def graph_pipeline(folder: Path, family: Family, open_graph: Callable[[Path], Gr
         raise ArtifactError("its model_index.json is missing", where=str(folder)) from error
 
     def class_of(library: Any, name: str) -> Any:
-        named = index.get(name)
-        found = getattr(library, named[1], None) if _names_a_class(named) else None
+        match index.get(name):
+            case [str(), str(named)]:
+                found = getattr(library, named, None)
+            case _:
+                found = None
         if not isinstance(found, type):
             message = f"its model_index.json names no class for {name} that is known here"
             raise ArtifactError(message, where=str(index_file))
@@ -170,10 +173,6 @@ def graph_pipeline(folder: Path, family: Family, open_graph: Callable[[Path], Gr
     parts["scheduler"] = class_of(diffusers, "scheduler").from_pretrained(folder / "scheduler")
     settings = {key: value for key, value in index.items() if not isinstance(value, list)}
     return SimpleNamespace(**parts, config=SimpleNamespace(**settings))
-
-
-def _names_a_class(named: Any) -> bool:
-    return isinstance(named, list) and len(named) == 2 and isinstance(named[1], str)
 
 
 def model_folder(artifact: Artifact) -> Path:
