@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from tunekit import config as sections
-from tunekit.config import Loaded, changed, wrong
+from tunekit.config import Loaded, changed, idle
 from tunekit.launch import run_recipe
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Config(sections.RunConfig):
 
     model: sections.ModelConfig
     """The model; its source may also be a run, an adapter or an artifact of a chain."""
-    optimize: list[dict[str, Any] | str] = Field(min_length=1)
+    optimize: list[dict[str, Any] | str] = Field(min_length=1, max_length=100)
     """Passes to run, in order."""
     preview: sections.PreviewConfig = sections.PreviewConfig()
     """Pictures of verify and benchmark; prompts also calibrate quantize, and feed heal if data is null."""
@@ -37,10 +37,10 @@ class Config(sections.RunConfig):
     @model_validator(mode="after")
     def _effects(self) -> Config:
         if changed(self.preview, "every"):
-            wrong("preview.every", "has no effect: there is no long training to look into")
+            idle("preview.every", "there is no long training to look into")
         for key in ("precision", "micro_batch", "gradient_checkpointing", "budget"):
             if changed(self.memory, key):
-                wrong(f"memory.{key}", "has no effect: each pass has its own, as heal: {precision: ...}")
+                idle(f"memory.{key}", "each pass has its own, as heal: {precision: ...}")
         return self
 
 

@@ -119,11 +119,17 @@ class Interrupted(TunekitError):
     exit_code = 130
 
 
+def nearest(name: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The choice nearest to `name`; None if none is near: from 0, any, to 1, the same but for the case."""
+    by_lower = {choice.lower(): choice for choice in choices}
+    found = difflib.get_close_matches(name[:100].lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[found[0]] if found else None
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Returns `did you mean "x"?` for the choice nearest to `name`, or an empty string."""
-    by_lower = {choice.lower(): choice for choice in choices}
-    nearest = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
-    return f'did you mean "{by_lower[nearest[0]]}"?' if nearest else ""
+    found = nearest(name, choices)
+    return f'did you mean "{found}"?' if found else ""
 
 
 def missing(module: str, *, extra: str, why: str) -> MissingPackageError | None:

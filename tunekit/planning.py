@@ -26,7 +26,7 @@ from tunekit.errors import (
     missing,
 )
 from tunekit.kept import Kept
-from tunekit.units import parse_bytes
+from tunekit.units import parse_budget
 
 if TYPE_CHECKING:
     from torch import nn
@@ -99,7 +99,7 @@ def plan_config(
             f"the recipe {config.recipe} trains nothing, so there is no plan to make",
             where=loaded.where("recipe"),
         )
-    size = parse_bytes(budget) if budget is not None else None
+    size = parse_budget(budget) if budget is not None else None
     if device is None or device.partition(":")[0] in HERE:
         return [_planned(config, _here(config, device, size), device or f"a card of {budget}", say)]
     if device != "all":
@@ -235,7 +235,7 @@ def _decide(
     pinned = train.model_copy(update={"optimizer": optimizer})
     asked = pinned if begun or train.optimizer != optimizers.AUTO else train
     open_config = config.model_copy(update={"memory": memory.model_copy(update=kept), "train": asked})
-    budget = None if memory.budget == "auto" else parse_bytes(memory.budget)
+    budget = None if memory.budget == "auto" else parse_budget(memory.budget)
     # It may have run out before there was a checkpoint.
     ran_out = _begun(config.run_dir, always=True).get("ran_out", ())
     lost = min((int(one["budget_bytes"]) for one in ran_out), default=None)

@@ -15,18 +15,35 @@ def parse_bytes(text: str | int) -> int:
     """Reads "12 GiB", "500MB", "1.5G" or a number of bytes; KB, MB, GB count in 1000s, all else in 1024s.
 
     Raises:
-        ConfigError: when `text` is not a size.
+        ConfigError: when `text` is not a size, or over 1 PiB.
     """
-    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
-        return text
     match = _BYTES.fullmatch(str(text))
     if not match or (match[3] and not match[2]):
         raise ConfigError(
             f'"{text}" is not a size', hint='write it as "12 GiB", "500 MB" or a number of bytes'
         )
+    size = _size(match, str(text))
+    if size > 2**50:
+        raise ConfigError(f'"{text}" is a size that no memory has', hint='write it as "12 GiB" or "500 MB"')
+    return round(size)
+
+
+def parse_budget(text: str) -> int:
+    """Reads the memory to stay within.
+
+    Raises:
+        ConfigError: when `text` is not a size, or none at all.
+    """
+    size = parse_bytes(text)
+    if size == 0:
+        raise ConfigError(f'"{text}" leaves no memory at all', hint='write it as "12 GiB"')
+    return size
+
+
+def _size(match: re.Match[str], text: str) -> float:
     number, prefix = float(match[1]), match[2].lower()
-    decimal = prefix and not match[3] and str(text).strip().lower().endswith("b")
-    return round(number * (_DECIMAL if decimal else _BINARY)[prefix])
+    decimal = prefix and not match[3] and text.strip().lower().endswith("b")
+    return number * (_DECIMAL if decimal else _BINARY)[prefix]
 
 
 def format_bytes(count: float) -> str:

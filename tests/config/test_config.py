@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,15 @@ from tunekit.config import (
     SamplingConfig,
     Section,
     TrainingRunConfig,
+    all_keys,
     dump_yaml,
     load,
     validate,
+    words,
 )
 from tunekit.config.yaml import config_names
 from tunekit.errors import ChainError, ConfigError
+from tunekit.registry import PASSES
 
 GOOD = """\
 recipe: lora
@@ -72,15 +77,32 @@ def test_a_good_config(config: Path):
 
 def test_the_name_can_be_given(config: Path):
     assert load("mine.yaml", ["name=other", "runs=elsewhere"], Lora).config.run_dir == Path("elsewhere/other")
-    assert "name: must match" in complaint("name=../up")
+    message = complaint("name=../up")
+    assert message.startswith("command line: name: must begin with a letter or a digit")
+    assert message.endswith('not "../up"')
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "-rf", " lead", "trail ", "dot.", "a\nb", "c:", "ü" * 100, ""])
+def test_names_that_are_no_folder(config: Path, name: str):
+    with pytest.raises(ConfigError, match="name: must be"):
+        validate(Lora, {**yaml.safe_load(GOOD.replace("1e-4", "1.0e-4")), "name": name}, str)
+
+
+def test_a_name_taken_from_the_file_says_so(config: Path):
+    config.rename("it's mine.yaml")
+    assert complaint(path="it's mine.yaml").endswith(
+        """not "it's mine"; it is taken from the file's name: rename the file, or give name=..."""
+    )
+    config.with_name("it's mine.yaml").rename("mine (1).yaml")
+    assert load("mine (1).yaml", [], Lora).config.run_dir == Path("runs/mine (1)")
 
 
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
         (
-            "train.learning_rate=1",
-            "command line: train.learning_rate: unknown key; known here: max_steps, lr, ",
+            "train.colour=1",
+            "command line: train.colour: unknown key; known here: max_steps, lr, ",
         ),
         ("adapter.rnk=4", 'command line: adapter.rnk: unknown key; did you mean "rank"?'),
         ("modle={}", 'modle: unknown key; did you mean "model"?'),
@@ -309,6 +331,143 @@ def test_a_default_written_out_is_no_error(config: Path):
     load("mine.yaml", ["train.optimizer=adafactor", "train.betas=[0.9, 0.999]"], Lora)
 
 
+def sections(schema: type[Section]) -> set[type[Section]]:
+    from tunekit.config.schema import _section_types
+
+    found = {schema}
+    for item in schema.model_fields.values():
+        for child in _section_types(item.annotation):
+            found |= sections(child)  # type: ignore[arg-type]
+    return found
+
+
+HUGE = 10**28
+
+
+def refusals(schema: type[Section], key: str, value: Any) -> list[str]:
+    """What is wrong with one key of a section that holds nothing else."""
+    with contextlib.suppress(ConfigError):
+        validate(schema, {key: value}, str)
+        return []
+    with pytest.raises(ConfigError) as caught:
+        validate(schema, {key: value}, str)
+    return [part.message for part in caught.value.parts if part.key.startswith(key)]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        *sorted(sections(Lora) | sections(Dreambooth), key=lambda it: it.__name__),
+        *dict(PASSES.items()).values(),
+    ],
+    ids=lambda schema: schema.__name__,
+)
+def test_every_number_has_a_top(schema: type[Section]):
+    """1e28 steps never end, and a rank of 1e28 overflows: no number is taken whatever its size."""
+    values = (HUGE, 1e30, -HUGE, [HUGE] * 2, [HUGE] * 3)  # the last two for pairs and ranges
+    numbers = [
+        (key, value) for key in schema.model_fields for value in values if not refusals(schema, key, value)
+    ]
+    assert numbers == []
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (f"preview.seed={2**64}", "preview.seed: must be less than 9223372036854775808"),
+        (f"train.max_steps={HUGE}", "train.max_steps: must be at most 10000000, not 1000000"),
+        ("train.lr=1e30", "train.lr: must be at most 100, not 1e+30"),
+        ("data.path=''", 'data.path: must not be empty, not ""'),
+        ("model.source=' '", "model.source: must not be empty"),
+        ("runs=" + "x" * 300, "runs: is too long: a path takes 4000 bytes, and a name in it 255"),
+        ("adapter.targets=['']", "adapter.targets[0]: must not be empty"),
+        ("memory.budget='0'", 'memory.budget: "0" leaves no memory at all; write it as'),
+        ("memory.budget=0 GiB", 'memory.budget: "0 GiB" leaves no memory at all'),
+        ("memory.budget=" + "9" * 90 + " TiB", "is a size that no memory has"),
+        ("memory.device=cuda:9999", 'there is no device "cuda:9999"'),
+        ("optimize=[" + "merge," * 101 + "]", "optimize: must have at most 100 items"),
+        ("preview={prompts: [a], scheduler: {x: .inf}}", "preview.scheduler.x: must be a finite number"),
+        ("model.revision=main", "model.revision: has no effect: model.source is tiny"),
+    ],
+)
+def test_values_without_bounds(config: Path, override: str, expected: str):
+    assert f"command line: {expected}" in complaint(override) or expected in complaint(override)
+
+
+def test_a_long_list_of_mistakes_is_cut(config: Path):
+    config.write_text(GOOD + "".join(f"key{index}: 1\n" for index in range(3000)))
+    with pytest.raises(ConfigError) as caught:
+        load("mine.yaml", [], Lora)
+    assert str(caught.value).splitlines()[-1] == "and 2980 more"
+    assert len(str(caught.value).splitlines()) == 21
+    assert len(caught.value.parts) == 3000
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.learning_rate=1", 'did you mean "lr"?'),
+        ("learning_rate=1", 'did you mean "train.lr"?'),
+        ("max_steps=1", 'did you mean "train.max_steps"?'),
+        ("train.rank=1", 'did you mean "adapter.rank"?'),
+        ("train.network_dim=1", 'did you mean "adapter.rank"?'),
+        ("train_batch_size=1", 'did you mean "train.batch_size"?'),
+        ("train.Train-Batch-Size=1", 'did you mean "batch_size"?'),
+        ("train.num_train_epochs=1", "give train.max_steps: epochs x pictures"),
+        ("pretrained_model_name_or_path=x", 'did you mean "model.source"?'),
+        ("model.mixed_precision=bf16", 'did you mean "memory.precision"?'),
+        ("output_dir=x", 'did you mean "runs"?'),
+        ("train.gradient_acumulation=1", "known here: "),
+        ("train.gradient_accumulation_steps=4", "train.batch_size is the whole batch"),
+        ("train.min_snr_gamma=5", 'did you mean "objective.snr_gamma"?'),
+        ("memory.gradient_checkpoint=true", 'did you mean "gradient_checkpointing"?'),
+        ("train.gradient_checkpoint=true", 'did you mean "memory.gradient_checkpointing"?'),
+    ],
+)
+def test_words_of_other_trainers_and_other_sections_are_known(config: Path, override: str, expected: str):
+    assert f"unknown key; {expected}" in complaint(override)
+
+
+def test_every_word_leads_to_a_key_that_there_is():
+    known = {*all_keys(Lora), *all_keys(Dreambooth)}
+    assert {key for key in words.KEYS.values() if key not in known} == set()
+    named = {key for text in words.REMARKS.values() for key in re.findall(r"\b[a-z]+\.[a-z_]+", text)}
+    assert {key for key in named if key.partition(".")[0] in known} <= known
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "idle"),
+    [
+        ("preview: {prompts: [a], every: 50}", ["train.max_steps=20"], "preview.every"),
+        ("preview: {prompts: [a], every: 50, steps: 3}", ["preview.prompts=[]"], "preview.steps"),
+        ("memory: {budget: auto, on_oom: replan}", ["memory.budget=null"], "memory.on_oom"),
+        ("objective: {loss: huber, huber_delta: 0.5}", ["objective.loss=mse"], "objective.huber_delta"),
+    ],
+)
+def test_what_an_override_makes_idle_is_left_out_and_said(
+    config: Path, text: str, overrides: list[str], idle: str
+):
+    config.write_text(GOOD + text + "\n")
+    loaded = load("mine.yaml", overrides, Lora)
+    (said,) = (text for text in loaded.warnings if text.startswith(f"mine.yaml:7: {idle}: has no effect: "))
+    assert said.endswith(" (by the command line); left out")
+    section, _, key = idle.partition(".")
+    value = getattr(getattr(loaded.config, section), key)
+    assert value == type(getattr(loaded.config, section)).model_fields[key].default
+    assert load("mine.yaml", [], Lora).warnings == ()
+
+
+def test_what_is_idle_anyway_is_refused(config: Path):
+    config.write_text(GOOD + "objective: {huber_delta: 0.5}\n")
+    assert "mine.yaml:7: objective.huber_delta: has no effect" in complaint("seed=3")
+    config.write_text(GOOD.replace("path: photos", "path: ???") + "objective: {huber_delta: 0.5}\n")
+    assert "mine.yaml:7: objective.huber_delta: has no effect" in complaint("data.path=x")
+    config.write_text(GOOD)
+    assert "command line: objective.huber_delta: has no effect" in complaint("objective.huber_delta=0.5")
+    config.write_text(GOOD.replace("path: photos", "path: ???") + "preview: {prompts: [a], every: 50}\n")
+    assert len(load("mine.yaml", ["data.path=x", "train.max_steps=9"], Lora).warnings) == 1
+
+
 def test_required_values(config: Path):
     config.write_text(GOOD.replace("path: photos", "path: ???").replace("  lr: 1e-4\n", ""))
     lines = complaint().splitlines()
@@ -393,16 +552,6 @@ def test_the_dump_loads_to_the_same_config(
     after = load("config.yaml", [], schema).config
     assert after == before
     assert list(yaml.safe_load(dump_yaml(before))) == list(schema.model_fields)
-
-
-def sections(schema: type[Section]) -> set[type[Section]]:
-    from tunekit.config.schema import _section_types
-
-    found = {schema}
-    for item in schema.model_fields.values():
-        for child in _section_types(item.annotation):
-            found |= sections(child)  # type: ignore[arg-type]
-    return found
 
 
 @pytest.mark.parametrize(

@@ -21,16 +21,26 @@ if TYPE_CHECKING:
     )
     from tunekit.config.model import ModelConfig
     from tunekit.config.objective import ObjectiveConfig
-    from tunekit.config.run import RunConfig, TrainingRunConfig
+    from tunekit.config.run import Chain, RunConfig, TrainingRunConfig
     from tunekit.config.sampling import SamplingConfig
     from tunekit.config.schema import (
+        BatchSize,
+        Count,
         Fraction,
         Loaded,
         Multiple,
-        Positive,
+        Names,
+        PathText,
+        SamplingSteps,
         Section,
+        Seed,
+        Steps,
+        Text,
+        Word,
+        all_keys,
         changed,
         dump_yaml,
+        idle,
         load,
         load_schema,
         no_effect,
@@ -39,6 +49,7 @@ if TYPE_CHECKING:
         wrong,
     )
     from tunekit.config.train import PreviewConfig, TrainConfig
+    from tunekit.config.words import known_as
     from tunekit.config.yaml import (
         COMMAND_LINE,
         REQUIRED,
@@ -57,6 +68,9 @@ __all__ = [
     "COMMAND_LINE",
     "REQUIRED",
     "AdapterConfig",
+    "BatchSize",
+    "Chain",
+    "Count",
     "DataConfig",
     "Document",
     "DreamboothData",
@@ -68,21 +82,30 @@ __all__ = [
     "MemoryConfig",
     "ModelConfig",
     "Multiple",
+    "Names",
     "ObjectiveConfig",
-    "Positive",
+    "PathText",
     "PreviewConfig",
     "RunConfig",
     "SamplingConfig",
+    "SamplingSteps",
     "Scale",
     "Section",
+    "Seed",
+    "Steps",
+    "Text",
     "TrainConfig",
     "TrainingRunConfig",
+    "Word",
+    "all_keys",
     "changed",
     "config_names",
     "dotted",
     "dump_yaml",
     "find_config",
     "free_on_resume",
+    "idle",
+    "known_as",
     "levers",
     "load",
     "load_schema",
@@ -97,7 +120,19 @@ __all__ = [
     "wrong",
 ]
 
-_FILES = ("yaml", "schema", "model", "data", "adapter", "objective", "sampling", "train", "memory", "run")
+_FILES = (
+    "yaml",
+    "words",
+    "schema",
+    "model",
+    "data",
+    "adapter",
+    "objective",
+    "sampling",
+    "train",
+    "memory",
+    "run",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from tunekit.config.schema import Positive, Section, refuse
+from tunekit.config.schema import Names, Section, refuse
 
 
 class AdapterConfig(Section):
@@ -14,13 +14,13 @@ class AdapterConfig(Section):
 
     kind: Literal["lora", "dora"] = "lora"
     """dora also learns the length of each weight column."""
-    rank: Positive = 16
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16
     """Rank of the update."""
-    alpha: float = Field(16.0, gt=0)
+    alpha: float = Field(16.0, gt=0, le=1e6)
     """The update is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the adapter."""
-    targets: list[str] | None = None
+    targets: Names | None = None
     """Names of the modules to adapt, such as to_q; null means the family's own choice."""
 
     @field_validator("targets")

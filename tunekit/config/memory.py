@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import field_validator, model_validator
 
-from tunekit.config.schema import Positive, Section, no_effect, refuse, wrong
+from tunekit.config.schema import BatchSize, Names, Section, no_effect, refuse, wrong
 from tunekit.errors import ConfigError
-from tunekit.units import parse_bytes
+from tunekit.units import parse_budget
 
 CLASS_BATCH = 4
 """Class pictures drawn at once where there is room."""
@@ -104,15 +104,15 @@ class MemoryConfig(Section):
     ] = None
     """Frozen weights of the linear layers in the blocks: same as precision, or packed (nf4 needs
     bitsandbytes). null leaves it to the planner, and is same without one."""
-    micro_batch: Annotated[Positive | None, Lever(words=_micro_batch)] = None
+    micro_batch: Annotated[BatchSize | None, Lever(words=_micro_batch)] = None
     """Samples per forward on one device; default batch_size / processes. Changes nothing that is learned."""
-    gradient_checkpointing: Annotated[bool | list[str] | None, Lever(words=_checkpointing)] = None
+    gradient_checkpointing: Annotated[bool | Names | None, Lever(words=_checkpointing)] = None
     """Compute activations twice instead of keeping them: of all blocks, or of those named. null leaves it to
     the planner, and is false without one."""
-    keep_attention: Annotated[bool | list[str] | None, Lever(words=_kept)] = None
+    keep_attention: Annotated[bool | Names | None, Lever(words=_kept)] = None
     """Of the checkpointed blocks, all or those named keep what their attentions returned: a little more
     memory, a little less work. null leaves it to the planner."""
-    offload: Annotated[bool | list[str] | None, Lever(words=_offload)] = None
+    offload: Annotated[bool | Names | None, Lever(words=_offload)] = None
     """Keep frozen weights of checkpointed blocks in host memory and copy them when they are needed: those
     named, or with true as many as the planner finds necessary. null lets the planner decide whether."""
     optimizer_in_backward: Annotated[
@@ -125,7 +125,7 @@ class MemoryConfig(Section):
     """Run the text encoders on the CPU. null lets the planner decide, and is false without one."""
     vae_tiling: Annotated[bool | None, Lever(words=_if_so("previews decoded in tiles"))] = None
     """Decode previews in tiles, which can show at their seams. null lets the planner decide."""
-    class_batch: Annotated[Positive | None, Lever(words=_class_batch)] = None
+    class_batch: Annotated[BatchSize | None, Lever(words=_class_batch)] = None
     """Class pictures drawn at once. null leaves it to the planner, and is 4 without one."""
     approximate: Annotated[Literal["never", "if_needed", "if_faster"], Mark()] = "if_needed"
     """Whether the planner may choose what changes a little what is learned: packed base weights and 8-bit
@@ -161,9 +161,9 @@ class MemoryConfig(Section):
     @field_validator("budget")
     @classmethod
     def _size(cls, value: str | None) -> str | None:
-        if value not in (None, "auto"):
+        if value is not None and value != "auto":
             try:
-                parse_bytes(str(value))
+                parse_budget(value)
             except ConfigError as error:
                 refuse(f"{error.message}; {error.hint}, or auto")
         return value
@@ -171,7 +171,7 @@ class MemoryConfig(Section):
     @field_validator("device")
     @classmethod
     def _device(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", value):
+        if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?", value):
             refuse(f'there is no device "{value}"; known: auto, cpu, cuda, cuda:1, xpu, mps')
         return value
 

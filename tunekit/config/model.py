@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
-from tunekit.config.schema import Section, refuse
+from tunekit.config.schema import PathText, Section, Word, no_effect, refuse
 from tunekit.errors import did_you_mean
 from tunekit.registry import FAMILIES
 from tunekit.resources import Source
@@ -15,11 +15,11 @@ class ModelConfig(Section):
 
     family: str
     """Model family, a file in tunekit/families: sd15."""
-    source: str
+    source: PathText
     """Hub id, folder, single .safetensors file, "builtin/..." or "tiny" (small random weights)."""
-    revision: str | None = None
+    revision: Word | None = None
     """Branch, tag or commit on the hub."""
-    variant: str | None = None
+    variant: Word | None = None
     """Weight file variant on the hub, such as fp16."""
     allow_pickle: bool = False
     """Accept .bin and .ckpt files (still loaded as weights only)."""
@@ -32,6 +32,13 @@ class ModelConfig(Section):
             hint = did_you_mean(value, names) or f"known: {', '.join(names)}"
             refuse(f'there is no family "{value}"; {hint}')
         return value
+
+    @model_validator(mode="after")
+    def _effects(self) -> ModelConfig:
+        if self.source == "tiny" or self.source.startswith("builtin/"):
+            keys = ("revision", "variant", "allow_pickle")
+            no_effect(self, keys, f"model.source is {self.source}, of which there is one version")
+        return self
 
     @property
     def opened(self) -> Source:

@@ -2,36 +2,54 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tunekit.config.adapter import AdapterConfig
 from tunekit.config.memory import MemoryConfig
 from tunekit.config.model import ModelConfig
 from tunekit.config.objective import ObjectiveConfig
-from tunekit.config.schema import Section, wrong
+from tunekit.config.schema import PathText, Section, Seed, idle, refuse, wrong
 from tunekit.config.train import PreviewConfig, TrainConfig
 from tunekit.config.yaml import Key
+from tunekit.resources import expand
+
+LONGEST_NAME = 150
+"""Bytes of a run's name: a file system takes 255, and `.<name>.kohya.safetensors.tmp-<pid>` is made of it."""
 
 
 class RunConfig(Section):
     """What every recipe's config has."""
 
-    recipe: str
+    recipe: PathText
     """Name of a recipe, or the path of a recipe file."""
-    name: str = Field("run", pattern=r"^[\w][\w.+=@ -]*$")
+    name: str = "run"
     """Folder under `runs`; the default is the config file's name."""
-    runs: str = "runs"
+    runs: PathText = "runs"
     """Folder of all runs."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Everything that is drawn at random follows from it."""
+
+    @field_validator("name")
+    @classmethod
+    def _a_folder(cls, value: str) -> str:
+        if not re.fullmatch(r"\w[\w.+=@(), -]*", value) or value[-1] in " .":
+            refuse("must begin with a letter or a digit, and go on with these or . + = @ ( ) , - _ or blanks")
+        if len(value.encode()) > LONGEST_NAME:
+            refuse(f"must be at most {LONGEST_NAME} bytes long, because files are named after it")
+        return value
 
     @property
     def run_dir(self) -> Path:
         """Where this run writes."""
-        return Path(self.runs).expanduser() / self.name
+        return expand(self.runs) / self.name
+
+
+Chain = Annotated[list[dict[str, Any] | str], Field(max_length=100)]
+"""Passes, each by its name or with its settings."""
 
 
 class TrainingRunConfig(RunConfig):
@@ -49,7 +67,7 @@ class TrainingRunConfig(RunConfig):
     """Pictures drawn during training."""
     memory: MemoryConfig = MemoryConfig()
     """What fits where."""
-    optimize: list[dict[str, Any] | str] = []
+    optimize: Chain = []
     """Passes to run after training, in order."""
 
     moved: ClassVar[dict[Key, Key]] = {("train", "snr_gamma"): ("objective", "snr_gamma")}
@@ -60,12 +78,9 @@ class TrainingRunConfig(RunConfig):
         train, memory, preview = self.train, self.memory, self.preview
         validation = getattr(getattr(self, "data", None), "validation", None)
         if train.validate_every is not None and validation is None:
-            wrong(
-                "train.validate_every",
-                "has no effect: there are no held-out pictures without data.validation",
-            )
+            idle("train.validate_every", "there are no held-out pictures without data.validation")
         if memory.class_batch is not None and not getattr(getattr(self, "data", None), "class_prompt", None):
-            wrong("memory.class_batch", "has no effect: no class pictures are drawn")
+            idle("memory.class_batch", "no class pictures are drawn")
         frozen_only = "needs a frozen base: all weights are trained with adapter=null"
         if self.adapter is None and memory.base_precision in ("int8", "nf4"):
             wrong("memory.base_precision", frozen_only)
@@ -92,7 +107,7 @@ class TrainingRunConfig(RunConfig):
         if memory.micro_batch is not None and memory.micro_batch > train.batch_size:
             wrong("memory.micro_batch", f"must not be larger than train.batch_size ({train.batch_size})")
         if preview.every is not None and preview.every > train.max_steps:
-            wrong("preview.every", f"has no effect: training ends before, at step {train.max_steps}")
+            idle("preview.every", f"training ends before, at step {train.max_steps}")
         if train.validate_every is not None and train.validate_every > train.max_steps:
-            wrong("train.validate_every", f"has no effect: training ends before, at step {train.max_steps}")
+            idle("train.validate_every", f"training ends before, at step {train.max_steps}")
         return self

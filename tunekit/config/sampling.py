@@ -6,17 +6,17 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from tunekit.config.schema import Multiple, Positive, Section
+from tunekit.config.schema import Multiple, SamplingSteps, Section, Text
 
 
 class SamplingConfig(Section):
     """How a picture is drawn; what is null is the model's own."""
 
-    steps: Positive | None = None
+    steps: SamplingSteps | None = None
     """Sampling steps."""
-    guidance: Annotated[float, Field(ge=0)] | None = None
+    guidance: Annotated[float, Field(ge=0, le=1000)] | None = None
     """Classifier-free guidance; up to 1 is none."""
-    negative_prompt: str | None = None
+    negative_prompt: Text | None = None
     """What the pictures should not show."""
     height: Multiple | None = None
     """In pixels."""

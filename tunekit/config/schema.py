@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from tunekit.config.yaml import REQUIRED, Document, Key, dotted, read
-from tunekit.errors import ConfigError, TunekitError, did_you_mean
+from tunekit.config.words import known_as
+from tunekit.config.yaml import COMMAND_LINE, REQUIRED, Document, Key, dotted, read
+from tunekit.errors import ConfigError, TunekitError, nearest
 from tunekit.registry import load_recipe
 
 if TYPE_CHECKING:
@@ -49,6 +52,12 @@ def wrong(key: str, message: str) -> NoReturn:
     raise PydanticCustomError("tunekit", "{message}", {"message": message, "key": key})
 
 
+def idle(key: str, because: str) -> NoReturn:
+    """Raised by validators for an option that was set and would change nothing."""
+    message = f"has no effect: {because}"
+    raise PydanticCustomError("tunekit_idle", "{message}", {"message": message, "key": key})
+
+
 def changed(section: BaseModel, key: str) -> bool:
     """Whether the user gave `key` a value that is not its default."""
     default = type(section).model_fields[key].get_default(call_default_factory=True, validated_data={})
@@ -59,15 +68,40 @@ def no_effect(section: BaseModel, keys: Iterable[str], because: str) -> None:
     """Refuses options that were set but would change nothing."""
     for key in keys:
         if changed(section, key):
-            wrong(key, f"has no effect: {because}")
+            idle(key, because)
 
 
+# Every number has a top: far above what anybody wants, far below where something overflows or never ends.
+MOST_STEPS = 10_000_000
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+SamplingSteps = Annotated[int, Field(ge=1, le=1000)]
+BatchSize = Annotated[int, Field(ge=1, le=65_536)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Multiple = Annotated[int, Field(ge=16, le=4096, multiple_of=8)]
 
 
+def _path_text(value: str) -> str:
+    if not value.strip():
+        refuse("must not be empty")
+    if len(value.encode()) > 4000 or any(len(part.encode()) > 255 for part in re.split(r"[/\\]", value)):
+        refuse("is too long: a path takes 4000 bytes, and a name in it 255")
+    return value
+
+
+PathText = Annotated[str, AfterValidator(_path_text)]
+"""A path, or the name of something that may also be one, such as a hub id."""
+Text = Annotated[str, Field(max_length=20_000)]
+Word = Annotated[str, Field(min_length=1, max_length=255)]
+Names = Annotated[list[Word], Field(max_length=2000)]
+
+
 # Validation -------------------------------------------------------------------------------------------------
+
+
+MOST_LISTED = 20
+"""Lines of what is wrong; who mends that many finds the others soon."""
 
 
 def _section_types(annotation: Any) -> list[type[BaseModel]]:
@@ -115,6 +149,8 @@ _MESSAGES = {
     "less_than_equal": "must be at most {le}",
     "multiple_of": "must be a multiple of {multiple_of}",
     "string_pattern_mismatch": "must match {pattern}",
+    "string_too_short": "must not be empty",
+    "string_too_long": "must have at most {max_length} characters",
     "too_short": "must have at least {min_length} items",
     "too_long": "must have at most {max_length} items",
     "literal_error": "must be {expected}",
@@ -135,32 +171,64 @@ def _get(tree: Any, key: Key) -> tuple[bool, Any]:
     return True, tree
 
 
-def _messages(error: ValidationError, schema: type[BaseModel], tree: Any) -> dict[Key, list[str]]:
+@dataclass
+class _Trouble:
+    """What is wrong with the value of one key: messages, and whether it is only that it changes nothing."""
+
+    messages: list[str]
+    is_idle: bool = False
+
+
+def _messages(error: ValidationError, schema: type[BaseModel], tree: Any) -> dict[Key, _Trouble]:
     """What pydantic found, in our words, by the key in the YAML that each is about."""
-    found: dict[Key, list[str]] = {}
+    found: dict[Key, _Trouble] = {}
     for detail in error.errors(include_url=False):
         kind = detail["type"]
         context = {k: f"{v:g}" if isinstance(v, float) else v for k, v in detail.get("ctx", {}).items()}
         loc: Key = tuple(detail["loc"])
         message = _MESSAGES[kind].format(**context) if kind in _MESSAGES else detail["msg"]
-        if kind in {"missing", "extra_forbidden"}:
-            key = loc
-            if kind == "missing":
-                message = "is required"
-            else:
-                hint = did_you_mean(str(loc[-1]), _field_names(schema, loc[:-1]))
-                names = ", ".join(_field_names(schema, loc[:-1]))
-                message = f"unknown key; {hint or 'known here: ' + names}"
-        elif kind == "tunekit":
+        if kind == "missing":
+            key, message = loc, "is required"
+        elif kind == "extra_forbidden":
+            key, message = loc, f"unknown key; {_known_instead(schema, loc)}"
+        elif kind in {"tunekit", "tunekit_idle"}:
             key = (*loc, *str(context["key"]).split(".")) if "key" in context else loc
         else:
             key = loc
             while key and not _get(tree, key)[0]:  # pydantic names the members of a union in the location
                 key = key[:-1]
-        messages = found.setdefault(key, [])
-        if message not in messages:
-            messages.append(message)
+        trouble = found.setdefault(key, _Trouble([], is_idle=kind == "tunekit_idle"))
+        if message not in trouble.messages:
+            trouble.messages.append(message)
     return found
+
+
+def _known_instead(schema: type[BaseModel], key: Key) -> str:
+    """What may be meant by an unknown key: another trainer's word, one of the section, one of another."""
+    name, siblings = str(key[-1]), _field_names(schema, key[:-1])
+    (theirs, remark), everywhere = known_as(name), all_keys(schema)
+    if remark:
+        return remark
+    if theirs.rpartition(".")[2] in siblings:
+        return f'did you mean "{theirs.rpartition(".")[2]}"?'
+    if theirs in everywhere:
+        return f'did you mean "{theirs}"?'
+    elsewhere = {other.rpartition(".")[2]: other for other in reversed(everywhere)}
+    found = nearest(name, siblings, cutoff=0.8) or elsewhere.get(name)
+    if found is None and (leaf := nearest(name, elsewhere, cutoff=0.8)):
+        found = elsewhere[leaf]
+    found = found or nearest(name, siblings)
+    return f'did you mean "{found}"?' if found else f"known here: {', '.join(siblings)}"
+
+
+def all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    """The dotted keys of a section and of those in it: "train", "train.max_steps", ..."""
+    keys = []
+    for name, item in schema.model_fields.items():
+        keys.append(f"{prefix}{name}")
+        for section in _section_types(item.annotation):
+            keys += all_keys(section, f"{prefix}{name}.")
+    return keys
 
 
 def _required(tree: Any, key: Key = ()) -> list[Key]:
@@ -195,48 +263,73 @@ def _description(schema: type[BaseModel], key: Key) -> str:
     return f"({description.rstrip('.')})" if description else "on the command line"
 
 
+def _not_finite(tree: Any, key: Key = ()) -> list[Key]:
+    """Keys of NaN and infinity, which no key takes."""
+    if isinstance(tree, float):
+        return [] if math.isfinite(tree) else [key]
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [found for name, value in items for found in _not_finite(value, (*key, name))]
+
+
+def _examine(schema: type[S], tree: dict[str, Any]) -> tuple[S | None, dict[Key, _Trouble]]:
+    """The section that plain values make, or what keeps them from it."""
+    unset, unbounded = _required(tree), _not_finite(tree)
+    found: dict[Key, _Trouble] = {}
+    result: S | None = None
+    try:
+        # Through JSON: strict about types, yet a list may fill a tuple.
+        text = json.dumps(_without(tree, {*unset, *unbounded}), default=str)
+        result = schema.model_validate_json(text, strict=True)
+    except ValidationError as problem:
+        found = _messages(problem, schema, tree)
+    found |= {key: _Trouble(["is required"]) for key in unset}
+    found |= {key: _Trouble(["must be a finite number"]) for key in unbounded}
+    return (None, found) if found else (result, {})
+
+
 def validate(
     schema: type[S],
     tree: dict[str, Any],
     where: Callable[[Key], str],
     *,
     error: type[TunekitError] = ConfigError,
+    notes: Mapping[Key, str] | None = None,
 ) -> S:
     """Makes a section out of plain values, strictly: 1 is not true, "1" is not a number; lists do for tuples.
 
     Args:
         where: the place of a key within `tree`; of its section where the key is absent.
         error: class to raise.
+        notes: what is added where a key is wrong.
 
     Raises:
         ConfigError: (or `error`) one that lists everything that is wrong, each with place, key and reason.
     """
-    unset = _required(tree)
-    found: dict[Key, list[str]] = {}
-    result: S | None = None
-    try:
-        # Through JSON: strict about types, yet a list may fill a tuple.
-        text = json.dumps(_without(tree, set(unset)), default=str)
-        result = schema.model_validate_json(text, strict=True)
-    except ValidationError as problem:
-        found = _messages(problem, schema, tree)
-    for key in unset:
-        found[key] = ["is required"]
-    if not found and result is not None:
+    result, found = _examine(schema, tree)
+    if result is not None:
         return result
     lines = []
-    for key, messages in found.items():
-        message = " or ".join([messages[0], *(text.removeprefix("must be ") for text in messages[1:])])
+    for key, trouble in found.items():
+        first, *others = trouble.messages
+        message = " or ".join([first, *(text.removeprefix("must be ") for text in others)])
         present, value = _get(tree, key)
         if message == "is required":
             message += f"; set it here or give {dotted(key)}=... {_description(schema, key)}"
         elif present and message.startswith("must "):
             message += f", not {_shown_value(value)}"
-        text = f"{dotted(key) or schema.__name__}: {message}"
+        message += (notes or {}).get(key, "")
+        text = f"{_shown_key(key) or schema.__name__}: {message}"
         lines.append((where(key), text, error(message, where=where(key), key=dotted(key))))
     lines.sort(key=lambda line: _line_order(line[0]))
-    listed = "\n".join(f"{place}: {text}" for place, text, _ in lines)
-    raise error(listed, parts=[part for *_, part in lines])
+    listed = [f"{place}: {text}" for place, text, _ in lines[:MOST_LISTED]]
+    if len(lines) > MOST_LISTED:
+        listed.append(f"and {len(lines) - MOST_LISTED} more")
+    raise error("\n".join(listed), parts=[part for *_, part in lines])
+
+
+def _shown_key(key: Key) -> str:
+    text = dotted(key)
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _line_order(place: str) -> tuple[str, int]:
@@ -254,10 +347,12 @@ class Loaded:
     Attributes:
         config: the validated config.
         document: the values as read, and their places.
+        warnings: options of the file that an override has left without effect, each with its place.
     """
 
     config: Any
     document: Document
+    warnings: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -305,11 +400,58 @@ def load(
     if stand_in is not None:
         for *path, last in _required(document.tree):
             _get(document.tree, tuple(path))[1][last] = stand_in
-    document.tree.setdefault("name", document.path.stem)
     schema = schema or _recipe_schema(document)
+    notes = _prepare(schema, document)
+    warnings = _leave_out_idle(schema, document, path_or_name) if overrides else []
+    return Loaded(validate(schema, document.tree, document.where, notes=notes), document, tuple(warnings))
+
+
+def _prepare(schema: type[RunConfig], document: Document) -> dict[Key, str]:
+    """Gives the run its name and former keys their present one; returns what to add where a key is wrong."""
+    notes: dict[Key, str] = {}
+    if "name" not in document.tree:
+        document.tree["name"] = document.path.stem
+        notes["name",] = "; it is taken from the file's name: rename the file, or give name=..."
     for former, key in getattr(schema, "moved", {}).items():
         document.move(former, key)
-    return Loaded(validate(schema, document.tree, document.where), document)
+    return notes
+
+
+def _leave_out_idle(schema: type[RunConfig], document: Document, path_or_name: str | Path) -> list[str]:
+    """Leaves out what the file sets and overrides have made idle, so that a base serves many runs; says it.
+
+    What is idle in the file alone, or was given with the overrides, stays, to be refused.
+    """
+    warnings: list[str] = []
+    while True:
+        _, found = _examine(schema, document.tree)
+        of_file = {key: trouble for key, trouble in found.items() if document.where(key) != COMMAND_LINE}
+        if not found or of_file != found or not all(trouble.is_idle for trouble in found.values()):
+            return warnings
+        if not warnings and _is_idle_alone(schema, document, path_or_name):
+            return []
+        for key, trouble in found.items():
+            place, text = document.where(key), trouble.messages[0]
+            warnings.append(f"{place}: {dotted(key)}: {text} (by the command line); left out")
+            del _get(document.tree, key[:-1])[1][key[-1]]
+
+
+def _is_idle_alone(schema: type[RunConfig], document: Document, path_or_name: str | Path) -> bool:
+    """Whether a file has idle options also without overrides, of which only what is required is taken."""
+    alone = read(path_or_name)
+    _prepare(schema, alone)
+    while True:
+        _, found = _examine(schema, alone.tree)
+        missing = [key for key, trouble in found.items() if trouble.messages[0] == "is required"]
+        added = False
+        for key in missing:
+            present, value = _get(document.tree, key)
+            section_is_there, section = _get(alone.tree, key[:-1])
+            if present and section_is_there and isinstance(section, dict):
+                section[key[-1]] = value
+                added = True
+        if not added:
+            return any(trouble.is_idle for trouble in found.values())
 
 
 def load_schema(path_or_name: str | Path, overrides: Sequence[str] = ()) -> type[RunConfig]:
@@ -327,7 +469,11 @@ def _recipe_schema(document: Document) -> type[RunConfig]:
     return schema
 
 
-def dump_yaml(config: BaseModel) -> str:
-    """A config with all its defaults, as YAML that `load` reads back to the same config."""
+def dump_yaml(config: BaseModel, *, ascii_only: bool = False) -> str:
+    """A config with all its defaults, as YAML that `load` reads back to the same config.
+
+    Args:
+        ascii_only: write other letters as escapes, for a stream that has none.
+    """
     tree = config.model_dump(mode="json")
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=not ascii_only, width=110)

@@ -8,41 +8,41 @@ from pydantic import Field, field_validator, model_validator
 
 from tunekit import optimizers
 from tunekit.config.sampling import SamplingConfig
-from tunekit.config.schema import Positive, Section, no_effect, refuse, wrong
+from tunekit.config.schema import MOST_STEPS, BatchSize, Section, Seed, Steps, Text, no_effect, refuse, wrong
 from tunekit.errors import ConfigError
 
 
 class TrainConfig(Section):
     """How it is trained."""
 
-    max_steps: Positive
+    max_steps: Steps
     """Optimizer steps."""
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, le=100)
     """Highest learning rate."""
-    batch_size: Positive = 1
+    batch_size: BatchSize = 1
     """Samples per optimizer step, over all processes."""
     optimizer: str = "auto"
     """A row of tunekit/optimizers.py: adamw, adamw8bit, paged_adamw8bit or adafactor; auto is adamw, unless
     memory is planned and only another one fits."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Decay of the optimizer's moments."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, gt=0, le=1)
     """Added to the optimizer's denominator."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0, le=100)
     """Decoupled weight decay."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What the learning rate does after the warm-up; linear and cosine end at zero."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: Annotated[int, Field(ge=0, le=MOST_STEPS)] = 0
     """Steps over which the learning rate rises from zero."""
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e9)] | None = 1.0
     """Gradients are clipped to this global norm; null means no clipping."""
-    checkpoint_every: Positive = 200
+    checkpoint_every: Steps = 200
     """Steps between checkpoints."""
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Steps = 2
     """Checkpoints kept; older ones are removed."""
-    validate_every: Positive | None = None
+    validate_every: Steps | None = None
     """Steps between validation losses; needs data.validation."""
-    log_every: Positive = 10
+    log_every: Steps = 10
     """Steps between console lines and, on a GPU, looks at the losses; metrics.jsonl has every step."""
     trackers: list[Literal["tensorboard"]] = []
     """Further places to log to."""
@@ -71,11 +71,11 @@ class TrainConfig(Section):
 class PreviewConfig(SamplingConfig):
     """Pictures drawn during and after training."""
 
-    prompts: list[str] = []
+    prompts: Annotated[list[Text], Field(max_length=1000)] = []
     """One picture each."""
-    every: Positive | None = None
+    every: Steps | None = None
     """Steps between previews; null draws them only at the start and the end."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of the first picture; the next ones count up."""
 
     @model_validator(mode="after")

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from tunekit.config import SamplingConfig
+from tunekit.config import SamplingConfig, SamplingSteps
 from tunekit.errors import ConfigError, DeviceError
 from tunekit.passes.base import Context, Outcome, Pass
 from tunekit.passes.metrics import SIZE, Metric, Tile
@@ -103,11 +103,11 @@ class Benchmark(Pass):
     looks: ClassVar[bool] = True
     metrics: ClassVar[tuple[Metric, ...]] = (*MEASURED, *COMPARED)
 
-    steps: int | None = Field(None, ge=1)
+    steps: SamplingSteps | None = None
     """Sampling steps of a picture, for every model; null: each model's own."""
-    repeats: int = Field(5, ge=1)
+    repeats: int = Field(5, ge=1, le=10_000)
     """Rounds; each draws one picture with every model."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=4096)
     """CPU threads, the same for every model; None: as many as torch takes here."""
     provider: Literal["cpu", "cuda", "tensorrt", "openvino"] | None = None
     """Runtime of ONNX models; None: the one that `tunekit generate` takes here."""

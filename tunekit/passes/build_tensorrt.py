@@ -38,6 +38,8 @@ INDEX = "engines.json"
 VERSION = 1
 Range = tuple[int, int, int]
 """Smallest, usual and largest."""
+MOST = 65_536
+"""Of pictures, or of pixels."""
 Shapes = dict[str, list[tuple[int, ...]]]
 """Input name -> its smallest, usual and largest shape."""
 
@@ -74,7 +76,7 @@ class BuildTensorrt(Pass):
     @field_validator("batch", "height", "width")
     @classmethod
     def _ordered(cls, sizes: Range | None) -> Range | None:
-        if sizes is not None and not 0 < sizes[0] <= sizes[1] <= sizes[2]:
+        if sizes is not None and not 0 < sizes[0] <= sizes[1] <= sizes[2] <= MOST:
             raise ValueError("should be the smallest, the usual and the largest, in this order and above 0")
         return sizes
 

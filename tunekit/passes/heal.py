@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from tunekit.config import BatchSize, Count, Steps
 from tunekit.passes.base import Context, Outcome, Pass
 from tunekit.passes.metrics import PARAMETERS, RELATIVE_ERROR, SIZE, Metric
 from tunekit.passes.models import around
@@ -36,21 +37,21 @@ class Heal(Pass):
         Metric("steps", "steps", "count"),
     )
 
-    max_steps: int = Field(200, ge=1)
+    max_steps: Steps = 200
     """Optimizer steps."""
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(1e-4, gt=0, le=100)
     """Highest learning rate; it warms up over a twentieth of the steps and falls to zero as a cosine."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: BatchSize = 8
     """Samples per optimizer step."""
-    micro_batch: int | None = Field(None, ge=1)
+    micro_batch: BatchSize | None = None
     """Samples per forward; null means the whole batch at once."""
-    feature_weight: float = Field(1.0, ge=0)
+    feature_weight: float = Field(1.0, ge=0, le=1e6)
     """Weight of the blocks' hidden states; the output counts 1."""
     optimizer: str = "adamw"
     """Row of tunekit/optimizers.py."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic; the trained weights are fp32."""
-    pictures: int = Field(32, ge=1)
+    pictures: Count = 32
     """Pictures the parent draws where the run has none of its own."""
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from tunekit.config import PathText
 from tunekit.passes.base import Context, Outcome, Pass
 from tunekit.passes.metrics import PARAMETERS, SIZE, Metric
 from tunekit.resources import Source
@@ -30,7 +31,7 @@ class Merge(Pass):
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the merged weights on disk; what follows in the chain computes from them. Of a model in fp16,
     what overflows there stays fp32; the family knows it."""
-    base: str | None = None
+    base: PathText | None = None
     """Source of the base model, for an adapter that does not name its own."""
 
     def gives(self) -> frozenset[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from tunekit.config import Count, Names, refuse
 from tunekit.passes.base import Context, Outcome, Pass
 from tunekit.passes.metrics import PARAMETERS, RELATIVE_ERROR, SIZE, Metric
 from tunekit.passes.models import around
@@ -60,12 +61,19 @@ class Prune(Pass):
     """global takes the least important structures anywhere; uniform takes the same share of each block."""
     floor: Share = 0.25
     """Least share of a block's structures that stays, so that no block becomes a bottleneck."""
-    multiple: int = Field(16, ge=1)
+    multiple: int = Field(16, ge=1, le=4096)
     """Channel counts stay multiples of this, because kernels compute in blocks of 8 or 16."""
-    keep: list[str] = []
+    keep: Names = []
     """Paths of blocks that stay whole, such as `mid_block` or `up_blocks.-1` (the last one)."""
-    samples: int = Field(64, ge=1)
+    samples: Count = 64
     """Examples that importance is measured on."""
+
+    @field_validator("ratio")
+    @classmethod
+    def _some(cls, value: float | dict[str, float]) -> float | dict[str, float]:
+        if not any(value.values() if isinstance(value, dict) else [value]):
+            refuse("must be greater than 0: nothing would leave; leave the pass out instead")
+        return value
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """Finds settings that contradict each other."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from tunekit.artifacts import PICTURES, RECORD, write_json
-from tunekit.config import no_effect
+from tunekit.config import Count, Names, no_effect
 from tunekit.errors import ArtifactError, output_errors, require
 from tunekit.passes.base import Context, Outcome, Pass
 from tunekit.passes.metrics import RELATIVE_ERROR, SIZE, Metric, Value
@@ -63,15 +63,15 @@ class Quantize(Pass):
     """Of mode static. uint8 is for processors (onnxruntime, OpenVINO); int8 is what TensorRT takes."""
     reduce_range: bool = False
     """Weights in 7 bits, for processors without VNNI: their sums overflow in modes dynamic and static."""
-    group: int = Field(32, ge=8, multiple_of=2)
+    group: int = Field(32, ge=8, le=65_536, multiple_of=2)
     """Weights per scale of int4."""
-    keep: list[str] | None = None
+    keep: Names | None = None
     """Paths in the denoiser that are not computed in few bits, such as `up_blocks.-1` (the last one); null
     means what the family knows to be sensitive, such as its first and last layer and the time embedding."""
-    components: list[str] | None = None
+    components: Names | None = None
     """Folders to quantize; null means the denoiser of a torch model, all of an ONNX one. Others than the
     denoiser are quantized weight_only: they run once per picture."""
-    samples: int = Field(32, ge=1)
+    samples: Count = 32
     """Calls of the denoiser that ranges are measured on."""
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from tunekit.artifacts import PICTURES
-from tunekit.config import SamplingConfig
+from tunekit.config import SamplingConfig, SamplingSteps
 from tunekit.errors import ChainError, DeviceError, output_errors
 from tunekit.passes.base import Context, Outcome, Pass
 from tunekit.passes.metrics import RELATIVE_ERROR, Metric, Tile
@@ -68,13 +68,13 @@ class Verify(Pass):
     """Runtimes an ONNX model is meant for; each is checked. None: the one `tunekit generate` takes here."""
     pictures: int = Field(4, ge=1, le=64)
     """How many pictures are drawn; the run's prompts are taken in turn."""
-    steps: int | None = Field(None, ge=1)
+    steps: SamplingSteps | None = None
     """Sampling steps of a picture, for both sides; null: each model's own, at most 20."""
-    max_relative_error: float | None = Field(None, gt=0)
+    max_relative_error: float | None = Field(None, gt=0, le=1e6)
     """Largest relative error that a component may have; None: it is only reported."""
-    min_psnr_db: float | None = None
+    min_psnr_db: float | None = Field(None, ge=0, le=200)
     """Lowest PSNR that a picture may have, in dB; None: it is only reported."""
-    min_ssim: float | None = Field(None, le=1)
+    min_ssim: float | None = Field(None, ge=-1, le=1)
     """Lowest SSIM that a picture may have; None: it is only reported."""
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
