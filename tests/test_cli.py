@@ -179,6 +179,43 @@ def test_a_copied_config_means_the_same(here: Path, tunekit_command: Command, na
     assert load("elsewhere/copy.yaml", overrides).config == load(name, overrides).config
 
 
+# Streams --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_what_a_stream_has_no_letters_for_is_escaped(config: Path, tunekit_command: Command, encoding: str):
+    prompts = "preview.prompts=['日本 ü 🦊']"
+    shown = tunekit_command(
+        "show", "mine.yaml", prompts, env={"PYTHONIOENCODING": encoding}, encoding="ascii"
+    )
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert yaml.safe_load(shown.stdout)["preview"]["prompts"] == ["日本 ü 🦊"]
+    printed = tunekit_command(
+        "show", "mine.yaml", prompts, "--json", env={"PYTHONIOENCODING": encoding}, encoding="ascii"
+    )
+    assert json.loads(printed.stdout)["preview"]["prompts"] == ["日本 ü 🦊"]
+    refused = tunekit_command("show", "日本", env={"PYTHONIOENCODING": encoding}, encoding="ascii")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith('error: there is no config "\\u65e5\\u672c"')
+
+
+def test_streams_of_a_recipe_take_any_text(config: Path, pictures: Path, tunekit_command: Command):
+    """What a recipe prints goes through a pipe of any encoding, and so do paths that are no text."""
+    code = (
+        "import sys; from tunekit.quiet import steady_streams; steady_streams();"
+        "print('日本', '\\udce9'); print('日本', '\\udce9', file=sys.stderr)"
+    )
+    for encoding in ("cp1252", "utf-8"):
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            check=True,
+        )
+        assert run.stdout == run.stderr
+        assert run.stdout.endswith(b" \\udce9\n")
+
+
 # Mistakes -------------------------------------------------------------------------------------------------
 
 

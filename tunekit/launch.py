@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from tunekit.config import Loaded, RunConfig, load
 from tunekit.errors import ConfigError, Interrupted, OutOfMemory, TunekitError
-from tunekit.quiet import DEBUG, quiet_libraries, report_error
+from tunekit.quiet import DEBUG, quiet_libraries, report_error, report_warnings, steady_streams
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -38,6 +38,7 @@ def run_recipe(main: Callable[[C, Loaded], None], schema: type[C]) -> None:
     A TunekitError becomes one message, not one per rank, and its exit code.
     """
     quiet_libraries()
+    steady_streams()
     recipe = Path(sys.argv[0]).stem
     about = (sys.modules["__main__"].__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog=f"recipes/{recipe}.py", description=about)
@@ -57,6 +58,8 @@ def run_recipe(main: Callable[[C, Loaded], None], schema: type[C]) -> None:
         if named != recipe:
             message = f'this config is for the recipe "{named}", not "{recipe}"'
             raise ConfigError(message, where=loaded.where("recipe"))
+        if _rank() == 0:
+            report_warnings(loaded.warnings)
         while not _done(main, loaded):
             pass
     except TunekitError as error:

@@ -1,11 +1,13 @@
-"""What the user sees on stderr: our own messages, and nothing of other libraries."""
+"""What the user sees: our own messages, in the letters that the stream has, and nothing of others."""
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 
 from tunekit.errors import Interrupted, TunekitError
 
@@ -32,7 +34,24 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def steady_streams() -> None:
+    """Lets stdout and stderr write what they have no letters for as an escape, instead of raising.
+
+    A pipe on Windows takes cp1252, a terminal without a locale ASCII, and a path may hold bytes that are no
+    text at all; none of them shall end hours of training with a line of log.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def report_error(error: TunekitError) -> None:
     """One message on stderr, no traceback."""
     label = "" if isinstance(error, Interrupted) else "error: "
     print(f"{label}{error}", file=sys.stderr, flush=True)
+
+
+def report_warnings(warnings: Iterable[str]) -> None:
+    """One line on stderr for each."""
+    for text in warnings:
+        print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -193,12 +193,14 @@ class Examination:
         facts: what there is, by name: "recipe", "writes to", "model", "passes", "pictures", ...
         errors: what is wrong, as it is told to people.
         problems: the same, one row for each.
+        warnings: options of the file that overrides have left without effect.
     """
 
     path: str
     facts: dict[str, str | int]
     errors: tuple[TunekitError, ...] = ()
     problems: tuple[Problem, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """What `tunekit check --json` prints."""
@@ -207,6 +209,7 @@ class Examination:
             "config": self.path,
             "facts": {name.replace(" ", "_"): fact for name, fact in self.facts.items()},
             "problems": [asdict(problem) for problem in self.problems],
+            **({"warnings": list(self.warnings)} if self.warnings else {}),
         }
 
 
@@ -232,7 +235,7 @@ def examine(loaded: Loaded) -> Examination:
     found = preconditions.look(loaded)
     facts = {"recipe": loaded.config.recipe, "writes to": str(loaded.config.run_dir), **found.facts}
     rows = tuple(row for error in found.errors for row in _rows(error))
-    return Examination(str(loaded.path), facts, tuple(found.errors), rows)
+    return Examination(str(loaded.path), facts, tuple(found.errors), rows, loaded.warnings)
 
 
 def _rows(error: TunekitError) -> list[Problem]:
@@ -341,6 +344,8 @@ def plan(
 
     if not isinstance(config, Loaded):
         config = load(config, overrides, stand_in="(not needed)")
+        for text in config.warnings:
+            say(f"warning: {text}")
     elif overrides:
         raise ConfigError("overrides have no effect on a config that is loaded", hint="give them to load()")
     chosen = device or ("all" if budget is None else None)

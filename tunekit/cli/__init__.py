@@ -30,13 +30,14 @@ for _command in (ls, show, check, run, plan, generate, bench, report, doctor, cp
 
 def main() -> None:
     """Runs the command; a TunekitError becomes one message and its exit code."""
-    from tunekit.quiet import DEBUG, quiet_libraries, report_error
+    from tunekit.quiet import DEBUG, quiet_libraries, report_error, steady_streams
 
     arguments = sys.argv[1:]
     if "--debug" in arguments:  # wherever it stands
         arguments.remove("--debug")
         os.environ[DEBUG] = "1"
     quiet_libraries()
+    steady_streams()
     try:
         app(arguments, prog_name="tunekit")
     except TunekitError as error:

@@ -11,6 +11,7 @@ import typer
 from tunekit.cli import screen
 from tunekit.cli.options import AsJson, Config, Overrides, Runs
 from tunekit.errors import TunekitError
+from tunekit.quiet import report_warnings
 
 
 def ls(runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
@@ -49,10 +50,11 @@ def show(
         screen.print_json(load_schema(config, overrides or ()).model_json_schema())
         return
     loaded = load(config, overrides or ())
+    report_warnings(loaded.warnings)
     if as_json:
         screen.print_json(loaded.config.model_dump(mode="json"))
     else:
-        print(dump_yaml(loaded.config), end="")
+        print(dump_yaml(loaded.config, ascii_only=not screen.is_utf8()), end="")
 
 
 def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -65,6 +67,7 @@ def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
         screen.print_json(examination.as_json())
         raise typer.Exit(2 if examination.problems else 0)
     loaded = load(config, overrides or ())
+    report_warnings(loaded.warnings)
     found = workspace.examine(loaded)
     table = screen.table("what", "found")
     for name, fact in found.facts.items():

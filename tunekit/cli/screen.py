@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,5 +35,10 @@ def table(*columns: str) -> Table:
 
 
 def print_json(value: Any) -> None:
-    """A value as JSON."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """A value as JSON; in ASCII where stdout is not UTF-8, so that a program reads the same text."""
+    print(json.dumps(value, indent=2, ensure_ascii=not is_utf8()))
+
+
+def is_utf8() -> bool:
+    """Whether stdout has every letter."""
+    return (sys.stdout.encoding or "").lower().replace("-", "").replace("_", "") == "utf8"
