@@ -121,7 +121,7 @@ def recipe_path(name_or_path: str, *, where: str | None = None) -> Path:
 def load_recipe(name_or_path: str, *, where: str | None = None) -> ModuleType:
     """Imports a recipe, which has `Config` and `main(config, loaded)`.
 
-    One that is named by its path is somebody's code, brought along by a config: that is said on stderr before.
+    One that is named by its path is code that a config brings along: that is said on stderr before.
 
     Raises:
         ConfigError: when there is no such recipe, or the file is no recipe.
