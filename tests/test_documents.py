@@ -39,7 +39,7 @@ ROOT = PACKAGE.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(\$ )?((\./)?scripts/\w|(\.venv/bin/)?(tunekit|git|pip|python|py|accelerate|source) )")
 SHELLS = {"bash", "sh", "shell", "console", "powershell"}
-ACTIVATE = ("source", ".venv\\Scripts\\Activate.ps1")
+ACTIVATE = ("source", ".venv/Scripts/Activate.ps1")
 """Bring `tunekit` onto the path of a shell."""
 
 
@@ -64,7 +64,7 @@ class Block:
         """The place and words of each command, without its comment; `a && b` are two."""
         for number, line in enumerate(self.text.splitlines(), start=self.line):
             for part in line.removeprefix("$ ").split(" && "):
-                if words := shlex.split(part, comments=True):
+                if words := shlex.split(part.replace("\\", "/"), comments=True):  # PowerShell's paths
                     yield f"{self.document}:{number}", words
 
 
@@ -205,7 +205,7 @@ def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             (folder / "photos" / path.name).write_bytes(path.read_bytes())
     text = next(block.text for block in YAMLS if block.document == "README.md")
-    tree = yaml.safe_load(text.replace(REQUIRED, str(folder / "photos")))
+    tree = yaml.safe_load(text)
     tree["model"] = {"family": tree["model"]["family"], "source": "tiny"}
     tree["data"]["resolution"] = 32
     tree["train"] |= {"max_steps": 2, "batch_size": 2}
@@ -279,7 +279,7 @@ def test_scripts(words: list[str]) -> None:
     """A script is there, starts, and knows the options; what it passes on as overrides is right together."""
     if Path(words[0]).name in {"python", "py", "python3"}:
         words = words[1:]
-    name, *arguments = [word.replace("\\", "/") for word in words]
+    name, *arguments = words
     script = ROOT / name
     known = script.read_text(encoding="utf-8")
     if script.suffix == ".py":
@@ -308,6 +308,8 @@ def test_accelerate(words: list[str], desk: Path) -> None:
 
 @pytest.mark.parametrize("words", lines_of("pip"))
 def test_pip_installs_extras_that_there_are(words: list[str]) -> None:
+    if "torch" in words:
+        return
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = re.findall(r"\[(.+?)\]", " ".join(words))
     assert named
