@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -177,6 +178,16 @@ def test_an_ordinary_model_needs_no_description(tmp_path: Path):
     assert torch.equal(outputs(type(denoiser).from_pretrained(tmp_path)), outputs(denoiser))
 
 
+def read(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The denoiser that `save_denoiser` wrote into a folder."""
+    config = json.loads((folder / "config.json").read_text())
+    with torch.device("meta"):
+        made = FAMILY.facts.denoiser.type.from_config(config)
+    layers.describe_onto(made, folder)
+    tensors = safetensors.torch.load_file(folder / layers.WEIGHTS)
+    return layers.read_weights(made, tensors.items(), dtype)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_pruned_and_quantized_comes_back_the_same(tmp_path: Path, scheme: layers.Scheme):
     denoiser = FAMILY.denoiser(FAMILY.tiny()).requires_grad_(False)
@@ -184,11 +195,11 @@ def test_pruned_and_quantized_comes_back_the_same(tmp_path: Path, scheme: layers
         item.keep(range(0, item.count, 2))
     layers.quantize(denoiser, scheme, keep=["conv_in"])
     layers.save_denoiser(denoiser, tmp_path)
-    again = layers.load_denoiser(type(denoiser), tmp_path, torch.float32)
+    again = read(tmp_path)
     assert layers.has_custom_layers(tmp_path)
     assert layers.describe(again) == layers.describe(denoiser)
     assert torch.equal(outputs(again), outputs(denoiser))
-    half = layers.load_denoiser(type(denoiser), tmp_path, torch.float16)
+    half = read(tmp_path, torch.float16)
     assert half.conv_in.weight.dtype == torch.float16
     assert half.conv_out.scale.dtype == denoiser.conv_out.scale.dtype
 
@@ -220,7 +231,7 @@ def test_a_description_of_another_model_is_refused(tmp_path: Path):
     ):
         (tmp_path / layers.FILE).write_text(json.dumps(broken))
         with pytest.raises(ModelError, match=message):
-            layers.load_denoiser(type(denoiser), tmp_path, torch.float32)
+            read(tmp_path)
 
 
 def test_the_stored_type_is_read_from_the_files(tmp_path: Path):

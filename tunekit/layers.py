@@ -7,7 +7,7 @@ beside the weights states what differs, module by module, so the folder loads ag
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, cast
 
@@ -396,7 +396,7 @@ def set_heads(attention: nn.Module, heads: int) -> None:
 
 
 def has_custom_layers(folder: Path) -> bool:
-    """Whether the denoiser in `folder` must be read by `load_denoiser`."""
+    """Whether the denoiser in `folder` differs from its config: see `describe_onto`."""
     return (folder / FILE).is_file()
 
 
@@ -413,87 +413,86 @@ def save_denoiser(denoiser: nn.Module, folder: Path) -> None:
         write_json(folder / FILE, description)
 
 
-def load_denoiser(
-    cls: type[nn.Module],
-    folder: Path,
-    dtype: torch.dtype,
-    *,
-    files: Sequence[Path] = (),
-    pack: Scheme | Literal[""] = "",
-) -> nn.Module:
-    """Reads a denoiser file by file and tensor by tensor, so that no more than one tensor is there twice.
+def describe_onto(denoiser: nn.Module, folder: Path) -> None:
+    """Gives a denoiser on the meta device the shapes and classes that `tunekit_layers.json` in `folder` says.
+
+    Raises:
+        ModelError: the description is damaged, of another model, or of a newer tunekit.
+    """
+    try:
+        apply(denoiser, json.loads((folder / FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ModelError(
+            f"does not describe this model ({type(error).__name__}: {error})",
+            where=str(folder / FILE),
+            hint="it is damaged: take it from where the model came",
+        ) from error
+
+
+def read_weights(network: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> nn.Module:
+    """Fills a network on the meta device tensor by tensor, so that no more than one is there twice.
 
     Args:
-        cls: the diffusers model class.
-        folder: with config.json and, where layers differ from it, `tunekit_layers.json`.
+        network: its packed layers pack their weights while they are read.
+        tensors: names, as those of the network (of a packed layer: those of its floats too), and values.
         dtype: floating weights become it; packed weights and scales stay.
-        files: safetensors files of the weights; none means `save_denoiser`'s.
-        pack: packs the `block_linears` while they are read.
 
     Raises:
-        ModelError: the weights do not fit the description.
-        MissingPackageError: nf4 without bitsandbytes.
+        ModelError: a tensor that is missing, of another shape, or for no layer.
     """
-    denoiser = _on_meta(cls, cls.load_config(folder))  # type: ignore[attr-defined]
-    if has_custom_layers(folder):
-        apply(denoiser, json.loads((folder / FILE).read_text()))
-    if pack:
-        quantize(denoiser, pack, only=block_linears(denoiser))
     try:
-        _read_weights(denoiser, files or [folder / WEIGHTS], dtype)
+        _read_weights(network, tensors, dtype)
     except (KeyError, RuntimeError, ValueError) as error:
-        raise ModelError(
-            f"the weights do not fit the shapes in {FILE if has_custom_layers(folder) else 'config.json'}:"
-            f" {error}",
-            where=str(folder),
-        ) from error
-    return denoiser.eval()
+        raise ModelError(f"the weights do not fit the model: {error}") from error
+    return network.eval().requires_grad_(False)
 
 
-def _read_weights(denoiser: nn.Module, files: Sequence[Path], dtype: torch.dtype) -> None:
-    """Fills a denoiser that is on the meta device.
-
-    Raises:
-        ValueError: a tensor that is missing, of another shape, or for no layer.
-    """
-    from safetensors import safe_open
-
-    modules = dict(denoiser.named_modules())
-    missing = set(denoiser.state_dict())
-    packed = {name for name, _ in _packed_tensors(denoiser)}
+def _read_weights(network: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
+    modules = dict(network.named_modules())
+    missing = set(network.state_dict())
+    packed = {name for name, _ in _packed_tensors(network)}
+    same = tied(network)
 
     def put(name: str, tensor: Tensor) -> None:
         path, _, leaf = name.rpartition(".")
         module = modules[path]
         own = module._parameters.get(leaf) if leaf in module._parameters else module._buffers.get(leaf)
-        if own is None or own.shape != tensor.shape:
+        if own is None or own.numel() != tensor.numel():
             raise ValueError(
                 f"{name} is {list(tensor.shape)}, not {list(own.shape) if own is not None else 0}"
             )
-        if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-        else:
+        tensor = tensor.reshape(own.shape)
+        if leaf in module._buffers:
             module._buffers[leaf] = tensor
-        missing.discard(name)
+            missing.discard(name)
+            return
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        for other in same.get(name, (name,)):
+            place, _, last = other.rpartition(".")
+            modules[place]._parameters[last] = parameter
+            missing.discard(other)
 
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                layer = name.removesuffix(".weight")
-                tensor = tensors.get_tensor(name)
-                if f"{layer}.packed" in packed and name not in packed:
-                    found: Any = modules[layer]
-                    made, scale = _PACKERS[found.scheme](tensor.float().flatten(1), found.group)
-                    put(f"{layer}.packed", made)
-                    put(f"{layer}.scale", scale)
-                elif name in packed or not tensor.is_floating_point():
-                    put(name, tensor.clone())
-                elif name.rpartition(".")[0] not in modules:
-                    raise ValueError(f"no layer has the tensor {name}")
-                else:
-                    put(name, tensor.to(dtype, copy=True))
+    for name, tensor in tensors:
+        layer = name.removesuffix(".weight")
+        if f"{layer}.packed" in packed and name not in packed:
+            found: Any = modules[layer]
+            made, scale = _PACKERS[found.scheme](tensor.float().flatten(1), found.group)
+            put(f"{layer}.packed", made)
+            put(f"{layer}.scale", scale)
+        elif name in packed or not tensor.is_floating_point():
+            put(name, tensor.clone())
+        else:
+            put(name, tensor.to(dtype, copy=True))
     if missing:
         raise ValueError(f"missing {', '.join(sorted(missing)[:3])}")
+
+
+def tied(network: nn.Module) -> dict[str, list[str]]:
+    """Names of parameters that are one and the same, each with all of them."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: names for names in groups.values() if len(names) > 1 for name in names}
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

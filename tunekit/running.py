@@ -39,7 +39,7 @@ from tunekit.data.images import Scan
 from tunekit.diffusion.objectives import Objective, configured, scheduler_changes
 from tunekit.errors import ArtifactError, OutOfMemory
 from tunekit.families.family import DTYPES, Conditioning, Family, Pipeline
-from tunekit.families.loading import source_files
+from tunekit.families.loading import source_files, variant_taken
 from tunekit.memory.levers import Fitted, Levers, fit
 from tunekit.memory.measure import Meter
 from tunekit.memory.picture import draw
@@ -185,6 +185,8 @@ class Run:
     def load(self) -> Base:
         """Open the base, each network in the type that it computes in while it is trained."""
         config, memory, family = self.config, self.config.memory, self.family
+        if variant := variant_taken(config.model.opened, family.facts):
+            self.say(f"base: its weights are there as {variant} alone, so these are read")
         trained = torch.float32 if config.adapter is None else DTYPES[memory.precision]
         pack = memory.base_precision if memory.base_precision in ("int8", "nf4") else ""
         with self.meter.phase("load"):

@@ -110,7 +110,7 @@ def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [("{", "not JSON"), ("[]", "_class_name"), ("{}", "_class_name")]
+    ("content", "words"), [("{", "not JSON"), ("[]", "settings by name"), ("{}", "_class_name")]
 )
 def test_a_damaged_index(folder: Path, content: str, words: str) -> None:
     (folder / "model_index.json").write_text(content)

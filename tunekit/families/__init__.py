@@ -92,17 +92,25 @@ def _tiny_sizes(name: str) -> Sizes:
 def detect(source: Source | str) -> str:
     """Name the family of a diffusers folder, "builtin/..." or hub id from its configuration files.
 
+    Of a single file, from the names of its tensors.
+
     Raises:
         ModelError: no model_index.json can be read, or no family loads its pipeline class.
     """
+    from tunekit.families import single_file, weights
     from tunekit.families.loading import component_configs, pipeline_class_name
 
     source = Source.of(source)
     if source.path is not None and source.path.is_file():
+        names = weights.entries([source.path], allow_pickle=source.allow_pickle)
+        for key, family in FAMILIES.items():
+            if family.facts.runs and single_file.is_of(names, family.facts):
+                return key
+        kind = single_file.what_is(names)
         raise ModelError(
-            "one weights file does not say its family",
+            f"is {kind}" if kind else "one weights file does not say its family",
             where=source.name,
-            hint="name it: model.family, or --family",
+            hint="a whole model is needed" if kind else "name it: model.family, or --family",
         )
     name = pipeline_class_name(source)
     for key, family in _candidates(name):

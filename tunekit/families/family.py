@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tunekit.config import ObjectiveConfig
 from tunekit.diffusion.objectives import Objective
 from tunekit.diffusion.sampling import SamplingConfig
+from tunekit.errors import ModelError
 from tunekit.resources import Source
 
 Conditioning = dict[str, Tensor]
@@ -49,6 +50,8 @@ class Component:
         tokenizer: attribute of the tokenizer that a text encoder reads.
         tokens: longest prompt of a text encoder, in tokens.
         kohya: prefixes of its keys in kohya files; the first is written, all are read. Empty: not adapted.
+        published: prefix of its tensors in a single file of the whole model, see `single_file`; empty: the
+            family was not published so.
         dtype: what it computes in while pictures and captions are encoded; None: what the run says.
         fp16: whether float16 has the range for it. Where not, it stays float32 in a model of float16.
         sensitive: module paths that lose most in few bits.
@@ -62,6 +65,7 @@ class Component:
     tokenizer: str = ""
     tokens: int = 0
     kohya: tuple[str, ...] = ()
+    published: str = ""
     dtype: str | None = "fp32"
     fp16: bool = True
     sensitive: tuple[str, ...] = ()
@@ -74,16 +78,25 @@ class Component:
         return getattr(importlib.import_module(module), name)
 
     def build(self, device: str = "meta") -> Any:
-        """Makes the network: on the meta device without data, elsewhere with random weights."""
+        """Makes the network: on the meta device without data, elsewhere with random weights.
+
+        Raises:
+            ModelError: the configuration does not describe it.
+        """
         made = self.type
-        if self.role == "scheduler":
-            return made.from_config(dict(self.config))
-        with torch.device(device):
-            if self.classes.startswith("transformers:"):
-                module: nn.Module = made(made.config_class(**self.config))
-            else:
-                known = inspect.signature(made.__init__).parameters
-                module = made(**{key: value for key, value in self.config.items() if key in known})
+        try:
+            if self.role == "scheduler":
+                return made.from_config(dict(self.config))
+            with torch.device(device):
+                if self.classes.startswith("transformers:"):
+                    module: nn.Module = made(made.config_class(**self.config))
+                else:
+                    known = inspect.signature(made.__init__).parameters
+                    module = made(**{key: value for key, value in self.config.items() if key in known})
+        except Exception as error:  # whatever a wrong value leads to in there
+            raise ModelError(
+                f"the configuration of {self.name} does not describe a {made.__name__}: {error}"
+            ) from error
         return module.eval().requires_grad_(False)
 
 
@@ -319,6 +332,13 @@ class Family(Planned, Protocol):
 
         Raises:
             ModelError: nothing there, not this family, pickled or non-finite weights.
+        """
+        ...
+
+    def look(self, source: Source | str) -> list[ModelError]:
+        """Return what keeps a source from being loaded, from configuration files and headers alone.
+
+        Nothing is fetched and no weight is read; of a hub id, nothing is known.
         """
         ...
 

@@ -1,11 +1,18 @@
-"""Loading and saving diffusers pipelines, for all families: where weights come from and what is refused."""
+"""Loading and saving diffusers pipelines, for all families: where weights come from and what is refused.
+
+Whatever is opened is first looked at: configuration files and the headers of weights say, before a weight is
+read, whether each network finds all of its tensors and nothing else lies there (`look`). Loading reads just
+the tensors that were found so.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +23,43 @@ from torch import nn
 
 from tunekit import layers
 from tunekit.errors import ModelError, TunekitError, output_errors
+from tunekit.families import single_file, weights
+from tunekit.families.weights import (
+    PICKLE_HINT,
+    PICKLE_REFUSED,
+    PICKLES,
+    TEXT_LEVEL,
+    Entry,
+    read_json,
+    variants,
+    weight_files,
+)
 from tunekit.resources import Source
 
 if TYPE_CHECKING:
-    from tunekit.families.family import Dtypes, FamilyFacts, Packing, Pipeline
+    from tunekit.families.family import Component, Dtypes, FamilyFacts, Packing, Pipeline
+
+__all__ = [
+    "PICKLES",
+    "PICKLE_HINT",
+    "PICKLE_REFUSED",
+    "cast",
+    "load_pipeline",
+    "look",
+    "refuse",
+    "save_pipeline",
+    "source_files",
+    "variant_taken",
+    "weight_files",
+]
 
 MODEL_INDEX = "model_index.json"
-TEXT_LEVEL = "text_model."
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-WEIGHTS = ("model", "pytorch_model", "diffusion_pytorch_model")
-PICKLE_REFUSED = "weights in a pickle are refused: a pickle can run any program while it is opened"
-PICKLE_HINT = "use the .safetensors version, or set model.allow_pickle: true if you trust whoever made it"
+LAYER_COUNTS = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block")
+MAX_TOKENS = 10_000
+"""Longest prompt that any text encoder here reads, in tokens."""
+
+Misfits = Callable[[Mapping[str, Any], Mapping[str, Mapping[str, Entry]]], list[str]]
+"""(components by name, their tensors by name) -> why the components do not make up a model of the family."""
 
 
 def load_pipeline(
@@ -36,10 +69,11 @@ def load_pipeline(
     *,
     pack: Packing = "",
     fixed: Mapping[str, Any] | None = None,
+    misfits: Misfits | None = None,
 ) -> Pipeline:
     """Load a pipeline from a folder, "builtin/...", a single file or a hub id.
 
-    Each component is read in its own type, shard by shard; the whole is never there in another one.
+    Each component is read in its own type, tensor by tensor; the whole is never there in another one.
 
     Args:
         source: what to open, and how.
@@ -47,54 +81,424 @@ def load_pipeline(
         dtypes: of the weights, see `Family.load`.
         pack: of the denoiser's linear layers, see `Family.load`.
         fixed: arguments of the pipeline's constructor.
+        misfits: see `Misfits`.
 
     Raises:
-        ModelError: see `Family.load`.
+        ModelError: see `Family.load`. Of several problems, `parts` lists each.
     """
     import diffusers
 
-    pipeline_class = getattr(diffusers, facts.pipeline_class)
     fixed = dict(fixed or {})
-    absent = {name: None for name, value in fixed.items() if value is None}
-    choice = {"variant": source.variant, "use_safetensors": None if source.allow_pickle else True}
+    pipeline_class = getattr(diffusers, facts.pipeline_class)
     try:
-        path = source.path
-        if path is not None and path.is_file():
-            pipeline = cast(
-                _load_single_file(path, pipeline_class, fixed, source.allow_pickle), facts, dtypes
-            )
-        else:
-            folder = path
-            if folder is None:
-                _check_hub_id(source.name)
-                _check_class(source.name, pipeline_class_name(source), facts)
-                with _quiet():
-                    folder = Path(
-                        pipeline_class.download(source.name, revision=source.revision, **choice, **absent)
-                    )
-            _check_folder(folder, facts, absent, source.allow_pickle)
-            options: dict[str, Any] = {**_dtype_option(facts, dtypes), **fixed}
-            denoiser = folder / facts.denoiser_name
-            if pack or layers.has_custom_layers(denoiser):
-                files = () if layers.has_custom_layers(denoiser) else weight_files(denoiser, source.variant)
-                if files or layers.has_custom_layers(denoiser):
-                    dtype = _dtype_of(dtypes, facts.denoiser_name)
-                    options[facts.denoiser_name] = layers.load_denoiser(
-                        facts.denoiser.type, denoiser, dtype, files=files, pack=pack
-                    )
-            with _quiet():
-                options |= _encoders_of_transformers_5(folder, facts, source.variant, dtypes)
-                pipeline = pipeline_class.from_pretrained(folder, **choice, **options)
+        path = source.path or _downloaded(source, facts, pipeline_class, fixed)
+        found = _found(path, source, facts, fixed, misfits)
+        refuse(found.problems)
+        for part in facts.components:
+            network = found.parts.get(part.name)
+            if isinstance(network, nn.Module):
+                if pack and part.role == "denoiser":
+                    layers.quantize(network, pack, only=layers.block_linears(network))
+                tensors = weights.tensors(found.tensors[part.name])
+                layers.read_weights(network, tensors, _dtype_of(dtypes, part.name))
+        with _quiet():
+            pipeline = pipeline_class(**found.parts, **{**found.settings, **fixed})
     except TunekitError:
         raise
     # diffusers, transformers, safetensors and the hub raise two dozen kinds; to the user all are one.
     except Exception as error:
         raise ModelError(_reason(error), where=source.name, hint=_hint(source)) from error
     check_finite(pipeline, source.name)
-    for component in components(pipeline).values():
-        if isinstance(component, nn.Module):
-            component.eval()
     return pipeline
+
+
+def look(
+    source: Source,
+    facts: FamilyFacts,
+    *,
+    fixed: Mapping[str, Any] | None = None,
+    misfits: Misfits | None = None,
+) -> list[ModelError]:
+    """What keeps a source from being loaded, as far as configuration files and headers say it.
+
+    No weight is read and nothing is fetched: of a hub id, nothing is known. Arguments as of `load_pipeline`.
+    """
+    path = source.path
+    if path is None or source.name == "tiny":
+        return []
+    try:
+        return _found(path, source, facts, dict(fixed or {}), misfits, headers=True).problems
+    except ModelError as error:
+        return list(error.parts) or [error]  # type: ignore[arg-type]
+    except Exception as error:
+        return [ModelError(_reason(error), where=source.name)]
+
+
+def refuse(problems: Sequence[ModelError]) -> None:
+    """Raises what `look` found: the one problem, or all of them as one whose `parts` they are."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise ModelError("\n".join(map(str, problems)), parts=problems)
+
+
+@dataclass
+class _Found:
+    """What a source is made of, before a weight is read.
+
+    Attributes:
+        parts: networks without data, scheduler, tokenizers, by name.
+        tensors: network -> its tensors by its own names, and where each lies.
+        settings: other arguments of the pipeline's constructor.
+        problems: why it cannot be loaded.
+    """
+
+    parts: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, dict[str, Entry]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    problems: list[ModelError] = field(default_factory=list)
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """What is raised inside is a problem like others."""
+        try:
+            yield
+        except ModelError as error:
+            self.problems.append(error)
+
+
+def _found(
+    path: Path,
+    source: Source,
+    facts: FamilyFacts,
+    fixed: Mapping[str, Any],
+    misfits: Misfits | None,
+    *,
+    headers: bool = False,
+) -> _Found:
+    """Looks at a folder or file. With `headers`, pickles, which have none, are not opened.
+
+    Raises:
+        ModelError: it is another thing altogether.
+    """
+    found = _Found()
+    with _quiet():
+        if path.is_dir():
+            _find_in_folder(found, path, source, facts, fixed, headers)
+        else:
+            _find_in_file(found, path, source, facts, headers)
+        if misfits is not None and all(part.name in found.parts for part in facts.components):
+            reasons = misfits(found.parts, found.tensors)
+            found.problems[:0] = [ModelError(reason, where=str(path)) for reason in reasons]
+    return found
+
+
+def _find_in_folder(
+    found: _Found, path: Path, source: Source, facts: FamilyFacts, fixed: Mapping[str, Any], headers: bool
+) -> None:
+    index = _index(Source(str(path)))
+    _check_class(source.name, pipeline_class_name(Source(str(path))), facts)
+    networks = [part for part in facts.components if part.role != "scheduler"]
+    for part in networks:
+        if not isinstance(index.get(part.name), list) and not (path / part.name).is_dir():
+            index.setdefault(part.name, None)
+        if (path / part.name / "model.onnx").is_file():
+            raise ModelError(
+                f"{part.name} is an ONNX graph, and this needs a torch model",
+                where=str(path),
+                hint="give the model that it was exported from",
+            )
+    if source.variant and not any(source.variant in variants(path / part.name) for part in networks):
+        there = sorted({name or "the plain one" for part in networks for name in variants(path / part.name)})
+        raise ModelError(
+            f'has no weights of the variant "{source.variant}"',
+            where=str(path),
+            hint=f"there is: {', '.join(there) or 'none'}"
+            + ("; model.variant: null reads that" if len(there) == 1 else ""),
+        )
+    for part in networks:
+        with found.noting():
+            _find_network(found, path, index, part, source, headers)
+    _find_rest(found, path, index, facts)
+    known = {"scheduler", *found.parts, *fixed}
+    found.settings = {
+        key: value
+        for key, value in index.items()
+        if not key.startswith("_") and not isinstance(value, list) and key not in known
+    }
+    found.settings = {key: value for key, value in found.settings.items() if key in _arguments(facts)}
+
+
+def _arguments(facts: FamilyFacts) -> Collection[str]:
+    import diffusers
+
+    return inspect.signature(getattr(diffusers, facts.pipeline_class).__init__).parameters
+
+
+def _find_network(
+    found: _Found, path: Path, index: Mapping[str, Any], part: Component, source: Source, headers: bool
+) -> None:
+    folder = path / part.name
+    wanted = part.classes.partition(":")[2]
+    named = index.get(part.name)
+    if not folder.is_dir() or named is None or named == [None, None]:
+        raise ModelError(f"its component {part.name} is missing", where=str(path))
+    if not isinstance(named, list) or len(named) != 2 or named[1] != wanted:
+        raise ModelError(
+            f"{part.name} is {_class_of(named)}, and this family takes a {wanted}",
+            where=str(path / MODEL_INDEX),
+        )
+    config = read_json(folder / "config.json")
+    files = weight_files(folder, source.variant, allow_pickle=source.allow_pickle)
+    if not files:
+        raise _no_weights(folder)
+    entries = weights.entries(
+        [] if headers and files[0].suffix in PICKLES else files, allow_pickle=source.allow_pickle
+    )
+    network = _built(part, config, str(folder / "config.json"), len(entries))
+    if layers.has_custom_layers(folder):
+        layers.describe_onto(network, folder)
+    found.parts[part.name] = network
+    if entries:
+        kept, problems = weights.fitted(part.name, network, entries, where=str(folder))
+        found.tensors[part.name] = kept
+        found.problems += problems
+
+
+def _class_of(named: Any) -> str:
+    return f"a {named[1]}" if isinstance(named, list) and len(named) == 2 else f"said to be {named!r}"
+
+
+def _no_weights(folder: Path) -> ModelError:
+    pickles = [
+        file
+        for file in sorted(folder.iterdir())
+        if file.suffix in PICKLES and file.name.startswith(weights.WEIGHTS)
+    ]
+    if pickles:
+        return ModelError(PICKLE_REFUSED, where=str(pickles[0]), hint=PICKLE_HINT)
+    several = sorted(variants(folder) - {""})
+    if several:
+        return ModelError(
+            f"its weights are there in several variants: {', '.join(several)}",
+            where=str(folder),
+            hint=f"choose one: model.variant={several[0]}, or --variant {several[0]}",
+        )
+    broken = [file.name for file in sorted(folder.iterdir()) if file.is_symlink() and not file.exists()]
+    if broken:
+        return ModelError(f"{broken[0]} is a link to a file that is gone", where=str(folder))
+    names = " or ".join(f"{stem}.safetensors" for stem in weights.WEIGHTS if stem != "pytorch_model")
+    return ModelError("its weights are missing", where=str(folder), hint=f"looked for {names}")
+
+
+def _built(part: Component, config: Mapping[str, Any] | None, where: str, count: int) -> nn.Module:
+    """A network without weights, as its configuration says; buffers that no file has are there.
+
+    Args:
+        config: None is the table's.
+        where: of the configuration, for messages.
+        count: tensors that are there for it: whatever has more layers than that is not built. 0: not known.
+    """
+    from accelerate import init_empty_weights
+
+    made = part.type
+    settings = dict(part.config if config is None else config)
+    for key in LAYER_COUNTS if count else ():
+        value = settings.get(key)
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(number, int) and number > count for number in numbers):
+            raise ModelError(f"{key} is {value}, and the weights have {count} tensors", where=where)
+    try:
+        with init_empty_weights(include_buffers=False):
+            if part.classes.startswith("transformers:"):
+                network = made(made.config_class.from_dict(settings))
+            else:
+                network = made.from_config(settings)
+    except Exception as error:  # whatever a wrong value leads to in there
+        raise ModelError(
+            f"does not describe a {made.__name__}: {_reason(error)}",
+            where=where,
+            hint="it is damaged, or of another model: take it from the original one",
+        ) from error
+    assert isinstance(network, nn.Module)
+    return network
+
+
+def _find_rest(found: _Found, path: Path, index: Mapping[str, Any], facts: FamilyFacts) -> None:
+    """Scheduler and tokenizers, which are opened here."""
+    with found.noting():
+        found.parts["scheduler"] = _scheduler(path, index)
+    for part in facts.encoders:
+        with found.noting():
+            tokenizer = _tokenizer(path, index, part)
+            found.parts[part.tokenizer] = tokenizer
+            _check_tokenizer(tokenizer, part, found.parts.get(part.name), path)
+
+
+def _scheduler(path: Path, index: Mapping[str, Any]) -> Any:
+
+    named = index.get("scheduler")
+    if not isinstance(named, list) or len(named) != 2 or not isinstance(named[1], str):
+        raise ModelError(f"scheduler is {_class_of(named)}", where=str(path / MODEL_INDEX))
+    file = path / "scheduler" / "scheduler_config.json"
+    config = read_json(file)
+    made = scheduler_class(named[1], where=str(path / MODEL_INDEX))
+    try:
+        return made.from_config(config)
+    except Exception as error:
+        raise ModelError(f"does not describe a {named[1]}: {_reason(error)}", where=str(file)) from error
+
+
+def scheduler_class(name: str, *, where: str) -> Any:
+    """A scheduler of diffusers by its name.
+
+    Raises:
+        ModelError: there is none, or it needs a package that is not installed.
+    """
+    import diffusers
+
+    made = getattr(diffusers, name, None)
+    lacks = [
+        package
+        for package in getattr(made, "_backends", ())
+        if package not in ("torch", "flax", "numpy") and not _installed(package)
+    ]
+    if lacks:
+        raise ModelError(
+            f"its scheduler {name} needs the package {lacks[0]}, which is not installed",
+            where=where,
+            hint=f"pip install {lacks[0]}; or name another scheduler in {MODEL_INDEX}",
+        )
+    if made is None or not hasattr(made, "set_timesteps"):
+        raise ModelError(f'diffusers has no scheduler "{name}"', where=where)
+    return made
+
+
+def _installed(package: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(package) is not None
+
+
+def _tokenizer(path: Path, index: Mapping[str, Any], part: Component) -> Any:
+    import transformers
+
+    named = index.get(part.tokenizer)
+    name = named[1] if isinstance(named, list) and len(named) == 2 else None
+    made: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedTokenizerBase)):
+        raise ModelError(
+            f"{part.tokenizer} is {_class_of(named)}, which is no tokenizer", where=str(path / MODEL_INDEX)
+        )
+    folder = path / part.tokenizer
+    if not folder.is_dir():
+        raise ModelError(f"its component {part.tokenizer} is missing", where=str(path))
+    for file in sorted(folder.glob("*.json")):
+        read_json(file)
+    try:
+        return made.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"cannot be read as a {name}: {_reason(error)}", where=str(folder)) from error
+
+
+def _check_tokenizer(tokenizer: Any, part: Component, encoder: Any, path: Path) -> None:
+    """Its words must be the encoder's; where it does not say how many it reads, the encoder does."""
+    config = getattr(encoder, "config", None)
+    most = getattr(config, "max_position_embeddings", None) or part.tokens
+    length = tokenizer.model_max_length
+    where = str(path / part.tokenizer)
+    if not isinstance(length, int | float) or isinstance(length, bool) or length < 2:
+        raise ModelError(f"model_max_length is {length!r}", where=where)
+    tokenizer.model_max_length = min(int(length), int(most))
+    words = getattr(config, "vocab_size", None)
+    if words is not None and len(tokenizer) > words:
+        raise ModelError(
+            f"knows {len(tokenizer)} tokens, and {part.name} reads {words}",
+            where=where,
+            hint="tokenizer and text encoder are of two models, or tokens were added without training them",
+        )
+    try:
+        ids = tokenizer(["a"], padding="max_length", max_length=int(tokenizer.model_max_length)).input_ids
+        if words is not None and max(ids[0]) >= words:
+            raise ValueError(f"token {max(ids[0])} of {words}")
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"cannot make tokens of a text: {_reason(error)}", where=where) from error
+
+
+def _find_in_file(found: _Found, path: Path, source: Source, facts: FamilyFacts, headers: bool) -> None:
+    """Looks at a single file; its configs and tokenizers lie in the folder of its name, or are the usual."""
+    if not path.is_file():
+        raise ModelError("neither a file nor a folder", where=str(path))
+    if path.suffix not in (".safetensors", *PICKLES):
+        raise ModelError("not a weights file", where=str(path), hint="single files end in .safetensors")
+    if path.suffix in PICKLES and source.allow_pickle and headers:
+        return
+    entries = weights.entries([path], allow_pickle=source.allow_pickle)
+    if not single_file.is_of(entries, facts):
+        kind = single_file.what_is(entries)
+        raise ModelError(
+            f"is {kind or 'not a model that is known here'}, and this needs {facts.title}",
+            where=str(path),
+            hint=_other_family(kind) or f"it begins with {', '.join(list(entries)[:2]) or 'nothing'}",
+        )
+    beside = path.with_suffix("")
+    folder = beside if (beside / MODEL_INDEX).is_file() else None
+    networks: list[tuple[Component, nn.Module]] = []
+    for part in facts.components:
+        if part.role != "scheduler":
+            file = folder / part.name / "config.json" if folder else None
+            count = sum(name.startswith(part.published) for name in entries)
+            with found.noting():
+                config = read_json(file) if file else None
+                networks.append((part, _built(part, config, str(file or path), count)))
+    if found.problems:
+        return
+    spread, problems = single_file.spread(entries, networks, where=str(path))
+    found.problems += problems
+    for part, network in networks:
+        found.parts[part.name] = network
+        kept, problems = weights.fitted(part.name, network, spread[part.name], where=str(path))
+        found.tensors[part.name] = kept
+        found.problems += problems
+    for problem in found.problems if folder is None else ():
+        problem.hint = None
+    if found.problems and folder is None:
+        found.problems[-1].hint = (
+            f"its sizes are taken to be those of {facts.base_title or facts.title}; if they are others, put"
+            f" the folders of configs and tokenizers that it was made with into {beside}"
+        )
+    if folder is not None:
+        index = _index(Source(str(folder)))
+        _find_rest(found, folder, index, facts)
+        return
+    row = facts.component("scheduler")
+    changes = single_file.schedule(entries, single_file.metadata_of(path))
+    found.parts["scheduler"] = row.type.from_config({**row.config, **changes})
+    for part in facts.encoders:
+        found.parts[part.tokenizer] = single_file.clip_tokenizer(part)
+
+
+def _other_family(kind: str) -> str:
+    return "give the base that it was made for, and this as its adapter" if "adapter" in kind else ""
+
+
+def _downloaded(source: Source, facts: FamilyFacts, pipeline_class: Any, fixed: Mapping[str, Any]) -> Path:
+    """The folder on this machine of a hub id, fetched where it is not there yet."""
+    _check_hub_id(source.name)
+    _check_class(source.name, pipeline_class_name(source), facts)
+    absent = {name: None for name, value in fixed.items() if value is None}
+    with _quiet():
+        return Path(
+            pipeline_class.download(
+                source.name,
+                revision=source.revision,
+                variant=source.variant,
+                use_safetensors=None if source.allow_pickle else True,
+                **absent,
+            )
+        )
 
 
 def cast(pipeline: Pipeline, facts: FamilyFacts, dtypes: Dtypes) -> Pipeline:
@@ -110,32 +514,25 @@ def _dtype_of(dtypes: Dtypes, name: str) -> torch.dtype:
     return dtypes if isinstance(dtypes, torch.dtype) else dtypes.get(name, torch.float32)
 
 
-def weight_files(folder: Path, variant: str | None = None) -> tuple[Path, ...]:
-    """The safetensors files of one component's weights, its shards in order; empty if it has none.
-
-    Args:
-        folder: of the component.
-        variant: such as "fp16"; where no file has it, the plain ones are taken, as diffusers does.
-    """
-    for choice in dict.fromkeys((variant, None)):
-        ending = f".{choice}.safetensors" if choice else ".safetensors"
-        for stem in WEIGHTS:
-            index = sorted(folder.glob(f"{stem}.safetensors.index{f'.{choice}' if choice else ''}.json"))
-            if index:
-                names = json.loads(index[0].read_text(encoding="utf-8"))["weight_map"].values()
-                shards = [folder / name for name in sorted(set(names))]
-                return tuple(shard for shard in shards if shard.suffix == ".safetensors")
-            if (folder / f"{stem}{ending}").is_file():
-                return (folder / f"{stem}{ending}",)
-    return ()
-
-
 def source_files(source: Source, facts: FamilyFacts) -> dict[str, tuple[Path, ...]]:
     """Component -> the files on this machine that its weights were read from, as far as that is known."""
     folder = source.path
     if folder is None or folder.is_file():
         return {}
-    return {part.name: weight_files(folder / part.name, source.variant) for part in facts.components}
+    return {
+        part.name: weight_files(folder / part.name, source.variant, allow_pickle=source.allow_pickle)
+        for part in facts.components
+    }
+
+
+def variant_taken(source: Source, facts: FamilyFacts) -> str | None:
+    """The variant of a folder's weights that is read though none was named: no plain ones are there."""
+    folder = source.path
+    if source.variant or folder is None or not folder.is_dir():
+        return None
+    there = [variants(folder / part.name) for part in facts.components if part.role != "scheduler"]
+    only = {next(iter(names)) for names in there if len(names) == 1} - {""}
+    return ", ".join(sorted(only)) or None
 
 
 def save_pipeline(pipeline: Pipeline, folder: Path, facts: FamilyFacts) -> None:
@@ -200,30 +597,6 @@ def _lacks_level(file: Path) -> bool:
         return any(key.startswith("embeddings.token_embedding.") for key in opened.keys())  # noqa: SIM118
 
 
-def _encoders_of_transformers_5(
-    folder: Path, facts: FamilyFacts, variant: str | None, dtypes: Dtypes
-) -> dict[str, nn.Module]:
-    """Load the text encoders that transformers 5 wrote and the installed transformers 4 would misread."""
-    import transformers
-
-    if int(transformers.__version__.partition(".")[0]) >= 5:
-        return {}
-    loaded = {}
-    for encoder in facts.encoders:
-        files = weight_files(folder / encoder.name, variant)
-        if files and _lacks_level(files[0]):
-            state = {
-                TEXT_LEVEL + key: tensor
-                for file in files
-                for key, tensor in safetensors.torch.load_file(file).items()
-            }
-            kind = getattr(transformers, _index(Source(str(folder)))[encoder.name][1])
-            model = kind(kind.config_class.from_pretrained(folder / encoder.name))
-            model.load_state_dict(state, strict=False)
-            loaded[encoder.name] = model.to(_dtype_of(dtypes, encoder.name))
-    return loaded
-
-
 def components(pipeline: Pipeline) -> dict[str, Any]:
     """Return the pipeline's parts that have files of their own, by name."""
     return {k: v for k, v in pipeline.components.items() if hasattr(v, "save_pretrained")}
@@ -280,44 +653,19 @@ def _index(source: Source) -> dict[str, Any]:
                 where=source.name,
                 hint="give the folder that a diffusers pipeline was saved to",
             )
-        try:
-            content = json.loads(index.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"not JSON: {error}", where=str(index)) from error
-    else:
-        _check_hub_id(source.name)
-        from diffusers import DiffusionPipeline
+        return read_json(index)
+    _check_hub_id(source.name)
+    from diffusers import DiffusionPipeline
 
-        try:
-            content = DiffusionPipeline.load_config(source.name, revision=source.revision)
-        except Exception as error:
-            raise ModelError(
-                f"its {MODEL_INDEX} cannot be read from the Hugging Face hub: {_reason(error)}",
-                where=source.name,
-                hint=_hint(source),
-            ) from error
+    try:
+        content = DiffusionPipeline.load_config(source.name, revision=source.revision)
+    except Exception as error:
+        raise ModelError(
+            f"its {MODEL_INDEX} cannot be read from the Hugging Face hub: {_reason(error)}",
+            where=source.name,
+            hint=_hint(source),
+        ) from error
     return dict(content) if isinstance(content, dict) else {}
-
-
-def _check_folder(path: Path, facts: FamilyFacts, absent: Collection[str], allow_pickle: bool) -> None:
-    """Refuse a folder that is another pipeline, exported, incomplete or pickled; `absent` may be missing."""
-    index = _index(Source(str(path)))
-    _check_class(str(path), pipeline_class_name(Source(str(path))), facts)
-    for name, value in sorted(index.items()):
-        if not isinstance(value, list) or len(value) != 2 or value[0] is None or name in absent:
-            continue
-        if (path / name / "model.onnx").is_file():
-            raise ModelError(
-                f"{name} is an ONNX graph, and this needs a torch model",
-                where=str(path),
-                hint="give the model that it was exported from",
-            )
-        if not (path / name).is_dir():
-            raise ModelError(f"its component {name} is missing", where=str(path))
-        files = sorted((path / name).iterdir())
-        pickles = [f for f in files if f.suffix in PICKLES and f.name.startswith(WEIGHTS)]
-        if pickles and not allow_pickle and not any(f.suffix == ".safetensors" for f in files):
-            raise ModelError(PICKLE_REFUSED, where=str(pickles[0]), hint=PICKLE_HINT)
 
 
 def _check_class(source: str, name: str, facts: FamilyFacts) -> None:
@@ -330,56 +678,13 @@ def _check_class(source: str, name: str, facts: FamilyFacts) -> None:
 
 
 def _check_hub_id(source: str) -> None:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+    is_file = source.endswith((".safetensors", *PICKLES, ".gguf", ".onnx", ".json", ".yaml"))
+    if is_file or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         raise ModelError(
             "no such file or folder",
             where=source,
             hint='a source is a folder, a .safetensors file, a hub id "owner/name", "builtin/..." or "tiny"',
         )
-
-
-def _load_single_file(
-    path: Path, pipeline_class: type[Any], fixed: Mapping[str, Any], allow_pickle: bool
-) -> Pipeline:
-    """Load all of a file in the type that it was written in, which loses nothing."""
-    if path.suffix in PICKLES and not allow_pickle:
-        raise ModelError(PICKLE_REFUSED, where=str(path), hint=PICKLE_HINT)
-    if path.suffix not in (".safetensors", *PICKLES):
-        raise ModelError("not a weights file", where=str(path), hint="single files end in .safetensors")
-    options: dict[str, Any] = {**fixed, _dtype_keyword(): _widest(path)}
-    # The configs and the tokenizer are not in such a file. diffusers fetches them from the hub, unless a
-    # folder of the file's name beside it has them.
-    beside = path.with_suffix("")
-    if (beside / MODEL_INDEX).is_file():
-        options["config"] = str(beside)
-    with _quiet():
-        return pipeline_class.from_single_file(str(path), **options)
-
-
-def _widest(path: Path) -> torch.dtype:
-    """The widest floating type of the matrices in a weights file; float32 where that cannot be told."""
-    if path.suffix != ".safetensors":
-        return torch.float32
-    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    with safe_open(path, framework="pt") as opened:
-        slices = (opened.get_slice(key) for key in opened.keys())  # noqa: SIM118
-        kinds = {part.get_dtype() for part in slices if len(part.get_shape()) > 1}
-    found = {names[kind] for kind in kinds if kind in names}
-    return found.pop() if len(found) == 1 else torch.float32
-
-
-def _dtype_keyword() -> str:
-    import diffusers
-
-    major, minor = (int(part) for part in diffusers.__version__.split(".")[:2])
-    return "dtype" if (major, minor) >= (0, 42) else "torch_dtype"
-
-
-def _dtype_option(facts: FamilyFacts, dtypes: Dtypes) -> dict[str, Any]:
-    if isinstance(dtypes, torch.dtype):
-        return {_dtype_keyword(): dtypes}
-    known = {part.name: _dtype_of(dtypes, part.name) for part in facts.components if part.role != "scheduler"}
-    return {_dtype_keyword(): {**known, "default": torch.float32}}
 
 
 def _reason(error: Exception) -> str:

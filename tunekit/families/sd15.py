@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tunekit.config import ObjectiveConfig
 from tunekit.diffusion.objectives import Discrete, Objective
+from tunekit.errors import ModelError
 from tunekit.families import family as answers
 from tunekit.families import loading, sizes, tiny, unet
 from tunekit.families.family import (
@@ -26,6 +27,7 @@ from tunekit.families.family import (
 from tunekit.resources import Source
 
 ABSENT: dict[str, Any] = {
+    "image_encoder": None,
     "safety_checker": None,
     "feature_extractor": None,
     "requires_safety_checker": False,
@@ -43,6 +45,12 @@ class SD15:
         base_title="Stable Diffusion 1.5",
         pipeline_classes=(
             "StableDiffusionPipeline",
+            "StableDiffusionImg2ImgPipeline",
+            "StableDiffusionInpaintPipeline",
+            "StableDiffusionInpaintPipelineLegacy",
+            "StableDiffusionControlNetPipeline",
+            "LatentConsistencyModelPipeline",
+            "LatentConsistencyModelImg2ImgPipeline",
             "ORTStableDiffusionPipeline",
             "OnnxStableDiffusionPipeline",
         ),
@@ -53,12 +61,21 @@ class SD15:
                 "diffusers:UNet2DConditionModel",
                 {"sample_size": 64, "cross_attention_dim": 768},
                 kohya=("lora_unet",),
+                published="model.diffusion_model.",
                 dtype=None,
                 sensitive=("conv_in", "conv_out", "time_embedding"),
                 keeps=("timestep",),
             ),
             sizes.vae(4),
-            sizes.clip("text_encoder", "tokenizer", 768, 12, 12, kohya=("lora_te", "lora_te1")),
+            sizes.clip(
+                "text_encoder",
+                "tokenizer",
+                768,
+                12,
+                12,
+                kohya=("lora_te", "lora_te1"),
+                published="cond_stage_model.transformer.",
+            ),
             sizes.scheduler("PNDMScheduler", **sizes.STABLE_DIFFUSION, skip_prk_steps=True, steps_offset=1),
         ),
         lora_targets=unet.TARGETS,
@@ -71,7 +88,12 @@ class SD15:
         source = Source.of(source)
         if source.name == "tiny":
             return loading.cast(self.tiny(), self.facts, dtypes)
-        return loading.load_pipeline(source, self.facts, dtypes, pack=pack, fixed=ABSENT)
+        return loading.load_pipeline(
+            source, self.facts, dtypes, pack=pack, fixed=ABSENT, misfits=unet.misfits
+        )
+
+    def look(self, source: Source | str) -> list[ModelError]:
+        return loading.look(Source.of(source), self.facts, fixed=ABSENT, misfits=unet.misfits)
 
     def save(self, pipeline: Pipeline, folder: Path) -> None:
         loading.save_pipeline(pipeline, folder, self.facts)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tunekit.config import ObjectiveConfig
 from tunekit.diffusion.objectives import Discrete, Objective
 from tunekit.diffusion.sampling import SamplingConfig
+from tunekit.errors import ModelError
 from tunekit.families import family as answers
 from tunekit.families import loading, sizes, tiny, unet
 from tunekit.families.family import (
@@ -26,7 +27,7 @@ from tunekit.families.family import (
 )
 from tunekit.resources import Source
 
-ABSENT: dict[str, Any] = {"image_encoder": None, "feature_extractor": None}
+ABSENT: dict[str, Any] = {"image_encoder": None, "feature_extractor": None, "add_watermarker": False}
 """Parts of the pipeline that are left out."""
 
 
@@ -41,7 +42,12 @@ class SDXL:
     # Sizes: https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0, the config.json of each folder
     facts: ClassVar[FamilyFacts] = FamilyFacts(
         title="Stable Diffusion XL",
-        pipeline_classes=("StableDiffusionXLPipeline", "ORTStableDiffusionXLPipeline"),
+        pipeline_classes=(
+            "StableDiffusionXLPipeline",
+            "StableDiffusionXLImg2ImgPipeline",
+            "StableDiffusionXLInpaintPipeline",
+            "ORTStableDiffusionXLPipeline",
+        ),
         components=(
             Component(
                 "unet",
@@ -61,12 +67,21 @@ class SDXL:
                     "projection_class_embeddings_input_dim": 2816,
                 },
                 kohya=("lora_unet",),
+                published="model.diffusion_model.",
                 dtype=None,
                 sensitive=("conv_in", "conv_out", "time_embedding", "add_embedding"),
                 keeps=("timestep", "time_ids"),
             ),
             sizes.vae(4, scaling=0.13025, fp16=False),
-            sizes.clip("text_encoder", "tokenizer", 768, 12, 12, kohya=("lora_te1",)),
+            sizes.clip(
+                "text_encoder",
+                "tokenizer",
+                768,
+                12,
+                12,
+                kohya=("lora_te1",),
+                published="conditioner.embedders.0.transformer.",
+            ),
             sizes.clip(
                 "text_encoder_2",
                 "tokenizer_2",
@@ -76,6 +91,7 @@ class SDXL:
                 act="gelu",
                 projection=1280,
                 kohya=("lora_te2",),
+                published="conditioner.embedders.1.model.",
             ),
             sizes.scheduler("EulerDiscreteScheduler", **sizes.STABLE_DIFFUSION, steps_offset=1),
         ),
@@ -90,8 +106,12 @@ class SDXL:
         source = Source.of(source)
         if source.name == "tiny":
             return loading.cast(self.tiny(), self.facts, dtypes)
-        fixed = {**ABSENT, "add_watermarker": False}
-        return loading.load_pipeline(source, self.facts, dtypes, pack=pack, fixed=fixed)
+        return loading.load_pipeline(
+            source, self.facts, dtypes, pack=pack, fixed=ABSENT, misfits=unet.misfits
+        )
+
+    def look(self, source: Source | str) -> list[ModelError]:
+        return loading.look(Source.of(source), self.facts, fixed=ABSENT, misfits=unet.misfits)
 
     def save(self, pipeline: Pipeline, folder: Path) -> None:
         loading.save_pipeline(pipeline, folder, self.facts)

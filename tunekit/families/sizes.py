@@ -6,7 +6,6 @@ instead, and made into a pipeline on the meta device, which the family's own cod
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from tunekit.errors import ModelError
 from tunekit.families.family import Component, Conditioning, Family, Pipeline, Planned, Role, Tokens
+from tunekit.families.weights import read_json
 from tunekit.resources import Source
 
 
@@ -152,26 +152,26 @@ def sized(family: Planned, source: Source) -> Sizes:
     """
     facts = family.facts
     folder = source.path
+    if folder is not None and folder.is_file():
+        beside = folder.with_suffix("")  # where the configs of a single file lie, see loading.py
+        folder = beside if (beside / "model_index.json").is_file() else None
     if folder is None:
         return Sizes(family, facts.components, assumed=source.name != facts.default_source)
-    if folder.is_file():
-        return Sizes(family, facts.components, assumed=True)
 
     def read(part: Component) -> Component:
         name = "scheduler_config.json" if part.role == "scheduler" else "config.json"
         path = folder / part.name / name
+        if part.role == "scheduler" and not path.exists():
+            return part
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            if part.role == "scheduler" and isinstance(error, FileNotFoundError):
-                return part
+            return with_config(part, read_json(path))
+        except (ModelError, TypeError, ValueError) as error:
             needed = ", ".join(other.name for other in facts.components)
             raise ModelError(
-                f"the sizes of {part.name} cannot be read ({error})",
+                f"the sizes of {part.name} cannot be read ({getattr(error, 'message', error)})",
                 where=str(path),
                 hint=f"{facts.title} needs the folders {needed}",
             ) from error
-        return with_config(part, config)
 
     return Sizes(family, tuple(read(part) for part in facts.components))
 
@@ -208,11 +208,15 @@ def clip(
     layers: int,
     heads: int,
     *,
-    kohya: Collection[str],
     act: str = "quick_gelu",
     projection: int | None = None,
+    **names: Any,
 ) -> Component:
-    """A CLIP text encoder of 77 tokens and 49,408 words; with `projection` it gives a pooled embedding."""
+    """A CLIP text encoder of 77 tokens and 49,408 words; with `projection` it gives a pooled embedding.
+
+    Args:
+        names: what it is called in files: `kohya` and `published` of the row.
+    """
     config = {
         "hidden_size": width,
         "intermediate_size": 4 * width,
@@ -229,7 +233,7 @@ def clip(
         config,
         tokenizer=tokenizer,
         tokens=77,
-        kohya=tuple(kohya),
+        **names,
     )
 
 
@@ -277,7 +281,9 @@ def vae(
         "scaling_factor": scaling,
         "shift_factor": shift,
     }
-    return Component("vae", "vae", "diffusers:AutoencoderKL", config, fp16=fp16)
+    return Component(
+        "vae", "vae", "diffusers:AutoencoderKL", config, published="first_stage_model.", fp16=fp16
+    )
 
 
 def scheduler(name: str, **config: Any) -> Component:

@@ -28,7 +28,7 @@ def clip_tokenizer(max_length: int) -> Any:
     """
     from transformers import CLIPTokenizer
 
-    letters = _byte_letters()
+    letters = byte_letters()
     words = [*letters, *(letter + "</w>" for letter in letters), START, END]
     with tempfile.TemporaryDirectory() as folder:
         vocabulary, merges = Path(folder, "vocab.json"), Path(folder, "merges.txt")
@@ -93,7 +93,7 @@ def randomized(build: Callable[[], M], seed: int, name: str) -> M:
     return module.eval()
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """Return the printable letter that byte-level BPE writes for each byte value (GPT-2's table)."""
     visible = (("!", "~"), ("¡", "¬"), ("®", "ÿ"))  # first and last of each range that stands for itself
     printable = {byte for first, last in visible for byte in range(ord(first), ord(last) + 1)}

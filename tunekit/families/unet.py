@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tunekit.errors import ConfigError
+from tunekit.diffusion.objectives import Discrete
+from tunekit.errors import ConfigError, TunekitError
 from tunekit.families.family import ExportComponent, Pipeline
+from tunekit.families.weights import Entry
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -20,6 +22,53 @@ TARGETS = (
     *("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
 )
 """Adapter targets: all that is linear in the transformer blocks."""
+
+
+# Whether components make up a model ------------------------------------------------------------------------
+
+CHANNELS = {
+    5: "a model of depth-to-image",
+    7: "an upscaler",
+    8: "a model that edits pictures (InstructPix2Pix)",
+    9: "an inpainting model",
+}
+"""Channels that a U-Net takes -> what has so many."""
+
+
+def misfits(parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]) -> list[str]:
+    """Why components do not make up a model that is trained and drawn here; see `loading.Misfits`."""
+    found = []
+    unet, vae = parts["unet"].config, parts["vae"].config
+    first = tensors.get("unet", {}).get("conv_in.weight")
+    taken = first.shape[1] if first and len(first.shape) > 1 else unet.in_channels
+    if taken != vae.latent_channels:
+        kind = CHANNELS.get(taken, f"made for {taken} channels, where the VAE gives {vae.latent_channels}")
+        found.append(f"its U-Net takes {taken} channels: it is {kind}; a plain text-to-image model is needed")
+    elif unet.out_channels != taken:
+        found.append(f"its U-Net gives {unet.out_channels} channels and takes {taken}")
+    if getattr(unet, "time_cond_proj_dim", None):
+        found.append(
+            "its U-Net is told the guidance scale (a latent consistency model): it can be drawn with, and not"
+            " trained, by other programs; an LCM LoRA on its base does the same here"
+        )
+    for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+        if getattr(unet, key, None):
+            found.append(f"its U-Net wants more than text and time ({key}: {getattr(unet, key)})")
+    if getattr(vae, "latents_mean", None) or getattr(vae, "latents_std", None):
+        found.append("its VAE scales each channel of the latents by itself (latents_mean, latents_std)")
+    encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
+    width = sum(encoder.config.hidden_size for encoder in encoders)
+    wanted = unet.cross_attention_dim
+    if isinstance(wanted, int) and wanted != width:
+        found.append(f"its U-Net reads text of width {wanted}, and the text encoders give {width}")
+    added = "text_time" if len(encoders) > 1 else None
+    if getattr(unet, "addition_embed_type", None) != added:
+        found.append(f"its U-Net has addition_embed_type {unet.addition_embed_type}, and {added} is needed")
+    try:
+        Discrete.from_scheduler(parts["scheduler"])
+    except TunekitError as error:
+        found.append(f"{error.message}; {error.hint}" if error.hint else error.message)
+    return found
 
 
 # Sizes ------------------------------------------------------------------------------------------------------
