@@ -6,7 +6,7 @@
     python scripts/bootstrap.py test [pytest arguments]
     python scripts/bootstrap.py check                style and types
 
-scripts/setup, quickstart, test and check are these four for a Unix shell. Versions come
+The files setup, quickstart, test and check beside it are these four for a Unix shell. Versions come
 from constraints.txt. PYTHON=python3.12 picks another interpreter for .venv.
 """
 

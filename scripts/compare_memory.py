@@ -9,6 +9,7 @@ configuration differs from theirs. What cannot be made here is listed with the r
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import time
@@ -326,6 +327,7 @@ def predict(row: Published) -> tuple[int, int]:
 
 def main() -> None:
     """Traces, compares, writes."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     rows = []
     for published in ROWS:
         began = time.perf_counter()
