@@ -468,6 +468,11 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def adapters(self) -> Path:
+        """Folder of the adapters that were kept: `step-000200/`, `best/`, `last/`."""
+        return self.path / "adapters"
+
+    @property
     def model(self) -> Path:
         """The trained model, when all weights were trained (`adapter: null`)."""
         return self.path / "model"
@@ -553,6 +558,22 @@ def _is_adapter_file(path: Path) -> bool:
     return any(".lora_" in key or ".dora_" in key for key in _safetensors_keys(path))
 
 
+def _checkpoint(path: Path) -> ArtifactError:
+    """What to say of a state to continue from: which adapters of its run can be opened."""
+    run = RunFolder(path.resolve().parent.parent)
+    kept = [*run.adapters.glob("*"), run.adapter, run.model]
+    named = [str(folder) for folder in sorted(kept) if (folder / RECORD).is_file()]
+    same = [folder for folder in named if Path(folder).name == path.name]
+    hint = f"take {(same or named)[0]}" if named else "let its run go on to the end"
+    if len(named) > 1 and not same:
+        hint = f"take one of {', '.join(named)}"
+    return ArtifactError(
+        "a checkpoint is a state to continue training from, and no adapter",
+        where=str(path),
+        hint=f"{hint}; train.save_every keeps adapters while a run trains",
+    )
+
+
 def _missing(source: str) -> ArtifactError:
     path = Path(source)
     siblings = (
@@ -598,6 +619,8 @@ def open_artifact(source: Path | str, *, family: str | None = None) -> Artifact:
         return bare("onnx" if any(path.glob("*/model.onnx")) else "torch")
     if (path / ADAPTER_FILE).is_file():
         return bare("adapter")
+    if (path / "trainable.safetensors").is_file() and (path / "state.json").is_file():
+        raise _checkpoint(path)
     run = RunFolder(path)
     if run.config.is_file() or run.trained() or run.passes():
         return run.final()

@@ -126,6 +126,25 @@ def nearest(name: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str | 
     return by_lower[found[0]] if found else None
 
 
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "could not create a primitive",
+    "could not create a memory object",
+    "bad_alloc",
+    "out of memory",
+)
+"""What allocators in native code (torch, oneDNN, CUDA) say."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Returns `did you mean "x"?` for the choice nearest to `name`, or an empty string."""
     found = nearest(name, choices)

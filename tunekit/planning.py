@@ -23,6 +23,7 @@ from tunekit.errors import (
     DeviceError,
     OutOfMemory,
     TunekitError,
+    is_out_of_memory,
     missing,
 )
 from tunekit.kept import Kept
@@ -252,8 +253,6 @@ def ran_out(config: TrainingRunConfig, error: BaseException) -> OutOfMemory | No
     The next plan shall ask for less, which is noted in plan.json. The error's `replan` says whether to start
     again at once (`memory.on_oom=replan`).
     """
-    from tunekit.training.loop import is_out_of_memory
-
     if isinstance(error, OutOfMemory):
         short = error
     elif is_out_of_memory(error):

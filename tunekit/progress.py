@@ -115,6 +115,11 @@ class Progress:
         self._stop = threading.Event()
         self._spoken = time.monotonic()
 
+    @property
+    def moves(self) -> bool:
+        """Whether phases are shown as they go, so that lines about them would only be in the way."""
+        return self._live is not None
+
     def say(self, line: str) -> None:
         """Show a line of its own.
 

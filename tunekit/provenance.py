@@ -18,7 +18,7 @@ import tunekit
 from tunekit import install
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "onnxruntime", "openvino")
-FOLDERS = ("path", "validation", "class_path", "cache", "runs")
+FOLDERS = ("path", "validation", "class_path", "cache", "runs", "init")
 """Keys of settings that name folders which nobody opens again: only their last part is recorded."""
 _HOMES = re.compile(r"(?<![\w.~])(?:/home|/Users|[A-Za-z]:[\\/]Users)[\\/][^\\/\s\"':,;]+")
 

@@ -359,6 +359,7 @@ class StateRecord(Record):
     metrics: dict[str, float | int | None] = {}
     recent: list[float] = []
     scaler: dict[str, Any] | None = None
+    waiting: list[dict[str, Any]] = []
 
 
 # Metrics ----------------------------------------------------------------------------------------------------

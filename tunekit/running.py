@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,8 +22,9 @@ import torch
 from torch import nn
 
 from tunekit import families, hardware, planning, preconditions
-from tunekit.adapters import save_adapter
+from tunekit.adapters import Delta, adapter_file, read_adapter, save_adapter, start_from
 from tunekit.artifacts import (
+    RECORD,
     Artifact,
     Metric,
     RunFolder,
@@ -37,24 +39,36 @@ from tunekit.config import CLASS_BATCH, Loaded, SamplingConfig, TrainingRunConfi
 from tunekit.data.cache import Encoder, Stream
 from tunekit.data.images import Scan
 from tunekit.diffusion.objectives import Objective, configured, scheduler_changes
-from tunekit.errors import ArtifactError, OutOfMemory
-from tunekit.families.family import DTYPES, Conditioning, Family, Pipeline
-from tunekit.families.loading import source_files, variant_taken
+from tunekit.errors import AdapterError, ArtifactError, OutOfMemory
+from tunekit.families.family import DTYPES, Conditioning, Family, FamilyFacts, Pipeline
+from tunekit.families.loading import PICKLES, source_files, variant_taken, weight_files
 from tunekit.memory.levers import Fitted, Levers, fit
 from tunekit.memory.measure import Meter
 from tunekit.memory.picture import draw
 from tunekit.memory.plan import Plan
 from tunekit.passes.base import Context, Pass, run_chain
+from tunekit.progress import console
 from tunekit.records import PlanRecord, read_plain
 from tunekit.report import write as write_report
+from tunekit.resources import Source
 from tunekit.runtime import Runtime, sample_pixels, to_images
 from tunekit.tasks import Task
-from tunekit.training.checkpoint import Checkpoints, compare_identities, identity, only_writer
+from tunekit.training.checkpoint import (
+    BASE,
+    INITIAL,
+    MASKS,
+    STEPS,
+    Checkpoints,
+    compare_identities,
+    identity,
+    only_writer,
+    weights_hash,
+)
 from tunekit.training.evaluation import Previewer
 from tunekit.training.loop import Hooks, Result, train
-from tunekit.training.run import Processes, build_optimizer, close_accelerator, open_accelerator
+from tunekit.training.run import Processes, build_optimizer, close_accelerator, on_main, open_accelerator
 from tunekit.training.tracking import Tracker
-from tunekit.units import format_bytes
+from tunekit.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -99,21 +113,36 @@ class Run:
     """Whether it is training now, so that memory which runs out is the plan's fault."""
     prompts: dict[str, Conditioning] = field(default_factory=dict)
     """Conditioning of the previews' prompts, without the batch dimension."""
+    initial: Callable[[nn.Module], None] | None = None
+    """Gives the new adapter the values that training starts from; None leaves those that were drawn."""
+    _known: dict[str, str | None] = field(default_factory=dict)
 
     def say(self, line: str) -> None:
-        """Print on the main process."""
+        """Show a line on the main process."""
         if self.main:
-            print(line, flush=True)
+            console().say(line)
 
     @cached_property
     def family(self) -> Family:
         """Of the base."""
         return families.get(self.config.model.family)
 
-    @cached_property
+    @property
     def identity(self) -> dict[str, Any]:
         """What is learned, see `checkpoint.identity`."""
-        return identity(self.config, self.scan.samples)
+        return identity(self.config, self.scan.samples, self._known)
+
+    def _know(self) -> None:
+        """Look at the weights that the run starts from; those of the hub may be here only once loaded."""
+        config, facts = self.config, self.family.facts
+        init = config.adapter.init if config.adapter else None
+
+        def look() -> dict[str, str | None]:
+            with console().phase("reading the base's weights"):
+                known = {BASE: weights_hash(weights_of(config.model.opened, facts))}
+            return {**known, INITIAL: weights_hash([initial_file(init)]) if init else None}
+
+        self._known = on_main(self.accelerator, look)
 
     @cached_property
     def sampling(self) -> SamplingConfig:
@@ -145,12 +174,14 @@ class Run:
         Raises:
             ResumeError: what is there was made by another configuration; names the keys.
         """
+        self.say(self._opening())
+        self._know()
         trained = self.folder.trained()
         step = Artifact.load(trained).step if trained else None
         details = step.details if step else None
         if trained and details and "identity" in details:
             compare_identities(details["identity"], self.identity, trained)
-        self._checkpoints.check()
+        begun = self._checkpoints.check()
         self.accelerator.wait_for_everyone()
         if self.main:
             write_text(self.folder.config, dump_yaml(self.given))
@@ -158,9 +189,42 @@ class Run:
                 self._write_plan(self.plan)
         if details and int(details.get("step", 0)) >= self.config.train.max_steps:
             self.say(f"training is finished ({details['step']} steps): {trained}")
+            both = self.config.keeps_best and (self.folder.adapters / "last" / RECORD).is_file()
+            if self.main and both and details.get("final") != self.config.final:
+                self._choose(Artifact.load(self.folder.adapter).lineage[-1])
+            self.accelerator.wait_for_everyone()
             return False
+        if begun is not None:
+            self._say_what_changed(begun)
         self.learns = True
         return True
+
+    def _opening(self) -> str:
+        """`20 pictures, batch 4, 1,500 steps = 300 epochs, writes to runs/mine`."""
+        train, count = self.config.train, len(self.scan.samples)
+        epochs = train.max_steps * train.batch_size / max(count, 1)
+        shown = format_count(round(epochs)) if epochs >= 10 else f"{epochs:.2g}"
+        held = f" ({len(self.scan.held_out)} more held out)" if self.scan.held_out else ""
+        return (
+            f"{format_count(count)} picture{'s' if count != 1 else ''}{held}, batch {train.batch_size},"
+            f" {format_count(train.max_steps)} steps = {shown} epoch{'s' if shown != '1' else ''},"
+            f" writes to {self.folder.path}"
+        )
+
+    def _say_what_changed(self, begun: Mapping[str, Any]) -> None:
+        """What a run that is continued has else than when it was begun, without being another one for it."""
+        train, adapter = self.config.train, self.config.adapter
+        before = begun.get(STEPS)
+        if before is not None and before != train.max_steps and train.schedule != "constant":
+            self.say(
+                f"train.max_steps was {before:,} and is {train.max_steps:,}: steps that were made keep their"
+                f" learning rates, those to come follow the {train.schedule} schedule of the new length"
+            )
+        if adapter is not None and adapter.dropout and MASKS not in begun:
+            self.say(
+                "this run was begun when masks of adapter.dropout depended on how a step is cut; from here on"
+                " they belong to the samples"
+            )
 
     def _write_plan(self, plan: Plan) -> None:
         self.meter.active = True
@@ -189,9 +253,13 @@ class Run:
             self.say(f"base: its weights are there as {variant} alone, so these are read")
         trained = torch.float32 if config.adapter is None else DTYPES[memory.precision]
         pack = memory.base_precision if memory.base_precision in ("int8", "nf4") else ""
-        with self.meter.phase("load"):
+        with self.meter.phase("load"), console().phase("loading the base"):
             pipeline = family.load(config.model.opened, family.facts.dtypes(trained), pack=pack)
         pipeline.scheduler = configured(pipeline.scheduler, config.objective)
+        self._know()
+        if config.adapter is not None and config.adapter.init is not None:
+            given = _initial(pipeline, family, config.adapter.init)
+            self.initial = partial(start_from, given=given, source=config.adapter.init)
         self._watch(pipeline)
         return Base(family, pipeline, family.objective(pipeline, config.objective))
 
@@ -270,6 +338,7 @@ class Run:
             Levers.of(self.config.memory),
             device=self.accelerator.device,
             seed=self.config.seed,
+            initial=self.initial,
         )
 
     def train(
@@ -297,9 +366,12 @@ class Run:
             evaluate=evaluate,
             preview=self._previewer(base),
             preview_every=config.preview.every,
+            keep=partial(self._keep, base, fitted),
+            keep_best=config.keeps_best,
         )
         result = train(accelerator, task, optimizer, batches, config.train, hooks)
-        self._save(base, fitted, result)
+        with console().phase("saving what was learned"):
+            self._save(base, fitted, result)
 
     @property
     def _checkpoints(self) -> Checkpoints:
@@ -326,32 +398,32 @@ class Run:
             tiled=bool(config.memory.vae_tiling),
         )
 
-    def _save(self, base: Base, fitted: Fitted, result: Result) -> None:
-        """Write the trained adapter to `adapter/`, or the whole pipeline to `model/`, with its artifact.json.
+    def _keep(self, base: Base, fitted: Fitted, name: str, step: int, figures: Mapping[str, float]) -> None:
+        """Write the adapter as it is after `step` to `adapters/<name>`, on the main process."""
+        value = figures.get("best_val_loss") if name == "best" else None
+        metrics: dict[str, Metric] = {"steps": step} if value is None else {"steps": step, "val_loss": value}
+        final = self.folder.adapters / name
+        with console().phase(f"saving {final.relative_to(self.folder.path)}"):
+            self._write(base, fitted, final, self._step(final, step, metrics))
+
+    def _step(self, final: Path, step: int, metrics: dict[str, Metric], seconds: float = 0.0) -> Step:
+        return Step(
+            kind="train",
+            artifact=final.name,
+            settings=json.loads(self.config.model_dump_json(exclude={"optimize", "runs"})),
+            seconds=round(seconds, 3),
+            metrics=metrics,
+            details={"identity": self.identity, "step": step},
+        )
+
+    def _write(self, base: Base, fitted: Fitted, final: Path, step: Step) -> None:
+        """Write the adapter, or the whole pipeline, with its artifact.json.
 
         Raises:
             OutputError: nothing half-written is left.
         """
-        if not self.main:
-            return
         config, family = self.config, base.family
-        final = self.folder.adapter if config.adapter else self.folder.model
-        metrics: dict[str, Metric] = {
-            "steps": result.step,
-            "loss": result.loss,
-            **result.metrics,
-            "parameters": sum(parameter.numel() for parameter in fitted.parameters.values()),
-            "samples_per_second": round(result.step * config.train.batch_size / max(result.seconds, 1e-9), 3),
-        }
-        step = Step(
-            kind="train",
-            artifact=final.name,
-            settings=json.loads(config.model_dump_json(exclude={"optimize", "runs"})),
-            seconds=round(result.seconds, 3),
-            metrics=metrics,
-            details={"identity": self.identity, "step": result.step},
-        )
-        with self.meter.phase("save"), atomic_folder(final) as folder:
+        with atomic_folder(final) as folder:
             denoiser = family.denoiser(base.pipeline)
             if config.adapter:
                 save_adapter(
@@ -368,20 +440,88 @@ class Run:
                 setattr(whole, family.facts.denoiser_name, denoiser.to("cpu", torch.float32))
                 whole.scheduler = base.pipeline.scheduler
                 family.save(whole, folder)
-            Artifact(
-                path=folder,
-                model_path=folder,
-                format="adapter" if config.adapter else "torch",
-                family=family.name,
-                source=str(folder),
-                lineage=(step,),
-                base=config.model.source if config.adapter else None,
-                opened=config.model.opened if config.adapter else None,
-                sampling=self.sampling,
-            ).write()
+            self._record(folder, step)
+
+    def _record(self, folder: Path, step: Step) -> None:
+        config = self.config
+        Artifact(
+            path=folder,
+            model_path=folder,
+            format="adapter" if config.adapter else "torch",
+            family=self.family.name,
+            source=str(folder),
+            lineage=(step,),
+            base=config.model.source if config.adapter else None,
+            opened=config.model.opened if config.adapter else None,
+            sampling=self.sampling,
+        ).write()
+
+    def _save(self, base: Base, fitted: Fitted, result: Result) -> None:
+        """Write what was trained: `adapter/`, or with all weights `model/`.
+
+        Where the best adapter is kept, the last one is too, and `adapter/` is the one of `train.final`.
+
+        Raises:
+            OutputError: nothing half-written is left.
+        """
+        if not self.main:
+            return
+        config = self.config
+        final = self.folder.adapter if config.adapter else self.folder.model
+        metrics: dict[str, Metric] = {
+            "steps": result.step,
+            "loss": result.loss,
+            **result.metrics,
+            "parameters": sum(parameter.numel() for parameter in fitted.parameters.values()),
+            "samples_per_second": round(result.step * config.train.batch_size / max(result.seconds, 1e-9), 3),
+        }
+        step = self._step(final, result.step, metrics, result.seconds)
+        with self.meter.phase("save"):
+            if config.keeps_best:
+                last = self.folder.adapters / "last"
+                self._write(base, fitted, last, replace(step, artifact=last.name))
+            else:
+                self._write(base, fitted, final, step)
         if self.meter.active:
             self.meter.write(self.folder.path / "plan.json")
-        self.say(f"saved {final}")
+        if config.keeps_best:
+            self._choose(step)
+        else:
+            self.say(f"saved {final}")
+
+    def _choose(self, step: Step) -> None:
+        """Make `adapter/` of the best or the last one, as `train.final` says.
+
+        Args:
+            step: the training; its figures become those of the adapter that is taken.
+        """
+        folder, which = self.folder, self.config.final
+        best, last = folder.adapters / "best", folder.adapters / "last"
+        if which == "best" and not (best / RECORD).is_file():
+            self.say(
+                f"{best} is not there (no validation loss was a number, or it was removed): taking the last"
+            )
+            which = "last"
+        taken = Artifact.load(folder.adapters / which).lineage[-1]
+        lasting = dict(Artifact.load(last).lineage[-1].metrics)
+        metrics = dict(lasting)
+        if which == "best":  # the figures are those of what is there
+            metrics |= {"last_val_loss": lasting["val_loss"], "val_loss": taken.metrics["val_loss"]}
+        details = {**step.details, "final": which, "taken": taken.details["step"]}
+        with atomic_folder(folder.adapter) as made:
+            for file in sorted((folder.adapters / which).iterdir()):
+                if file.name != RECORD:
+                    shutil.copyfile(file, made / file.name)
+            self._record(made, replace(step, artifact=folder.adapter.name, metrics=metrics, details=details))
+        if "best_step" in lasting:
+            first = lasting.get("val_loss_first")
+            self.say(
+                f"best: step {lasting['best_step']:.0f}, val_loss {lasting['best_val_loss']:.5f} ({best});"
+                f" last: step {step.details['step']}, val_loss {lasting['val_loss']:.5f} ({last})"
+            )
+            if isinstance(first, float) and first <= float(lasting["best_val_loss"] or 0):
+                self.say(f"the untrained model has {first:.5f}: by this measure nothing was gained")
+        self.say(f"saved {folder.adapter}: the {which}, of step {details['taken']} (train.final)")
 
     # After --------------------------------------------------------------------------------------------------
 
@@ -411,6 +551,49 @@ class Run:
         )
         run_chain(self.chain, Artifact.load(trained), context, after_step=lambda _: write_report(path))
         self.say(f"report: {path / 'report.html'}")
+
+
+def weights_of(source: Source, facts: FamilyFacts) -> list[Path]:
+    """The files on this machine that hold a base's weights; none while a base of the hub is not here yet."""
+    path = source.path
+    if path is None and source.name.count("/") == 1:
+        from huggingface_hub import try_to_load_from_cache
+
+        index = try_to_load_from_cache(source.name, "model_index.json", revision=source.revision)
+        path = Path(index).parent if isinstance(index, str) else None
+    if path is None or path.is_file():
+        return [path] if path else []
+    files: list[Path] = []
+    for part in facts.components:
+        folder = path / part.name
+        files += weight_files(folder, source.variant) or sorted(
+            file for file in folder.glob("*") if file.suffix in (".safetensors", *PICKLES)
+        )
+    return [file for file in files if file.is_file()]
+
+
+def initial_file(source: str) -> Path:
+    """The file of an adapter to start from; of a run, its trained adapter."""
+    run = RunFolder(Path(source).expanduser())
+    return adapter_file(run.adapter if (run.adapter / RECORD).is_file() else source)
+
+
+def _initial(pipeline: Pipeline, family: Family, source: str) -> dict[str, Delta]:
+    """Read the adapter that training starts from, by module path of the denoiser.
+
+    Raises:
+        AdapterError: unreadable, or for more than the denoiser.
+    """
+    read = read_adapter(pipeline, family, initial_file(source))
+    others = sorted(read.keys() - {family.facts.denoiser_name})
+    if others:
+        raise AdapterError(
+            f"it adapts the {', '.join(others)} too, which is not trained here",
+            where=source,
+            hint="start from an adapter of the denoiser alone, or merge this one into the base first",
+            key="adapter.init",
+        )
+    return dict(read[family.facts.denoiser_name])
 
 
 def repeated(conditioning: Conditioning, count: int) -> Conditioning:

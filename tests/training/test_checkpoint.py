@@ -26,7 +26,16 @@ from tunekit.config import (
 from tunekit.data.images import Sample
 from tunekit.errors import ArtifactError, ResumeError
 from tunekit.training import checkpoint
-from tunekit.training.checkpoint import Checkpoints, compare_identities, identity, only_writer
+from tunekit.training.checkpoint import (
+    BASE,
+    INITIAL,
+    MASKS,
+    Checkpoints,
+    compare_identities,
+    identity,
+    only_writer,
+    weights_hash,
+)
 
 
 class Config(TrainingRunConfig):
@@ -166,10 +175,49 @@ def test_what_does_not_matter_may_change() -> None:
         assert changed_keys(usual, config(**{key: value})) == [], key
 
 
-def test_a_falling_schedule_cannot_be_prolonged() -> None:
-    assert changed_keys(
-        config(train__schedule="cosine"), config(train__schedule="cosine", train__max_steps=20)
-    ) == ["train.max_steps"]
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_falling_schedule_can_be_prolonged_and_not_cut(schedule: str) -> None:
+    short, long = (config(train__schedule=schedule, train__max_steps=steps) for steps in (10, 20))
+    assert changed_keys(short, long) == []
+    assert changed_keys(long, short) == ["train.max_steps"]
+
+
+def test_other_weights_of_the_base_are_refused_where_both_are_known() -> None:
+    before, after = (identity(config(), [sample()], {BASE: known}) for known in ("aa" * 16, "bb" * 16))
+    with pytest.raises(ResumeError, match=r"model \(its weights\): aaaaaaaa\.\.\. then, bbbbbbbb\.\.\. now"):
+        compare_identities(before, after, Path("runs/x"))
+    compare_identities(identity(config(), [sample()]), after, Path("runs/x"))  # begun when it was not noted
+    compare_identities(before, identity(config(), [sample()], {BASE: None}), Path("runs/x"))
+
+
+def test_another_adapter_to_start_from_is_refused() -> None:
+    plain, started = (identity(config(), [sample()], known) for known in ({}, {INITIAL: "aa"}))
+    for one, other in ((plain, started), (started, plain)):
+        with pytest.raises(ResumeError, match=r"adapter\.init \(its weights\)"):
+            compare_identities(one, other, Path("runs/x"))
+
+
+def test_runs_from_before_masks_belonged_to_samples_go_on() -> None:
+    adapter = AdapterConfig(rank=4, dropout=0.1)
+    now = identity(config(adapter=adapter), [sample()])
+    assert now[MASKS] == "by sample"
+    compare_identities({key: value for key, value in now.items() if key != MASKS}, now, Path("runs/x"))
+    assert MASKS not in identity(config(), [sample()])
+
+
+def test_a_hash_of_weights_is_of_what_they_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "cache_dir", lambda: tmp_path / "cache")
+    one, two = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    one.write_bytes(b"weights")
+    two.write_bytes(b"weights")
+    assert weights_hash([one]) == weights_hash([two]) == weights_hash([one])
+    assert weights_hash([one, two]) != weights_hash([one])
+    before = weights_hash([one])
+    one.write_bytes(b"WEIGHTS")
+    assert weights_hash([one]) != before
+    assert weights_hash([]) is None
+    monkeypatch.setattr(checkpoint, "cache_dir", lambda: one / "no folder")
+    assert weights_hash([two]) == before
 
 
 def test_message_says_then_and_now() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
 from tunekit import optimizers
@@ -368,7 +369,8 @@ def test_console_lines_tell_step_loss_speed_and_time_left(accelerator: Accelerat
         "heal: step 8/12",
         "heal: step 12/12",
     ]
-    assert all("loss" in line and "samples/s" in line and line.endswith(" left") for line in lines)
+    assert all("loss" in line and "samples/s" in line for line in lines)
+    assert [line.endswith(" left") for line in lines] == [True, True, False]
 
 
 def test_tensorboard(accelerator: Accelerator, tmp_path: Path) -> None:
@@ -385,7 +387,7 @@ def test_tensorboard(accelerator: Accelerator, tmp_path: Path) -> None:
 # Resuming
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for SIGKILL: nothing of the loop's own clean-up may be needed."""
 
 
@@ -704,4 +706,170 @@ def test_other_errors_are_not_taken_for_memory(accelerator: Accelerator, tmp_pat
 
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         fit(accelerator, settings(), loss=loss, folder=tmp_path)
-    assert steps_saved(tmp_path) == []
+    assert steps_saved(tmp_path) == ["step-000002"]  # of the last whole step
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("std::bad_alloc"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+def test_whatever_an_allocator_says_is_memory(
+    accelerator: Accelerator, tmp_path: Path, error: Exception
+) -> None:
+    def loss(model: nn.Module, batch: Rows) -> Tensor:
+        if batch.ids[0].startswith("s2-"):
+            raise error
+        return squared(model, batch)
+
+    with pytest.raises(OutOfMemory, match=r"after step 2 of 12 .*goes on from step-000002"):
+        fit(accelerator, settings(), loss=loss, folder=tmp_path)
+
+
+# What fails beside the steps
+
+
+class Failing:
+    """Fails once, at one step, in one of the places beside the steps."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.left = 1
+
+    def at(self, place: str, step: int) -> None:
+        if self.left and (place, step) == (self.place, 8):
+            self.left = 0
+            raise OSError(5, "Input/output error")
+
+    def evaluate(self, step: Callable[[], int]) -> Callable[[nn.Module], dict[str, float]]:
+        def value(model: nn.Module) -> dict[str, float]:
+            self.at("evaluate", step())
+            return {"val_loss": abs(step() - 8.5) + 1}
+
+        return value
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["cpu", "as on a gpu"])
+@pytest.mark.parametrize("place", ["batches", "evaluate", "preview", "keep", "tracker", "console"])
+def test_no_step_is_lost_when_something_beside_the_steps_fails(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, later: bool
+) -> None:
+    if later:
+        monkeypatch.setattr(loop, "_judged_at_once", lambda device: False)
+
+    def run(folder: Path, failing: Failing) -> tuple[nn.Module, list[Any]]:
+        made: list[Any] = []
+        task = Fitting(Fitted.plain(linear()), squared)
+        batches, written = Line(), Tracker.write
+
+        class Reading(Line):
+            def step(self, step: int, rank: int, processes: int) -> list[Rows]:
+                failing.at("batches", step + 1)
+                return batches.step(step, rank, processes)
+
+        def say(line: str) -> None:
+            failing.at("console", task.told[-1] if task.told else 0)
+
+        def write(self: Tracker, rows: Any) -> None:
+            failing.at("tracker", task.told[-1] if task.told else 0)
+            written(self, rows)
+
+        def look(what: str, name: Any, step: int) -> None:
+            failing.at(what, step)
+            made.append((what, name, step))
+
+        monkeypatch.setattr(Tracker, "write", write)
+        done = int(json.loads((folder / "told").read_text())) if (folder / "told").exists() else 0
+        try:
+            model, _ = fit(
+                accelerator,
+                settings(validate_every=4, save_every=4, log_every=2, checkpoint_every=5),
+                batches=Reading(),
+                task=task,
+                folder=folder,
+                say=say,
+                evaluate=failing.evaluate(lambda: task.told[-1] if task.told else done),
+                preview=lambda model, step: look("preview", "", step),
+                keep=lambda name, step, figures: look("keep", name, step),
+                keep_best=True,
+            )
+        finally:
+            folder.mkdir(exist_ok=True)
+            (folder / "told").write_text(str(task.told[-1]))
+            monkeypatch.setattr(Tracker, "write", written)
+        return model, made
+
+    whole, made = run(tmp_path / "whole", Failing(""))
+    failing = Failing(place)
+    with pytest.raises(OSError, match="Input/output"):
+        run(tmp_path / "cut", failing)
+    assert failing.left == 0
+    assert steps_saved(tmp_path / "cut")[-1] == ("step-000007" if place == "batches" else "step-000008")
+    again, rest = run(tmp_path / "cut", failing)
+    assert weights(again) == weights(whole)
+    rows = [
+        [
+            {key: value for key, value in row.items() if key not in ("seconds", "samples_per_second")}
+            for row in part
+        ]
+        for part in (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut"))
+    ]
+    assert rows[0] == rows[1]
+    assert [item for item in made if item[2] > 7] == [item for item in rest if item[2] > 7]
+
+
+def test_the_environment_does_not_divide_gradients(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = fit(accelerator, settings())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    other, _ = fit(Accelerator(cpu=True), settings())
+    assert weights(other) == weights(whole)
+
+
+def test_adapters_are_kept_when_due_and_the_best_one_by_validation(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    kept: list[tuple[str, int]] = []
+    drawn: list[int] = []
+    values = iter([0.1, 0.5, 0.4, 0.45, 0.3])  # the untrained model does not count
+
+    _, result = fit(
+        accelerator,
+        settings(validate_every=3, save_every=5),
+        folder=tmp_path,
+        evaluate=lambda model: {"val_loss": next(values)},
+        preview=lambda model, step: drawn.append(step),
+        keep=lambda name, step, figures: kept.append((name, step)),
+        keep_best=True,
+    )
+    assert kept == [("best", 3), ("step-000005", 5), ("best", 6), ("step-000010", 10), ("best", 12)]
+    assert drawn == [0, 5, 10, 12]
+    assert (result.metrics["best_step"], result.metrics["best_val_loss"]) == (12, 0.3)
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(accelerator: Accelerator) -> None:
+    kept: list[str] = []
+    fit(
+        accelerator,
+        settings(validate_every=6),
+        evaluate=lambda model: {"val_loss": math.nan},
+        keep=lambda name, step, figures: kept.append(name),
+        keep_best=True,
+    )
+    assert kept == []
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_more_steps_follow_the_longer_curve(accelerator: Accelerator, tmp_path: Path, schedule: str) -> None:
+    fit(accelerator, settings(schedule=schedule), folder=tmp_path)
+    fit(accelerator, settings(schedule=schedule, max_steps=20), folder=tmp_path)
+    short, long = settings(schedule=schedule), settings(schedule=schedule, max_steps=20)
+    rates = [row["lr"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert rates == [learning_rate(short if step < 12 else long, step) for step in range(20)]

@@ -13,6 +13,7 @@ from tunekit.adapters.attach import (
     load_adapter,
     load_adapter_state,
     merge_adapter,
+    start_from,
 )
 from tunekit.adapters.delta import Delta, Deltas, Dora, Lora
 from tunekit.adapters.files import adapter_file, read_adapter, save_adapter
@@ -33,5 +34,6 @@ __all__ = [
     "merge_adapter",
     "read_adapter",
     "save_adapter",
+    "start_from",
     "to_kohya",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tunekit.adapters.delta import (
     KINDS,
     NAME,
     Delta,
+    Lora,
     State,
     adapted,
     deltas_of,
@@ -93,6 +95,51 @@ def load_adapter_state(denoiser: nn.Module, state: Mapping[str, Tensor]) -> None
                 f"{key} has shape {list(state[key].shape)}, the adapter has {list(tensor.shape)}"
             )
         tensor.copy_(state[key])
+
+
+def start_from(denoiser: nn.Module, given: Mapping[str, Delta], source: str | Path) -> None:
+    """Give the adapter in `denoiser` the values of another one, strength included.
+
+    Args:
+        given: module path -> update.
+        source: where it comes from, for messages.
+
+    Raises:
+        AdapterError: of another kind or rank, or for other modules.
+    """
+    own = deltas_of(denoiser)
+    where, key = str(source), "adapter.init"
+    if given.keys() != own.keys():
+        odd = sorted(given.keys() ^ own.keys())
+        leaves = ", ".join(sorted({_leaf(path) for path in given}))
+        raise AdapterError(
+            f"it adapts {len(given)} modules and this run {len(own)}; only one of them has {some(odd)}",
+            where=where,
+            hint=f"adapter.targets has to name the same ones; it has {leaves}",
+            key=key,
+        )
+    loaded = {}
+    for path, delta in own.items():
+        other = given[path]
+        if (type(other), other.rank) != (type(delta), delta.rank):
+            raise AdapterError(
+                f"it is a {other.kind} of rank {other.rank} in {path}, and this run makes a {delta.kind} of"
+                f" rank {delta.rank}",
+                where=where,
+                hint=f"set adapter.kind={other.kind} and adapter.rank={other.rank}",
+                key=key,
+            )
+        assert isinstance(other, Lora)
+        strength = other.alpha / delta.alpha  # the rank is the same
+        loaded[path] = dataclasses.replace(other, alpha=delta.alpha, up=other.up * strength)
+    with torch.no_grad():
+        load_adapter_state(denoiser, peft_state(loaded))
+
+
+def _leaf(path: str) -> str:
+    """The last name of a module path that is no number: `to_out.0` of `...attn1.to_out.0`."""
+    names = path.split(".")
+    return ".".join(names[-2:]) if names[-1].isdigit() else names[-1]
 
 
 def load_adapter(

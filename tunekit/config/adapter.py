@@ -19,9 +19,12 @@ class AdapterConfig(Section):
     alpha: float = Field(16.0, gt=0, le=1e6)
     """The update is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout before the adapter."""
+    """Dropout before the adapter; its masks belong to the samples."""
     targets: Names | None = None
     """Names of the modules to adapt, such as to_q; null means the family's own choice."""
+    init: str | None = None
+    """An adapter to start from: a run, a folder or a file, of tunekit, kohya or PEFT; of the same kind, rank
+    and modules."""
 
     @field_validator("targets")
     @classmethod

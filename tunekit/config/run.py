@@ -70,6 +70,19 @@ class TrainingRunConfig(RunConfig):
     optimize: Chain = []
     """Passes to run after training, in order."""
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best adapter by validation is kept."""
+        if self.adapter is None or getattr(getattr(self, "data", None), "validation", None) is None:
+            return False
+        kept = self.train.keep_best
+        return self.train.validate_every is not None if kept is None else kept
+
+    @property
+    def final(self) -> str:
+        """Which adapter becomes the result: "best" or "last"."""
+        return self.train.final or ("best" if self.keeps_best else "last")
+
     moved: ClassVar[dict[Key, Key]] = {("train", "snr_gamma"): ("objective", "snr_gamma")}
     """Former names of keys; configs that have them still run."""
 
@@ -79,6 +92,26 @@ class TrainingRunConfig(RunConfig):
         validation = getattr(getattr(self, "data", None), "validation", None)
         if train.validate_every is not None and validation is None:
             idle("train.validate_every", "there are no held-out pictures without data.validation")
+        if self.adapter is None:
+            for key, value in (("save_every", train.save_every), ("keep_best", train.keep_best)):
+                if value:
+                    wrong(
+                        f"train.{key}",
+                        "keeps adapters, and all weights are trained; train.checkpoint_every and"
+                        " train.keep_checkpoints keep states to continue from",
+                    )
+        if train.keep_best and validation is None:
+            wrong("train.keep_best", "has nothing to choose by without data.validation")
+        if train.final == "best" and not self.keeps_best:
+            wrong(
+                "train.final",
+                "there is no best without a choice: set data.validation and train.validate_every, and leave"
+                " train.keep_best on"
+                if self.adapter
+                else "is for adapters, and all weights are trained",
+            )
+        if train.save_every is not None and train.save_every > train.max_steps:
+            idle("train.save_every", f"training ends before, at step {train.max_steps}")
         if memory.class_batch is not None and not getattr(getattr(self, "data", None), "class_prompt", None):
             idle("memory.class_batch", "no class pictures are drawn")
         frozen_only = "needs a frozen base: all weights are trained with adapter=null"

@@ -16,7 +16,8 @@ class TrainConfig(Section):
     """How it is trained."""
 
     max_steps: Steps
-    """Optimizer steps."""
+    """Optimizer steps. It may grow later: steps already made keep their learning rates, and those to come
+    follow the schedule of the new length."""
     lr: float = Field(gt=0, le=100)
     """Highest learning rate."""
     batch_size: BatchSize = 1
@@ -42,6 +43,13 @@ class TrainConfig(Section):
     """Checkpoints kept; older ones are removed."""
     validate_every: Steps | None = None
     """Steps between validation losses; needs data.validation."""
+    save_every: Steps | None = None
+    """Steps between adapters that are kept, each with its previews, under adapters/ in the run folder."""
+    keep_best: bool | None = None
+    """Keep the adapter with the lowest validation loss so far, as adapters/best; null keeps it where
+    validate_every is set."""
+    final: Literal["best", "last"] | None = None
+    """Which adapter becomes the result, which the passes go on from; null takes the best where it is kept."""
     log_every: Steps = 10
     """Steps between console lines and, on a GPU, looks at the losses; metrics.jsonl has every step."""
     trackers: list[Literal["tensorboard"]] = []

@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import json
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,12 +42,11 @@ from tunekit.errors import DataError, NonFiniteError
 from tunekit.families.family import DTYPES, Conditioning, Family, Frame
 from tunekit.files import atomic_file, clean_leftovers
 from tunekit.kept import Kept
+from tunekit.progress import Progress, console
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_SAY_SECONDS = 5.0
-"""Progress lines come this often."""
 VERSION = 1
 """Part of every key; to be raised when what is stored under a key changes its meaning."""
 RECENT_BYTES = 256 * 2**20
@@ -70,7 +68,7 @@ class Encoder:
         captions_on_host: the text encoders stay on the CPU.
         measured: gives a context that measures one encoding; `again` for the first of its kind.
         files: component -> files its weights were read from, so that they need not be hashed again.
-        say: takes progress lines (main process only).
+        say: takes what is encoded, as a line (main process only).
     """
 
     def __init__(
@@ -217,17 +215,17 @@ class Encoder:
         if missing and self.accelerator.is_main_process:
             self.say(f"encoding {len(missing)} {what}{'s' if len(missing) > 1 else ''}")
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        said = time.monotonic()
         mine = missing[rank::processes]
         for module in modules if mine else ():
             module.to(self.accelerator.device)
-        for done, (path, make) in enumerate(mine, start=1):
-            with self.measured(again=done == 1) if self.measured else nullcontext():
-                tensors = make()
-            _save(path, tensors)
-            if self.accelerator.is_main_process and time.monotonic() - said > _SAY_SECONDS:
-                self.say(f"encoding {what}s: {min(done * processes, len(missing))}/{len(missing)}")
-                said = time.monotonic()
+        shown = console() if self.accelerator.is_main_process else Progress(quiet=True)
+        with shown.phase(f"encoding {what}s", len(missing)) if mine else nullcontext() as phase:
+            for done, (path, make) in enumerate(mine, start=1):
+                with self.measured(again=done == 1) if self.measured else nullcontext():
+                    tensors = make()
+                _save(path, tensors)
+                if phase:
+                    phase.update(min(done * processes, len(missing)))
         self.accelerator.wait_for_everyone()
         for path, make in missing:  # another machine's disk may not be this one's
             if not path.exists():

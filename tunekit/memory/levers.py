@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import zip_longest
@@ -134,6 +135,17 @@ class Fitted:
                 working: list[Tensor] = [*self._working.values()]
                 torch._foreach_copy_(working, masters)
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, the module holds the float32 masters, to be saved as it is."""
+        working = {name: parameter.data for name, parameter in self._working.items()}
+        self.finish()
+        try:
+            yield
+        finally:
+            for name, data in working.items():
+                self._working[name].data = data
+
     def finish(self) -> None:
         """After training: the module holds the float32 masters themselves."""
         for name, parameter in self._working.items():
@@ -158,6 +170,7 @@ def fit(
     *,
     device: torch.device | str = "meta",
     seed: int = 0,
+    initial: Callable[[nn.Module], None] | None = None,
     on_unit: OnUnit | None = None,
 ) -> Fitted:
     """Makes a denoiser what is trained, on the device.
@@ -170,6 +183,7 @@ def fit(
         facts: of the family: where adapters go, and which inputs keep their type.
         device: where it is trained.
         seed: of the adapter's initial weights.
+        initial: gives the new adapter other values to start from (`adapters.start_from`).
         on_unit: runs each checkpointing unit, for observers.
 
     Raises:
@@ -188,6 +202,8 @@ def fit(
     as_held(denoiser, adapter, levers)
     if adapter is not None:
         add_adapter(denoiser, adapter, list(facts.lora_targets), seed=seed)
+        if initial is not None:
+            initial(denoiser)
     masks = with_masks(denoiser)
     host = _host_weights(denoiser, levers, torch.device(device))
     checkpoint_units(

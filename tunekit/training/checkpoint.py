@@ -34,6 +34,7 @@ from tunekit.config import ObjectiveConfig, TrainingRunConfig
 from tunekit.config.memory import free_on_resume
 from tunekit.data.images import Sample
 from tunekit.errors import ArtifactError, ResumeError, output_errors
+from tunekit.kept import Kept
 from tunekit.provenance import public
 from tunekit.records import StateRecord, read
 
@@ -56,23 +57,36 @@ FREE = (
     "train.keep_checkpoints",
     "train.validate_every",
     "train.log_every",
+    "train.save_every",
+    "train.keep_best",
+    "train.final",
     "train.trackers",
+    "adapter.init",  # what it holds is compared
     *free_on_resume(),
 )
 """Keys that do not change what is learned: they may differ between the lives of one run."""
+BASE, INITIAL, MASKS = "model (its weights)", "adapter.init (its weights)", "adapter.dropout (its masks)"
+LATER = (BASE, MASKS)
+"""Parts of an identity that runs of before lack, and that are not always known: compared where both are."""
+STEPS = "train.max_steps"
 
 
-def identity(config: TrainingRunConfig, samples: Iterable[Sample]) -> dict[str, Any]:
+def identity(
+    config: TrainingRunConfig, samples: Iterable[Sample], known: Mapping[str, str | None] | None = None
+) -> dict[str, Any]:
     """What must not change between the lives of a run: the keys that matter to learning, and the pictures.
 
-    With a constant schedule the learning rate does not depend on `train.max_steps`, so a run may be
-    prolonged.
+    With a constant schedule the learning rate does not depend on `train.max_steps`; else it is kept, for it
+    may grow (see `compare_identities`) and not shrink.
+
+    Args:
+        known: hashes of weights by `BASE` and `INITIAL`, as far as there are any.
 
     Returns:
         Dotted key -> JSON-able value.
     """
     flat = _flatten(config.model_dump(mode="json"))
-    free = [*FREE, "train.max_steps"] if config.train.schedule == "constant" else list(FREE)
+    free = [*FREE, STEPS] if config.train.schedule == "constant" else list(FREE)
     kept = {
         key: value
         for key, value in flat.items()
@@ -90,7 +104,32 @@ def identity(config: TrainingRunConfig, samples: Iterable[Sample]) -> dict[str, 
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
         digest.update(json.dumps([sample.id, sample.content, sample.caption]).encode())
-    return {**kept, "data (its pictures or captions)": digest.hexdigest()}
+    later = {key: value for key, value in (known or {}).items() if value is not None}
+    if config.adapter is not None and config.adapter.dropout:
+        later[MASKS] = "by sample"
+    return {**kept, **later, "data (its pictures or captions)": digest.hexdigest()}
+
+
+def weights_hash(files: Iterable[Path]) -> str | None:
+    """Hash of what files hold, in their order; None without files.
+
+    A file's hash is remembered in the user's cache folder for as long as its size and times stay.
+    """
+    hashes = [_file_hash(file) for file in files]
+    return hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest() if hashes else None
+
+
+def _file_hash(file: Path) -> str:
+    stat, kept = file.stat(), Kept.of("files")
+    seen = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    name = hashlib.blake2b(json.dumps(seen).encode(), digest_size=16).hexdigest()
+    known = kept.read(name)
+    if isinstance(known, str):
+        return known
+    with file.open("rb") as content:
+        made = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    kept.write(name, made)
+    return made
 
 
 @dataclass(frozen=True)
@@ -157,11 +196,17 @@ class Checkpoints:
             remove_folder(old)
         return final
 
-    def check(self) -> None:
-        """Raise ResumeError if the newest checkpoint was made by a run that learns something else."""
+    def check(self) -> Mapping[str, Any] | None:
+        """Return the identity in the newest checkpoint; None without one.
+
+        Raises:
+            ResumeError: it was made by a run that learns something else.
+        """
         path = self.newest()
-        if path is not None:
-            self._state(path)
+        if path is None:
+            return None
+        saved: Mapping[str, Any] = self._state(path)["identity"]
+        return saved
 
     def load(self) -> Saved | None:
         """Read the newest whole checkpoint; None when there is none.
@@ -211,11 +256,20 @@ def _damaged(path: Path, error: object) -> ResumeError:
 def compare_identities(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
     """Refuse to continue `path`, made by a run that learned something else.
 
+    `train.max_steps` may grow under any schedule: steps that were made keep the learning rates they had, and
+    those to come follow the curve of the new length.
+
     Raises:
         ResumeError: naming the keys that differ.
     """
     saved, now = public(dict(saved)), public(dict(now))  # as artifact.json has them
-    changed = sorted(key for key in {*saved, *now} if saved.get(key) != now.get(key))
+    changed = sorted(
+        key
+        for key in {*saved, *now}
+        if saved.get(key) != now.get(key)
+        and not (key in LATER and (key not in saved or key not in now))
+        and not (key == STEPS and key in saved and key in now and saved[key] < now[key])
+    )
     if not changed:
         return
     lines = "\n".join(f"  {key}: {_shown(saved, key)} then, {_shown(now, key)} now" for key in changed)
@@ -228,7 +282,8 @@ def compare_identities(saved: Mapping[str, Any], now: Mapping[str, Any], path: P
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
     value = values.get(key)
-    return f"{str(value)[:8]}..." if key.startswith("data (") else json.dumps(value)
+    hashed = key in (BASE, INITIAL) or key.startswith("data (")
+    return f"{str(value)[:8]}..." if hashed else json.dumps(value)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

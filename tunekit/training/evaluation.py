@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from tunekit.diffusion.sampling import initial_latents, sample
 from tunekit.families.family import Conditioning, Family, Frame, Pipeline
 from tunekit.memory.levers import tile_vae
 from tunekit.memory.measure import Meter
+from tunekit.progress import Phase, Progress, console
 from tunekit.runtime import to_images
 from tunekit.tasks import Denoising
 
@@ -52,14 +53,21 @@ def validation(
         batches = list(dataset.validation(plain.objective, timesteps=LEVELS, micro_batch=micro_batch))
         mine = batches[accelerator.process_index :: accelerator.num_processes]
         total = torch.zeros((), device=accelerator.device)
-        with torch.no_grad():
+        with torch.no_grad(), _shown("validation", len(mine), accelerator) as phase:
             for batch in mine:
+                phase.advance()
                 total += plain.loss(model, batch.to(accelerator.device))["loss"].float().sum()
         if accelerator.num_processes > 1:
             total = accelerator.reduce(total, "sum")
         return {"val_loss": float(total) / (len(dataset) * LEVELS)}
 
     return measure
+
+
+def _shown(title: str, total: int, accelerator: Accelerator) -> AbstractContextManager[Phase]:
+    """A phase that the main process shows."""
+    shown = console() if accelerator.is_main_process else Progress(quiet=True)
+    return shown.phase(title, total)
 
 
 @dataclass(frozen=True)
@@ -105,9 +113,13 @@ class Previewer:
             whole = self.family.conditioning(encoded, frame, sampling.guidance)
             return {name: value.to(device) for name, value in whole.items()}
 
-        with atomic_folder(self.folder / f"step-{step:06d}") as made:
+        prompts = self.config.prompts
+        with (
+            atomic_folder(self.folder / f"step-{step:06d}") as made,
+            console().phase("preview", len(prompts)) as phase,
+        ):
             pipeline.vae.to(device)
-            for index, prompt in enumerate(self.config.prompts):
+            for index, prompt in enumerate(prompts):
                 seeds = [self.config.seed + index]
                 # Once the optimizer has its state; of the pictures one is enough.
                 with self.meter.phase("preview", again=True) if step and not index else nullcontext():
@@ -124,6 +136,7 @@ class Previewer:
                     pixels = self.family.decode(pipeline, latents)
                 picture = to_images(pixels)[0]
                 picture.save(made / preview_name(index, prompt))
+                phase.advance()
             pipeline.vae.to("cpu")
 
 

@@ -18,7 +18,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -27,13 +27,21 @@ from torch import Tensor, nn
 
 from tunekit.config import TrainConfig
 from tunekit.diffusion.noise import stable_seed
-from tunekit.errors import NonFiniteError, OutOfMemory, ResumeError
+from tunekit.errors import (
+    Interrupted,
+    NonFiniteError,
+    OutOfMemory,
+    ResumeError,
+    TunekitError,
+    is_out_of_memory,
+)
 from tunekit.memory.measure import Meter
+from tunekit.progress import Progress, console, left, pace
 from tunekit.tasks import Task
 from tunekit.training.checkpoint import Checkpoints, Saved
 from tunekit.training.schedule import learning_rate
 from tunekit.training.signals import Signals
-from tunekit.training.tracking import Progress, Tracker
+from tunekit.training.tracking import Tracker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,6 +71,8 @@ class Batches(Protocol):
         ...
 
 
+CHOSEN_BY = "val_loss"
+"""The figure of `evaluate` that the best is lowest in."""
 MEASURED = 5
 """Steps whose memory is measured on the CPU, where that takes time: not all have pictures of one size."""
 
@@ -79,8 +89,11 @@ class Hooks:
         evaluate: called with the bare module before the first step, every `validate_every` and after the
             last.
         preview: called on the main process with the bare module and the step, before the first step, every
-            `preview_every` and after the last.
-        say: where console lines go; None is rich's progress on a terminal and plain lines elsewhere.
+            `preview_every`, wherever something is kept by step, and after the last.
+        keep: called on the main process to keep what is learned as it is: with a name ("step-000050" every
+            `save_every`, "best"), the step, and the figures so far.
+        keep_best: keep the "best" by `val_loss`, of the steps at which it is evaluated.
+        say: where lines go; None is the console.
         title: first word of each console line.
     """
 
@@ -91,6 +104,8 @@ class Hooks:
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
     preview: Callable[[nn.Module, int], None] | None = None
     preview_every: int | None = None
+    keep: Callable[[str, int, Mapping[str, float]], None] | None = None
+    keep_best: bool = False
     say: Callable[[str], None] | None = None
     title: str = "training"
 
@@ -106,7 +121,8 @@ class Result:
     seconds: float
     """Time inside `train`, all lives of the run together."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Last figures of `evaluate`, and the first ones as `<name>_first`."""
+    """Last figures of `evaluate`, and the first ones as `<name>_first`; of the best `best_step` and
+    `best_val_loss`, where it is kept."""
 
 
 def train(
@@ -128,7 +144,7 @@ def train(
             rate is set every step from `settings` (a pure function of the step), so pass no scheduler.
         batches: see `Batches`.
         settings: reads max_steps, lr, schedule, warmup_steps, max_grad_norm, checkpoint_every,
-            keep_checkpoints, validate_every and log_every. A pass builds its own: `TrainConfig(max_steps=200,
+            validate_every, save_every and log_every. A pass builds its own: `TrainConfig(max_steps=200,
             lr=1e-4, batch_size=4)`.
         hooks: what happens beside the steps.
 
@@ -137,7 +153,8 @@ def train(
             stays.
         ResumeError: the checkpoint found was made by another config.
         OutputError: a checkpoint could not be written; nothing half-written is left looking whole.
-        OutOfMemory: with `checkpoints`, one of the last whole step was written first where that was possible.
+        OutOfMemory: with `checkpoints`, one of the last whole step was written first where that was possible,
+            as before any other error that does not come from what is learned.
         Interrupted: SIGINT or SIGTERM came (only with `checkpoints`); a checkpoint was written first.
     """
     return _Training(accelerator, task, optimizer, batches, settings, hooks or Hooks()).run()
@@ -178,6 +195,10 @@ class _Training:
     pending: list[_Pending] = field(default_factory=list)
     whole: int | None = 0
     """Steps done; None while parameters are being updated."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Of the look that is going on: not yet looked at, and perhaps not yet written."""
+    told: int = 0
+    """Step of the last line."""
     working: float = 0.0
     """Seconds this life has spent on steps alone, up to the last judgement."""
 
@@ -193,6 +214,8 @@ class _Training:
         wrong = [name for name, item in self.parameters.items() if item.dtype != torch.float32]
         if wrong or not self.parameters:
             raise TypeError(f"not float32: {wrong[:3]}" if wrong else "nothing to train")
+        # Sums are made here; accelerate would divide by what a variable of the environment says.
+        self.accelerator.gradient_accumulation_steps = 1
         self.at_once = _judged_at_once(self.accelerator.device)
         self._resume()
         # The small gradients of an adapter are summed over processes here: DDP would look for those of the
@@ -208,30 +231,28 @@ class _Training:
         self.bare = self.accelerator.unwrap_model(self.model)  # under autocast still, but not DDP
         self.begun = self.window = time.perf_counter()
         total = self.settings.max_steps
-        quiet = not self.accelerator.is_main_process
+        self.progress = console() if self.accelerator.is_main_process else Progress(quiet=True)
         with (
             Signals(active=self.checkpoints is not None) as self.signals,
-            Progress(
-                hooks.title,
-                total,
-                start=self.start,
-                log_every=self.settings.log_every,
-                say=hooks.say,
-                quiet=quiet,
-            ) as self.progress,
+            self.progress.phase(hooks.title, total, start=self.start) as self.phase,
         ):
             try:
                 self.module.train()
                 if self.start:
-                    self.progress.say(f"{self.hooks.title}: continues after step {self.start} of {total}")
+                    self._say(f"continues after step {self.start} of {total}")
+                    if self.rows:  # what failed then is made up for
+                        self._look(self.start, self.rows)
                 else:
                     self._look(0, [])
                 for step in range(self.start + 1, total + 1):
                     self._step(step)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._ran_out(error)
+            except (Interrupted, NonFiniteError):
+                raise
+            except Exception as error:
+                if is_out_of_memory(error):
+                    self._ran_out(error)
+                self._failed(error)
+                raise
             finally:
                 self.fitted.finish()
                 if self.tracker:
@@ -252,9 +273,10 @@ class _Training:
             self.seconds_before = float(saved.state["seconds"])
             self.figures.update(saved.state["metrics"])
             self.recent.extend(saved.state["recent"])
-        self.whole = self.start
+            self.rows = list(saved.state.get("waiting", []))
+        self.whole = self.told = self.start
         if self.tracker:
-            self.tracker.rewind(self.start)
+            self.tracker.rewind(int(self.rows[0]["step"]) - 1 if self.rows else self.start)
         self.accelerator.wait_for_everyone()  # all have read the checkpoint before one may prune it
 
     def _step(self, step: int) -> None:
@@ -266,7 +288,10 @@ class _Training:
             rows, stop = self._update(step)
         end = step == self.settings.max_steps
         saving = self.checkpoints is not None and (end or _due(step, self.settings.checkpoint_every))
-        looking = end or _due(step, self.settings.validate_every) or _due(step, self.hooks.preview_every)
+        looking = end or any(
+            _due(step, every)
+            for every in (self.settings.validate_every, self.settings.save_every, self.hooks.preview_every)
+        )
         if not self.at_once and (
             saving
             or looking
@@ -274,17 +299,31 @@ class _Training:
             or (self.accelerator.num_processes == 1 and self.signals.told is not None)
         ):
             rows, stop = self._judge()
+        self.phase.update(step)
         if rows:
             self._look(step, rows)
-            done = (step - self.start) * self.batches.batch_size
-            left = (self.settings.max_steps - step) * self.working / (step - self.start)
-            self.progress.update(
-                step, loss=self._mean(), samples_per_second=done / self.working, seconds_left=left
-            )
+            self._tell(step)
         if self.checkpoints and (saving or stop):
             self._save(step)
             if stop:
                 raise self.signals.interrupted(step, self.settings.max_steps)
+
+    def _tell(self, step: int) -> None:
+        """Show the loss, how fast it goes and how long it will take."""
+        seconds = self.working / (step - self.start)
+        total, every = self.settings.max_steps, self.settings.log_every
+        rest = left(seconds * (total - step))
+        note = f"loss {self._mean():.4f}  {pace(seconds, self.batches.batch_size)}  {rest}".rstrip()
+        self.phase.update(step, note)
+        crossed = step // every > self.told // every
+        if not self.progress.moves and (crossed or step == total):
+            self._say(f"step {step}/{total}  {note}")
+            self.told = step
+
+    def _say(self, line: str) -> None:
+        """Show a line of its own."""
+        if self.accelerator.is_main_process:
+            (self.hooks.say or self.progress.say)(f"{self.hooks.title}: {line}")
 
     def _update(self, step: int) -> tuple[list[dict[str, Any]], bool]:
         """Gradients and the update; what was judged before it, if it was."""
@@ -383,19 +422,38 @@ class _Training:
             hint=f"{kept}; look at these pictures, lower train.lr, or use memory.precision=fp32",
         )
 
-    def _ran_out(self, error: RuntimeError) -> NoReturn:
-        """Saves what is whole, if it can be, and says so."""
+    def _rescue(self) -> str:
+        """Writes a checkpoint of the last whole step, if it can be; says what there is to go on from."""
         self.optimizer.zero_grad(set_to_none=True)
-        kept = "there was no checkpoint yet"
-        if self.checkpoints:
-            alone = self.accelerator.num_processes == 1  # the others may wait for this process for ever
-            if alone and self.whole is not None and self.whole > self.start:
-                rows = self._judge()[0] if self.pending else []
+        if self.checkpoints is None:
+            return ""
+        newest = self.checkpoints.newest()
+        known = newest is not None and self.whole is not None and newest.name == f"step-{self.whole:06d}"
+        if (
+            self.accelerator.is_main_process
+            and self.whole is not None
+            and self.whole > self.start
+            and not known
+        ):
+            rows = self._judge()[0] if self.pending else []
+            self.bare.train()
+            with suppress(TunekitError, OSError, RuntimeError):  # what failed may be the disk
                 if self.tracker:
                     self.tracker.write(rows)
-                self._save(self.whole)
+            with suppress(TunekitError, OSError, RuntimeError):
+                self._save(self.whole, alone=True)
             newest = self.checkpoints.newest()
-            kept = f"goes on from {newest.name} when started again" if newest else kept
+        return f"goes on from {newest.name} when started again" if newest else "there was no checkpoint yet"
+
+    def _failed(self, error: Exception) -> None:
+        """Something beside the steps failed, a cached file or a preview: no step is lost by it."""
+        kept = self._rescue()
+        if kept and isinstance(error, TunekitError) and not isinstance(error, ResumeError):
+            error.hint = f"{error.hint}\n{kept}" if error.hint else kept
+
+    def _ran_out(self, error: Exception) -> NoReturn:
+        """Saves what is whole, if it can be, and says so."""
+        kept = self._rescue() or "there was no checkpoint yet"
         text = str(error).strip().partition("\n")[0]
         when = f"after step {self.whole} of {self.settings.max_steps}"
         if self.whole is None:
@@ -407,11 +465,13 @@ class _Training:
         ) from error
 
     def _look(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Validate and preview where they are due, and write the rows down."""
+        """Validate, preview and keep where that is due, and write the rows down."""
         always = step in (0, self.settings.max_steps)
-        evaluate, preview = self.hooks.evaluate, self.hooks.preview
+        self.rows = rows
+        evaluate, preview, keep = self.hooks.evaluate, self.hooks.preview, self.hooks.keep
+        keeping = [f"step-{step:06d}"] if keep and step and _due(step, self.settings.save_every) else []
         evaluating = evaluate and (always or _due(step, self.settings.validate_every))
-        previewing = preview and (always or _due(step, self.hooks.preview_every))
+        previewing = preview and (always or bool(keeping) or _due(step, self.hooks.preview_every))
         began = time.perf_counter()
         if evaluating or previewing:
             self.module.eval()
@@ -423,18 +483,33 @@ class _Training:
             rows = rows or [{"step": step}]
             rows[-1].update(values)
             shown = "  ".join(f"{name} {value:.5f}" for name, value in values.items())
-            self.progress.say(f"{self.hooks.title}: step {step}  {shown}")
+            if step and self.hooks.keep_best and self._is_best(step, values):
+                self.figures.update(best_step=step, best_val_loss=values[CHOSEN_BY])
+                keeping.append("best")
+                shown += "  (the best so far)"
+            self._say(f"step {step}  {shown}")
         if self.tracker:
             self.tracker.write(rows)
         if preview and previewing:
             if self.accelerator.is_main_process:
                 preview(self.bare, step)
             self.accelerator.wait_for_everyone()
+        if keep and keeping and self.accelerator.is_main_process:
+            with self.fitted.whole():
+                for name in keeping:
+                    keep(name, step, self.figures)
+        self.rows = []
         self.module.train()
         self.window += time.perf_counter() - began  # not the steps' time
 
-    def _save(self, step: int) -> None:
-        """Write a checkpoint on the main process, while the others wait."""
+    def _is_best(self, step: int, values: Mapping[str, float]) -> bool:
+        """Whether no step before was judged better; the untrained model does not count."""
+        if self.figures.get("best_step") == step:  # looked at again, since something failed
+            return True
+        return values.get(CHOSEN_BY, math.nan) < self.figures.get("best_val_loss", math.inf)
+
+    def _save(self, step: int, *, alone: bool = False) -> None:
+        """Write a checkpoint on the main process, while the others wait, unless it is left `alone`."""
         began = time.perf_counter()
         if self.checkpoints and self.accelerator.is_main_process:
             if self.tracker:
@@ -446,9 +521,14 @@ class _Training:
                 "metrics": self.figures,
                 "recent": list(self.recent),
                 "scaler": scaler.state_dict() if scaler else None,
+                **({"waiting": self.rows} if self.rows else {}),
             }
-            self.checkpoints.save(self.parameters, self.optimizer.state_dict(), state, task=self.task.state())
-        self.accelerator.wait_for_everyone()
+            with self.progress.phase("saving a checkpoint"):
+                self.checkpoints.save(
+                    self.parameters, self.optimizer.state_dict(), state, task=self.task.state()
+                )
+        if not alone:
+            self.accelerator.wait_for_everyone()
         self.window += time.perf_counter() - began
 
     def _mean(self) -> float:
@@ -456,11 +536,6 @@ class _Training:
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.begun
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the allocator of CPU tensors, had nothing left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _average(gradients: Sequence[Tensor], accelerator: Accelerator) -> None:

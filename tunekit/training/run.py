@@ -86,6 +86,11 @@ class Processes:
         return made
 
 
+def on_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
+    """What `make` gives on the main process, on all of them; an error of ours is raised on all."""
+    return Processes(accelerator.process_index, accelerator.num_processes).decide(make)
+
+
 def open_accelerator(
     memory: MemoryConfig, batch_size: int, adapter: AdapterConfig | None = None
 ) -> Accelerator:

@@ -1,25 +1,19 @@
-"""What a run writes down while it trains: metrics.jsonl, TensorBoard if asked, and lines for who waits."""
+"""What a run writes down while it trains: metrics.jsonl, and TensorBoard if asked."""
 
 from __future__ import annotations
 
 import os
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tunekit.errors import output_errors, require
 from tunekit.files import atomic_file, json_text
 from tunekit.records import metrics_of
-from tunekit.units import format_seconds
 
 UNREADABLE = "metrics.unreadable"
 """Beside metrics.jsonl: lines of it that are no rows."""
-_PLAIN_SECONDS = 15.0
-"""Without a terminal, a line at least this often."""
 
 
 class Tracker:
@@ -104,85 +98,3 @@ class Tracker:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl in the order of their steps; lines that are no rows are left out."""
     return metrics_of(path).rows
-
-
-class Progress:
-    """Step, loss, samples/s and time left: one moving line on a terminal, plain lines elsewhere.
-
-    Args:
-        title: first word of each line.
-        total: steps in all.
-        start: steps done by earlier lives.
-        log_every: plain lines come every so many steps, or after 15 s.
-        say: takes plain lines; None means the console.
-        quiet: True on all processes but the main one.
-    """
-
-    def __init__(
-        self,
-        title: str,
-        total: int,
-        *,
-        start: int = 0,
-        log_every: int = 10,
-        say: Callable[[str], None] | None = None,
-        quiet: bool = False,
-    ) -> None:
-        self.title = title
-        self.total = total
-        self.log_every = log_every
-        self.quiet = quiet
-        self._say = say
-        self._bar: Any = None
-        self._last_line = time.monotonic()
-        self._last_step = start
-        if say is None and not quiet and sys.stdout.isatty():
-            from rich.progress import BarColumn, TextColumn
-            from rich.progress import Progress as Bar
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[figures]}"),
-            )
-            self._bar = Bar(*columns)
-            self._task = self._bar.add_task(title, total=total, completed=start, figures="")
-
-    def __enter__(self) -> Progress:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def say(self, line: str) -> None:
-        """Show a line of its own."""
-        if self.quiet:
-            return
-        if self._say is not None:
-            self._say(line)
-        elif self._bar is not None:
-            self._bar.console.print(line, highlight=False)
-        else:
-            print(line, flush=True)
-
-    def update(self, step: int, *, loss: float, samples_per_second: float, seconds_left: float) -> None:
-        """Show where the run is."""
-        if self.quiet:
-            return
-        figures = (
-            f"step {step}/{self.total}  loss {loss:.4f}  {samples_per_second:.3g} samples/s  "
-            f"{format_seconds(seconds_left)} left"
-        )
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, figures=figures)
-            return
-        now = time.monotonic()
-        crossed = step // self.log_every > self._last_step // self.log_every
-        if crossed or step == self.total or now - self._last_line >= _PLAIN_SECONDS:
-            self._last_line, self._last_step = now, step
-            self.say(f"{self.title}: {figures}")
