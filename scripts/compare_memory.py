@@ -316,7 +316,7 @@ def predict(row: Published) -> tuple[int, int]:
         optimizer_in_backward=row.optimizer_in_backward,
     )
     target = replace(CUDA, attention=row.attention)
-    trace = trace_step(job, target, levers, accumulation=row.accumulation).trace
+    trace = trace_step(job, target, levers, rows=(row.micro_batch,) * min(row.accumulation, 2)).trace
     networks = {"text encoders": sizes.encoders, "VAE": (sizes.vae,)}
     parts = [part.build() for name in row.beside for part in networks[name]]
     beside = row.beside_bytes * sum(p.numel() for part in parts for p in part.parameters())

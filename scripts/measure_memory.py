@@ -117,7 +117,7 @@ def measured(job: Job, task: Task, batches: Same, device: str) -> tuple[Measured
         job.optimizer, fitted.parameters.values(), lr=1e-4, device=device, per_parameter=in_backward
     )
     if in_backward:
-        step_in_backward(optimizer)
+        step_in_backward(optimizer, fitted)
     settings = TrainConfig(
         max_steps=2 if device == "cpu" else 8,
         lr=1e-4,
@@ -143,16 +143,21 @@ def measured(job: Job, task: Task, batches: Same, device: str) -> tuple[Measured
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def compare(job: Job, levers: Levers, device: str, *, accumulation: int = 1) -> dict[str, Any]:
-    """One configuration, predicted and measured."""
+def compare(job: Job, levers: Levers, device: str, *, rows: tuple[int, ...] = ()) -> dict[str, Any]:
+    """One configuration, predicted and measured.
+
+    Args:
+        rows: of each forward of a step; default one micro-batch.
+    """
     target, micro_batch = CPU if device == "cpu" else CUDA, levers.micro_batch or 1
-    traced = trace_step(job, target, levers, accumulation=accumulation).trace
+    rows = rows or (micro_batch,)
+    traced = trace_step(job, target, levers, rows=rows).trace
     predicted = traced.peak().size
     reserved = max(replay(traced.events).values()) if device != "cpu" else None
     torch.manual_seed(0)
     task = job.task_of(adapted(job, levers, device))
-    batch = real_batch(job, micro_batch, device)
-    batches = Same(micro_batch * accumulation, [batch] * accumulation)
+    batch = {count: real_batch(job, count, device) for count in rows}
+    batches = Same(sum(rows), [batch[count] for count in rows])
     found, seconds = measured(job, task, batches, device)
     del task, batch, batches
     gc.collect()
@@ -167,7 +172,8 @@ def compare(job: Job, levers: Levers, device: str, *, accumulation: int = 1) -> 
         "base_precision": levers.base_precision,
         "optimizer": job.optimizer + (" in backward" if levers.optimizer_in_backward else ""),
         "micro_batch": micro_batch,
-        "accumulation": accumulation,
+        "accumulation": len(rows),
+        "rows": list(rows),
         "gradient_checkpointing": twice if isinstance(twice, bool) else len(twice),
         "keep_attention": bool(levers.keep_attention),
         "offload": bool(levers.offload),
@@ -297,6 +303,8 @@ def grid(device: str) -> Iterator[dict[str, Any]]:
             every = replace(free, gradient_checkpointing=True)
             for levers in (free, every):
                 yield compare(whole, levers, device)
+                if size > 1:  # pictures of two shapes
+                    yield compare(whole, levers, device, rows=(1, size - 1))
             lone = replace(whole, max_grad_norm=None)
             yield compare(lone, replace(every, optimizer_in_backward=True), device)
 
@@ -317,7 +325,7 @@ def drawn(device: str, seed: int) -> Iterator[dict[str, Any]]:
         kept = tuple(name for name in twice if draw.random() < 0.5)
         base = draw.choice(["same", "int8", "nf4"])
         levers = Levers(precision, base, size, twice, kept)
-        yield compare(job, levers, device, accumulation=accumulation)
+        yield compare(job, levers, device, rows=(size,) * accumulation)
 
 
 def dispatch_seconds(device: str) -> float:

@@ -535,9 +535,10 @@ def _healing(config: TrainingRunConfig, job: Job) -> list[After]:
             settings["precision"],
             job.size,
             TrainConfig(max_steps=1, lr=1.0).max_grad_norm,
+            mixed=job.mixed,
             make_task=make,
             task=f"distillation {weight}",
         )
         levers = Levers(settings["precision"], micro_batch=micro_batch)
-        found.append(After("heal", taught, levers, -(-size // micro_batch), read))
+        found.append(After("heal", taught, levers, size, read))
     return found

@@ -350,12 +350,7 @@ class Run:
     ) -> None:
         """Train, preview, keep checkpoints, and save what was learned."""
         config, accelerator, fitted = self.config, self.accelerator, task.fitted
-        optimizer = build_optimizer(
-            config.train,
-            fitted.parameters.values(),
-            accelerator.device,
-            in_backward=fitted.optimizer_in_backward,
-        )
+        optimizer = build_optimizer(config.train, fitted, accelerator.device)
         self._watch(base.pipeline, fitted, optimizer)
         events = self.folder.path / "tensorboard" if "tensorboard" in config.train.trackers else None
         hooks = Hooks(

@@ -14,6 +14,7 @@ from tunekit import families, layers
 from tunekit.config import (
     AdapterConfig,
     DataConfig,
+    MemoryConfig,
     ModelConfig,
     ObjectiveConfig,
     TrainConfig,
@@ -21,10 +22,12 @@ from tunekit.config import (
 )
 from tunekit.errors import ConfigError
 from tunekit.families import Frame, Sizes, sizes
+from tunekit.memory.costs import costs
 from tunekit.memory.job import KEPT, TEACHER, Job, job_of
 from tunekit.memory.levers import Fitted, Levers, fit, quantize_base
 from tunekit.memory.phases import trace_class_pictures, trace_encode
-from tunekit.memory.step import trace_step
+from tunekit.memory.planner import Planner, Way
+from tunekit.memory.step import adapted, splits, trace_step
 from tunekit.memory.trace import CPU, CUDA, Tracer
 from tunekit.tasks import Denoising
 from tunekit.training.distill import Distillation
@@ -59,11 +62,59 @@ def test_another_task_is_traced_with_its_teacher(
 ) -> None:
     """What heal trains, against the record of the CPU's allocator."""
     job = distilling(families.sizes_of(name, "tiny"))
-    row = script.compare(job, Levers(micro_batch=micro_batch), "cpu", accumulation=accumulation)
+    row = script.compare(job, Levers(micro_batch=micro_batch), "cpu", rows=(micro_batch,) * accumulation)
     assert row["task"] == "distillation"
     assert abs(row["error_allocated"]) < 0.01
     ledger = trace_step(job, CPU).trace.peak("optimizer").ledger
     assert ledger[TEACHER] == pytest.approx(ledger["weights"], rel=0.01)
+
+
+@pytest.mark.parametrize("levers", [Levers(), Levers(gradient_checkpointing=True)], ids=["kept", "twice"])
+@pytest.mark.parametrize("in_backward", [False, True], ids=["after", "in backward"])
+def test_a_batch_of_two_buckets_takes_what_was_planned(
+    script: Any, tiny: Sizes, levers: Levers, in_backward: bool
+) -> None:
+    """Its gradients stay from the first forward to the second; one forward of all would take less."""
+    job = Job(tiny, None, size=SIZE, mixed=True, max_grad_norm=None)
+    levers = replace(levers, micro_batch=4, optimizer_in_backward=in_backward)
+    whole, apart = splits(4, 4, mixed=True)
+    assert (whole, apart) == ((4,), (1, 3))
+    row = script.compare(job, levers, "cpu", rows=apart)
+    assert abs(row["error_allocated"]) < 0.01
+    planner = Planner(job, batch_size=4, memory=MemoryConfig(budget="auto", approximate="never"))
+    way = Way(0, "same", "adamw", in_backward)
+    step = planner._costs(CPU, way, levers).phases["step"]["peak_allocated_bytes"]
+    alone = trace_step(job, CPU, levers, rows=whole).trace.peak("backward").size
+    print(f"{row['measured_allocated_bytes']:,} measured, {step:,} planned, {alone:,} of one forward")
+    assert step >= row["measured_allocated_bytes"] * 0.99
+    assert step >= alone
+    # Whatever the shapes are, no step needs more.
+    small = replace(job, size=(32, 64))
+    for ones in (1, 2, 3):
+        batches = [script.real_batch(small, ones, "cpu"), script.real_batch(job, 4 - ones, "cpu")]
+        task = job.task_of(adapted(job, levers, "cpu"))
+        found, _ = script.measured(job, task, script.Same(4, batches), "cpu")
+        assert found["peak_allocated_bytes"] <= step * 1.01
+
+
+def test_the_forwards_of_a_step() -> None:
+    assert splits(4, 4) == [(4,)]
+    assert splits(4, 9, mixed=True) == [(4,), (1, 3)]
+    assert splits(1, 1, mixed=True) == [(1,)]
+    assert splits(61, 31) == [(31, 30)]
+    assert splits(61, 60) == [(60, 1)]
+    assert splits(61, 60, mixed=True) == [(60, 60)]
+    assert splits(8, 2) == [(2, 2)]
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (4, 4), (4, 1)])
+def test_what_a_unit_keeps_is_counted_once(tiny: Sizes, rows: tuple[int, ...]) -> None:
+    """From its forward to its backward pass, of the last forward of a step."""
+    job = Job(tiny, ADAPTER, size=SIZE)
+    levers = Levers(micro_batch=rows[0])
+    once = costs(trace_step(job, CUDA, levers, rows=rows[-1:]), CUDA)
+    several = costs(trace_step(job, CUDA, levers, rows=rows), CUDA, len(rows))
+    assert several.kept == once.kept
 
 
 def test_a_teacher_does_not_run_under_the_students_autocast(tiny: Sizes) -> None:

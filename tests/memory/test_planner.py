@@ -16,7 +16,7 @@ from tunekit.memory.advice import advice
 from tunekit.memory.job import Job
 from tunekit.memory.levers import Levers
 from tunekit.memory.plan import Plan, refuse
-from tunekit.memory.planner import Planner, divisors
+from tunekit.memory.planner import Planner, cuts, divisors
 from tunekit.memory.room import Room, Speed, room_of
 from tunekit.memory.step import trace_step
 from tunekit.memory.trace import CPU, CUDA
@@ -97,7 +97,7 @@ def test_less_memory_is_never_faster_and_every_plan_fits(planner: Planner) -> No
 def test_a_plan_is_what_its_own_trace_says(job: Job, planner: Planner) -> None:
     most = planner.plan("large", room(10**12)).device_bytes
     plan = planner.plan("card", room(int(most * 0.75)))
-    again = trace_step(job, CPU, plan.levers, accumulation=plan.accumulation).trace
+    again = trace_step(job, CPU, plan.levers, rows=(plan.levers.micro_batch,) * plan.accumulation).trace
     assert again.peak().size == max(
         plan.phases[name]["peak_allocated_bytes"] for name in ("step", "first_step")
     )
@@ -267,6 +267,13 @@ def test_a_plan_comes_back_from_json(planner: Planner) -> None:
 def test_context_and_headroom_count(planner: Planner) -> None:
     bare, real = planner.plan("a", room(10**12)), planner.plan("b", room(10**12, context=2**29))
     assert real.device_bytes > bare.device_bytes + 2**29
+
+
+def test_a_batch_is_cut_into_parts_that_need_not_be_equal() -> None:
+    assert cuts(61) == [61, 31, 21, 16, 11, 8, 6, 4, 3, 2, 1]
+    assert cuts(4) == [4, 2, 1]
+    assert cuts(1) == [1]
+    assert all(cuts(number)[-1] == 1 for number in range(1, 70))
 
 
 def test_divisors() -> None:

@@ -55,7 +55,7 @@ def test_prediction_equals_a_real_run_on_the_cpu(
     """Every family that runs, in the recipes' own task."""
     job = Job(families.sizes_of(name, "tiny"), adapter, size=SIZE)
     levers = Levers(micro_batch=micro_batch, gradient_checkpointing=checkpointed)
-    traced = trace_step(job, CPU, levers, accumulation=accumulation)
+    traced = trace_step(job, CPU, levers, rows=(micro_batch,) * accumulation)
     predicted = traced.trace.peak().size
     real = measure(job, micro_batch, accumulation, checkpointed)
     print(f"predicted {predicted:,}, measured {real:,} bytes: {predicted / real - 1:+.2%}")
@@ -197,7 +197,7 @@ def test_the_measuring_script(script: Any, tiny: Sizes) -> None:
         Job(tiny, ADAPTER, size=SIZE),
         Levers(micro_batch=3, gradient_checkpointing=True),
         "cpu",
-        accumulation=2,
+        rows=(3, 3),
     )
     assert abs(row["error_allocated"]) < 0.01
     assert row["measured_allocated_bytes"] > 0

@@ -677,10 +677,11 @@ def test_out_of_memory_with_the_optimizer_in_backward_saves_nothing(
         model = linear()
         parameters = dict(model.named_parameters())
         optimizer = optimizers.build("adamw", parameters.values(), lr=0.05, per_parameter=True)
-        step_in_backward(optimizer)
+        fitted = Fitted(model, parameters, optimizer_in_backward=True)
+        step_in_backward(optimizer, fitted)
         train(
             accelerator,
-            Fitting(Fitted(model, parameters, optimizer_in_backward=True), loss),
+            Fitting(fitted, loss),
             optimizer,
             Line(),
             settings(max_grad_norm=None, schedule="cosine"),

@@ -64,7 +64,11 @@ def costs(traced: StepTrace, target: Target, passes: int = 1) -> Costs:
     events = traced.trace.events
     count = len(traced.units)
     born: dict[int, tuple[int, int]] = {}
+    last = ""
     for event in events:
+        if event.phase == "forward" and last != "forward":
+            born.clear()  # of several forwards in a step, the last
+        last = event.phase
         if event.phase == "forward" and event.size > 0 and event.storage >= 0 and event.place % 2:
             born[event.storage] = (event.place // 2, event.size)
         elif event.phase == "forward" and event.size < 0:

@@ -54,6 +54,7 @@ class Job:
         precision: "fp32", "bf16" or "fp16" arithmetic.
         size: (height, width) of the largest bucket in pixels.
         max_grad_norm: whether gradients are clipped.
+        mixed: whether the samples of a step may be of several shapes.
         objective: what is learned.
         preview: (height, width) of previews in pixels; None without.
         guided: whether previews use guidance, which doubles their rows.
@@ -74,6 +75,7 @@ class Job:
     preview: tuple[int, int] | None = None
     guided: bool = True
     class_pictures: tuple[int, int] | None = None
+    mixed: bool = False
     make_task: MakeTask | None = field(default=None, compare=False)
     task: str = "denoising"
     stored: Mapping[str, Stored] = field(default_factory=dict)
@@ -178,6 +180,7 @@ def job_of(config: TrainingRunConfig, data: DataConfig | DreamboothData, precisi
         (sampling.height, sampling.width) if config.preview.prompts else None,
         sampling.guided,
         drawn if getattr(data, "class_prompt", None) else None,
+        mixed=getattr(data, "buckets", False),
         stored=stored(sizes, config.model.opened),
     )
 

@@ -88,6 +88,7 @@ class Fitted:
         module: the denoiser.
         parameters: name -> what the optimizer updates, float32: the module's own parameters, or copies.
         masks: of its dropout; told of each batch before it goes through the module.
+        summing: whether gradients of the step are still to come after this backward pass.
     """
 
     module: nn.Module
@@ -95,6 +96,7 @@ class Fitted:
     host: HostWeights | None = None
     optimizer_in_backward: bool = False
     masks: Masks = field(default_factory=Masks)
+    summing: bool = False
     watch: Callable[[Tensor], None] = lambda gradient: None
     """Told of each gradient that is summed on a master, for observers."""
     _working: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -489,12 +491,14 @@ def _place(denoiser: nn.Module, device: torch.device | str, host: HostWeights | 
 
 
 def step_in_backward(
-    optimizer: torch.optim.Optimizer, step: Callable[[torch.optim.Optimizer], Any] | None = None
+    optimizer: torch.optim.Optimizer,
+    fitted: Fitted,
+    step: Callable[[torch.optim.Optimizer], Any] | None = None,
 ) -> None:
     """Updates each parameter when its gradient is complete, and frees the gradient.
 
-    The sum of all gradients is never there, so their global norm cannot be clipped, and each step has one
-    backward pass.
+    The gradients are never there all at once, so that their global norm cannot be clipped. In a step of
+    several backward passes they are, until the last one (`Fitted.summing`).
 
     Args:
         optimizer: with one group per parameter (`optimizers.build(per_parameter=True)`).
@@ -502,6 +506,8 @@ def step_in_backward(
     """
 
     def update(index: int, parameter: Tensor) -> None:
+        if fitted.summing:
+            return
         groups = optimizer.param_groups  # not those of today: whoever loads a state makes new ones
         optimizer.param_groups = [groups[index]]
         try:

@@ -29,12 +29,12 @@ from tunekit.memory.choose import choose_units
 from tunekit.memory.costs import Costs, Row, costs, phase_of
 from tunekit.memory.decided import Levers, named
 from tunekit.memory.host import FILES, Base, Waiting, base_of, on_host
-from tunekit.memory.job import MASTERS, STATE, Job
+from tunekit.memory.job import ADAPTER, MASTERS, STATE, TRAINED, Job
 from tunekit.memory.phases import trace_class_pictures, trace_encode, trace_preview
 from tunekit.memory.plan import PHASES, Phase, Plan, code, measures, versions
 from tunekit.memory.room import DISPATCH_SECONDS, HOST_LINK, Room
-from tunekit.memory.step import trace_step
-from tunekit.memory.trace import Target
+from tunekit.memory.step import splits, trace_step
+from tunekit.memory.trace import ACTIVATIONS, Target
 from tunekit.units import format_bytes
 
 TRIES = 6
@@ -82,14 +82,14 @@ class After:
         phase: what the plan calls it.
         job: what is trained then, and for what.
         levers: its own.
-        accumulation: forwards per optimizer step.
+        batch_size: samples per optimizer step.
         host_bytes: of the host's memory that it takes.
     """
 
     phase: str
     job: Job
     levers: Levers
-    accumulation: int
+    batch_size: int
     host_bytes: int
 
 
@@ -246,7 +246,7 @@ class Planner:
         if self.memory.micro_batch:
             # A pinned micro-batch may be more than this process's share of the batch.
             return [min(self.memory.micro_batch, self.batch_size)]
-        return [self.batch_size] if way.optimizer_in_backward else divisors(self.batch_size)
+        return [self.batch_size] if way.optimizer_in_backward else cuts(self.batch_size)
 
     def _levers(self, way: Way, micro_batch: int, **units: Any) -> Levers:
         """Those of a way.
@@ -473,15 +473,24 @@ class Planner:
         size = _size(levers)
         job = replace(self.job, optimizer=way.optimizer)
 
-        def make() -> dict[str, Any]:
-            base = "" if levers.base_precision == "same" else f", {levers.base_precision} base"
-            self.say(f"tracing a step of micro-batch {size}{base}")
-            accumulation = self._accumulation(size)
-            traced = trace_step(job, target, levers, accumulation=accumulation)
-            return asdict(costs(traced, target, min(accumulation, 2)))
+        def traced(rows: tuple[int, ...]) -> Costs:
+            def make() -> dict[str, Any]:
+                base = "" if levers.base_precision == "same" else f", {levers.base_precision} base"
+                self.say(f"tracing a step of {' + '.join(map(str, rows))} samples{base}")
+                return asdict(costs(trace_step(job, target, levers, rows=rows), target, len(rows)))
 
-        key = ["step", asdict(target), self.batch_size > size, asdict(levers)]
-        return Costs.load(self._made(key, make, job))
+            return Costs.load(self._made(["step", asdict(target), rows, asdict(levers)], make, job))
+
+        first, *others = splits(self.batch_size, size, mixed=job.mixed)
+        whole = traced(first)
+        one = whole.phases["step"]["ledger"].get(ACTIVATIONS, 0) / size
+        if learned_bytes(whole.phases["save"]["ledger"]) < one / 2:
+            return whole  # all gradients take less than what one sample more does
+        phases = dict(whole.phases)
+        for rows in others:
+            for name, found in traced(rows).phases.items():
+                phases[name] = max(phases[name], found, key=lambda phase: int(phase["least_bytes"]))
+        return replace(whole, phases=phases)
 
     def _load(self, room: Room, levers: Levers) -> Phase:
         """The phase in which the base is read; on a device of its own memory it takes none of that."""
@@ -508,16 +517,20 @@ class Planner:
     def _afterwards(self, room: Room) -> dict[str, Phase]:
         """The phases of what is trained afterwards; of several of one name, the one that needs most."""
         phases: dict[str, Phase] = {}
-        for after in self.after if room.target.name != "cpu" else ():
+        cases = [
+            (after, rows)
+            for after in self.after
+            if room.target.name != "cpu"
+            for rows in splits(after.batch_size, _size(after.levers), mixed=after.job.mixed)
+        ]
+        for after, rows in cases:
 
-            def make(after: After = after) -> Phase:
+            def make(after: After = after, rows: tuple[int, ...] = rows) -> Phase:
                 self.say(f"tracing a step of {after.phase}")
-                traced = trace_step(
-                    after.job, room.target, after.levers, accumulation=after.accumulation
-                ).trace
+                traced = trace_step(after.job, room.target, after.levers, rows=rows).trace
                 return phase_of(traced, traced.phases()[1:], room.target)
 
-            key = ["after", asdict(room.target), asdict(after.levers), min(after.accumulation, 2)]
+            key = ["after", asdict(room.target), asdict(after.levers), rows]
             found = {**self._made(key, make, after.job), "host_bytes": after.host_bytes}
             known = phases.get(after.phase)
             if known is None or found["least_bytes"] > known["least_bytes"]:
@@ -593,6 +606,24 @@ class Planner:
 def divisors(number: int) -> list[int]:
     """Largest first."""
     return [size for size in range(number, 0, -1) if number % size == 0]
+
+
+def cuts(number: int) -> list[int]:
+    """Sizes of the larger parts into which samples can be cut evenly, largest first: 61, 31, 21, 13 ... 1.
+
+    Of sizes that are nearly the same one is enough: what they cost differs by launches alone.
+    """
+    sizes = [number]
+    for parts in range(2, number + 1):
+        size = -(-number // parts)
+        if size <= 0.8 * sizes[-1]:
+            sizes.append(size)
+    return sizes
+
+
+def learned_bytes(at_rest: Mapping[str, int]) -> int:
+    """What the gradients of all that is trained take, by the ledger of what is there between two steps."""
+    return next((at_rest[name] for name in (MASTERS, TRAINED, ADAPTER) if name in at_rest), 0)
 
 
 def _too_much_for_the_host(room: Room, phases: Mapping[str, Phase]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,13 +66,31 @@ def adapted(job: Job, levers: Levers, device: str = "meta", on_unit: OnUnit | No
     return fitted
 
 
-def trace_step(job: Job, target: Target, levers: Levers | None = None, *, accumulation: int = 1) -> StepTrace:
+def splits(batch_size: int, micro_batch: int, *, mixed: bool = False) -> list[tuple[int, ...]]:
+    """Rows of the forwards of a step, as far as they need memory of their own; one of them needs most.
+
+    What a third forward needs, the second did: its own, beside the gradients of the first. Samples of several
+    shapes go forward apart. Then a micro-batch may come second though it is the only whole one, and a step of
+    one micro-batch becomes two forwards: worst is one sample, then all others in the largest shape.
+
+    Args:
+        mixed: whether samples may be of several shapes.
+    """
+    rest = batch_size - micro_batch
+    if rest > 0:
+        return [(micro_batch, micro_batch if mixed else min(micro_batch, rest))]
+    return [(batch_size,), (1, batch_size - 1)] if mixed and batch_size > 1 else [(batch_size,)]
+
+
+def trace_step(
+    job: Job, target: Target, levers: Levers | None = None, *, rows: Sequence[int] = ()
+) -> StepTrace:
     """Follows two optimizer steps.
 
     Args:
         target: whose allocations are predicted.
-        levers: default none, at the job's precision; without a micro-batch, of one sample.
-        accumulation: forwards per optimizer step; beyond the second nothing new is held.
+        levers: default none, at the job's precision.
+        rows: of each forward of a step; default one forward of the levers' micro-batch, or of one sample.
     """
     levers = levers or Levers(job.precision)
     tracer = Tracer(target, autocast=job.autocast)
@@ -82,19 +100,21 @@ def trace_step(job: Job, target: Target, levers: Levers | None = None, *, accumu
     parameters = list(fitted.parameters.values())
     _watch(tracer, fitted)
     update = _updater(job, target, fitted, tracer)
-    batch = job.batch(levers.micro_batch or 1)
-    fitted.masks.draw(0, 0, batch.ids, "meta")
+    counts = tuple(rows) or (levers.micro_batch or 1,)
+    batches = {count: job.batch(count) for count in counts}
     with tracer:
         _label(tracer, job, task)
-        tracer.label(batch.tensors(), "inputs")
+        tracer.label([item for batch in batches.values() for item in batch.tensors()], "inputs")
         if job.preview is not None and target.name == "cpu":  # between previews it waits there
             vae = job.sizes.pipeline().vae
             tracer.label((*vae.parameters(), *vae.buffers()), VAE)
         for number, first in enumerate(("first ", ""), start=1):
-            for _ in range(min(accumulation, 2)):
+            for index, count in enumerate(counts, start=1):
                 tracer.place = 0
+                fitted.summing = index < len(counts)
                 with tracer.phase(f"{first}forward"):
-                    loss = task.loss(fitted.module, batch)["loss"].float().sum()
+                    fitted.masks.draw(0, 0, batches[count].ids, "meta")
+                    loss = task.loss(fitted.module, batches[count])["loss"].float().sum()
                 with tracer.phase(f"{first}backward"):
                     loss.backward()  # type: ignore[no-untyped-call]
                 del loss
@@ -160,7 +180,7 @@ def _updater(job: Job, target: Target, fitted: Fitted, tracer: Tracer) -> Callab
         tracer.label([tensor for tensor in state if id(tensor) not in large], STATE)
 
     if fitted.optimizer_in_backward:
-        step_in_backward(optimizer, step)
+        step_in_backward(optimizer, fitted, step)
 
     def update() -> None:
         if not fitted.optimizer_in_backward:

@@ -120,7 +120,7 @@ class Heal(Pass):
             result = train(
                 accelerator,
                 Distillation(fitted, family, teacher, examples.objective, self.feature_weight),
-                build_optimizer(settings, fitted.parameters.values(), accelerator.device),
+                build_optimizer(settings, fitted, accelerator.device),
                 batches,
                 settings,
                 Hooks(seed=context.seed, say=context.say, title="heal"),

@@ -351,6 +351,7 @@ class _Training:
             self.fitted.masks.draw(self.hooks.seed, step, batch.ids, accelerator.device)
             torch.manual_seed(stable_seed(self.hooks.seed, step, rank, index, "loss"))
             last = index == len(micro_batches) - 1
+            self.fitted.summing = not last
             with nullcontext() if last else accelerator.no_sync(self.model):
                 losses = self.task.loss(self.model, batch.to(accelerator.device))
                 rows = losses["loss"].float()

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
 
 from tunekit import hardware, optimizers
 from tunekit.config import AdapterConfig, MemoryConfig, TrainConfig
 from tunekit.errors import ConfigError, TunekitError
-from tunekit.memory.levers import autocast_of, step_in_backward
+from tunekit.memory.levers import Fitted, autocast_of, step_in_backward
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -136,17 +135,12 @@ def close_accelerator(accelerator: Accelerator) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def build_optimizer(
-    train: TrainConfig, parameters: Iterable[nn.Parameter], device: torch.device, *, in_backward: bool = False
-) -> torch.optim.Optimizer:
-    """Make the optimizer of a `train:` section.
-
-    Args:
-        in_backward: see `levers.step_in_backward`.
-    """
+def build_optimizer(train: TrainConfig, fitted: Fitted, device: torch.device) -> torch.optim.Optimizer:
+    """Make the optimizer of a `train:` section, for what `fitted` trains."""
+    in_backward = fitted.optimizer_in_backward
     optimizer = optimizers.build(
         train.optimizer,
-        parameters,
+        fitted.parameters.values(),
         lr=train.lr,
         betas=train.betas,
         eps=train.eps,
@@ -155,5 +149,5 @@ def build_optimizer(
         per_parameter=in_backward,
     )
     if in_backward:
-        step_in_backward(optimizer)
+        step_in_backward(optimizer, fitted)
     return optimizer
