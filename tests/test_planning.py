@@ -231,11 +231,17 @@ def test_a_plan_follows_from_the_files_of_a_local_model(tiny_source: Path, tmp_p
     assert digest() != before
 
 
+def unlike(plans: dict[str, dict[str, Any]]) -> list[str]:
+    """The first card of each plan; many cards have the same."""
+    found = {json.dumps(plan, sort_keys=True): card for card, plan in reversed(plans.items())}
+    return sorted(found.values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "cards"),
     [
-        ("sd15/lora", list(GOLDEN["sd15/lora"])),
+        ("sd15/lora", unlike(GOLDEN["sd15/lora"])),
         ("sdxl/lora", ["rtx-2060-12gb", "rtx-3060", "a100-40gb"]),
         ("flux/lora", ["rtx-3060", "h100"]),
     ],

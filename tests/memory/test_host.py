@@ -125,9 +125,9 @@ def room(total: int = 10**12, *, on_cpu: bool = False, host: int | None = None) 
 
 
 @pytest.fixture(scope="module")
-def planner(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Planner:
+def planner(folder: str, traces: Kept) -> Planner:
     job = replace(job_of(folder), preview=(64, 64), class_pictures=(64, 64))
-    return Planner(job, batch_size=1, cache=Kept(tmp_path_factory.mktemp("traces")))
+    return Planner(job, batch_size=1, cache=traces)
 
 
 def test_host_memory_of_every_phase(planner: Planner) -> None:
@@ -154,21 +154,22 @@ def test_on_the_cpu_all_memory_is_the_hosts(planner: Planner) -> None:
         assert phase["host_bytes"] == phase["peak_allocated_bytes"]
 
 
-def test_mapped_files_need_no_memory_of_their_own(folder: str) -> None:
+def test_mapped_files_need_no_memory_of_their_own(folder: str, traces: Kept) -> None:
     """Where memory is short the system takes their pages back: no plan for a processor fails by them."""
     job = job_of(folder, "bf16")
-    load = Planner(job, batch_size=1).plan("processor", room(on_cpu=True)).phases["load"]
+    load = Planner(job, batch_size=1, cache=traces).plan("processor", room(on_cpu=True)).phases["load"]
     assert load["ledger"][FILES] > 0
     assert load["least_bytes"] == load["peak_allocated_bytes"] - load["ledger"][FILES]
 
 
-def test_weights_and_state_that_stay_on_the_host_count(folder: str) -> None:
+def test_weights_and_state_that_stay_on_the_host_count(folder: str, traces: Kept) -> None:
     job = replace(job_of(folder), adapter=None, optimizer="paged_adamw8bit")
     wide = replace(job.sizes.denoiser, config={**job.sizes.denoiser.config, "block_out_channels": (64, 128)})
     parts = tuple(wide if part.role == "denoiser" else part for part in job.sizes.components)
     job = replace(job, sizes=replace(job.sizes, components=parts))
     pytest.importorskip("bitsandbytes")
-    assert Planner(job, batch_size=1).plan("card", room()).phases["step"]["host_bytes"] > 0
+    planner = Planner(job, batch_size=1, cache=traces)
+    assert planner.plan("card", room()).phases["step"]["host_bytes"] > 0
 
 
 def test_a_host_with_too_little_memory_is_told_of(planner: Planner) -> None:

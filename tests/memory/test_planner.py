@@ -39,8 +39,8 @@ def job() -> Job:
 
 
 @pytest.fixture(scope="module")
-def planner(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Planner:
-    return Planner(job, batch_size=4, cache=Kept(tmp_path_factory.mktemp("traces")))
+def planner(job: Job, traces: Kept) -> Planner:
+    return Planner(job, batch_size=4, cache=traces)
 
 
 def room(total: int, context: int = 0) -> Room:
@@ -53,12 +53,12 @@ def card(total: int) -> Room:
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Planner:
+def real(traces: Kept) -> Planner:
     """Stable Diffusion 1.5 at its real size, at 256 px: weights and activations both matter."""
     adapter = AdapterConfig(rank=4, alpha=4, targets=["to_q", "to_v"])
     job = Job(usual("sd15"), adapter, precision="bf16", size=(256, 256))
     memory = PLANNED.model_copy(update={"micro_batch": 2})
-    return Planner(job, batch_size=2, memory=memory, cache=Kept(tmp_path_factory.mktemp("real")))
+    return Planner(job, batch_size=2, memory=memory, cache=traces)
 
 
 def shares(planner: Planner, *percents: int) -> list[Plan]:
@@ -123,9 +123,9 @@ def test_a_smaller_micro_batch_costs_launches_only(job: Job, planner: Planner) -
     assert times[0] == pytest.approx(times[1], rel=0.01)
 
 
-def test_pins_are_kept(job: Job) -> None:
+def test_pins_are_kept(job: Job, traces: Kept) -> None:
     memory = MemoryConfig(budget="auto", micro_batch=2, gradient_checkpointing=True, keep_attention=False)
-    plan = Planner(job, batch_size=4, memory=memory).plan("large", room(10**12))
+    plan = Planner(job, batch_size=4, memory=memory, cache=traces).plan("large", room(10**12))
     assert (plan.levers.micro_batch, plan.accumulation) == (2, 2)
     assert len(plan.levers.gradient_checkpointing) == plan.blocks
     assert plan.levers.keep_attention == ()
@@ -197,8 +197,8 @@ def test_all_weights_get_8_bit_state_and_an_optimizer_in_backward(real: Planner)
     assert {way.base_precision for ways in real._ways(lacking) for way in ways} == {"same", "int8"}
 
 
-def test_class_pictures_are_drawn_fewer_at_once_where_there_is_little_room(job: Job) -> None:
-    drawing = Planner(replace(job, class_pictures=(128, 128)), batch_size=1)
+def test_class_pictures_are_drawn_fewer_at_once_where_there_is_little_room(job: Job, traces: Kept) -> None:
+    drawing = Planner(replace(job, class_pictures=(128, 128)), batch_size=1, cache=traces)
     large = drawing.plan("large", card(10**12))
     assert large.levers.class_batch == 4
     ledger = large.phases["class_pictures"]["ledger"]
@@ -208,14 +208,12 @@ def test_class_pictures_are_drawn_fewer_at_once_where_there_is_little_room(job: 
     assert drawing.plan("card", card(least - 1)).levers.class_batch in (1, 2)
 
 
-def test_captions_are_encoded_on_the_cpu_where_the_encoders_do_not_fit(tmp_path: Path) -> None:
+def test_captions_are_encoded_on_the_cpu_where_the_encoders_do_not_fit(traces: Kept) -> None:
     flux = usual("flux")
     denoiser = replace(flux.denoiser, config={**flux.denoiser.config, **TINY_FLUX})
     parts = tuple(denoiser if part.role == "denoiser" else part for part in flux.components)
     small = replace(flux, components=parts)
-    planner = Planner(
-        Job(small, ADAPTER, precision="bf16", size=(256, 256)), batch_size=1, cache=Kept(tmp_path)
-    )
+    planner = Planner(Job(small, ADAPTER, precision="bf16", size=(256, 256)), batch_size=1, cache=traces)
     assert not planner.plan("card", room_of(hardware.find("rtx-3090"))).levers.encode_on_host
     plan = planner.plan("card", room_of(hardware.find("rtx-3090"), budget=8 * 2**30))
     assert plan.fits
@@ -225,10 +223,10 @@ def test_captions_are_encoded_on_the_cpu_where_the_encoders_do_not_fit(tmp_path:
 
 @pytest.mark.parametrize(("pinned", "micro_batch", "accumulation"), [(3, 3, 2), (9, 4, 1)])
 def test_pins_that_do_not_divide_the_batch(
-    job: Job, pinned: int, micro_batch: int, accumulation: int
+    job: Job, traces: Kept, pinned: int, micro_batch: int, accumulation: int
 ) -> None:
     memory = PLANNED.model_copy(update={"micro_batch": pinned})
-    plan = Planner(job, batch_size=4, memory=memory).plan("large", card(10**12))
+    plan = Planner(job, batch_size=4, memory=memory, cache=traces).plan("large", card(10**12))
     assert (plan.levers.micro_batch, plan.accumulation) == (micro_batch, accumulation)
     assert plan.phases["step"]["peak_allocated_bytes"] > 0
 
