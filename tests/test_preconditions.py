@@ -57,7 +57,7 @@ def test_nothing_is_wrong_with_what_runs(desk: Path):
         ("memory.device=cuda:77", "memory.device", '"cuda:77" is not there'),
         ("memory.precision=fp16", "memory.precision", "needs a GPU"),
         ("adapter.targets=[to_q, no_such]", "adapter.targets", '"no_such" names no linear'),
-        (f"name={'n' * 240}", "name", "too long"),
+        (f"name={'n' * 240}", "name", "150 bytes"),
         ("runs=mine.yaml/runs", "runs", "mine.yaml is not a folder"),
         (f"runs={'/'.join(['n' * 300] * 2)}", "runs", "too long"),
         ("data.cache=mine.yaml", "data.cache", "mine.yaml is not a folder"),
