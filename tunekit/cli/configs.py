@@ -25,16 +25,15 @@ def ls(runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
         return
     console = screen.console()
     for title, entries in found.items():
-        table = screen.table("name", "what")
-        for name, about in entries.items():
-            table.add_row(name, about.removesuffix("."))
         screen.heading(console, title)
-        console.print(table)
-    table = screen.table("folder", "state", "final")
-    for state in states:
-        table.add_row(state.run, state.state, state.final or "-")
+        rows = [(name, about.removesuffix(".")) for name, about in entries.items()]
+        screen.show_table(console, ("name", "what"), rows, words=True)
     screen.heading(console, f"runs in {runs}")
-    console.print(table if states else " none")
+    if states:
+        found_runs = [(state.run, state.state, state.final or "-") for state in states]
+        screen.show_table(console, ("folder", "state", "final"), found_runs)
+    else:
+        console.print(" none")
 
 
 def show(
@@ -69,12 +68,10 @@ def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
     loaded = load(config, overrides or ())
     report_warnings(loaded.warnings)
     found = workspace.examine(loaded)
-    table = screen.table("what", "found")
-    for name, fact in found.facts.items():
-        table.add_row(name, str(fact))
     console = screen.console()
     console.print(str(loaded.path), style="bold")
-    console.print(table)
+    rows = [(name, str(fact)) for name, fact in found.facts.items()]
+    screen.show_table(console, ("what", "found"), rows, words=True)
     if found.errors:
         raise TunekitError("\n".join(map(str, found.errors)))
     console.print("all is well", style="green")

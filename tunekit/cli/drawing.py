@@ -133,7 +133,8 @@ def bench(
     from tunekit.passes.base import format_metric
 
     shown = ("denoiser_ms_p50", "denoiser_ms_p95", "picture_ms_p50", "size_bytes", "peak_memory_bytes")
-    table = screen.table("", "denoiser p50", "p95", "picture p50", "size", "peak memory", "speed", "size")
+    columns = ("", "denoiser p50", "p95", "picture p50", "size", "peak memory", "speed", "of its size")
+    rows: list[tuple[str | Text, ...]] = []
     for name, row in zip(artifacts, found["artifacts"], strict=True):
         cells = ["-" if row[key] is None else format_metric(key, row[key]) for key in shown]
         if "speedup" in row:
@@ -142,5 +143,5 @@ def bench(
             size = "-" if row["size_ratio"] is None else f"{row['size_ratio']:.2f}x"
         else:
             speed, size = Text("1x"), "1x"
-        table.add_row(f"{name}\n{row['title']}", *cells, speed, size)
-    screen.console().print(table)
+        rows.append((f"{name}\n{row['title']}", *cells, speed, size))
+    screen.show_table(screen.console(), columns, rows)

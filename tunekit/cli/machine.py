@@ -21,32 +21,28 @@ def doctor(as_json: AsJson = False) -> None:
     from rich.text import Text
 
     def versions(packages: dict[str, str | None], style: str) -> Text:
-        parts = [
-            Text(f"{name} {number or 'missing'}", "" if number else style)
-            for name, number in packages.items()
-        ]
-        return Text(", ").join(parts)
+        parts = [f"{name} {number or 'missing'}" for name, number in packages.items()]
+        return Text(", ".join(parts), "" if all(packages.values()) else style)
 
     console = screen.console()
     free = format_bytes(found["disk_free_bytes"])
     print(f"tunekit {found['version']}, Python {found['python']}, {free} free here")
     screen.heading(console, "packages")
-    table = screen.table("for", "version")
-    table.add_row("core", versions(found["packages"], "red"))
-    for extra, packages in found["extras"].items():
-        table.add_row(extra, versions(packages, "yellow"))
-    console.print(table)
+    rows: list[tuple[str | Text, ...]] = [("core", versions(found["packages"], "red"))]
+    rows += [(extra, versions(packages, "yellow")) for extra, packages in found["extras"].items()]
+    screen.show_table(console, ("for", "version"), rows, words=True)
     screen.heading(console, "devices")
-    table = screen.table("device", "what", "memory", "bf16")
+    rows = []
     for device in found["devices"]:
         memory = f"{format_bytes(device['free_bytes'])} of {format_bytes(device['total_bytes'])} free"
-        table.add_row(device["device"], device["title"], memory, "yes" if device["bf16"] else "no")
-    console.print(table)
+        rows.append((device["device"], memory, "yes" if device["bf16"] else "no", device["title"]))
+    screen.show_table(console, ("device", "memory", "bf16", "what"), rows, words=True)
     screen.heading(console, "providers")
-    table = screen.table("package", "answers")
-    for package, answer in found["providers"].items():
-        table.add_row(package, Text(answer, "yellow") if isinstance(answer, str) else ", ".join(answer))
-    console.print(table)
+    rows = [
+        (package, Text(answer, "yellow") if isinstance(answer, str) else ", ".join(answer))
+        for package, answer in found["providers"].items()
+    ]
+    screen.show_table(console, ("package", "answers"), rows, words=True)
     screen.heading(console, "bundled")
     console.print(" " + (", ".join(found["bundled"]) or "nothing"))
     if found["missing"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,6 @@ from tunekit.cli.options import AsJson, Config, Overrides
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from tunekit.memory.plan import Plan
 
@@ -56,62 +56,110 @@ def plan(
         screen.print_json(flat[0] if len(flat) == 1 else flat)
         raise typer.Exit(code)
     out = screen.console()
-    for varied, found in plans:
-        out.print(f"\n{config} {' '.join(varied)}".rstrip(), style="bold")
-        if len(found) == 1:
-            _show_plan(out, found[0])
-            continue
-        shared = [note for note in found[0].notes if all(note in made.notes for made in found)]
-        for note in shared:
-            out.print(note, style="yellow")
-        out.print(_plans_table(found, shared))
+    if sweep:
+        _show_sweep(out, config, plans)
+        raise typer.Exit(code)
+    ((varied, found),) = plans
+    out.print(f"\n{config} {' '.join(varied)}".rstrip(), style="bold")
+    if len(found) == 1:
+        _show_plan(out, found[0])
+    else:
+        _show_cards(out, found)
     raise typer.Exit(code)
 
 
-def _plans_table(plans: Sequence[Plan], known: Sequence[str]) -> Table:
+def _show_sweep(console: Console, config: str, plans: Sequence[tuple[Sequence[str], Sequence[Plan]]]) -> None:
+    """A row for each value that is tried; of all cards, a row for each card and a column for each value."""
+    shared = [text for text in plans[0][0] if all(text in varied for varied, _ in plans)]
+    tried = [[re.sub(r"^[\w.]+\.", "", text) for text in varied if text not in shared] for varied, _ in plans]
+    console.print(f"\n{config} {' '.join(shared)}".rstrip(), style="bold")
+    if all(len(found) == 1 for _, found in plans):
+        console.print(plans[0][1][0].device)
+        titles = [", ".join(values) for values in tried]
+        _show_plans(console, "", list(zip(titles, [found[0] for _, found in plans], strict=True)))
+        return
+    rows: list[list[str]] = []
+    for made in zip(*(found for _, found in plans), strict=True):
+        cells = (f"{_needs(plan)} {_time(plan)}" if plan.fits else f"{_needs(plan)} no" for plan in made)
+        rows.append([made[0].device, *cells])
+    screen.show_table(console, ("card", *("\n".join(values) for values in tried)), rows)
+    screen.say(console, "needed memory and step time; no: does not fit. --device CARD shows the plans", "dim")
+
+
+def _show_cards(console: Console, plans: Sequence[Plan]) -> None:
+    shared = [note for note in plans[0].notes if all(note in made.notes for made in plans)]
+    for note in shared:
+        screen.say(console, note, "yellow")
+    _show_plans(console, "card", [(made.device, made) for made in plans], known=shared)
+
+
+def _needs(made: Plan) -> str:
+    from tunekit.units import format_bytes
+
+    return format_bytes(made.device_bytes)
+
+
+def _time(made: Plan) -> str:
+    return f"x{made.relative_step_time:.2f}" if made.fits else "-"
+
+
+def _show_plans(
+    console: Console, title: str, plans: Sequence[tuple[str, Plan]], known: Sequence[str] = ()
+) -> None:
+    """A row for each plan; where their words are too long for that, they stand below, each once."""
     from rich.text import Text
 
     from tunekit.units import format_bytes
 
-    table = screen.table("card", "fits", "needs", "of", "step time", "plan")
-    for made in plans:
-        fits = Text("yes", "green") if made.fits else Text("no", "red")
-        time = f"x{made.relative_step_time:.2f}" if made.fits else "-"
-        table.add_row(
-            made.device,
-            fits,
-            format_bytes(made.device_bytes),
-            format_bytes(made.budget_bytes),
-            time,
-            "; ".join([made.words, *(note for note in made.notes if note not in known)]),
-        )
-    return table
+    words = ["; ".join([made.words, *(n for n in made.notes if n not in known)]) for _, made in plans]
+    columns = (title, "fits", "needs", "of", "step time", "plan")
+
+    def rows(last: Sequence[str]) -> list[tuple[str | Text, ...]]:
+        fits = [Text("yes", "green") if made.fits else Text("no", "red") for _, made in plans]
+        return [
+            (name, fit, _needs(made), format_bytes(made.budget_bytes), _time(made), text)
+            for (name, made), fit, text in zip(plans, fits, last, strict=True)
+        ]
+
+    if screen.fits(console, columns, rows(words)):
+        screen.show_table(console, columns, rows(words))
+        return
+    numbers = {text: str(number) for number, text in enumerate(dict.fromkeys(words), start=1)}
+    screen.show_table(console, columns, rows([numbers[text] for text in words]))
+    console.print()
+    screen.show_table(console, ("plan", ""), [(number, text) for text, number in numbers.items()], words=True)
 
 
 def _show_plan(console: Console, made: Plan) -> None:
+    from rich.text import Text
+
     from tunekit.units import format_bytes
 
-    console.print(f"{made.device}: {made.words}")
+    screen.say(console, f"{made.device}: {made.words}")
     for note in made.notes:
-        console.print(note, style="yellow")
-    console.print(
+        screen.say(console, note, "yellow")
+    screen.say(
+        console,
         f"needs {format_bytes(made.device_bytes)} of {format_bytes(made.budget_bytes)} in the phase"
         f" {made.peak_phase.replace('_', ' ')}, {format_bytes(made.context_bytes)} for the context and"
         f" {format_bytes(made.headroom_bytes)} of headroom included; step time x{made.relative_step_time:.2f}"
-        " of the same job with all the memory it wants"
+        " of the same job with all the memory it wants",
     )
     if made.host_bytes:
-        console.print(f"and {format_bytes(made.host_bytes)} of page-locked host memory", style="yellow")
+        screen.say(console, f"and {format_bytes(made.host_bytes)} of page-locked host memory", "yellow")
     if made.approximates:
-        console.print(f"{' and '.join(made.approximates)}: changes a little what is learned", style="yellow")
+        screen.say(console, f"{' and '.join(made.approximates)}: changes a little what is learned", "yellow")
     names = list(dict.fromkeys(name for found in made.phases.values() for name in found["ledger"]))
-    table = screen.table("", *(phase.replace("_", " ") for phase in made.phases))
+    rows: list[tuple[str | Text, ...]] = []
     for name in names:
         sizes = (found["ledger"].get(name) for found in made.phases.values())
-        table.add_row(name, *("-" if size is None else format_bytes(size) for size in sizes))
+        rows.append((name, *("-" if size is None else format_bytes(size) for size in sizes)))
     for key, label in (("peak_allocated_bytes", "allocated"), ("least_bytes", "reserved")):
-        table.add_row(label, *(format_bytes(found[key]) for found in made.phases.values()), style="bold")
-    console.print(table)
+        sizes = (found[key] for found in made.phases.values())
+        rows.append((Text(label, "bold"), *(Text(format_bytes(size), "bold") for size in sizes)))
+    columns = ("", *(phase.replace("_", " ") for phase in made.phases))
+    screen.show_table(console, columns, rows)
     for other in made.rejected:
         levers = ", ".join(other["levers"]) or "nothing checkpointed"
-        console.print(f"rejected: {levers} (x{other['relative_step_time']:.2f}): {other['why']}", style="dim")
+        text = f"rejected: {levers} (x{other['relative_step_time']:.2f}): {other['why']}"
+        screen.say(console, text, "dim")

@@ -10,7 +10,7 @@ from tunekit.cli import screen
 from tunekit.cli.options import AsJson, Config, Overrides
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console
 
 
 def run(
@@ -46,19 +46,19 @@ def report(
         state = "finished" if training["finished"] else "not finished"
         print(f"training {training['steps']} steps, {format_seconds(training['seconds'])}, {state}")
     if content["steps"]:
-        console.print(_steps_table(content["steps"]))
+        _show_steps(console, content["steps"])
     print(f"final    {content['final'] or 'nothing yet'}\nreport   {page}")
 
 
-def _steps_table(steps: list[dict[str, Any]]) -> Table:
+def _show_steps(console: Console, steps: list[dict[str, Any]]) -> None:
     from rich.text import Text
 
     from tunekit.passes.base import describe_metrics
     from tunekit.units import format_seconds
 
-    table = screen.table("folder", "seconds", "figures")
+    rows = []
     for step in steps:
-        slower = step["metrics"].get("slower")
-        figures = Text(describe_metrics(step["metrics"]), style="red" if slower else "")
-        table.add_row(step["artifact"], format_seconds(step["seconds"]), figures)
-    return table
+        style = "red" if step["metrics"].get("slower") else ""
+        figures = Text(describe_metrics(step["metrics"]), style)
+        rows.append((step["artifact"], format_seconds(step["seconds"]), figures))
+    screen.show_table(console, ("folder", "seconds", "figures"), rows, words=True)
