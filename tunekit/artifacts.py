@@ -229,6 +229,23 @@ class Artifact:
             )
         return self._opened(self.base)
 
+    def in_variant(self, variant: str | None) -> Artifact:
+        """The same, whose weights are read in a variant such as "fp16", or those of its base.
+
+        Raises:
+            ArtifactError: a format that has none.
+        """
+        if variant is None:
+            return self
+        if self.format not in ("torch", "adapter"):
+            raise ArtifactError(
+                f'the variant "{variant}" has no effect on a model in {self.format}: its files are one set',
+                where=self.source,
+            )
+        return dataclasses.replace(
+            self, opened=dataclasses.replace(self.opened or Source(""), variant=variant)
+        )
+
     def _opened(self, name: str) -> Source:
         return dataclasses.replace(self.opened, name=name) if self.opened else Source(name)
 
@@ -380,6 +397,8 @@ class Artifact:
         return artifact
 
 
+FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".json", ".yaml", ".png", ".zip")
+"""How names end that are meant as files, and not as a repository of the hub."""
 OPENED = ("revision", "variant", "allow_pickle")
 
 
@@ -599,7 +618,7 @@ def open_artifact(source: Path | str, *, family: str | None = None) -> Artifact:
         return Artifact(path=None, model_path=None, format="torch", family=family or "", source=text)
     path = builtin(text) or Path(text).expanduser()
     if not _exists(path):
-        hub_id = re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", text)
+        hub_id = not text.endswith(FILES) and re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", text)
         if isinstance(source, Path) or not hub_id or path.parent.is_dir():
             raise _missing(text)
         return Artifact(path=None, model_path=None, format="torch", family=family or "", source=text)

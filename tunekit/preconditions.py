@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,11 +94,11 @@ def look(loaded: Loaded, *, processes: int = 1, pictures: bool = True) -> Found:
     Args:
         loaded: the config.
         processes: that shall run it.
-        pictures: whether to look at every picture too, which takes longer than all the rest.
+        pictures: whether to look at the base and at every picture too, which take longer than all the rest.
     """
     found = Found(loaded, processes)
     for check in CHECKS:
-        if pictures or check is not _pictures:
+        if pictures or check not in SLOW:
             check(found)
     return found
 
@@ -129,6 +129,29 @@ def _model(found: Found) -> None:
         if opened.family and opened.family != model.family:
             message = f"model.family is {model.family}, but the source is of family {opened.family}"
             raise ConfigError(message)
+
+
+def _base(found: Found) -> None:
+    """The model can be loaded, as far as its configuration files and the headers of its weights tell."""
+    from tunekit import families
+    from tunekit.families.loading import refuse, variant_taken
+
+    opened = found.model
+    if opened is None or (not found.is_trained and opened.format not in {"torch", "adapter"}):
+        return
+    family, source = families.get(found.section("model").family), found.section("model").opened
+    if not found.is_trained:  # a chain takes whatever can be opened
+        if opened.format == "adapter" and opened.base is None:
+            return
+        own = opened.model_source
+        source = own if opened.opened else replace(source, name=own.name)
+    with found.about("model.source"):
+        problems = family.look(source)
+        for problem in problems:
+            problem.key = "model.source"  # and its place stays the file
+        refuse(problems)
+        if variant := variant_taken(source, family.facts):
+            found.facts["model"] = f"{found.facts['model']}, read as {variant}: there is no other"
 
 
 def _chain(found: Found) -> None:
@@ -273,6 +296,7 @@ SOURCES = ("path", "validation", "class_path")
 
 CHECKS: tuple[Callable[[Found], None], ...] = (
     _model,
+    _base,
     _chain,
     _machine,
     _targets,
@@ -280,3 +304,5 @@ CHECKS: tuple[Callable[[Found], None], ...] = (
     _pictures,
 )
 """The list, in the order in which it is asked; a later check may use what an earlier one found."""
+SLOW = (_base, _pictures)
+"""Those that the recipe's own process asks, and not the command that launches it."""

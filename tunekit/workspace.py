@@ -389,6 +389,7 @@ class Options(Opening, total=False):
     height: int
     width: int
     scheduler: dict[str, Any]
+    variant: str | None
     batch: int
     on_step: Callable[[int, int, Tensor], None]
 
@@ -408,7 +409,8 @@ def generate(
         seeds: one per prompt, or a single one for all.
         options: family (its name, where the source does not say it); device ("auto", "cpu", "cuda",
             "cuda:1", "xpu", "mps"); provider (of ONNX models: "cpu", "cuda", "tensorrt", "openvino"); dtype
-            ("fp32", "bf16", "fp16", of torch and OpenVINO); adapter (to put on the source). steps, guidance,
+            ("fp32", "bf16", "fp16", of torch and OpenVINO); adapter (to put on the source); variant (of its
+            weight files, such as "fp16"). steps, guidance,
             negative_prompt, height, width, scheduler: the model's own where they are not given. batch
             (pictures at once), on_step.
 
@@ -425,6 +427,11 @@ def generate(
     given: dict[str, Any] = dict(options)
     opening = {name: given.pop(name) for name in Opening.__annotations__ if name in given}
     drawing = {name: given.pop(name) for name in ("batch", "on_step") if name in given}
+    if variant := given.pop("variant", None):
+        found = (
+            source if isinstance(source, Artifact) else open_artifact(source, family=options.get("family"))
+        )
+        source = found.in_variant(variant)
     sampling = SamplingConfig(**given)
     drawer = runtime.open_runtime(source, **opening)
     try:
@@ -447,6 +454,7 @@ def draw(
     out: Path | str = "generated",
     seed: int = 0,
     count: int = 1,
+    variant: str | None = None,
     on_step: Callable[[str, int, int], object] | None = None,
     **opening: Unpack[Opening],
 ) -> Iterator[Path]:
@@ -461,6 +469,7 @@ def draw(
         out: a folder, or a .png file for one picture.
         seed: of the first picture of each prompt; the next ones count up.
         count: pictures of each prompt.
+        variant: of the weight files of the source or its base, such as "fp16".
         on_step: called with (what draws, sampling steps done, all of them).
         opening: see `runtime.open_runtime`.
 
@@ -474,7 +483,7 @@ def draw(
         raise ConfigError(
             f"{len(wanted)} pictures do not go into one file", where="--out", hint="give a folder"
         )
-    opened = open_artifact(source, family=opening.get("family"))
+    opened = open_artifact(source, family=opening.get("family")).in_variant(variant)
 
     from tunekit import runtime
     from tunekit.config import SamplingConfig

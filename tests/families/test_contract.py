@@ -70,6 +70,11 @@ def test_its_name_is_its_file(family: Family) -> None:
     assert families.get(family.name) is family
 
 
+def test_what_it_saves_it_finds_nothing_wrong_with(family: Family, saved: str) -> None:
+    assert family.look(saved) == [] and family.look("tiny") == []
+    assert family.look("somebody/on-the-hub") == []  # nothing is fetched
+
+
 def test_facts_name_things_that_exist(family: Family, pipeline: Any) -> None:
     import diffusers
 

@@ -148,6 +148,7 @@ def test_what_is_no_part_of_the_model_is_left(written: Callable[[str], Path]) ->
     family, file = families.get("sd15"), written("sd15")
     tensors = safetensors.torch.load_file(file)
     extra = ["alphas_cumprod", "betas", "model_ema.decay", "sqrt_recip_alphas_cumprod", "global_step"]
+    extra += ["cond_stage_model.logit_scale", "cond_stage_model.transformer.text_projection.weight"]
     more = {name: torch.zeros(3) for name in extra}
     positions = "cond_stage_model.transformer.text_model.embeddings.position_ids"
     safetensors.torch.save_file({**tensors, **more, positions: torch.arange(48)[None]}, file)
@@ -231,8 +232,8 @@ def test_the_real_size_is_looked_at_by_its_header(tmp_path: Path) -> None:
     assert family.look(str(header_only(tmp_path / "base.safetensors", parts))) == []
     key = "model.diffusion_model.input_blocks.0.0.weight"
     inpainting = header_only(tmp_path / "inpainting.safetensors", parts, **{key: (320, 9, 3, 3)})
-    (problem,) = family.look(str(inpainting))
-    assert "an inpainting model" in problem.message
+    first, second = family.look(str(inpainting))
+    assert "an inpainting model" in first.message and "[320, 9, 3, 3]" in second.message
 
 
 def test_sizes_that_are_not_the_usual_ones_ask_for_the_configs(written: Callable[[str], Path]) -> None:
@@ -268,6 +269,15 @@ def test_what_is_no_model_is_told(names: list[str], words: str, tmp_path: Path) 
     safetensors.torch.save_file({name: torch.zeros(1) for name in names}, file)
     (problem,) = families.get("sd15").look(str(file))
     assert words in problem.message and "this needs Stable Diffusion 1.x" in problem.message
+
+
+def test_a_file_without_its_vae_is_told(written: Callable[[str], Path]) -> None:
+    family, file = families.get("sd15"), written("sd15")
+    tensors = safetensors.torch.load_file(file)
+    rest = {name: value for name, value in tensors.items() if not name.startswith("first_stage_model.")}
+    safetensors.torch.save_file(rest, file)
+    (problem,) = family.look(str(file))
+    assert problem.message == "holds no vae (nothing under first_stage_model)"
 
 
 def test_a_model_of_another_family_is_told(written: Callable[[str], Path]) -> None:

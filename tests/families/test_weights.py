@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tunekit import families, layers, workspace
-from tunekit.errors import ModelError
+from tunekit.artifacts import open_artifact
+from tunekit.config import SamplingConfig
+from tunekit.diffusion.sampling import sampler
+from tunekit.errors import ArtifactError, MissingPackageError, ModelError
 from tunekit.families import weights
 from tunekit.families.loading import variant_taken
 from tunekit.resources import Source
@@ -86,6 +89,25 @@ def test_a_renamed_tensor_is_named_twice(folder: Path, component: str) -> None:
     edit(folder, component, rename(key))
     message = refused(folder)
     assert "missing" in message and f"no layer reads other.{key}" in message and "renamed" in message
+
+
+def test_an_empty_file_lacks_everything(folder: Path) -> None:
+    edit(folder, "vae", lambda tensors: tensors.clear())
+    assert "and the weights are 0 tensors" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("component", "key"),
+    [
+        ("text_encoder", "num_hidden_layers"),
+        ("text_encoder", "max_position_embeddings"),
+        ("unet", "layers_per_block"),
+        ("vae", "layers_per_block"),
+    ],
+)
+def test_a_number_that_would_be_built_for_ever_is_named(folder: Path, component: str, key: str) -> None:
+    write(folder / component / "config.json", lambda config: config.update({key: 10**9}))
+    assert f"{key} is 1000000000" in refused(folder)
 
 
 def test_a_text_encoder_whose_names_all_differ_is_never_filled_with_random_weights(folder: Path) -> None:
@@ -375,6 +397,8 @@ def test_a_scheduler_that_needs_a_package_says_so(folder: Path, monkeypatch: pyt
     assert "LMSDiscreteScheduler needs the package no-such-scipy" in message and "pip install" in message
     write(folder / "model_index.json", lambda index: index.update(scheduler=["diffusers", "NoSuchScheduler"]))
     assert 'no scheduler "NoSuchScheduler"' in refused(folder)
+    with pytest.raises(MissingPackageError, match="no-such-scipy"):
+        sampler(FAMILY.tiny().scheduler, SamplingConfig(scheduler={"class": "LMSDiscreteScheduler"}))
 
 
 def test_the_hub_s_own_layout_of_links(folder: Path, tmp_path: Path) -> None:
@@ -394,6 +418,16 @@ def test_the_hub_s_own_layout_of_links(folder: Path, tmp_path: Path) -> None:
 def test_a_tokenizer_that_does_not_say_its_length(folder: Path) -> None:
     write(folder / "tokenizer" / "tokenizer_config.json", lambda config: config.pop("model_max_length"))
     assert FAMILY.load(str(folder)).tokenizer.model_max_length == 48
+
+
+@pytest.mark.parametrize("source", ["models/typo.safetensors", "models/typo.ckpt", "a/b.png"])
+def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.socket", lambda *_, **__: pytest.fail("the network was tried"))
+    assert "no such file" in refused(source, looked=False)
+    with pytest.raises(ArtifactError, match="there is no"):
+        open_artifact(source)
 
 
 # --- check says what run says -----------------------------------------------------------------------------
@@ -417,6 +451,8 @@ def test_check_looks_at_the_base(folder: Path, tmp_path: Path, tiny_sources: Cal
     tensors.pop("conv_in.bias")
     safetensors.torch.save_file(tensors, edit_file)
     assert "missing conv_in.bias" in said(folder)[0]
+    (error,) = [e for e in checked(tmp_path, folder).errors if e.key == "model.source"]
+    assert error.where == str(folder / "unet")
     with_unet(folder, in_channels=9)
     shutil.copytree(tiny_sources("sd15") / "vae", folder / "vae", dirs_exist_ok=True)
     assert "inpainting" in said(folder)[0]

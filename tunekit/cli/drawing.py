@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunekit.cli import screen
-from tunekit.cli.options import AsJson, Guidance, Side, Steps
+from tunekit.cli.options import AsJson, Guidance, Side, Steps, Variant
 
 if TYPE_CHECKING:
     from tunekit.config import SamplingConfig
@@ -54,6 +54,7 @@ def generate(
         str | None, typer.Option("--provider", "--backend", help="for ONNX: cpu, cuda, tensorrt, openvino")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16, for torch and OpenVINO")] = None,
+    variant: Variant = None,
 ) -> None:
     """Draw pictures with a run, an adapter, any artifact of a chain, a diffusers folder or a hub id."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -83,6 +84,7 @@ def generate(
             device=device,
             provider=provider,
             dtype=dtype,
+            variant=variant,
             on_step=lambda title, done, total: progress.update(
                 task, description=title, completed=done, total=total, visible=True
             ),
@@ -107,13 +109,14 @@ def bench(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads")] = None,
     memory: Annotated[bool, typer.Option(help="measure peak memory too")] = True,
+    variant: Variant = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure artifacts in turns: latency, size and peak memory, and the ratios to the first."""
     from tunekit.artifacts import open_artifact
     from tunekit.passes.benchmark import PROMPT, Settings, compare
 
-    opened = [open_artifact(artifact, family=family) for artifact in artifacts]
+    opened = [open_artifact(artifact, family=family).in_variant(variant) for artifact in artifacts]
     console = screen.console(stderr=True)
     settings = Settings(
         prompts=tuple(prompt or [PROMPT]),

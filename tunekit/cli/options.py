@@ -18,3 +18,6 @@ Guidance = Annotated[
 ]
 Side = Annotated[int | None, typer.Option(help="pixels; default: the model's own")]
 Runs = Annotated[Path, typer.Option("--runs", help="folder of all runs")]
+Variant = Annotated[
+    str | None, typer.Option(help="of the weight files of a folder or a hub id, such as fp16")
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -9,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tunekit import install
 from tunekit.config import SamplingConfig
-from tunekit.errors import ConfigError, did_you_mean
+from tunekit.errors import ConfigError, MissingPackageError, did_you_mean
 
 __all__ = [
     "Begin",
@@ -21,6 +23,7 @@ __all__ = [
     "sample",
     "sample_steps",
     "sampler",
+    "scheduler_class",
 ]
 
 Conditioning = dict[str, Tensor]
@@ -37,6 +40,29 @@ def initial_latents(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
+def scheduler_class(name: str) -> Any:
+    """A scheduler of diffusers by its name.
+
+    Raises:
+        ConfigError: there is none.
+        MissingPackageError: it needs a package that is not installed.
+    """
+    import diffusers
+
+    made = getattr(diffusers, name, None)
+    for package in getattr(made, "_backends", ()):  # of those that diffusers shows and cannot use
+        if importlib.util.find_spec(package) is None:
+            raise MissingPackageError(
+                f"the scheduler {name} needs the package {package}, which is not installed",
+                hint=f"{install.pip()} {package}; or choose another, such as EulerDiscreteScheduler",
+            )
+    if not hasattr(made, "set_timesteps"):
+        raise ConfigError(
+            f'diffusers has no scheduler "{name}"', hint="such as EulerDiscreteScheduler or LCMScheduler"
+        )
+    return made
+
+
 def sampler(scheduler: Any, sampling: SamplingConfig) -> Any:
     """A fresh sampler, configured like `scheduler` but for what `sampling.scheduler` says.
 
@@ -50,11 +76,7 @@ def sampler(scheduler: Any, sampling: SamplingConfig) -> Any:
     changes = dict(sampling.scheduler or {})
     made: Any = type(scheduler)
     if name := changes.pop("class", None):
-        made = getattr(diffusers, str(name), None)
-        if not hasattr(made, "set_timesteps"):
-            raise ConfigError(
-                f'diffusers has no scheduler "{name}"', hint="such as EulerDiscreteScheduler or LCMScheduler"
-            )
+        made = scheduler_class(str(name))
     known = inspect.signature(made.__init__).parameters
     if ZERO_SNR not in known and ZERO_SNR in changes:
         if not changes[ZERO_SNR]:

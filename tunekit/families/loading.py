@@ -22,6 +22,8 @@ from safetensors import safe_open
 from torch import nn
 
 from tunekit import layers
+from tunekit.artifacts import FILES
+from tunekit.diffusion.sampling import scheduler_class
 from tunekit.errors import ModelError, TunekitError, output_errors
 from tunekit.families import single_file, weights
 from tunekit.families.weights import (
@@ -200,8 +202,6 @@ def _find_in_folder(
     _check_class(source.name, pipeline_class_name(Source(str(path))), facts)
     networks = [part for part in facts.components if part.role != "scheduler"]
     for part in networks:
-        if not isinstance(index.get(part.name), list) and not (path / part.name).is_dir():
-            index.setdefault(part.name, None)
         if (path / part.name / "model.onnx").is_file():
             raise ModelError(
                 f"{part.name} is an ONNX graph, and this needs a torch model",
@@ -220,13 +220,10 @@ def _find_in_folder(
         with found.noting():
             _find_network(found, path, index, part, source, headers)
     _find_rest(found, path, index, facts)
-    known = {"scheduler", *found.parts, *fixed}
+    arguments = set(_arguments(facts)) - {*found.parts, *fixed}
     found.settings = {
-        key: value
-        for key, value in index.items()
-        if not key.startswith("_") and not isinstance(value, list) and key not in known
+        key: value for key, value in index.items() if key in arguments and not isinstance(value, list)
     }
-    found.settings = {key: value for key, value in found.settings.items() if key in _arguments(facts)}
 
 
 def _arguments(facts: FamilyFacts) -> Collection[str]:
@@ -252,14 +249,13 @@ def _find_network(
     files = weight_files(folder, source.variant, allow_pickle=source.allow_pickle)
     if not files:
         raise _no_weights(folder)
-    entries = weights.entries(
-        [] if headers and files[0].suffix in PICKLES else files, allow_pickle=source.allow_pickle
-    )
-    network = _built(part, config, str(folder / "config.json"), len(entries))
+    closed = headers and files[0].suffix in PICKLES
+    entries = {} if closed else weights.entries(files, allow_pickle=source.allow_pickle)
+    network = _built(part, config, str(folder / "config.json"), None if closed else len(entries))
     if layers.has_custom_layers(folder):
         layers.describe_onto(network, folder)
     found.parts[part.name] = network
-    if entries:
+    if not closed:
         kept, problems = weights.fitted(part.name, network, entries, where=str(folder))
         found.tensors[part.name] = kept
         found.problems += problems
@@ -291,23 +287,26 @@ def _no_weights(folder: Path) -> ModelError:
     return ModelError("its weights are missing", where=str(folder), hint=f"looked for {names}")
 
 
-def _built(part: Component, config: Mapping[str, Any] | None, where: str, count: int) -> nn.Module:
+def _built(part: Component, config: Mapping[str, Any] | None, where: str, count: int | None) -> nn.Module:
     """A network without weights, as its configuration says; buffers that no file has are there.
 
     Args:
         config: None is the table's.
         where: of the configuration, for messages.
-        count: tensors that are there for it: whatever has more layers than that is not built. 0: not known.
+        count: tensors that are there for it: whatever has more layers than that is not built.
     """
     from accelerate import init_empty_weights
 
     made = part.type
     settings = dict(part.config if config is None else config)
-    for key in LAYER_COUNTS if count else ():
+    for key in LAYER_COUNTS if count is not None else ():
         value = settings.get(key)
         numbers = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(number, int) and number > count for number in numbers):
-            raise ModelError(f"{key} is {value}, and the weights have {count} tensors", where=where)
+            raise ModelError(f"{key} is {value}, and the weights are {count} tensors", where=where)
+    tokens = settings.get("max_position_embeddings")
+    if isinstance(tokens, int) and tokens > MAX_TOKENS:
+        raise ModelError(f"max_position_embeddings is {tokens}; {MAX_TOKENS} at most", where=where)
     try:
         with init_empty_weights(include_buffers=False):
             if part.classes.startswith("transformers:"):
@@ -342,42 +341,16 @@ def _scheduler(path: Path, index: Mapping[str, Any]) -> Any:
         raise ModelError(f"scheduler is {_class_of(named)}", where=str(path / MODEL_INDEX))
     file = path / "scheduler" / "scheduler_config.json"
     config = read_json(file)
-    made = scheduler_class(named[1], where=str(path / MODEL_INDEX))
+    try:
+        made = scheduler_class(named[1])
+    except TunekitError as error:
+        raise ModelError(
+            f"scheduler: {error.message}", where=str(path / MODEL_INDEX), hint=error.hint
+        ) from error
     try:
         return made.from_config(config)
     except Exception as error:
         raise ModelError(f"does not describe a {named[1]}: {_reason(error)}", where=str(file)) from error
-
-
-def scheduler_class(name: str, *, where: str) -> Any:
-    """A scheduler of diffusers by its name.
-
-    Raises:
-        ModelError: there is none, or it needs a package that is not installed.
-    """
-    import diffusers
-
-    made = getattr(diffusers, name, None)
-    lacks = [
-        package
-        for package in getattr(made, "_backends", ())
-        if package not in ("torch", "flax", "numpy") and not _installed(package)
-    ]
-    if lacks:
-        raise ModelError(
-            f"its scheduler {name} needs the package {lacks[0]}, which is not installed",
-            where=where,
-            hint=f"pip install {lacks[0]}; or name another scheduler in {MODEL_INDEX}",
-        )
-    if made is None or not hasattr(made, "set_timesteps"):
-        raise ModelError(f'diffusers has no scheduler "{name}"', where=where)
-    return made
-
-
-def _installed(package: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(package) is not None
 
 
 def _tokenizer(path: Path, index: Mapping[str, Any], part: Component) -> Any:
@@ -385,7 +358,7 @@ def _tokenizer(path: Path, index: Mapping[str, Any], part: Component) -> Any:
 
     named = index.get(part.tokenizer)
     name = named[1] if isinstance(named, list) and len(named) == 2 else None
-    made: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    made = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedTokenizerBase)):
         raise ModelError(
             f"{part.tokenizer} is {_class_of(named)}, which is no tokenizer", where=str(path / MODEL_INDEX)
@@ -395,8 +368,9 @@ def _tokenizer(path: Path, index: Mapping[str, Any], part: Component) -> Any:
         raise ModelError(f"its component {part.tokenizer} is missing", where=str(path))
     for file in sorted(folder.glob("*.json")):
         read_json(file)
+    tokenizer_class: Any = made
     try:
-        return made.from_pretrained(str(folder), local_files_only=True)
+        return tokenizer_class.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:
         raise ModelError(f"cannot be read as a {name}: {_reason(error)}", where=str(folder)) from error
 
@@ -437,12 +411,7 @@ def _find_in_file(found: _Found, path: Path, source: Source, facts: FamilyFacts,
         return
     entries = weights.entries([path], allow_pickle=source.allow_pickle)
     if not single_file.is_of(entries, facts):
-        kind = single_file.what_is(entries)
-        raise ModelError(
-            f"is {kind or 'not a model that is known here'}, and this needs {facts.title}",
-            where=str(path),
-            hint=_other_family(kind) or f"it begins with {', '.join(list(entries)[:2]) or 'nothing'}",
-        )
+        raise _not_of(path, entries, facts)
     beside = path.with_suffix("")
     folder = beside if (beside / MODEL_INDEX).is_file() else None
     networks: list[tuple[Component, nn.Module]] = []
@@ -480,8 +449,20 @@ def _find_in_file(found: _Found, path: Path, source: Source, facts: FamilyFacts,
         found.parts[part.tokenizer] = single_file.clip_tokenizer(part)
 
 
-def _other_family(kind: str) -> str:
-    return "give the base that it was made for, and this as its adapter" if "adapter" in kind else ""
+def _not_of(path: Path, names: Collection[str], facts: FamilyFacts) -> ModelError:
+    """What a single file is that is not a whole model of the family."""
+    kind = single_file.what_is(names)
+    if facts.title in kind:
+        networks = [part for part in facts.components if part.role != "scheduler"]
+        lacks = [part for part in networks if not any(name.startswith(part.published) for name in names)]
+        text = " and ".join(f"no {part.name} (nothing under {part.published.rstrip('.')})" for part in lacks)
+        return ModelError(f"holds {text}", where=str(path), hint="use a file of the whole model")
+    if "adapter" in kind:
+        hint = "give the base that it was made for as the source, and this as its adapter"
+    else:
+        hint = "" if kind else f"its tensors: {', '.join(list(names)[:2]) or 'none'}, ..."
+    text = f"is {kind or 'not a model that is known here'}, and this needs {facts.title}"
+    return ModelError(text, where=str(path), hint=hint)
 
 
 def _downloaded(source: Source, facts: FamilyFacts, pipeline_class: Any, fixed: Mapping[str, Any]) -> Path:
@@ -678,8 +659,7 @@ def _check_class(source: str, name: str, facts: FamilyFacts) -> None:
 
 
 def _check_hub_id(source: str) -> None:
-    is_file = source.endswith((".safetensors", *PICKLES, ".gguf", ".onnx", ".json", ".yaml"))
-    if is_file or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+    if source.endswith(FILES) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         raise ModelError(
             "no such file or folder",
             where=source,

@@ -35,6 +35,7 @@ OPEN_CLIP = ".model."
 UNREAD = re.compile(
     r"(model_ema|ema|first_stage_model\.loss|first_stage_model\.perceptual|embedding_manager)\."
     r"|(alphas|betas|sqrt_|log_|posterior_|logvar|lvlb|denoiser\.sigmas|edm_|global_step|iteration|epoch)"
+    r"|(cond_stage_model|conditioner)\.([\w.]*\.)?logit_scale$"
     r"|(v_pred|ztsnr|model\.diffusion_model\.scaled_fp8|scaled_fp8)$"
 )
 """What is no part of the model: the noise schedule, a second average of the weights, marks."""

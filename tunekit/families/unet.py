@@ -48,8 +48,8 @@ def misfits(parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]
         found.append(f"its U-Net gives {unet.out_channels} channels and takes {taken}")
     if getattr(unet, "time_cond_proj_dim", None):
         found.append(
-            "its U-Net is told the guidance scale (a latent consistency model): it can be drawn with, and not"
-            " trained, by other programs; an LCM LoRA on its base does the same here"
+            "its U-Net is told the guidance scale (time_cond_proj_dim: a latent consistency model), which is"
+            " not done here; its base with an LCM LoRA draws the same"
         )
     for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
         if getattr(unet, key, None):

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from tunekit import layers
+from tunekit import layers, records
 from tunekit.errors import ModelError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -25,6 +25,7 @@ WEIGHTS = ("model", "pytorch_model", "diffusion_pytorch_model")
 PICKLE_REFUSED = "weights in a pickle are refused: a pickle can run any program while it is opened"
 PICKLE_HINT = "use the .safetensors version, or set model.allow_pickle: true if you trust whoever made it"
 TEXT_LEVEL = "text_model."
+DAMAGED = "it is damaged, or of another program: take it from the original model"
 FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -46,16 +47,17 @@ def read_json(file: Path) -> dict[str, Any]:
         ModelError: it cannot be read, or it is no JSON object.
     """
     try:
-        if not file.is_file():  # nor a pipe, which could be read for ever
-            raise ModelError("is missing", where=str(file))
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"not JSON: {error}", where=str(file)) from error
+        # Not as strictly as our own: tokenizers say "no limit" with a number of 31 digits.
+        content = json.loads(records.read_bytes(file, error=ModelError).decode("utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError("is missing", where=str(file)) from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"not JSON: {error}", where=str(file), hint=DAMAGED) from error
     if not isinstance(content, dict):
         raise ModelError(
             f"holds a {type(content).__name__} where settings by name are expected",
             where=str(file),
-            hint="it is damaged, or of another program: take it from the original model",
+            hint=DAMAGED,
         )
     return content
 
