@@ -299,10 +299,10 @@ def _built(part: Component, config: Mapping[str, Any] | None, where: str, count:
 
     made = part.type
     settings = dict(part.config if config is None else config)
-    for key in LAYER_COUNTS if count is not None else ():
+    for key in LAYER_COUNTS:
         value = settings.get(key)
         numbers = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(number, int) and number > count for number in numbers):
+        if count is not None and any(isinstance(number, int) and number > count for number in numbers):
             raise ModelError(f"{key} is {value}, and the weights are {count} tensors", where=where)
     tokens = settings.get("max_position_embeddings")
     if isinstance(tokens, int) and tokens > MAX_TOKENS:
