@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -573,8 +573,47 @@ def _safetensors_keys(path: Path) -> list[str]:
     return [key for key in header if key != "__metadata__"]
 
 
+_METHODS = (
+    (r"\.hada_(w|t)", "a LoHa adapter"),
+    (r"\.lokr_(w|t)", "a LoKr adapter"),
+    (r"ip_adapter\.|(^|\.)image_proj\.|to_[kv]_ip\.", "an IP-Adapter"),
+    (r"\.(oft_|boft_)", "an OFT adapter"),
+    (r"\.ia3_l|\.on_input$", "an IA3 adapter"),
+    (r"\.vera_lambda", "a VeRA adapter"),
+    (r"\.[ab][12]\.weight$", "a GLoRA adapter"),
+    (r"lora_embedding_[AB]", "an adapter of an embedding"),
+    (
+        r"(^|\.)(emb_params|string_to_(param|token))(\.|$)|^bundle_emb\.|^clip_[lg]$|^<[^>]+>$",
+        "a textual inversion",
+    ),
+    (r"lora_controlnet|^control_model\.|controlnet_(down|mid|cond)", "a ControlNet"),
+    (r"motion_modules\.", "a motion module of AnimateDiff"),
+    (r"^adapter\.body\.", "a T2I-Adapter"),
+)
+_ADAPTERS = r"\.lora_|_lora\.|\.lora\.(up|down)|\.dora_|\.diff(_b)?$|\.[wb]_norm$"
+
+
+def what_it_is(keys: Iterable[str]) -> str | None:
+    """What a file of weights holds that is no model and no LoRA, by its keys: "a LoHa adapter"."""
+    keys = list(keys)
+    for marks, kind in _METHODS:
+        if any(re.search(marks, key) for key in keys):
+            return kind
+    return None
+
+
 def _is_adapter_file(path: Path) -> bool:
-    return any(".lora_" in key or ".dora_" in key for key in _safetensors_keys(path))
+    return any(re.search(_ADAPTERS, key) for key in _safetensors_keys(path))
+
+
+def _refuse_other(path: Path) -> None:
+    """Say what a file is that is neither a model nor a LoRA: nothing could open it."""
+    if kind := what_it_is(_safetensors_keys(path)):
+        raise ArtifactError(
+            f"holds {kind}, which cannot be opened",
+            where=str(path),
+            hint="a model is opened, or a LoRA or DoRA adapter of any program",
+        )
 
 
 def _checkpoint(path: Path) -> ArtifactError:
@@ -628,7 +667,10 @@ def open_artifact(source: Path | str, *, family: str | None = None) -> Artifact:
 
     if path.is_file():
         if path.suffix == ".safetensors":
-            return bare("adapter" if _is_adapter_file(path) else "torch")
+            if _is_adapter_file(path):
+                return bare("adapter")
+            _refuse_other(path)
+            return bare("torch")
         if path.suffix in {".ckpt", ".bin", ".pt", ".pth"}:
             return bare("torch")  # refused by the family unless pickles are allowed
         raise ArtifactError("not a model file: expected .safetensors", where=text)

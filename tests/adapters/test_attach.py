@@ -98,7 +98,9 @@ def test_both_files_give_back_what_was_trained(
     loaded, merged = family.tiny(), family.tiny()
     load_adapter(loaded, family, tmp_path / file)
     expected = predict(family, pipeline)
-    assert torch.equal(predict(family, loaded), expected)
+    if file == KOHYA:  # says alpha itself; in the other it is within the weights, rounded with them
+        assert torch.equal(predict(family, loaded), expected)
+    assert relative_error(predict(family, loaded), expected) < 1e-6
     count = merge_adapter(merged, family, tmp_path / file)
     assert count == sum("lora_A" in key for key in adapter_state(family.denoiser(pipeline)))
     assert relative_error(predict(family, merged), expected) < 1e-5

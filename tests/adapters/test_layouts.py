@@ -32,7 +32,6 @@ from tunekit.adapters import (
 from tunekit.adapters.delta import deltas_of, modules_of
 from tunekit.config import AdapterConfig, SamplingConfig
 from tunekit.diffusion.metrics import relative_error
-from tunekit.errors import AdapterError
 from tunekit.families import Family
 from tunekit.runtime import generate_pixels, torch_runtime
 
@@ -521,15 +520,6 @@ def test_shapes_in_kohya_files(tmp_path: Path, trained: Trained, save: Save) -> 
     assert state[f"{convolution}.lora_down.weight"].shape == (4, 64, 3, 3)
     assert state[f"{convolution}.lora_up.weight"].shape == (64, 4, 1, 1)
     assert state[f"{convolution}.dora_scale"].shape == (64, 1, 1, 1)
-
-
-def test_a_scale_of_columns_is_refused(tmp_path: Path) -> None:
-    """The layer is square, so that nothing but the shape tells."""
-    state = {**pair(IN_KOHYA, 2), f"{IN_KOHYA}.dora_scale": torch.ones(1, 32)}
-    with pytest.raises(AdapterError, match=r"scales the weight's columns.*\n.*LyCORIS"):
-        read_adapter(SD15.tiny(), SD15, write(tmp_path / "a.safetensors", state))
-    state[f"{IN_KOHYA}.dora_scale"] = torch.ones(32, 1)
-    read_adapter(SD15.tiny(), SD15, write(tmp_path / "a.safetensors", state))
 
 
 # Pictures ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,11 @@ from tunekit import layers
 from tunekit.adapters.delta import (
     KINDS,
     NAME,
+    ColumnDora,
     Delta,
+    Dora,
+    Full,
+    Kind,
     Lora,
     State,
     adapted,
@@ -121,6 +125,13 @@ def start_from(denoiser: nn.Module, given: Mapping[str, Delta], source: str | Pa
     loaded = {}
     for path, delta in own.items():
         other = given[path]
+        if not isinstance(other, Lora) or isinstance(other, ColumnDora) or other.bias is not None:
+            raise AdapterError(
+                f"it changes {path} by more than a LoRA or DoRA that can be trained",
+                where=where,
+                hint="merge it into the base first, and start from that",
+                key=key,
+            )
         if (type(other), other.rank) != (type(delta), delta.rank):
             raise AdapterError(
                 f"it is a {other.kind} of rank {other.rank} in {path}, and this run makes a {delta.kind} of"
@@ -129,9 +140,7 @@ def start_from(denoiser: nn.Module, given: Mapping[str, Delta], source: str | Pa
                 hint=f"set adapter.kind={other.kind} and adapter.rank={other.rank}",
                 key=key,
             )
-        assert isinstance(other, Lora)
-        strength = other.alpha / delta.alpha  # the rank is the same
-        loaded[path] = dataclasses.replace(other, alpha=delta.alpha, up=other.up * strength)
+        loaded[path] = other.with_alpha(delta.alpha)
     with torch.no_grad():
         load_adapter_state(denoiser, peft_state(loaded))
 
@@ -145,22 +154,40 @@ def _leaf(path: str) -> str:
 def load_adapter(
     pipeline: Pipeline, family: Family, source: str | Path, *, allow_pickle: bool = False
 ) -> None:
-    """Put the adapter of a file or folder, in either layout, into the pipeline, unmerged.
+    """Put the adapter of a file or folder, in any layout, into the pipeline, unmerged.
+
+    What peft has no layer for is folded into the weights at once: whole differences, biases, and DoRA along
+    the input axis.
 
     Raises:
         AdapterError: unreadable, pickled, non-finite, or made for another family or another base.
     """
     for component, deltas in read_adapter(pipeline, family, source, allow_pickle=allow_pickle).items():
         module = getattr(pipeline, component)
-        most = next(iter(deltas.values()))
-        settings = type(most).settings(most.rank, most.alpha, list(deltas), 0.0)
-        settings["rank_pattern"] = {f"^{path}": d.rank for path, d in deltas.items() if d.rank != most.rank}
-        settings["alpha_pattern"] = {
-            f"^{path}": d.alpha for path, d in deltas.items() if d.alpha != most.alpha
-        }
-        _inject(module, type(most), settings)
+        kept: dict[str, Lora] = {}
+        for path, delta in deltas.items():
+            if isinstance(delta, Lora) and not isinstance(delta, ColumnDora):
+                kept[path] = delta
+                _add_bias(module.get_submodule(path), path, delta)
+            else:
+                _fold(module, path, delta)
+        if not kept:
+            continue
+        kind: type[Lora] = Dora if any(isinstance(delta, Dora) for delta in kept.values()) else Lora
+        if kind is Dora:  # peft knows one kind per adapter
+            kept = {
+                path: delta
+                if isinstance(delta, Dora)
+                else Dora.of_lora(delta, _weight(module.get_submodule(path)))
+                for path, delta in kept.items()
+            }
+        most = next(iter(kept.values()))
+        settings = kind.settings(most.rank, most.alpha, list(kept), 0.0)
+        settings["rank_pattern"] = _patterns({path: d.rank for path, d in kept.items()}, most.rank)
+        settings["alpha_pattern"] = _patterns({path: d.alpha for path, d in kept.items()}, most.alpha)
+        _inject(module, kind, settings)
         with torch.no_grad():
-            load_adapter_state(module, peft_state(deltas))
+            load_adapter_state(module, peft_state(kept))
         module.eval()
 
 
@@ -175,25 +202,63 @@ def merge_adapter(
         The number of layers that changed.
 
     Raises:
-        AdapterError: see `load_adapter`.
+        AdapterError: see `load_adapter`; also a weight that would become infinite. The pipeline is then no
+            longer what it was.
     """
     read = read_adapter(pipeline, family, source, allow_pickle=allow_pickle)
     for component, deltas in read.items():
         for path, delta in deltas.items():
-            parent_path, _, leaf = path.rpartition(".")
-            parent = getattr(pipeline, component).get_submodule(parent_path)
-            layer: Any = getattr(parent, leaf)
-            if isinstance(layer, layers.QuantLinear | layers.QuantConv2d):
-                plain: Any = layers.dequantize_layer(layer)
-                plain.weight = nn.Parameter(delta.apply(plain.weight), requires_grad=False)
-                setattr(parent, leaf, layers.quantize_layer(plain, layer.scheme, layer.group))
-            else:
-                with torch.no_grad():
-                    layer.weight.copy_(delta.apply(layer.weight))
+            _fold(getattr(pipeline, component), path, delta)
     return sum(len(deltas) for deltas in read.values())
 
 
-def _inject(module: Any, kind: type[Delta], settings: Mapping[str, Any]) -> None:
+def _patterns(values: Mapping[str, float], usual: float) -> dict[str, float]:
+    """What peft is told of layers that differ: one pattern for each value, since it tries all in turn."""
+    paths: dict[float, list[str]] = {}
+    for path, value in values.items():
+        if value != usual:
+            paths.setdefault(value, []).append(re.escape(path))
+    return {f"^({'|'.join(names)})": value for value, names in paths.items()}
+
+
+def _weight(layer: Any) -> Tensor:
+    """The weight of a layer, unpacked."""
+    weight: Tensor = layer.weight
+    return weight.detach()
+
+
+@torch.no_grad()
+def _fold(module: nn.Module, path: str, delta: Delta) -> None:
+    """Fold an update into the layer at `path`."""
+    parent_path, _, leaf = path.rpartition(".")
+    parent = module.get_submodule(parent_path)
+    layer: Any = getattr(parent, leaf)
+    changed = delta.apply(_weight(layer))
+    if not torch.isfinite(changed).all():
+        raise AdapterError(
+            f"{path}: its weights overflow with the adapter", hint="the adapter diverged, or is damaged"
+        )
+    if isinstance(layer, layers.QuantLinear | layers.QuantConv2d):
+        if not (isinstance(delta, Full) and delta.weight is None):
+            plain: Any = layers.dequantize_layer(layer)
+            plain.weight = nn.Parameter(changed, requires_grad=False)
+            layer = layers.quantize_layer(plain, layer.scheme, layer.group)
+            setattr(parent, leaf, layer)
+    else:
+        layer.weight.copy_(changed)
+    _add_bias(layer, path, delta)
+
+
+@torch.no_grad()
+def _add_bias(layer: Any, path: str, delta: Delta) -> None:
+    if delta.bias is None:
+        return
+    layer.bias.copy_((layer.bias.float() + delta.bias.float().to(layer.bias.device)).to(layer.bias.dtype))
+    if not torch.isfinite(layer.bias).all():
+        raise AdapterError(f"{path}: its bias overflows with the adapter")
+
+
+def _inject(module: Any, kind: type[Kind], settings: Mapping[str, Any]) -> None:
     if NAME in getattr(module, "peft_config", {}):
         raise AdapterError(
             "there is an adapter in this model already", hint="merge it, or load the base anew"

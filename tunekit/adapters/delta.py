@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,8 +14,6 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Generator, Tensor, nn
-
-from tunekit.errors import AdapterError
 
 NAME = "default"  # of the adapter inside the model
 SHOWN = 3  # keys named in a message
@@ -24,7 +23,50 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Delta(ABC):
-    """The update of one Linear or Conv2d: what every kind of adapter answers.
+    """The update of one layer: what can be read, and folded into the weights.
+
+    Attributes:
+        bias: [out], what is added to the layer's bias.
+    """
+
+    bias: Tensor | None = field(default=None, kw_only=True)
+
+    @abstractmethod
+    def apply(self, weight: Tensor) -> Tensor:
+        """Return `weight` with the update folded in, computed in float32, in the dtype of `weight`."""
+
+    @abstractmethod
+    def shapes(self, layer: Any) -> dict[str, tuple[int, ...]]:
+        """What its fields have to be, to fit a layer."""
+
+    @property
+    def bound(self) -> float:
+        """No entry of what is added, before any scaling to a length, is larger than this."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Full(Delta):
+    """What is added to a weight as it stands: of a convolution or a matrix, or of a norm.
+
+    Attributes:
+        weight: in the layer's own shape; None where it is its bias alone that changes.
+    """
+
+    weight: Tensor | None
+
+    def apply(self, weight: Tensor) -> Tensor:
+        if self.weight is None:
+            return weight
+        return (weight.float() + self.weight.float().to(weight.device)).to(weight.dtype)
+
+    def shapes(self, layer: Any) -> dict[str, tuple[int, ...]]:
+        return {} if self.weight is None else {"weight": weight_shape(layer)}
+
+
+@dataclass(frozen=True)
+class Kind(Delta):
+    """The update of one Linear or Conv2d by an adapter that can be trained: what every kind of it answers.
 
     Attributes:
         kind: of `adapter.kind`.
@@ -46,8 +88,8 @@ class Delta(ABC):
         """Of the update."""
 
     @abstractmethod
-    def apply(self, weight: Tensor) -> Tensor:
-        """Return `weight` with the update folded in, computed in float32, in the dtype of `weight`."""
+    def with_alpha(self, alpha: float) -> Self:
+        """Return the same update, said with another alpha."""
 
     def peft(self) -> State:
         """Its tensors as PEFT lays them out, by ending; they share memory with the update."""
@@ -56,24 +98,6 @@ class Delta(ABC):
     def kohya(self) -> State:
         """Its tensors as kohya's tools lay them out, by ending, without alpha."""
         return {ending: getattr(self, field) for field, ending in self.kohya_names.items()}
-
-    @classmethod
-    def from_peft(cls, tensors: State, alpha: float | None) -> Self:
-        """Make one of what `peft` gives."""
-        return cls.read({field: tensors[ending] for field, ending in cls.peft_names.items()}, alpha)
-
-    @classmethod
-    def from_kohya(cls, tensors: State, alpha: float | None) -> Self:
-        """Make one of what `kohya` gives.
-
-        Raises:
-            AdapterError: a variant that cannot be read.
-        """
-        return cls.read({field: tensors[ending] for field, ending in cls.kohya_names.items()}, alpha)
-
-    @abstractmethod
-    def shapes(self, layer: Any) -> dict[str, tuple[int, ...]]:
-        """What its fields have to be, to fit a Linear or Conv2d."""
 
     @classmethod
     @abstractmethod
@@ -102,7 +126,7 @@ class Delta(ABC):
 
 
 @dataclass(frozen=True)
-class Lora(Delta):
+class Lora(Kind):
     """weight + alpha / rank * up @ down (Hu et al. 2021, arXiv:2106.09685).
 
     Attributes:
@@ -122,6 +146,16 @@ class Lora(Delta):
         """Rows of `down`."""
         return self.down.shape[0]
 
+    @property
+    def bound(self) -> float:
+        largest = [float(t.abs().max().double()) if t.numel() else 0.0 for t in (self.down, self.up)]
+        return abs(self.alpha) * largest[0] * largest[1]  # rank products of the two, over the rank
+
+    def with_alpha(self, alpha: float) -> Self:
+        if alpha == self.alpha:
+            return self
+        return dataclasses.replace(self, up=self.up.float() * (self.alpha / alpha), alpha=alpha)
+
     def updated(self, weight: Tensor) -> Tensor:
         """Return `weight` with the update, in float32."""
         update = (self.up.float().flatten(1) @ self.down.float().flatten(1)).view(weight.shape)
@@ -131,12 +165,8 @@ class Lora(Delta):
         return self.updated(weight).to(weight.dtype)
 
     def shapes(self, layer: Any) -> dict[str, tuple[int, ...]]:
-        if isinstance(layer, nn.Linear):
-            return {"down": (self.rank, layer.in_features), "up": (layer.out_features, self.rank)}
-        return {
-            "down": (self.rank, layer.in_channels // layer.groups, *layer.kernel_size),
-            "up": (layer.out_channels, self.rank, 1, 1),
-        }
+        out, *inside = weight_shape(layer)
+        return {"down": (self.rank, *inside), "up": (out, self.rank, *[1] * (len(inside) - 1))}
 
     @classmethod
     def read(cls, tensors: State, alpha: float | None) -> Self:
@@ -186,13 +216,13 @@ class Dora(Lora):
     kind: ClassVar[str] = "dora"
     peft_names: ClassVar[Mapping[str, str]] = {**Lora.peft_names, "magnitude": "lora_magnitude_vector"}
     kohya_names: ClassVar[Mapping[str, str]] = {**Lora.kohya_names, "magnitude": "dora_scale"}
+    axis: ClassVar[int] = 0
     magnitude: Tensor
 
     def apply(self, weight: Tensor) -> Tensor:
         updated = self.updated(weight)
-        norm: Tensor = updated.flatten(1).norm(dim=1)
-        factor = self.magnitude.float().to(weight.device) / norm
-        return (updated * factor.view(-1, *[1] * (weight.ndim - 1))).to(weight.dtype)
+        factor = self.magnitude.float().to(weight.device) / _lengths(updated, self.axis)
+        return (updated * _along(factor, self.axis, weight.ndim)).to(weight.dtype)
 
     def peft(self) -> State:
         shape = (-1,) if self.down.ndim == 2 else (1, -1, 1, 1)
@@ -207,18 +237,14 @@ class Dora(Lora):
         return {**needed, "magnitude": needed["up"][:1]}
 
     @classmethod
-    def from_kohya(cls, tensors: State, alpha: float | None) -> Self:
-        scale = tensors["dora_scale"]
-        if scale.ndim > 1 and len(scale) == 1 and scale.numel() > 1:
-            raise AdapterError(
-                f"its dora_scale of shape {list(scale.shape)} scales the weight's columns, not its rows",
-                hint="it was made by a method other than PEFT's DoRA, such as LyCORIS without wd_on_output",
-            )
-        return super().from_kohya(tensors, alpha)
+    def read(cls, tensors: State, alpha: float | None) -> Self:
+        return super().read({**tensors, "magnitude": tensors["magnitude"].flatten()}, alpha)
 
     @classmethod
-    def read(cls, tensors: State, alpha: float | None) -> Self:
-        return super().read({**tensors, "magnitude": tensors["magnitude"].reshape(-1)}, alpha)
+    def of_lora(cls, lora: Lora, weight: Tensor) -> Dora:
+        """Say a LoRA as a DoRA: its lengths are those that `weight` has with the update."""
+        lengths = _lengths(lora.updated(weight), 0)
+        return Dora(alpha=lora.alpha, down=lora.down, up=lora.up, magnitude=lengths, bias=lora.bias)
 
     @classmethod
     def settings(cls, rank: int, alpha: float, targets: Sequence[str], dropout: float) -> dict[str, Any]:
@@ -233,7 +259,32 @@ class Dora(Lora):
         return {**super().tensors_of(layer), "magnitude": layer.lora_magnitude_vector[NAME].weight.detach()}
 
 
-KINDS: dict[str, type[Delta]] = {kind.kind: kind for kind in (Lora, Dora)}
+@dataclass(frozen=True)
+class ColumnDora(Dora):
+    """DoRA along the input axis, as LyCORIS trained it at first. It is read, and neither trained nor written.
+
+    Attributes:
+        magnitude: [in], the norms of the weight's columns.
+    """
+
+    axis: ClassVar[int] = 1
+
+    def shapes(self, layer: Any) -> dict[str, tuple[int, ...]]:
+        needed = super().shapes(layer)
+        return {**needed, "magnitude": needed["down"][1:2]}
+
+
+def _lengths(weight: Tensor, axis: int) -> Tensor:
+    """The norms of a weight's parts along an axis, [size of the axis]; of nothing but zeros, a tiny one."""
+    norms: Tensor = weight.transpose(0, axis).flatten(1).norm(dim=1)
+    return norms.clamp_min(1e-30)
+
+
+def _along(factor: Tensor, axis: int, ndim: int) -> Tensor:
+    return factor.view(*(-1 if i == axis else 1 for i in range(ndim)))
+
+
+KINDS: dict[str, type[Lora]] = {kind.kind: kind for kind in (Lora, Dora)}
 """By `adapter.kind`; a kind that is more than another stands after it."""
 
 Deltas = dict[str, dict[str, Delta]]
@@ -247,7 +298,7 @@ def adapted(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, layer
 
 
-def deltas_of(module: nn.Module) -> dict[str, Delta]:
+def deltas_of(module: nn.Module) -> dict[str, Lora]:
     """Return the updates of a module's layers by path; the tensors are the layers' own."""
     kinds = list(reversed(KINDS.values()))
     return {path: next(kind for kind in kinds if kind.on(layer)).of(layer) for path, layer in adapted(module)}
@@ -261,37 +312,40 @@ def parameters_of(layer: Any) -> Iterator[nn.Parameter]:
 
 def modules_of(module: nn.Module) -> dict[str, nn.Module]:
     """Return the layers that can carry an adapter, under their paths without the adapter's own wrapping."""
-    return dict(_targetable(module, ""))
+    return dict(_layers(module, "", (nn.Linear, nn.Conv2d)))
 
 
-def _targetable(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+def changeable(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that a file can change: those of `modules_of`, and the norms."""
+    return dict(_layers(module, "", (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)))
+
+
+def weight_shape(layer: Any) -> tuple[int, ...]:
+    """Return the shape of a layer's weight, of a packed one too."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    if isinstance(layer, nn.Conv2d):
+        return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
+    return tuple(layer.weight.shape)
+
+
+def _layers(module: nn.Module, prefix: str, types: tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         if isinstance(child, BaseTunerLayer):
             yield prefix + name, child.get_base_layer()
-        elif isinstance(child, nn.Linear | nn.Conv2d):
+        elif isinstance(child, types):
             yield prefix + name, child
         else:
-            yield from _targetable(child, f"{prefix}{name}.")
+            yield from _layers(child, f"{prefix}{name}.", types)
 
 
-def peft_state(deltas: Mapping[str, Delta]) -> State:
+def peft_state(deltas: Mapping[str, Kind]) -> State:
     """Lay the updates of one component out as PEFT does, without a prefix."""
     return {
         f"{path}.{ending}": tensor
         for path, delta in deltas.items()
         for ending, tensor in delta.peft().items()
     }
-
-
-def check_shape(name: str, delta: Delta, module: nn.Module) -> None:
-    """Raise unless an update fits the module it is for."""
-    for field, shape in delta.shapes(module).items():
-        found = list(getattr(delta, field).shape)
-        if found != list(shape):
-            raise AdapterError(
-                f"{name}: its {delta.peft_names[field]} is {found}, this model needs {list(shape)}",
-                hint="the adapter was made for another base (another version, or before pruning)",
-            )
 
 
 def some(keys: Sequence[str]) -> str:

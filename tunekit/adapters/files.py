@@ -1,26 +1,39 @@
-"""Adapter files: written in both layouts and read back at once, read in either."""
+"""Adapter files: written in two layouts and read back at once; read in any."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from tunekit.adapters.delta import Deltas, State, deltas_of, modules_of, peft_state, some
-from tunekit.adapters.layouts import HEADER_KEY, parse, to_kohya
-from tunekit.artifacts import ADAPTER_FILE
+from tunekit.adapters.delta import Deltas, Dora, Lora, State, changeable, deltas_of, some
+from tunekit.adapters.layouts import HEADER_KEY, parse, to_kohya, to_peft
+from tunekit.artifacts import ADAPTER_FILE, what_it_is
 from tunekit.config import AdapterConfig
 from tunekit.errors import AdapterError, output_errors
 from tunekit.families.family import Family, Pipeline
 from tunekit.families.loading import PICKLE_HINT, PICKLE_REFUSED, PICKLES
+
+LOG = logging.getLogger(__name__)
+ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.safetensors")
+"""What the adapter in a folder is called, by diffusers and by peft."""
+CONFIG = "adapter_config.json"
+CONFIG_BYTES = 1_000_000  # of text; peft writes two thousand
+DORA_NOTE = (
+    "DoRA in this layout is applied rightly by LyCORIS; ComfyUI, A1111 and Forge scale by other lengths, and"
+    " sd-scripts and diffusers leave the scale out. For those use the merged model, or"
+    f" {ADAPTER_FILE} in diffusers."
+)
 
 
 def save_adapter(
@@ -32,10 +45,12 @@ def save_adapter(
     name: str,
     title: str,
     base_source: str | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> tuple[Path, Path]:
     """Write the adapter of `denoiser` in both layouts and read the files back against the module list.
 
-    Nothing private is written: no paths, no captions; the base only if it is a public name.
+    Nothing private is written: no paths, no captions; the base only if it is a public name. The PEFT file has
+    alpha / rank within its weights and says alpha = rank, so that a reader which knows no alpha is right too.
 
     Args:
         folder: receives `pytorch_lora_weights.safetensors` and `<name>.kohya.safetensors`.
@@ -44,21 +59,24 @@ def save_adapter(
         name: of the kohya file.
         title: for people, in the header.
         base_source: what the adapter was trained on.
+        facts: of the training, for the kohya file's header: "ss_learning_rate" and so on.
 
     Raises:
         AdapterError: a key that no module answers to, before or after writing.
         OutputError: the disk is full or unwritable; no file is left half-written.
     """
     component = family.facts.denoiser_name
-    deltas: Deltas = {component: deltas_of(denoiser)}
-    modules = {component: modules_of(denoiser)}
-    first = next(iter(deltas[component].values()), None)
+    trained = {component: deltas_of(denoiser)}
+    modules = {component: changeable(denoiser)}
+    first = next(iter(trained[component].values()), None)
     if first is None:
         raise AdapterError("there is no adapter in the denoiser to save")
-    peft = {f"{component}.{key}": tensor for key, tensor in peft_state(deltas[component]).items()}
-    settings = first.settings(first.rank, first.alpha, sorted(deltas[component]), config.dropout)
-    kohya = to_kohya(deltas, modules, family)
-    files = {
+    folded = {component: {path: d.with_alpha(d.rank) for path, d in trained[component].items()}}
+    peft = to_peft(trained)
+    settings = first.settings(first.rank, first.rank, sorted(trained[component]), config.dropout)
+    kohya = to_kohya(trained, modules, family)
+    dora = first.kind == "dora"
+    files: dict[Path, tuple[State, dict[str, str], Deltas]] = {
         folder / ADAPTER_FILE: (
             peft,
             {
@@ -66,55 +84,69 @@ def save_adapter(
                 HEADER_KEY: json.dumps({f"{component}.{k}": v for k, v in settings.items()}, indent=2),
                 **_modelspec(peft, family, title, base_source),
             },
+            {component: dict(folded[component])},
         ),
         folder / f"{name}.kohya.safetensors": (
             kohya,
             {
                 "format": "pt",
+                **(facts or {}),
                 "ss_base_model_version": family.facts.ss_base_model_version,
-                "ss_network_module": "networks.lora",
+                "ss_network_module": "lycoris.kohya" if dora else "networks.lora",
                 "ss_network_dim": str(first.rank),
                 "ss_network_alpha": str(first.alpha),
+                **_network_args(trained[component]),
                 "ss_v2": str(family.facts.ss_v2),
                 "ss_output_name": name,
                 **_modelspec(kohya, family, title, base_source),
+                **({"modelspec.usage_hint": DORA_NOTE} if dora else {}),
             },
+            {component: dict(trained[component])},
         ),
     }
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for path, (state, header) in files.items():
+        for path, (state, header, meant) in files.items():
             aside = path.with_name(f".{path.name}.tmp")
             try:
                 aside.write_bytes(_file_content(state, header))
                 written, read_header = _read_tensors(aside, allow_pickle=False)
-                _check_same(path, deltas, parse(written, read_header, modules, family, str(path)))
+                _check_same(path, meant, parse(written, read_header, modules, family, str(path)))
                 aside.replace(path)
             finally:
                 aside.unlink(missing_ok=True)
     peft_file, kohya_file = files
+    if dora:
+        LOG.warning("%s: %s", kohya_file.name, DORA_NOTE)
     return peft_file, kohya_file
+
+
+def _network_args(deltas: Mapping[str, Lora]) -> dict[str, str]:
+    """What kohya's tools are told beside rank and alpha, as JSON: of convolutions, and of DoRA."""
+    args: dict[str, str] = {}
+    for delta in deltas.values():
+        if delta.down.ndim == 4 and delta.down[0, 0].numel() > 1:
+            args |= {"conv_dim": str(delta.rank), "conv_alpha": str(delta.alpha)}
+        if isinstance(delta, Dora):
+            args |= {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}
+    return {"ss_network_args": json.dumps(args)} if args else {}
 
 
 def read_adapter(
     pipeline: Pipeline, family: Family, source: str | Path, *, allow_pickle: bool = False
 ) -> Deltas:
-    """Read an adapter file, or the one in a folder, in either layout, for the modules of `pipeline`.
+    """Read an adapter file, or the one in a folder, in any layout, for the modules of `pipeline`.
+
+    What is left out because it is no part of the model, such as a bundled embedding, is named in the log.
 
     Raises:
         AdapterError: see `load_adapter`.
     """
     path = adapter_file(source)
     state, header = _read_tensors(path, allow_pickle)
-    for key, tensor in state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise AdapterError(
-                f"tensor {key} holds NaN or infinity", where=str(path), hint="its training diverged"
-            )
     parts = (name for name in family.facts.kohya_prefixes if getattr(pipeline, name, None) is not None)
-    return parse(
-        state, header, {name: modules_of(getattr(pipeline, name)) for name in parts}, family, str(path)
-    )
+    modules = {name: changeable(getattr(pipeline, name)) for name in parts}
+    return parse(state, header, modules, family, str(path), _config_beside(path))
 
 
 def adapter_file(source: str | Path) -> Path:
@@ -123,18 +155,52 @@ def adapter_file(source: str | Path) -> Path:
     Raises:
         AdapterError: there is none, or there are several.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise AdapterError("no such file or folder", where=str(source))
-    if (path / ADAPTER_FILE).is_file():
-        return path / ADAPTER_FILE
-    found = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
-    if len(found) != 1:
-        names = some([file.name for file in found]) if found else "none"
-        raise AdapterError(f"expected one adapter file in the folder, found {names}", where=str(source))
-    return found[0]
+    try:
+        path = Path(source).expanduser()
+        if path.is_file():
+            return path
+        if not path.is_dir():
+            raise AdapterError("no such file or folder", where=str(source))
+        for name in ADAPTER_FILES:
+            if (path / name).is_file():
+                return path / name
+        return _only_file(path, str(source))
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, `~nobody`, a zero byte
+        raise AdapterError(f"cannot be read: {error}", where=str(source)) from error
+
+
+def _only_file(folder: Path, where: str) -> Path:
+    found = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    for suffixes in ((".safetensors",), (".bin",)):
+        files = [file for file in found if file.suffix in suffixes and not file.name.startswith(".")]
+        if len(files) == 1:
+            return files[0]
+        if files:
+            raise AdapterError(
+                f"expected one adapter file in the folder, found {some([file.name for file in files])}",
+                where=where,
+                hint="name the file itself",
+            )
+    raise AdapterError("expected one adapter file in the folder, found none", where=where)
+
+
+def _config_beside(path: Path) -> dict[str, Any] | None:
+    """What peft's adapter_config.json says, where it is of this file: peft's own, or the only one there."""
+    file = path.with_name(CONFIG)
+    try:
+        if not file.is_file():
+            return None
+        others = [f for f in path.parent.iterdir() if f.suffix == path.suffix and f.name != path.name]
+        if path.stem not in ("adapter_model", ADAPTER_FILE.partition(".")[0]) and others:
+            return None
+        if file.stat().st_size > CONFIG_BYTES:
+            raise AdapterError(f"is larger than {CONFIG_BYTES} bytes, and no settings", where=str(file))
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"cannot be read as JSON: {error}", where=str(file)) from error
+    if not isinstance(said, dict):
+        raise AdapterError(f"holds no settings by name, but {said!r:.40}", where=str(file))
+    return said
 
 
 def _check_same(path: Path, wanted: Deltas, read: Deltas) -> None:
@@ -146,11 +212,14 @@ def _check_same(path: Path, wanted: Deltas, read: Deltas) -> None:
             )
         for name, delta in updates.items():
             other = read[component][name]
-            found, meant = other.peft(), delta.peft()
-            same = found.keys() == meant.keys() and all(
-                torch.equal(found[key], tensor.cpu()) for key, tensor in meant.items()
-            )
-            if not same or not math.isclose(other.alpha, delta.alpha, rel_tol=1e-6):
+            if type(other) is not type(delta) or not all(
+                torch.equal(found.cpu(), meant.cpu())
+                if isinstance(meant, Tensor)
+                else found is meant or math.isclose(found, meant, rel_tol=1e-6)
+                for found, meant in (
+                    (getattr(other, field.name), getattr(delta, field.name)) for field in fields(delta)
+                )
+            ):
                 raise AdapterError(
                     f"the file just written differs from the adapter in {name}", where=str(path)
                 )
@@ -164,13 +233,19 @@ def _read_tensors(path: Path, allow_pickle: bool) -> tuple[State, dict[str, str]
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # pickle raises anything
             raise AdapterError("holds more than weights, or is damaged", where=str(path)) from error
-        if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
-            raise AdapterError("holds something other than tensors by name", where=str(path))
+        if not isinstance(content, dict) or not all(
+            isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in content.items()
+        ):
+            kind = what_it_is(str(key) for key in content) if isinstance(content, dict) else None
+            raise AdapterError(
+                f"holds {kind or 'something other than tensors by name'}, and no adapter", where=str(path)
+            )
         return content, {}
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    # Types that torch lacks, shapes that are no sizes: whatever a damaged header leads to.
+    except Exception as error:
         raise AdapterError(f"not a safetensors file, or damaged: {error}", where=str(path)) from error
 
 

@@ -145,6 +145,7 @@ class FamilyFacts:
         default_source: hub id of the usual base, whose sizes the table has.
         base_title: the usual base for people, where it is not `title`.
         ss_v2: kohya's name for SD 2.x.
+        adapter_marks: regular expression of what this family's adapters alone have in their keys, or "".
         runs: False for a family that can be planned only.
     """
 
@@ -158,6 +159,7 @@ class FamilyFacts:
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=30, guidance=7.5))
     base_title: str = ""
     ss_v2: bool = False
+    adapter_marks: str = ""
     runs: bool = True
 
     @property

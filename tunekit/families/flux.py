@@ -59,6 +59,7 @@ class Flux:
         ),
         ss_base_model_version="flux1",
         modelspec_architecture="flux-1-dev",
+        adapter_marks="double_blocks|single_transformer_blocks|single_blocks",
         default_source="black-forest-labs/FLUX.1-dev",
         sampling=SamplingConfig(steps=28, guidance=3.5),
         runs=False,

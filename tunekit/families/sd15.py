@@ -222,7 +222,11 @@ class SD15:
         return answers.first_state(output)  # a down block also gives what it hands across
 
     def adapter_names(self, component: str, paths: Collection[str]) -> dict[str, tuple[str, ...]]:
-        return answers.underscored(paths) if component == "unet" else unet.encoder_names(paths)
+        """Kohya's tools use diffusers' names; those of the U-Net as it was published occur, and are read."""
+        if component != "unet":
+            return unet.encoder_names(paths)
+        published = unet.published_names(paths)
+        return {path: (path.replace(".", "_"), published[path].replace(".", "_")) for path in paths}
 
     def export_components(self, pipeline: Pipeline) -> list[ExportComponent]:
         network, encoder = pipeline.unet, pipeline.text_encoder

@@ -98,6 +98,7 @@ class SDXL:
         lora_targets=unet.TARGETS,
         ss_base_model_version="sdxl_base_v1-0",
         modelspec_architecture="stable-diffusion-xl-v1-base",
+        adapter_marks=r"(^|_)te2_|text_encoder_2|label_emb|add_embedding",
         default_source="stabilityai/stable-diffusion-xl-base-1.0",
         sampling=SamplingConfig(steps=30, guidance=5.0),
     )
