@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from tunekit.artifacts import Artifact, RunFolder, open_artifact
 from tunekit.errors import (
     ArtifactError,
-    ChainError,
     ConfigError,
     DataError,
     OutputError,
@@ -156,7 +155,7 @@ def _base(found: Found) -> None:
 
 def _chain(found: Found) -> None:
     """The passes are known, their settings right, and each can take what the one before it gives."""
-    from tunekit.passes.base import check_chain, parse_chain
+    from tunekit.passes.base import Start, check_chain, parse_chain
 
     found.facts["passes"] = "none"
     where = found.loaded.chain_where
@@ -164,25 +163,16 @@ def _chain(found: Found) -> None:
         found.chain = parse_chain(found.section("optimize") or [], where)
     if not found.chain:
         return
-    opened, first = found.model, found.chain[0]
+    opened, model = found.model, found.section("model")
     with found.about("optimize"):
         if found.is_trained:
-            start = "adapter" if found.section("adapter") else "torch"
+            kind = "adapter" if found.section("adapter") else "torch"
+            start = Start.trained(kind, model.family, model.opened)
         else:
-            start = opened.format if opened else "torch"
+            known = bool(found.section("preview").prompts or found.section("data"))
+            start = Start.of(opened, family=model.family, examples=known) if opened else Start("torch")
         end = check_chain(found.chain, start, where)
         found.facts["passes"] = " > ".join(step.kind for step in found.chain) + f" ({end})"
-        if (
-            opened
-            and start == opened.format == "adapter"
-            and not (opened.base or getattr(first, "base", None))
-        ):
-            raise ChainError(
-                f"optimize[0] ({first.kind}) needs the base of the adapter {opened.source}, which names none",
-                where=where(0, None),
-                hint="- merge: {base: ...} names it",
-                key="optimize[0]",
-            )
 
 
 def _machine(found: Found) -> None:

@@ -15,8 +15,20 @@ DEBUG = "TUNEKIT_DEBUG"
 """Environment variable; set to anything, tracebacks are shown."""
 
 
+def no_telemetry() -> None:
+    """Keeps ONNX Runtime and OpenVINO from noting a device id in the home folder, and from sending it.
+
+    Before they are imported: ONNX Runtime reads the variable then, and OpenVINO looks for the package that
+    tells, in place of which it has a stub of its own.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    if "openvino" not in sys.modules:
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+
 def quiet_libraries() -> None:
     """Keeps advice, progress bars and warnings of other libraries out of our output."""
+    no_telemetry()
     for name, value in {
         "BITSANDBYTES_NOWELCOME": "1",
         "DIFFUSERS_VERBOSITY": "error",

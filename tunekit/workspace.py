@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -544,6 +546,13 @@ def _save_png(path: Path, picture: Image.Image, facts: dict[str, str]) -> None:
     info = PngInfo()
     for name, text in {**facts, "software": f"tunekit {tunekit.__version__}"}.items():
         info.add_text(name, text)
+    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")  # a full disk leaves no empty file
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, pnginfo=info)
+        try:
+            picture.save(aside, "png", pnginfo=info)
+            aside.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
+            raise

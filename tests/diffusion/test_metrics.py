@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from tunekit.diffusion.metrics import MAX_PSNR_DB, psnr_db, relative_error, ssim
+from tunekit.errors import NonFiniteError
 from tunekit.runtime import to_images
 
 
@@ -30,6 +31,17 @@ def test_psnr() -> None:
     assert psnr_db(picture + 0.1, picture) == pytest.approx(20, abs=1e-4)
     assert psnr_db(255 * picture + 25.5, 255 * picture, peak=255) == pytest.approx(20, abs=1e-4)
     assert psnr_db(picture, picture) == MAX_PSNR_DB
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_what_is_not_finite_is_no_figure(broken: float) -> None:
+    picture = noise(1, 3, 16, 16)
+    other = picture.clone()
+    other[0, 0, 3, 3] = broken
+    for figure in (relative_error, psnr_db, ssim):
+        assert math.isnan(figure(other, picture)) and math.isnan(figure(picture, other))
+    with pytest.raises(NonFiniteError, match="not finite"):
+        to_images(other)
 
 
 def test_ssim_of_flat_pictures() -> None:

@@ -17,13 +17,14 @@ from typing import Any, ClassVar
 import pytest
 
 import tunekit
-from tunekit.artifacts import Artifact, RunFolder, open_artifact
+from tunekit.artifacts import Artifact, RunFolder, Step, open_artifact
 from tunekit.config import DataConfig, SamplingConfig, load
 from tunekit.errors import ChainError, OutputError, VerificationFailed
 from tunekit.passes.base import (
     Context,
     Outcome,
     Pass,
+    Start,
     check_chain,
     describe_metrics,
     format_metric,
@@ -40,6 +41,7 @@ from tunekit.passes.verify import Verify
 from tunekit.resources import Source
 
 QUIET: Callable[[str], None] = lambda line: None  # noqa: E731
+TINY = Start("torch", "sd15", Source("tiny"))
 
 
 class Mark(Pass):
@@ -301,15 +303,161 @@ def test_what_is_the_models_own_anyway_is_no_other_result(start: Artifact, tmp_p
     assert len(names(tmp_path)) == 2
 
 
-def test_folders_of_older_chains_are_found(start: Artifact, tmp_path: Path):
-    """The name of a step is a hash of the same list as ever."""
-    data = DataConfig(path="photos")
+def test_folders_of_older_chains_are_found(start: Artifact, tmp_path: Path, pictures: Path):
+    """A step was named by a hash of all that its run said."""
+    data = DataConfig(path=str(pictures))
     sampling = SamplingConfig(steps=6, guidance=3, height=64)
-    run([Look()], start, tmp_path, seed=3, prompts=("a cat",), sampling=sampling, data=data)
+    known = {"seed": 3, "prompts": ("a cat",), "sampling": sampling, "data": data}
+    run([Look()], start, tmp_path, **known)
     shared = [3, ["a cat"], "", 6, 3.0, 64, None, data.model_dump(mode="json")]
     described = ["look", {"limit": 99}, [start.hash], shared, tunekit.__version__]
-    wanted = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:8]
-    assert names(tmp_path) == [f"01-look-{wanted}"]
+    former = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:8]
+    (tmp_path / "run" / names(tmp_path)[0]).rename(tmp_path / "run" / f"01-look-{former}")
+    run([Look()], start, tmp_path, **known)
+    assert names(tmp_path) == [f"01-look-{former}"]
+
+
+class Deaf(Mark):
+    """Reads nothing but the model."""
+
+    kind: ClassVar[str] = "deaf"
+
+    def reads(self, context: Context) -> frozenset[str]:
+        return frozenset()
+
+
+def test_a_step_is_found_under_any_number(start: Artifact, tmp_path: Path):
+    run([Mark(word="a"), Mark(word="b")], start, tmp_path)
+    first, second = names(tmp_path)
+    said: list[str] = []
+    chain: list[Pass] = [Mark(word="a"), Look(), Mark(word="b")]  # a look put into the middle
+    last = run_chain(chain, start, Context(run_dir=tmp_path / "run", say=said.append))
+    folders = [path.name for path in RunFolder(tmp_path / "run").passes()]
+    assert folders[0] == first and folders[1].startswith("02-look-") and folders[2] == second
+    assert sum("already there" in line for line in said) == 2
+    assert Path(last.source, "model.txt").read_text() == "mab"
+
+
+def test_a_step_is_made_again_only_for_what_it_reads(start: Artifact, tmp_path: Path):
+    run([Deaf(), Look()], start, tmp_path, prompts=("a cat",), seed=1)
+    run([Deaf(), Look()], start, tmp_path, prompts=("a dog",), seed=2, sampling=SamplingConfig(steps=3))
+    found = names(tmp_path)
+    assert [name[:7] for name in found] == ["01-deaf", "02-look", "02-look"]
+    # How it is drawn is noted anew all the same.
+    assert Artifact.load(tmp_path / "run" / found[0]).sampling == SamplingConfig(steps=3)
+    run([Deaf(word="y")], start, tmp_path)
+    assert len(names(tmp_path)) == 4
+
+
+def test_every_pass_reads_what_it_says():
+    plain, told = Context(run_dir=Path()), Context(run_dir=Path(), data=DataConfig(path="photos"))
+    assert Merge().reads(plain) == ExportOnnx().reads(plain) == frozenset()
+    assert "prompts" in Prune().reads(plain) and "prompts" not in Prune().reads(told)
+    assert "steps" not in Prune().reads(plain) and "parent" in Heal().reads(told)
+    assert {"prompts", "steps", "parent"} <= Verify().reads(plain) and "data" not in Verify().reads(told)
+    assert "first" in Verify(against="first").reads(plain) and "first" not in Verify().reads(plain)
+
+
+def test_other_pictures_of_the_same_name_are_another_result(
+    start: Artifact, tmp_path: Path, make_pictures: Callable[..., Path]
+):
+    for seed in (0, 1):
+        folder = make_pictures(tmp_path / "photos", 2, seed=seed)
+        run([Mark()], start, tmp_path, data=DataConfig(path=str(folder), resolution=64))
+    assert len(names(tmp_path)) == 2
+    moved = folder.rename(tmp_path / "moved")
+    run([Mark()], start, tmp_path, data=DataConfig(path=str(moved), resolution=64))
+    assert len(names(tmp_path)) == 2
+
+
+class Lose(Mark):
+    """Gives figures that are no numbers."""
+
+    kind: ClassVar[str] = "lose"
+
+    def run(self, artifact: Artifact, context: Context) -> Outcome:
+        outcome = super().run(artifact, context)
+        outcome.metrics |= {"psnr_db": float("nan"), "ssim": 0.5}
+        outcome.details = {"rows": [{"relative error": float("inf")}]}
+        return outcome
+
+
+def test_a_figure_that_is_not_finite_fails_and_is_no_bare_word(start: Artifact, tmp_path: Path):
+    with pytest.raises(VerificationFailed, match=r"optimize\[0\] \(lose\): psnr_db: not finite"):
+        run([Lose(), Mark()], start, tmp_path)
+    (folder,) = names(tmp_path)
+    text = (tmp_path / "run" / folder / "artifact.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    step = Artifact.load(tmp_path / "run" / folder).lineage[-1]
+    assert step.metrics["psnr_db"] is None and step.metrics["ssim"] == 0.5
+    assert step.details["rows"] == [{"relative error": None}]
+
+
+def test_what_an_earlier_chain_did_is_known(start: Artifact, tmp_path: Path):
+    """Its record says it, and where there is no record the files do."""
+    half = Step(kind="export_onnx", artifact="x", settings={"dtype": "fp16"})
+    with pytest.raises(ChainError, match=r"in fp16, and int8 is made of fp32.*dtype: fp32"):
+        check_chain([Quantize()], Start.of(replace(start, format="onnx", lineage=(half,))))
+    packed = replace(start, lineage=(Step(kind="quantize", artifact="x", settings={"mode": "dynamic"}),))
+    for source, giver in ((packed, "quantize"), (start, "quantize")):
+        if source is start:
+            (Path(start.source) / "unet").mkdir()
+            noted = {"quantization": {"scheme": "int8", "mode": "dynamic"}}
+            (Path(start.source) / "unet" / "config.json").write_text(json.dumps(noted))
+        with pytest.raises(ChainError, match=f"quantized already, by {giver}"):
+            check_chain([Quantize()], Start.of(source))
+        with pytest.raises(ChainError, match="channels cannot leave packed weights"):
+            check_chain([Prune()], Start.of(source))
+    with pytest.raises(ChainError, match="in fp16"):
+        check_chain([ExportOnnx(dtype="fp16"), Quantize()], "torch")
+
+
+@pytest.mark.parametrize(
+    ("chain", "start_", "message"),
+    [
+        ([Merge()], Start("adapter", based=False), "does not name it; write merge: {base"),
+        ([Merge(base="no/such/folder")], Start("adapter"), "cannot take its base"),
+        ([Prune()], Start("torch", examples=False), "neither pictures nor prompts"),
+        ([Mark(), Heal()], Start("torch", examples=False), "neither pictures nor prompts"),
+        ([Merge(), Verify()], Start("adapter"), "no parent to compare with: .* only one whole model"),
+        ([Merge(), Verify(against="first")], Start("adapter"), "no first model"),
+        ([Quantize(), Verify(against="first")], Start("onnx"), "no first model"),
+        ([Verify(providers=["cuda"])], Start("onnx"), "nothing to compare"),
+        ([Quantize(), Verify(providers=["cuda"])], Start("onnx"), "no CUDAExecutionProvider here"),
+        ([Benchmark(provider="tensorrt")], Start("onnx"), "no TensorrtExecutionProvider here"),
+        ([Benchmark()], Start("tensorrt"), "no NVIDIA GPU answers"),
+        ([Quantize(components=["vae"])], Start("torch", "sd15"), "only the unet can be quantized"),
+        ([ExportOnnx(), Quantize(components=["vae"])], Start("torch", "sd15"), "no component vae to"),
+        (
+            [ExportOnnx(), Quantize(mode="static", components=["vae_decoder"])],
+            Start("torch", "sd15"),
+            "no effect on vae_decoder",
+        ),
+        ([Quantize(keep=["up_blockz.-1"])], TINY, r'up_blockz.*did you mean "up_blocks"'),
+        ([ExportOnnx(), Quantize(keep=["up_blocks.9"])], TINY, "no 9 in up_blocks; there are 0, 1"),
+        ([Prune(keep=["up_blocks.-3"])], TINY, '"up_blocks.-3" names nothing'),
+        ([Prune(keep=["mid_blok"])], TINY, 'did you mean "mid_block"'),
+    ],
+)  # fmt: skip
+def test_what_could_only_fail_later_is_said_before(chain: list[Pass], start_: Start, message: str):
+    with pytest.raises(ChainError, match=message):
+        check_chain(chain, start_)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"verify": {"providers": ["cpu", "cpu"]}},
+        {"prune": {"targets": ["heads", "heads"]}},
+        {"quantize": {"components": ["unet", "unet"]}},
+        {"build_tensorrt": {"devices": ["rtx-3060", "rtx-3060"]}},
+    ],
+)
+def test_a_name_stands_in_a_list_once(settings: dict[str, Any]):
+    with pytest.raises(ChainError, match="twice"):
+        parse_chain([settings])
+    with pytest.raises(ChainError, match="ratio"):
+        parse_chain([{"prune": {"ratio": 0}}])
 
 
 class Hasten(Mark):

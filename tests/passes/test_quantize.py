@@ -1,23 +1,27 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from tunekit import families, layers
 from tunekit.artifacts import Artifact, open_artifact
 from tunekit.config import DataConfig, SamplingConfig
 from tunekit.diffusion.metrics import psnr_db
-from tunekit.errors import ArtifactError, ChainError, MissingPackageError
+from tunekit.errors import ArtifactError, ChainError, ModelError
 from tunekit.passes.base import Context, parse_chain, run_chain
-from tunekit.passes.quantize import Quantize, _resolve
+from tunekit.passes.paths import resolve, unmatched
+from tunekit.passes.quantize import Quantize
 from tunekit.runtime import generate_pixels, open_runtime
 
 FAMILY = families.get("sd15")
@@ -92,13 +96,13 @@ def test_without_bitsandbytes_nothing_starts(
     tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(MissingPackageError, match=r"bitsandbytes.*install .*\[quant\]"):
+    with pytest.raises(ChainError, match=r"bitsandbytes.*install .*\[quant\]"):
         quantized(tiny_source, tmp_path, scheme="nf4")
-    assert not [path for path in (tmp_path / "run").iterdir() if path.is_dir()]
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_parts_of_a_torch_model_are_refused(tiny_source: Path, tmp_path: Path):
-    with pytest.raises(ArtifactError, match="only the unet can be quantized, not vae"):
+    with pytest.raises(ChainError, match="of a torch model only the unet can be quantized"):
         quantized(tiny_source, tmp_path, components=["vae"])
 
 
@@ -132,12 +136,18 @@ def test_an_onnx_model_gets_small_and_stays_near(mode: str, results: dict[str, A
     assert metrics["sqnr_db"] > LEAST_SQNR_DB.get(mode, 15)
     assert result.size_bytes == metrics["size_bytes"] < 0.35 * open_artifact(tiny_onnx).size_bytes
     components = {row["component"]: row for row in result.lineage[-1].details["components"]}
-    assert set(components) == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
+    assert set(components) == {"unet", "vae_decoder", "vae_encoder"}  # text encoders lose most
     assert all(row["size_bytes"] < 0.5 * row["size_bytes_before"] for row in components.values())
+    assert all(
+        metrics[f"relative_error_{name}"] == row["relative_error"] > 0 for name, row in components.items()
+    )
+    assert metrics["relative_error"] == components["unet"]["relative_error"]
     assert {row["mode"] for name, row in components.items() if name != "unet"} == {"weight_only"}
     assert (metrics["int8_computed_layers"] > 0) == (mode != "weight_only")
     noted = json.loads(Path(result.source, "unet", "config.json").read_text())
-    assert noted["quantization"] == {"scheme": "int8", "mode": mode if mode != "signed" else "static"}
+    activations = {"static": {"activations": "uint8"}, "signed": {"activations": "int8"}}.get(mode, {})
+    own = "static" if mode == "signed" else mode
+    assert noted["quantization"] == {"scheme": "int8", "mode": own, **activations}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -235,7 +245,7 @@ def test_a_model_with_two_text_encoders(tiny_onnxs: Callable[[str], Path], tmp_p
     print(f"sdxl: {metrics['sqnr_db']:.1f} dB")
     assert metrics["sqnr_db"] > 11  # twice as many layers as SD 1.x's smallest, all with random weights
     rows = {row["component"]: row for row in result.lineage[-1].details["components"]}
-    assert set(rows) == {"text_encoder", "text_encoder_2", "unet", "vae_encoder", "vae_decoder"}
+    assert set(rows) == {"unet", "vae_encoder", "vae_decoder"}
     assert rows["unet"]["computed"] > 50
     # What the family knows to be sensitive is stored in int8 and computed in floats.
     kept = {f"unet.add_embedding.linear_{index}.weight" for index in (1, 2)}
@@ -248,8 +258,10 @@ def test_a_model_with_two_text_encoders(tiny_onnxs: Callable[[str], Path], tmp_p
 
 
 def test_only_some_components(tiny_onnx: Path, tmp_path: Path):
-    result = quantized(tiny_onnx, tmp_path, components=["vae_decoder"])
-    assert result.lineage[-1].metrics["relative_error"] == 0
+    result = quantized(tiny_onnx, tmp_path, components=["text_encoder", "vae_decoder"])
+    metrics = result.lineage[-1].metrics
+    parts = [metrics["relative_error_text_encoder"], metrics["relative_error_vae_decoder"]]
+    assert metrics["relative_error"] == max(parts) and min(parts) > 0 and max(parts) < 0.1
     assert (
         Path(result.source, "unet", "model.onnx").read_bytes()
         == (tiny_onnx / "unet" / "model.onnx").read_bytes()
@@ -279,6 +291,102 @@ def test_settings_without_effect_are_refused(settings: dict[str, Any], message: 
 
 def test_negative_indices_count_from_the_end():
     names = ["up_blocks.0.conv", "up_blocks.2.conv", "up_blocks.10.conv", "conv_in"]
-    assert _resolve("up_blocks.-1", names) == "up_blocks.10"
-    assert _resolve("up_blocks.-2.conv", names) == "up_blocks.9.conv"
-    assert _resolve("conv_in", names) == "conv_in"
+    assert resolve("up_blocks.-1", names) == "up_blocks.10"
+    assert resolve("up_blocks.-2.conv", names) == "up_blocks.9.conv"
+    assert resolve("conv_in", names) == "conv_in"
+    assert unmatched(["up_blocks.-1", "conv_in"], names) is None
+
+
+# Nothing done, and weights elsewhere -----------------------------------------------------------------------
+
+
+def changed(source: Path, target: Path, change: Any) -> Path:
+    """A copy of an ONNX folder without its record, its graphs rewritten by `change(model, path)`."""
+    shutil.copytree(source, target)
+    (target / "artifact.json").unlink()
+    for path in sorted(target.glob("*/model.onnx")):
+        change(onnx.load(path), path)
+    return target
+
+
+def test_success_with_nothing_done_is_an_error(results: dict[str, Artifact], tiny_onnx: Path, tmp_path: Path):
+    with pytest.raises(ChainError, match="quantized already, by quantize"):  # in a chain of its own
+        quantized(Path(results["weight_only"].source), tmp_path / "twice")
+
+    def by_others(model: onnx.ModelProto, path: Path) -> None:
+        for tensor in model.graph.initializer:
+            if tensor.data_type == TensorProto.FLOAT:
+                tensor.CopyFrom(
+                    numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name)
+                )
+        onnx.save(model, path)
+
+    halves = changed(tiny_onnx, tmp_path / "halves", by_others)
+    with pytest.raises(ArtifactError, match=r"no weights that could be quantized: they are float16"):
+        quantized(halves, tmp_path / "half")
+    with pytest.raises(ArtifactError, match="nothing of the unet would be computed in int8"):
+        every = ["down_blocks", "mid_block", "up_blocks", "time_embedding"]
+        quantized(tiny_onnx, tmp_path, mode="dynamic", keep=every)
+    with pytest.raises(ChainError, match=r'"up_blockz.9" names nothing: .* did you mean "up_blocks"'):
+        quantized(tiny_onnx, tmp_path, mode="dynamic", keep=["up_blockz.9"])
+    assert not any(path.is_dir() for path in tmp_path.glob("*/run/*"))
+
+
+def one_file(model: onnx.ModelProto, path: Path, name: str) -> None:
+    onnx.save(model, path, save_as_external_data=True, location=name, size_threshold=64)
+
+
+LAYOUTS: dict[str, Callable[[onnx.ModelProto, Path], None]] = {
+    "weights.pb": lambda model, path: one_file(model, path, "weights.pb"),
+    "model.onnx.data": lambda model, path: one_file(model, path, "model.onnx.data"),
+    "one per tensor": lambda model, path: onnx.save(
+        model, path, save_as_external_data=True, all_tensors_to_one_file=False, size_threshold=64
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "links"])
+def test_weights_lie_wherever_others_put_them(
+    layout: str, results: dict[str, Artifact], tiny_onnx: Path, tmp_path: Path
+):
+    source = changed(tiny_onnx, tmp_path / "source", LAYOUTS.get(layout, LAYOUTS["weights.pb"]))
+    if layout == "links":  # as the hub's cache has it
+        blobs = tmp_path / "blobs"
+        blobs.mkdir()
+        for number, path in enumerate(sorted(path for path in source.rglob("*") if path.is_file())):
+            path.rename(blobs / str(number))
+            path.symlink_to(os.path.relpath(blobs / str(number), path.parent))
+    before = {path: path.stat().st_mtime_ns for path in source.rglob("*")}
+    result = quantized(source, tmp_path, mode="static", samples=8)
+    assert {path: path.stat().st_mtime_ns for path in source.rglob("*")} == before
+    for component in ("unet", "vae_decoder", "vae_encoder"):  # no stale weights beside the new ones
+        assert sorted(path.name for path in Path(result.source, component).iterdir()) == [
+            "config.json",
+            "model.onnx",
+        ]
+    wanted = results["static"].lineage[-1].metrics
+    made = result.lineage[-1].metrics
+    assert made["sqnr_db"] == pytest.approx(wanted["sqnr_db"], abs=1e-3)
+    assert not Path(result.source, "unet", "config.json").is_symlink()
+    assert psnr_db(draw(result), draw(tiny_onnx)) > 20
+
+
+def test_weights_that_are_missing_or_outside_are_refused(tiny_onnx: Path, tmp_path: Path):
+    source = changed(tiny_onnx, tmp_path / "source", LAYOUTS["weights.pb"])
+    weights = source / "unet" / "weights.pb"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:1000])
+    with pytest.raises(ModelError, match="too short"):
+        quantized(source, tmp_path)
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"weights\.pb are missing"):
+        quantized(source, tmp_path)
+    graph = onnx.load(source / "unet" / "model.onnx", load_external_data=False)
+    for tensor in graph.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../weights.pb"
+    (source / "weights.pb").write_bytes(content)
+    onnx.save(graph, source / "unet" / "model.onnx")
+    with pytest.raises(ModelError, match="not in its folder"):
+        quantized(source, tmp_path)

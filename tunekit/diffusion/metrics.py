@@ -1,4 +1,4 @@
-"""How far an output is from its reference."""
+"""How far an output is from its reference; NaN where either holds a value that is not finite."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     """Return ||value - reference|| / ||reference||; 0 if both are zero, infinity if only the reference is."""
     value, reference = value.detach().cpu().double(), reference.detach().cpu().double()
     error, size = float((value - reference).norm()), float(reference.norm())
+    if not (math.isfinite(error) and math.isfinite(size)):
+        return math.nan
     if size == 0:
         return 0.0 if error == 0 else math.inf
     return error / size
@@ -23,6 +25,8 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 def psnr_db(value: Tensor, reference: Tensor, *, peak: float = 1.0) -> float:
     """Return the peak signal-to-noise ratio in dB, at most `MAX_PSNR_DB`, over all elements."""
     error = (value.detach().cpu().double() - reference.detach().cpu().double()).square().mean().item()
+    if not math.isfinite(error):
+        return math.nan
     return min(MAX_PSNR_DB, 10 * math.log10(peak**2 / error)) if error > 0 else MAX_PSNR_DB
 
 

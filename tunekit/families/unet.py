@@ -137,7 +137,9 @@ def decode(pipeline: Pipeline, latents: Tensor) -> Tensor:
     vae = pipeline.vae
     shift, scale = latent_scaling(pipeline)
     pixels: Tensor = vae.decode((latents / scale + shift).to(vae.device, vae.dtype)).sample
-    return (pixels.float() / 2 + 0.5).clamp(0, 1)
+    pixels = pixels.float()
+    # What is not a number must not look like white.
+    return (pixels / 2 + 0.5).clamp(0, 1).masked_fill_(~pixels.isfinite(), torch.nan)
 
 
 # The network ------------------------------------------------------------------------------------------------
@@ -148,7 +150,8 @@ def blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
     unet: Any = denoiser
     down = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
     up = [(f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks)]
-    return [*down, ("mid_block", unet.mid_block), *up]
+    middle = [("mid_block", unet.mid_block)] if unet.mid_block is not None else []  # BK-SDM has none
+    return [*down, *middle, *up]
 
 
 _INSIDE = (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from tunekit.quiet import no_telemetry
 from tunekit.registry import PASSES
 
 __all__ = ["PASSES"]
+
+no_telemetry()

@@ -16,9 +16,9 @@ its fields are its YAML keys, `run` fills `context.folder` and returns what it m
 
     PASS = Shrink
 
-A chain is a list of passes. Each step lives in `NN-kind-hash8/`, written aside and renamed when whole; the
-hash covers everything that can change the result, so a step that is there is skipped and a killed chain goes
-on.
+A chain is a list of passes. Each step lives in `NN-kind-hash8/`, written aside and renamed when whole. The
+hash covers all that the pass reads and nothing else, so a step that is there is found, whatever its number,
+and skipped: a killed chain goes on, and a `verify` put between two steps makes neither of them again.
 """
 
 from __future__ import annotations
@@ -26,20 +26,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import AfterValidator
 
 import tunekit
-from tunekit.artifacts import Artifact, RunFolder, Step, atomic_folder, clean_leftovers
+from tunekit.artifacts import RECORD, Artifact, RunFolder, Step, atomic_folder, clean_leftovers
 from tunekit.config import SamplingConfig, Section, validate
 from tunekit.errors import ChainError, TunekitError, VerificationFailed, did_you_mean
 from tunekit.passes.metrics import Metric, Value, describe_metrics, format_metric
 from tunekit.passes.models import Models, in_types
+from tunekit.passes.start import Start
 from tunekit.units import format_seconds
 
 if TYPE_CHECKING:
@@ -57,6 +62,7 @@ __all__ = [
     "Metric",
     "Outcome",
     "Pass",
+    "Start",
     "check_chain",
     "describe_metrics",
     "distinct_models",
@@ -66,6 +72,24 @@ __all__ = [
     "run_chain",
 ]
 
+SAMPLING = frozenset({"steps", "guidance", "negative_prompt", "height", "width", "scheduler"})
+"""Of what a pass can read: how pictures are drawn."""
+EVERYTHING = frozenset({"seed", "prompts", "data", "models", *SAMPLING})
+"""What a pass can read: these, "parent" and "first". "models" are all of the chain so far."""
+T = TypeVar("T")
+
+
+def _distinct(items: list[T] | None) -> list[T] | None:
+    """Refuses a list that names something twice."""
+    twice = [item for item in items or () if (items or []).count(item) > 1]
+    if twice:
+        raise ValueError(f"names {twice[0]} twice")
+    return items
+
+
+DISTINCT = AfterValidator(_distinct)
+Distinct = Annotated[list[T], DISTINCT]
+"""A list of settings in which nothing stands twice."""
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -99,11 +123,36 @@ class Pass(Section):
         """
         return frozenset() if self.looks else frozenset({"changed"})
 
+    def reads(self, context: Context) -> frozenset[str]:
+        """What the result depends on, beside the settings and the model that comes in.
+
+        Of `EVERYTHING`, and "parent" and "first" as `Context.reference` has them. What is not named here may
+        change, and the step is still found.
+        """
+        return EVERYTHING
+
+    def formerly(self, format: str) -> dict[str, Any] | None:
+        """The settings as the names of folders held them before `reads`; None if they meant something else.
+
+        Args:
+            format: of the artifact that comes in.
+        """
+        return self.model_dump(mode="json")
+
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """What is wrong with these settings at this place of a chain, or None. Called before anything runs.
 
         Args:
             format: format of the artifact that will arrive.
+            earlier: the passes before this one.
+        """
+        return None
+
+    def objection(self, start: Start, earlier: Sequence[Pass]) -> str | None:
+        """What is wrong with these settings for the model of this chain, or None; called after `problem`.
+
+        Args:
+            start: what the chain is given.
             earlier: the passes before this one.
         """
         return None
@@ -289,18 +338,50 @@ class Context:
         named = self.data.cache if self.data else None
         return Path(named).expanduser() if named else self.run_dir.parent / ".cache"
 
+    @property
+    def pictures(self) -> Any:
+        """What the run's pictures are, JSON-able: how they are cut, and each one's content and caption."""
+        if self.data is None:
+            return None
+        from tunekit.data.images import scan_data
+
+        data = self.data
+        settings = data.model_dump(mode="json", exclude={"path", "cache"})
+        seen = self.models.once("pictures", lambda: scan_data(data).samples)
+        return [settings, [[sample.content, sample.caption] for sample in seen]]
+
     def save(self, pipeline: Pipeline, like: Artifact) -> None:
-        """Writes a torch pipeline into `folder`, in the floating type that `like` is stored in."""
+        """Writes a torch pipeline into `folder`, in the floating type that `like` is stored in.
+
+        Raises:
+            ModelError: a weight is NaN or infinite, in that type.
+        """
         import torch
 
         from tunekit import families
+        from tunekit.families.loading import check_finite
         from tunekit.layers import stored_dtype
 
         family = families.get(self.family)
         facts, path = family.facts, like.model_path
         dtype = stored_dtype(path / facts.denoiser_name) if path else torch.float32
         pipeline.to("cpu")
-        family.save(in_types(pipeline, facts, facts.drawing_dtypes(dtype)), self.folder)
+        made = in_types(pipeline, facts, facts.drawing_dtypes(dtype))
+        check_finite(made, str(like.source))
+        family.save(made, self.folder)
+
+
+def learned_from(context: Context) -> frozenset[str]:
+    """What passes read that learn from examples: the run's pictures, or else those that the model draws."""
+    if context.data:
+        return frozenset({"seed", "data"})
+    return frozenset({"seed", "prompts", "guidance", "height", "width", "scheduler"})
+
+
+NO_EXAMPLES = (
+    "learns from pictures, and the run knows neither pictures nor prompts to draw some; give it"
+    " `data: {path: ...}`, or `preview: {prompts: [...]}`"
+)
 
 
 @dataclass
@@ -380,15 +461,28 @@ def parse_chain(items: Sequence[Any], where: Where = lambda index, key: "optimiz
     return chain
 
 
+def formats(start: str, passes: Iterable[Pass]) -> list[str]:
+    """The formats of the models of a chain: what it starts from, then one for each pass that changes it."""
+    found = [start]
+    for step in passes:
+        if not step.looks:
+            found.append(step.produces or found[-1])
+    return found
+
+
 def check_chain(
-    passes: Sequence[Pass], input_format: str, where: Where = lambda index, key: "optimize"
+    passes: Sequence[Pass], start: Start | str, where: Where = lambda index, key: "optimize"
 ) -> str:
-    """Checks the order before anything runs; returns the format the chain ends with.
+    """Checks order and settings before anything runs; returns the format the chain ends with.
+
+    Args:
+        start: what the chain is given, or its format alone.
 
     Raises:
-        ChainError: naming the first step that cannot take what the step before it gives.
+        ChainError: naming the first step that cannot take what comes to it, or cannot end well.
     """
-    current = input_format
+    start = Start(start) if isinstance(start, str) else start
+    current = start.format
     for index, step in enumerate(passes):
         if current not in step.accepts:
             giver = "the step before it gives" if index else "the chain starts with"
@@ -399,16 +493,20 @@ def check_chain(
                 hint=_order_hint(step, current),
                 key=f"optimize[{index}]",
             )
-        if trouble := _refusal(step, passes[:index]) or step.problem(current, passes[:index]):
+        earlier = passes[:index]
+        trouble = (
+            _refusal(step, start, earlier) or step.problem(current, earlier) or step.objection(start, earlier)
+        )
+        if trouble:
             message = f"optimize[{index}] ({step.kind}) {trouble}"
             raise ChainError(message, where=where(index, None), key=f"optimize[{index}]")
         current = step.produces or current
     return current
 
 
-def _refusal(step: Pass, earlier: Sequence[Pass]) -> str | None:
-    """Why a pass cannot stand behind those before it: the first trait that it refuses."""
-    givers = {trait: other.kind for other in earlier for trait in other.gives()}
+def _refusal(step: Pass, start: Start, earlier: Sequence[Pass]) -> str | None:
+    """Why a pass cannot take what the passes of this chain, or of an earlier one, give: its first trait."""
+    givers = {**start.traits, **{trait: other.kind for other in earlier for trait in other.gives()}}
     for trait, why in step.refuses.items():
         if trait in givers:
             return why.format(giver=givers[trait])
@@ -432,7 +530,8 @@ def run_chain(
         ChainError: the order is wrong; nothing has run.
         VerificationFailed: a step missed its thresholds; its folder and figures are there.
     """
-    check_chain(passes, artifact.format)
+    known = bool(context.data or context.prompts)
+    check_chain(passes, Start.of(artifact, examples=known))
     run = RunFolder(context.run_dir)
     run.path.mkdir(parents=True, exist_ok=True)
     clean_leftovers(run.path)
@@ -445,9 +544,9 @@ def run_chain(
             history=tuple(history),
             say=lambda line, label=label: context.say(f"{label}: {line}"),  # type: ignore[misc]
         )
-        folder = run.pass_folder(index, step.kind, _digest(step, now))
-        if (folder / "artifact.json").is_file():
-            result = Artifact.load(folder)
+        folder = _made(run, step, now) or run.pass_folder(index, step.kind, _key(step, now))
+        if (folder / RECORD).is_file():
+            result = _up_to_date(Artifact.load(folder), step, now)
             context.say(f"{label}: already there ({folder.name})")
         else:
             context.say(f"{label} ...")
@@ -459,7 +558,7 @@ def run_chain(
             made = result.lineage[-1]
             context.say(f"{label}: {format_seconds(made.seconds)}, {describe_metrics(made.metrics)}")
         history.append(result)
-        run.write_chain([item.path.name for item in history[1:] if item.path])
+        run.write_chain(list(dict.fromkeys(item.path.name for item in history[1:] if item.path)))
         if after_step:
             after_step(result)
         failure = result.lineage[-1].details.get("failure")
@@ -478,9 +577,14 @@ def _run_step(step: Pass, context: Context, final: Path) -> Artifact:
     with atomic_folder(final) as folder:
         outcome = step.run(parent, dataclasses.replace(context, folder=folder))
         seconds = time.perf_counter() - started
-        details = dict(outcome.details)
-        if outcome.failure:
-            details["failure"] = outcome.failure
+        lost: list[str] = []
+        details = _finite(dict(outcome.details), "", [])
+        figures = _finite(dict(outcome.metrics), "", lost)
+        failure = outcome.failure
+        if lost and "not finite" not in (failure or ""):
+            failure = "; ".join(filter(None, [f"{', '.join(lost)}: not finite", failure]))
+        if failure:
+            details["failure"] = failure
         result = Artifact(
             path=folder,
             model_path=parent.model_path if step.looks else folder,
@@ -492,7 +596,7 @@ def _run_step(step: Pass, context: Context, final: Path) -> Artifact:
             sampling=(outcome.sampling or SamplingConfig()).over(inherited(parent, context.sampling)),
             recorded_hash=parent.hash if step.looks else None,
         )
-        metrics: dict[str, Value] = dict(outcome.metrics)
+        metrics: dict[str, Value] = figures
         if not step.looks:
             metrics.setdefault("size_bytes", result.size_bytes)
         record = Step(
@@ -509,9 +613,72 @@ def _run_step(step: Pass, context: Context, final: Path) -> Artifact:
     return Artifact.load(final)
 
 
-def _digest(step: Pass, context: Context) -> str:
+def _finite(value: Any, name: str, lost: list[str]) -> Any:
+    """`value` with None for numbers that are not finite, which no JSON has; their names go into `lost`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        lost.append(name)
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(part, str(key), lost) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part, name, lost) for part in value]
+    return value
+
+
+# Names of steps --------------------------------------------------------------------------------------------
+
+
+def _made(run: RunFolder, step: Pass, context: Context) -> Path | None:
+    """The folder that this step has in the run, whatever its number; None if there is none."""
+    for key in (_key(step, context), _former_key(step, context)):
+        for record in sorted(run.path.glob(f"*-{step.kind}-{key}/{RECORD}") if key else ()):
+            if re.fullmatch(r"\d+", record.parent.name.partition("-")[0]):
+                return record.parent
+    return None
+
+
+def _up_to_date(found: Artifact, step: Pass, context: Context) -> Artifact:
+    """A step that is there; how its model is drawn may be said otherwise now, where that is all there is."""
+    if step.looks or step.reads(context) >= SAMPLING:
+        return found
+    sampling = inherited(context.history[-1], context.sampling)
+    return found if found.sampling == sampling else dataclasses.replace(found, sampling=sampling).write()
+
+
+def _key(step: Pass, context: Context) -> str:
     """Of all that a result depends on: a changed prompt must not find yesterday's pictures."""
+    reads, models = step.reads(context), distinct_models(context.history)
+    read: dict[str, Artifact | None] = {}
+    for name in ("parent", "first"):
+        if name in reads:
+            read[name] = context.reference(name)
+    if "models" in reads:
+        read |= {str(index): model for index, model in enumerate(models[:-1])}
+    seen = {"own": models[-1], **{name: model for name, model in read.items() if model}}
+    drawn = sorted(reads & SAMPLING)
+    shared: dict[str, Any] = {
+        "models": {name: model.hash for name, model in seen.items()},
+        "sampling": {
+            name: {key: getattr(sampling, key) for key in drawn}
+            for name, model in seen.items()
+            if drawn and (sampling := context.sampling_of(model))
+        },
+    }
+    if "seed" in reads:
+        shared["seed"] = context.seed
+    if "prompts" in reads:
+        shared["prompts"] = list(context.prompts)
+    if "data" in reads:
+        shared["data"] = context.pictures
+    return _hashed([step.kind, step.model_dump(mode="json"), shared, tunekit.__version__])
+
+
+def _former_key(step: Pass, context: Context) -> str | None:
+    """As steps were named that were made when each held all of the run's settings."""
     models = distinct_models(context.history)
+    settings = step.formerly(context.history[-1].format)
+    if settings is None:
+        return None
     drawn = [context.sampling_of(model) for model in models]
     own = drawn[-1]
     shared: list[Any] = [
@@ -527,7 +694,10 @@ def _digest(step: Pass, context: Context) -> str:
     if own.scheduler or any(other != own for other in drawn):
         shared.append([sampling.model_dump(mode="json") for sampling in drawn])
     hashes = [model.hash for model in models]
-    described = [step.kind, step.model_dump(mode="json"), hashes, shared, tunekit.__version__]
+    return _hashed([step.kind, settings, hashes, shared, tunekit.__version__])
+
+
+def _hashed(described: Any) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -29,14 +29,15 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from tunekit.config import SamplingConfig, SamplingSteps
 from tunekit.errors import ConfigError, DeviceError
-from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.passes.base import SAMPLING, Context, Outcome, Pass
 from tunekit.passes.metrics import SIZE, Metric, Tile
+from tunekit.passes.providers import Provider, cannot_run, gpu_answers
 from tunekit.resources import Source
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class Benchmark(Pass):
     """Rounds; each draws one picture with every model."""
     threads: int | None = Field(None, ge=1, le=4096)
     """CPU threads, the same for every model; None: as many as torch takes here."""
-    provider: Literal["cpu", "cuda", "tensorrt", "openvino"] | None = None
+    provider: Provider | None = None
     """Runtime of ONNX models; None: the one that `tunekit generate` takes here."""
     memory: bool = True
     """Measure peak memory too, which starts one process per model."""
@@ -118,7 +119,16 @@ class Benchmark(Pass):
         """Refuses a provider for a model that has none."""
         if self.provider and format != "onnx":
             return f"sets provider, which has no effect on a model in {format}: it runs ONNX files"
-        return None
+        if format == "tensorrt" and not gpu_answers():
+            return (
+                "would have to run TensorRT engines, but no NVIDIA GPU answers here; measure the ONNX model"
+                " instead (put it before build_tensorrt), or run the chain where the card is"
+            )
+        return cannot_run([self.provider] if self.provider else ())
+
+    def reads(self, context: Context) -> frozenset[str]:
+        """Whom it is measured beside, and what is drawn."""
+        return frozenset({"seed", "prompts", "parent", "first", *SAMPLING})
 
     def run(self, artifact: Artifact, context: Context) -> Outcome:
         """Measures the model, its parent and the first whole model of the chain."""
@@ -431,7 +441,7 @@ def _measure_memory(request: dict[str, Any]) -> int | None:
     generate(tiny, ["warm up"], SamplingConfig(steps=1), seeds=[0])
     tiny.close()
     if artifact.format == "onnx":
-        __import__("openvino" if request["provider"] == "openvino" else "onnxruntime")
+        __import__("openvino" if str(request["provider"]).startswith("openvino") else "onnxruntime")
     del tiny
     gc.collect()
     few = SamplingConfig(**{**request["sampling"], "steps": 2})

@@ -24,7 +24,7 @@ from pydantic import Field, field_validator
 from tunekit import hardware
 from tunekit.artifacts import write_json
 from tunekit.errors import DeviceError, ModelError, missing, output_errors, require
-from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.passes.base import Context, Distinct, Outcome, Pass, Start
 from tunekit.passes.metrics import SIZE, Metric
 
 if TYPE_CHECKING:
@@ -50,9 +50,13 @@ class BuildTensorrt(Pass):
     kind: ClassVar[str] = "build_tensorrt"
     accepts: ClassVar[frozenset[str]] = frozenset({"onnx"})
     produces: ClassVar[str | None] = "tensorrt"
+    refuses: ClassVar[Mapping[str, str]] = {
+        "uint8": "comes after {giver}, and TensorRT reads no uint8 activations; write"
+        " `quantize: {{mode: static, activations: int8}}` before it, or mode weight_only"
+    }
     metrics: ClassVar[tuple[Metric, ...]] = (SIZE, Metric("engines", "engines", "count"))
 
-    devices: list[str] = Field(min_length=1)
+    devices: Distinct[str] = Field(min_length=1)
     """Cards by name, such as rtx-3060, rtx-4090; a wrong name is answered with all of them."""
     batch: Range = (1, 1, 4)
     """Fewest, usual and most pictures at once. With guidance the denoiser has twice as many rows."""
@@ -94,6 +98,24 @@ class BuildTensorrt(Pass):
             _targets(importlib.import_module(PACKAGE), self.devices)
         except DeviceError as error:
             return f"cannot run: {error.message}; {error.hint}"
+        return None
+
+    def reads(self, context: Context) -> frozenset[str]:
+        """Nothing else."""
+        return frozenset()
+
+    def objection(self, start: Start, earlier: Sequence[Pass]) -> str | None:
+        """Finds sizes that the model cannot draw, and graphs of an earlier chain that sm75 does not take."""
+        if start.traits.get("fp32") and not any("fp16" in step.gives() for step in earlier):
+            for name in self.devices:
+                if hardware.find(name).compute_capability == (7, 5):
+                    return f"builds nothing in fp32 for {name} (sm75); export the model in fp16"
+        if start.sizes is None or not (self.height or self.width):
+            return None
+        multiple = start.sizes.family.resolution_multiple(start.sizes.configs)
+        for side in (*(self.height or ()), *(self.width or ())):
+            if side % multiple:
+                return f"has a side of {side} px, which is not a multiple of {multiple}, as this model needs"
         return None
 
     def run(self, artifact: Artifact, context: Context) -> Outcome:

@@ -15,7 +15,7 @@ import ast
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -27,6 +27,7 @@ from tunekit.errors import ModelError, output_errors, require
 from tunekit.passes.base import Context, Outcome, Pass
 from tunekit.passes.metrics import RELATIVE_ERROR, SIZE, Metric
 from tunekit.passes.models import in_types
+from tunekit.passes.providers import lacks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -63,8 +64,18 @@ class ExportOnnx(Pass):
         """What the graphs compute in."""
         return frozenset({self.dtype})
 
+    def reads(self, context: Context) -> frozenset[str]:
+        """Nothing else."""
+        return frozenset()
+
+    def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
+        """Says what is missing before other passes have taken their time."""
+        return lacks("onnx", "onnxscript", "onnxruntime", extra="onnx")
+
     def run(self, artifact: Artifact, context: Context) -> Outcome:
         """Exports, then runs each graph once beside its torch module, at another batch size and resolution.
+
+        Graphs in fp16 also draw a small picture: what overflows, overflows on what a model really computes.
 
         Raises:
             MissingPackageError: onnx, onnxscript or onnxruntime is not installed.
@@ -114,6 +125,8 @@ class ExportOnnx(Pass):
                 }
             )
         _write_rest(family, pipeline, [component.name for component in components], context.folder)
+        if self.dtype == "fp16" and not failures and (trouble := _overflow(family, context.folder)):
+            failures.append(trouble)
         error = max((row["relative_error"] for row in table), key=_nan_is_worst)
         return Outcome(
             metrics={
@@ -183,6 +196,27 @@ def graph_config(component: ExportComponent) -> dict[str, Any]:
         if component.dynamic.get(name, {}).get(0) != "batch" and example.shape[:1] != (1,)
     ]
     return {**component.config, UNBATCHED: same} if same else component.config
+
+
+def _overflow(family: Family, folder: Path) -> str | None:
+    """What to say if the graphs in a folder draw NaN or infinity; None if they do not."""
+    from tunekit.artifacts import Artifact
+    from tunekit.config import SamplingConfig
+    from tunekit.errors import NonFiniteError
+    from tunekit.runtime import generate, open_runtime
+
+    made = Artifact(None, folder, "onnx", family.name, str(folder))
+    runtime = open_runtime(made, device="cpu", provider="cpu")
+    try:
+        multiple = family.resolution_multiple(runtime.pipeline)
+        height, width = (max(multiple, side // 2 // multiple * multiple) for side in runtime.default_size)
+        few = SamplingConfig(steps=4, height=height, width=width)
+        generate(runtime, ["a red apple"], few, seeds=[0])
+    except NonFiniteError as error:
+        return f"{error.message}; export_onnx: {{dtype: fp32}} has the range for it"
+    finally:
+        runtime.close()
+    return None
 
 
 def _refuse_packed(denoiser: nn.Module, source: str) -> None:
@@ -293,7 +327,10 @@ def _write_rest(family: Family, pipeline: Any, components: list[str], folder: Pa
 
 
 def check_inputs(component: ExportComponent, seed: int = 0) -> dict[str, Tensor]:
-    """Inputs unlike the export's in every dynamic size: a batch of 3, half as high, wide and long."""
+    """Inputs unlike the export's in every dynamic size: a batch of 3, half as high, wide and long.
+
+    Latents are as large as a decoder gets them, which in fp16 is where it overflows.
+    """
     import torch
 
     sizes = {"batch": 3}
@@ -311,7 +348,8 @@ def check_inputs(component: ExportComponent, seed: int = 0) -> dict[str, Tensor]
         if not axes:
             inputs[name] = example
         elif example.is_floating_point():
-            inputs[name] = torch.randn(shape, generator=generator).to(example.dtype)
+            scale = component.config.get("scaling_factor") if name == "latent_sample" else None
+            inputs[name] = (torch.randn(shape, generator=generator) / (scale or 1)).to(example.dtype)
         else:
             high = int(example.max()) + 1
             inputs[name] = torch.randint(high, shape, generator=generator).to(example.dtype)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from tunekit.config import BatchSize, Count, Steps
-from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.passes.base import NO_EXAMPLES, Context, Outcome, Pass, Start, formats, learned_from
 from tunekit.passes.metrics import PARAMETERS, RELATIVE_ERROR, SIZE, Metric
 from tunekit.passes.models import around
 
@@ -69,6 +69,16 @@ class Heal(Pass):
             return "has nothing to heal: no step before it changed the model (put it behind prune)"
         return None
 
+    def reads(self, context: Context) -> frozenset[str]:
+        """Its teacher, and what both learn from."""
+        return frozenset({"parent"}) | learned_from(context)
+
+    def objection(self, start: Start, earlier: Sequence[Pass]) -> str | None:
+        """Finds a chain that has nothing to learn from or nobody to learn from."""
+        if sum(format != "adapter" for format in formats(start.format, earlier)) < 2:
+            return "has no parent to learn from: there is only one whole model so far"
+        return None if start.examples else NO_EXAMPLES
+
     def run(self, artifact: Artifact, context: Context) -> Outcome:
         """Measures, trains, measures again, saves.
 
@@ -127,7 +137,7 @@ class Heal(Pass):
             )
             student.eval().requires_grad_(False)
             trained = output_error(family, student, teacher, examples)
-        worse = trained > before
+        worse = not trained <= before  # NaN, too
         note = f"learned from {examples.origin}"
         if worse:
             note += (

@@ -28,6 +28,7 @@ class Models:
         self._pipelines: dict[Source, Pipeline] = {}
         self._recorded: dict[str, dict[Hashable, Any]] = {}
         self._later: dict[Source, str] = {}
+        self._once: dict[str, Any] = {}
 
     def load(self, family: Family, source: Source, dtypes: Dtypes | None = None) -> Pipeline:
         """The shared model, in float32; in other types, a copy of the parts that differ.
@@ -50,6 +51,13 @@ class Models:
         if what not in known:
             known[what] = make()
         found: T = known[what]
+        return found
+
+    def once(self, what: str, make: Callable[[], T]) -> T:
+        """What belongs to the chain and to no model of it; made where it is not there."""
+        if what not in self._once:
+            self._once[what] = make()
+        found: T = self._once[what]
         return found
 
     def begin(self, later: Iterable[Artifact]) -> None:

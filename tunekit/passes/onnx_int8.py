@@ -16,10 +16,7 @@ TensorRT-RTX builds from `store` and from static with signed activations and flo
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,8 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from tunekit.errors import output_errors
+from tunekit.errors import NonFiniteError, output_errors
+from tunekit.runtime.onnx_files import EXTERNAL, load_graph, load_whole
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Feeds = dict[str, Array]
@@ -70,7 +68,7 @@ class Graph:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.model: ModelProto = onnx.load(path)
+        self.model: ModelProto = load_whole(path)
         # Shapes in between go stale when types change; onnxruntime works them out itself.
         del self.model.graph.value_info[:]
         self.nodes: list[NodeProto] = list(self.model.graph.node)
@@ -92,6 +90,17 @@ class Graph:
             if axis is not None:
                 found.append(Layer(node, tensor.name, axis, tensor.name.removesuffix(".weight")))
         return found
+
+    def modules(self, component: str) -> list[str]:
+        """Paths of all modules with weights, within the component."""
+        paths = (name.rpartition(".")[0].removeprefix(f"{component}.") for name in self.initializers)
+        return sorted({path for path in paths if path})
+
+    def types(self) -> str:
+        """What the large weights are, for people: "they are float16"."""
+        large = [tensor for tensor in self.initializers.values() if _count(tensor) >= SMALLEST]
+        names = sorted({TensorProto.DataType.Name(tensor.data_type).lower() for tensor in large})
+        return f"they are {' and '.join(names)}" if names else "all are small"
 
     def store(self, layers: Iterable[Layer], *, fold: bool = False) -> None:
         """Keeps the weights of `layers` as int8 in the file.
@@ -336,27 +345,31 @@ def measure_ranges(
         path: of the float graph.
         calls: feeds, e.g. from the model's own trajectories.
         signed: symmetric ranges.
+
+    Raises:
+        NonFiniteError: a value is NaN or infinite.
     """
     computed = [layer.node for layer in layers if layer.computes]
     names = sorted({name for node in computed for name in (node.input[0], node.output[0])})
     kept: dict[str, list[Array]] = {name: [] for name in names}
     extremes: dict[str, Range] = dict.fromkeys(names, (0.0, 0.0))
-    with _session_with_outputs(path, names) as session:
-        outputs = {node.name for node in session.get_outputs()} & set(names)
-        inputs = [name for name in names if name not in outputs]
-        for number, feeds in enumerate(calls):
-            for start in range(0, len(names), FETCHED_AT_ONCE):  # all at once would not fit for a large model
-                wanted = [name for name in names[start : start + FETCHED_AT_ONCE] if name in outputs]
-                fetched = dict(zip(wanted, session.run(wanted, feeds), strict=True)) if wanted else {}
-                for name in names[start : start + FETCHED_AT_ONCE]:
-                    value = np.asarray(
-                        fetched[name] if name not in inputs else feeds[name], np.float32
-                    ).ravel()
-                    low, high = extremes[name]
-                    extremes[name] = (min(low, float(value.min())), max(high, float(value.max())))
-                    draw = np.random.default_rng(number)
-                    few = value.size <= KEPT_VALUES
-                    kept[name].append(value if few else draw.choice(value, KEPT_VALUES, replace=False))
+    session = _session_with_outputs(path, names)
+    outputs = {node.name for node in session.get_outputs()} & set(names)
+    inputs = [name for name in names if name not in outputs]
+    for number, feeds in enumerate(calls):
+        for start in range(0, len(names), FETCHED_AT_ONCE):  # all at once would not fit for a large model
+            wanted = [name for name in names[start : start + FETCHED_AT_ONCE] if name in outputs]
+            fetched = dict(zip(wanted, session.run(wanted, feeds), strict=True)) if wanted else {}
+            for name in names[start : start + FETCHED_AT_ONCE]:
+                value = np.asarray(fetched[name] if name not in inputs else feeds[name], np.float32).ravel()
+                bottom, top = float(value.min()), float(value.max())
+                if not np.isfinite([bottom, top]).all():
+                    raise NonFiniteError(f"{name} holds values that are not finite", where=str(path))
+                low, high = extremes[name]
+                extremes[name] = (min(low, bottom), max(high, top))
+                draw = np.random.default_rng(number)
+                few = value.size <= KEPT_VALUES
+                kept[name].append(value if few else draw.choice(value, KEPT_VALUES, replace=False))
     return {name: _best_range(np.concatenate(kept[name]), extremes[name], signed=signed) for name in names}
 
 
@@ -373,34 +386,24 @@ def _best_range(values: Array, extremes: Range, *, signed: bool) -> Range:
     return best
 
 
-@contextmanager
-def _session_with_outputs(path: Path, names: Sequence[str]) -> Iterator[Any]:
-    """A session of the graph at `path` in which the values `names` can be fetched."""
-    import tempfile
-
+def _session_with_outputs(path: Path, names: Sequence[str]) -> Any:
+    """A session of the graph at `path` in which the values `names` can be fetched; writes no file."""
     import onnxruntime
 
-    model = onnx.load(path, load_external_data=False)
+    model = load_graph(path)
     made = {name for node in model.graph.node for name in node.output}
     known = {value.name for value in model.graph.output}
     model.graph.output.extend(
         helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names if name in made - known
     )
-    # Beside the file, for the weights outside it are found relative to the graph.
-    with tempfile.TemporaryDirectory(dir=path.parent.parent, prefix=".calibration-") as folder:
-        data = path.with_name(f"{path.name}_data")
-        if data.exists():
-            _link(data, Path(folder) / data.name)
-        onnx.save(model, Path(folder) / path.name)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        yield onnxruntime.InferenceSession(
-            Path(folder) / path.name, options, providers=["CPUExecutionProvider"]
-        )
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if outside := [tensor.name for tensor in model.graph.initializer if tensor.data_location == EXTERNAL]:
+        # A graph in memory has no folder, and the weights may lie behind links: they are handed over.
+        weights = {tensor.name: tensor for tensor in load_whole(path).graph.initializer}
+        values = [numpy_helper.to_array(weights[name]) for name in outside]
+        held = [onnxruntime.OrtValue.ortvalue_from_numpy(value) for value in values]
+        options.add_external_initializers(outside, held)
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )

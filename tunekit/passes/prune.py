@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from tunekit.config import Count, Names, refuse
-from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.errors import ChainError, NonFiniteError
+from tunekit.passes.base import DISTINCT, NO_EXAMPLES, Context, Distinct, Outcome, Pass, Start, learned_from
 from tunekit.passes.metrics import PARAMETERS, RELATIVE_ERROR, SIZE, Metric
 from tunekit.passes.models import around
+from tunekit.passes.paths import unmatched
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +55,7 @@ class Prune(Pass):
     cost: Literal["parameters", "macs"] = "parameters"
     """What `ratio` is a share of, and what importance is weighed against: parameters make the model small,
     macs (multiply-adds) make it fast."""
-    targets: list[Target] = Field(["feed_forward", "heads", "resnet"], min_length=1)
+    targets: Distinct[Target] = Field(["feed_forward", "heads", "resnet"], min_length=1)
     """What may leave: feed-forward channels, attention heads, groups of residual blocks' inner channels."""
     importance: Literal["taylor", "magnitude"] = "taylor"
     """taylor measures on examples; magnitude looks at the weights only."""
@@ -63,7 +65,7 @@ class Prune(Pass):
     """Least share of a block's structures that stays, so that no block becomes a bottleneck."""
     multiple: int = Field(16, ge=1, le=4096)
     """Channel counts stay multiples of this, because kernels compute in blocks of 8 or 16."""
-    keep: Names = []
+    keep: Annotated[Names, DISTINCT] = []
     """Paths of blocks that stay whole, such as `mid_block` or `up_blocks.-1` (the last one)."""
     samples: Count = 64
     """Examples that importance is measured on."""
@@ -81,11 +83,24 @@ class Prune(Pass):
             return f"gives ratios for {', '.join(self.ratio)} but its targets are {', '.join(self.targets)}"
         return None
 
+    def reads(self, context: Context) -> frozenset[str]:
+        """What structures are judged on."""
+        return learned_from(context)
+
+    def objection(self, start: Start, earlier: Sequence[Pass]) -> str | None:
+        """Finds a chain that has nothing to judge by, and paths of no block."""
+        if not start.examples:
+            return NO_EXAMPLES
+        wrong = unmatched(self.keep, start.modules) if start.modules else None
+        return f"has a wrong keep: {wrong}" if wrong else None
+
     def run(self, artifact: Artifact, context: Context) -> Outcome:
         """Judges, removes, measures the damage, saves.
 
         Raises:
             ConfigError: there is nothing to judge by: neither pictures nor prompts are known.
+            ChainError: nothing leaves, or `keep` names what is not there.
+            NonFiniteError: the output's gradients are not finite.
         """
         import copy
 
@@ -98,10 +113,18 @@ class Prune(Pass):
         parent = family.denoiser(whole)
         denoiser = copy.deepcopy(parent)
         pipeline = around(whole, {family.facts.denoiser_name: denoiser})
+        if wrong := unmatched(self.keep, [name for name, _ in denoiser.named_modules() if name]):
+            raise ChainError(f"prune has a wrong keep: {wrong}", where=artifact.source)
         before, macs_before = prunable.parameters(parent), prunable.macs(family, whole)
-        found = [
-            item for item in prunable.find(denoiser, self.targets) if not self._kept(item.name, denoiser)
-        ]
+        structures = prunable.find(denoiser, self.targets)
+        if absent := set(self.targets) - {item.target for item in structures}:
+            raise ChainError(
+                f"prune finds no {' and no '.join(sorted(absent))} to remove in the"
+                f" {family.facts.denoiser_name}",
+                where=artifact.source,
+                hint="leave that out of targets",
+            )
+        found = [item for item in structures if not self._kept(item.name, denoiser)]
         with context.examples(artifact, count=min(self.samples, DRAWN)) as (examples, accelerator):
             denoiser.to(accelerator.device)
             if self.importance == "magnitude":
@@ -113,7 +136,18 @@ class Prune(Pass):
                 if self.cost == "macs"
                 else [item.parameters for item in found]
             )
+            if not all(bool(score.isfinite().all()) for score in scores):
+                raise NonFiniteError(
+                    "the gradients of the model's output are not finite", where=artifact.source
+                )
             table = self._remove(found, scores, costs)
+            if prunable.parameters(denoiser) == before:
+                raise ChainError(
+                    f"prune would remove nothing of {len(found)} blocks: ratio {self.ratio}, floor"
+                    f" {self.floor} and multiple {self.multiple} leave nothing to take",
+                    where=artifact.source,
+                    hint="raise ratio, lower floor or multiple, or keep less",
+                )
             error = output_error(family, denoiser, parent.to(accelerator.device), examples)
         context.save(pipeline, artifact)
         return Outcome(

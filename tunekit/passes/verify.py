@@ -24,9 +24,10 @@ from pydantic import Field
 
 from tunekit.artifacts import PICTURES
 from tunekit.config import SamplingConfig, SamplingSteps
-from tunekit.errors import ChainError, DeviceError, output_errors
-from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.errors import ChainError, output_errors
+from tunekit.passes.base import SAMPLING, Context, Distinct, Outcome, Pass, Start, formats
 from tunekit.passes.metrics import RELATIVE_ERROR, Metric, Tile
+from tunekit.passes.providers import Provider, cannot_run, everywhere, gpu_answers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,6 @@ PROMPTS = ("a red apple", "a smiling face", "a house", "a blue car")
 STEPS = 20
 """Sampling steps at most, where none are asked for: more show nothing that these do not."""
 AT_ONCE = 4
-Provider = Literal["cpu", "cuda", "tensorrt", "openvino"]
 
 
 class Verify(Pass):
@@ -64,8 +64,9 @@ class Verify(Pass):
 
     against: Literal["parent", "first"] = "parent"
     """parent: the model before the last step that changed it; first: the whole fine-tuned model, in torch."""
-    providers: list[Provider] | None = Field(None, min_length=1)
-    """Runtimes an ONNX model is meant for; each is checked. None: the one `tunekit generate` takes here."""
+    providers: Distinct[Provider] | None = Field(None, min_length=1)
+    """Runtimes an ONNX model is meant for; each is checked. null: the one `tunekit generate` takes here, and
+    OpenVINO where it is installed: one file can have another quality on each."""
     pictures: int = Field(4, ge=1, le=64)
     """How many pictures are drawn; the run's prompts are taken in turn."""
     steps: SamplingSteps | None = None
@@ -83,10 +84,29 @@ class Verify(Pass):
             return "has nothing to compare with; put it behind a pass that changes the model"
         if self.providers and format != "onnx":
             return f"sets providers, which have no effect on a model in {format}: they run ONNX files"
-        if format == "tensorrt" and not _gpu_answers():
+        if format == "tensorrt" and not gpu_answers():
             return (
                 "would have to run TensorRT engines, but no NVIDIA GPU answers here; verify the ONNX model"
                 " instead (put it before build_tensorrt), or run the chain where the card is"
+            )
+        return cannot_run(self.providers or ())
+
+    def reads(self, context: Context) -> frozenset[str]:
+        """What it compares with, and what it draws."""
+        return frozenset({"seed", "prompts", *SAMPLING, self.against})
+
+    def objection(self, start: Start, earlier: Sequence[Pass]) -> str | None:
+        """Finds that there will be no reference."""
+        whole = [format for format in formats(start.format, earlier) if format != "adapter"]
+        if self.against == "first" and "torch" not in whole[:-1]:
+            return (
+                "has no first model to compare with: no step before the last that changed it is a whole model"
+                " in torch; leave against out, or put it behind a pass that changes one"
+            )
+        if len(whole) < 2:
+            return (
+                "has no parent to compare with: there is only one whole model so far; put it behind a pass"
+                " that changes a whole model, such as quantize or export_onnx"
             )
         return None
 
@@ -122,7 +142,8 @@ class Verify(Pass):
         saved = _save(wanted.pixels, "reference", name, prompts, seeds, context)
 
         sides = []
-        providers: Sequence[Provider | None] = self.providers or (None,)
+        here = everywhere() if artifact.format == "onnx" else (None,)
+        providers: Sequence[Provider | None] = self.providers or here
         for provider in providers:
             with context.running(artifact, provider=provider) as runtime:
                 title = describe(artifact, runtime)
@@ -130,16 +151,23 @@ class Verify(Pass):
                 found = draw(artifact, runtime, size)
                 got = [trial.run(runtime) for trial in trials]
                 sides.append(_compare(runtime.title, got, expected, found, wanted))
+                context.say(f"{runtime.title}: PSNR {sides[-1].psnr_db:.1f} dB, SSIM {sides[-1].ssim:.4f}")
             saved += _save(found.pixels, provider or "candidate", title, prompts, seeds, context)
         note = f"reference: {name}; {self.pictures} pictures of {found.sampling.steps} steps"
         if sides[-1].trajectory is None:
             note += (
                 f", of the reference {wanted.sampling.steps}; its way to them is another, and not compared"
             )
-        return self._outcome(note, trials, sides, saved)
+        finite = wanted.finite and all(bool(value.isfinite().all()) for value in expected)
+        return self._outcome(note, trials, sides, saved, finite)
 
     def _outcome(
-        self, note: str, trials: list[_Trial], sides: list[_Side], pictures: list[dict[str, Any]]
+        self,
+        note: str,
+        trials: list[_Trial],
+        sides: list[_Side],
+        pictures: list[dict[str, Any]],
+        finite: bool,
     ) -> Outcome:
         components = list(dict.fromkeys(trial.component for trial in trials))
         names = ["relative error" if len(sides) == 1 else f"relative error, {side.title}" for side in sides]
@@ -161,10 +189,10 @@ class Verify(Pass):
                 for component in components
             },
             "relative_error_trajectory": _worst(way[-1] for way in ways) if ways else None,
-            "psnr_db": min(side.psnr_db for side in sides),
-            "psnr_db_worst": min(psnr for side in sides for psnr in side.psnrs),
-            "ssim": min(side.ssim for side in sides),
-            "ssim_worst": min(ssim for side in sides for ssim in side.ssims),
+            "psnr_db": _lowest(side.psnr_db for side in sides),
+            "psnr_db_worst": _lowest(psnr for side in sides for psnr in side.psnrs),
+            "ssim": _lowest(side.ssim for side in sides),
+            "ssim_worst": _lowest(ssim for side in sides for ssim in side.ssims),
         }
         return Outcome(
             metrics=metrics,
@@ -182,15 +210,21 @@ class Verify(Pass):
                 ],
             },
             pictures=pictures,
-            failure=self._failure(sides),
+            failure=self._failure(sides, finite),
         )
 
-    def _failure(self, sides: list[_Side]) -> str | None:
-        """Every threshold that was missed, and by which runtime. A value that is not finite misses always."""
+    def _failure(self, sides: list[_Side], finite: bool) -> str | None:
+        """Every threshold that was missed, and by which runtime. A value that is not finite misses always.
+
+        Args:
+            finite: whether all that the reference gave is.
+        """
+        if not finite:
+            return "the reference gives values that are not finite, so there is nothing to compare with"
         missed = []
         for side in sides:
-            error, psnr, ssim = _worst(side.errors), min(side.psnrs), min(side.ssims)
-            if not (side.finite and math.isfinite(error)):
+            error, psnr, ssim = _worst(side.errors), _lowest(side.psnrs), _lowest(side.ssims)
+            if not (side.finite and all(map(math.isfinite, (error, psnr, ssim)))):
                 missed.append(f"{side.title} gives values that are not finite")
                 continue
             if self.max_relative_error is not None and error > self.max_relative_error:
@@ -345,6 +379,11 @@ class _Drawn:
     sampler: str
     """Class and settings of the sampler; the same text and as many steps are the same way."""
 
+    @property
+    def finite(self) -> bool:
+        """Whether pictures and latents are numbers."""
+        return all(bool(value.isfinite().all()) for value in (self.pixels, *self.trajectory))
+
 
 def _draw(runtime: Runtime, prompts: list[str], seeds: list[int], sampling: SamplingConfig) -> _Drawn:
     import torch
@@ -407,7 +446,7 @@ def _compare(title: str, got: list[Tensor], expected: list[Tensor], found: _Draw
         trajectory=[relative_error(a, b) for a, b in zip(found.trajectory, wanted.trajectory, strict=True)]
         if same_way
         else None,
-        finite=all(bool(value.isfinite().all()) for value in (found.pixels, *found.trajectory)),
+        finite=found.finite,
         psnr_db=psnr_db(found.pixels, wanted.pixels),
         psnrs=[psnr_db(a, b) for a, b in pairs],
         ssim=sum(ssims) / len(ssims),
@@ -442,13 +481,9 @@ def _worst(errors: Any) -> float:
     return max((float(error) for error in errors), key=lambda error: math.inf if math.isnan(error) else error)
 
 
-def _gpu_answers() -> bool:
-    from tunekit import hardware
-
-    try:
-        return hardware.probe("cuda").kind == "cuda"
-    except DeviceError:
-        return False
+def _lowest(figures: Any) -> float:
+    """The smallest; NaN counts as smaller than anything."""
+    return min((float(figure) for figure in figures), key=lambda one: -math.inf if math.isnan(one) else one)
 
 
 PASS = Verify

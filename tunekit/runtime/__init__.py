@@ -6,6 +6,7 @@ is built, so the family's own code encodes, denoises and decodes on every runtim
 
 from __future__ import annotations
 
+from tunekit.quiet import no_telemetry
 from tunekit.runtime.base import Runtime, torch_runtime
 from tunekit.runtime.draw import generate, generate_pixels, sample_pixels, to_images
 from tunekit.runtime.graph import Graph, GraphModule, GraphVae
@@ -23,3 +24,5 @@ __all__ = [
     "to_images",
     "torch_runtime",
 ]
+
+no_telemetry()

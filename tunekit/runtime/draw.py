@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tunekit.config import SamplingConfig
 from tunekit.diffusion.sampling import initial_latents, sample_steps
-from tunekit.errors import ConfigError
+from tunekit.errors import ConfigError, NonFiniteError
 from tunekit.families.family import Conditioning
 from tunekit.runtime.base import Runtime
 
@@ -107,11 +107,38 @@ def generate(
 
     Raises:
         ConfigError: nothing to draw, or prompts and seeds that do not pair.
+        NonFiniteError: the model gives NaN or infinity; says which part of it.
     """
-    return to_images(generate_pixels(runtime, prompts, sampling, seeds=seeds, batch=batch, on_step=on_step))
+    broken: list[str] = []
+
+    def watched(done: int, total: int, latents: Tensor) -> None:
+        if not broken and not bool(latents.isfinite().all()):
+            broken.append(f"the denoiser gives them in step {done} of {total}")
+        if on_step:
+            on_step(done, total, latents)
+
+    pixels = generate_pixels(runtime, prompts, sampling, seeds=seeds, batch=batch, on_step=watched)
+    if not bool(pixels.isfinite().all()):
+        maker = broken[0] if broken else "the VAE decoder makes them of latents that are finite"
+        raise NonFiniteError(
+            f"{runtime.title} draws values that are not finite: {maker}",
+            where=runtime.artifact.source if runtime.artifact else None,
+            hint="fp16 ends at 65504: take fp32 or bf16 (of an ONNX model, `export_onnx: {dtype: fp32}`);"
+            " if it is fp32 already, its weights are damaged",
+        )
+    return to_images(pixels)
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """Turn pixels [B, 3, H, W] in [0, 1] into pictures of 8 bits."""
+    """Turn pixels [B, 3, H, W] in [0, 1] into pictures of 8 bits.
+
+    Raises:
+        NonFiniteError: a value is NaN or infinite, and would be black.
+    """
+    if not bool(pixels.isfinite().all()):
+        raise NonFiniteError(
+            "a picture holds values that are not finite",
+            hint="its weights are damaged, or fp16 overflows: draw it in fp32 or bf16",
+        )
     values = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in values]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tunekit.artifacts import Artifact
-from tunekit.errors import ArtifactError, ModelError
-from tunekit.families.family import Family, Pipeline
+from tunekit.errors import ArtifactError, ModelError, TunekitError
+from tunekit.families.family import Component, Family, Pipeline
 from tunekit.records import read_mapping
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -51,8 +51,8 @@ class GraphModule:
     dtype = torch.float32
     device = torch.device("cpu")
 
-    def __init__(self, graph: Graph, config: dict[str, Any]) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, config: dict[str, Any], name: str = "graph") -> None:
+        self.graph, self.name = graph, name
         self.config = SimpleNamespace(**config)
         self._unbatched = graph.unbatched | frozenset(config.get(UNBATCHED, ()))
 
@@ -68,8 +68,8 @@ class GraphModule:
             feeds |= value if isinstance(value, dict) else {name: value}
         if feeds.keys() != self.graph.inputs.keys():
             raise ModelError(
-                f"the graph takes {', '.join(self.graph.inputs)}; it was given {', '.join(feeds)}",
-                hint="export it again with this version",
+                f"the {self.name} takes {', '.join(self.graph.inputs)}; it is given {', '.join(feeds)}",
+                hint="it was exported by another program or version: export the model with export_onnx",
             )
         outputs = {name: torch.from_numpy(array).float() for name, array in self._run(feeds).items()}
         if not return_dict:
@@ -79,7 +79,7 @@ class GraphModule:
             outputs["hidden_states"] = tuple(  # type: ignore[assignment]
                 outputs[f"{STATES}{index}"] for index in range(len(states))
             )
-        return SimpleNamespace(**outputs)
+        return Outputs(self.name, outputs)
 
     def _run(self, feeds: dict[str, Tensor]) -> dict[str, Array]:
         arrays = {}
@@ -88,8 +88,9 @@ class GraphModule:
             arrays[name] = np.ascontiguousarray(value.detach().cpu().numpy().astype(kind, copy=False))
         rows = max(len(array) for name, array in arrays.items() if name not in self._unbatched)
         step = min(rows, self.graph.max_rows or rows)
-        # Other programs feed one timestep for the whole batch, so graphs take just one.
-        single = [name for name in arrays if self.graph.inputs[name][1][:1] == [1]]
+        # Other programs feed one timestep for the whole batch, so graphs take just one; some, a scalar.
+        scalar = [name for name in arrays if not self.graph.inputs[name][1]]
+        single = [name for name in arrays if self.graph.inputs[name][1][:1] == [1]] + scalar
         if any((arrays[name] != arrays[name][0]).any() for name in single):
             step = 1
         parts = []
@@ -98,10 +99,32 @@ class GraphModule:
                 k: a if k in self._unbatched or len(a) == 1 else a[start : start + step]
                 for k, a in arrays.items()
             }
-            parts.append(self.graph.run({k: a[:1] if k in single else a for k, a in part.items()}))
+            part |= {name: part[name][:1] for name in single}
+            parts.append(self.graph.run({k: a[0] if k in scalar else a for k, a in part.items()}))
         if len(parts) == 1:
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+class Outputs(SimpleNamespace):
+    """What a graph gives, by name."""
+
+    def __init__(self, graph: str, outputs: dict[str, Any]) -> None:
+        super().__init__(**outputs)
+        self._graph = graph
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        given = ", ".join(key for key in vars(self) if key != "_graph")
+        raise _NotGiven(
+            f"the {self._graph} gives {given}; needed is {name}",
+            hint="it was exported by another program or version: export the model with export_onnx",
+        )
+
+
+class _NotGiven(ModelError, AttributeError):
+    """So that it may be asked whether a graph gives something."""
 
 
 class GraphVae:
@@ -137,42 +160,112 @@ def graph_pipeline(folder: Path, family: Family, open_graph: Callable[[Path], Gr
         family: whose denoiser and encoders to look for.
         open_graph: opens the graph in a component's folder.
     """
-    import diffusers
-    import transformers
-
-    index_file = folder / "model_index.json"
-    try:
-        index = read_mapping(index_file)
-    except FileNotFoundError as error:
-        raise ArtifactError("its model_index.json is missing", where=str(folder)) from error
-
-    def class_of(library: Any, name: str) -> Any:
-        match index.get(name):
-            case [str(), str(named)]:
-                found = getattr(library, named, None)
-            case _:
-                found = None
-        if not isinstance(found, type):
-            message = f"its model_index.json names no class for {name} that is known here"
-            raise ArtifactError(message, where=str(index_file))
-        return found
+    index = read_json(folder / "model_index.json")
 
     def component(name: str) -> GraphModule:
-        config = folder / name / "config.json"
-        if not config.is_file():
+        if not (folder / name / "config.json").is_file():
             raise ArtifactError(f"its component {name} is missing", where=str(folder))
-        return GraphModule(open_graph(folder / name), read_mapping(config))
+        config = read_json(folder / name / "config.json")
+        return GraphModule(open_graph(folder / name), config, name)
 
-    parts: dict[str, Any] = {family.facts.denoiser_name: component(family.facts.denoiser_name)}
-    for row in family.facts.encoders:
-        tokenizer_class = class_of(transformers, str(row.tokenizer))
-        parts[row.tokenizer] = tokenizer_class.from_pretrained(folder / row.tokenizer)
-        parts[row.name] = component(row.name)
+    # What is small and may be missing, before what takes long to open.
+    parts: dict[str, Any] = {row.tokenizer: _tokenizer(folder, index, row) for row in family.facts.encoders}
+    parts["scheduler"] = _scheduler(folder, index)
+    for name in (family.facts.denoiser_name, *(row.name for row in family.facts.encoders)):
+        parts[name] = component(name)
     encoder_there = (folder / "vae_encoder" / "config.json").is_file()
     parts["vae"] = GraphVae(component("vae_encoder") if encoder_there else None, component("vae_decoder"))
-    parts["scheduler"] = class_of(diffusers, "scheduler").from_pretrained(folder / "scheduler")
     settings = {key: value for key, value in index.items() if not isinstance(value, list)}
-    return SimpleNamespace(**parts, config=SimpleNamespace(**settings))
+    pipeline = SimpleNamespace(**parts, config=SimpleNamespace(**settings))
+    _check_configs(pipeline, family, folder)
+    return pipeline
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ArtifactError: missing, or something else.
+    """
+    try:
+        return read_mapping(file)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"its {file.name} is missing", where=str(file)) from error
+
+
+def _class_named(
+    module: str, kind: str, index: dict[str, Any], part: str, otherwise: Any, where: Path
+) -> Any:
+    """The class that model_index.json names for a part; `otherwise` where it names none."""
+    import importlib
+
+    entry = index.get(part)
+    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else otherwise
+    found = getattr(importlib.import_module(module), str(name), None)
+    base = getattr(importlib.import_module(module), kind)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ArtifactError(f'its {part} is of an unknown class "{name}"', where=str(where))
+    return found
+
+
+def _scheduler(folder: Path, index: dict[str, Any]) -> Any:
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        raise ArtifactError(
+            "its scheduler is missing: how it is drawn is not known",
+            where=str(file),
+            hint="copy scheduler/ from the model that it was exported from",
+        )
+    config = read_json(file)
+    made = _class_named("diffusers", "SchedulerMixin", index, "scheduler", config.get("_class_name"), file)
+    try:
+        return made.from_config(config)
+    except Exception as error:  # whatever a class makes of foreign settings
+        raise ArtifactError(f"its scheduler cannot be made: {first_line(error)}", where=str(file)) from error
+
+
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")
+
+
+def _tokenizer(folder: Path, index: dict[str, Any], row: Component) -> Any:
+    """The tokenizer that a text encoder reads, from the folder alone: never from a hub."""
+    place = folder / row.tokenizer
+    if not any((place / name).is_file() for name in VOCABULARIES):
+        raise ArtifactError(
+            f"its {row.tokenizer} is missing: prompts cannot be read",
+            where=str(place),
+            hint=f"copy {row.tokenizer}/ from the model that it was exported from",
+        )
+    config = read_json(file) if (file := place / "tokenizer_config.json").is_file() else {}
+    otherwise = config.get("tokenizer_class", "CLIPTokenizer")
+    made = _class_named("transformers", "PreTrainedTokenizerBase", index, row.tokenizer, otherwise, place)
+    try:
+        tokenizer = made.from_pretrained(str(place), local_files_only=True)
+    except Exception as error:  # whatever a class makes of foreign files
+        raise ArtifactError(
+            f"its {row.tokenizer} cannot be read: {first_line(error)}", where=str(place)
+        ) from error
+    if not 0 < tokenizer.model_max_length < 10**6:  # its config does not say
+        tokenizer.model_max_length = row.tokens
+    return tokenizer
+
+
+def _check_configs(pipeline: Pipeline, family: Family, folder: Path) -> None:
+    """Raises ArtifactError unless the config.json files say what drawing needs."""
+    try:
+        height, width = family.default_size(pipeline)
+        family.latent_shape(pipeline, height, width)
+        family.objective(pipeline)  # refuses schedulers of another kind
+        float(getattr(pipeline.vae.config, "scaling_factor", 1.0))
+        float(getattr(pipeline.vae.config, "shift_factor", None) or 0.0)
+    except TunekitError as error:
+        error.where = error.where or str(folder)
+        raise
+    except Exception as error:  # whatever comes of sizes that are texts, or not there
+        raise ArtifactError(
+            f"its config.json files do not describe a {family.facts.title} model: {first_line(error)}",
+            where=str(folder),
+        ) from error
 
 
 def model_folder(artifact: Artifact) -> Path:

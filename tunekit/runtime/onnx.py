@@ -60,6 +60,7 @@ class OrtGraph:
     def __init__(self, path: Path, providers: list[tuple[str, dict[str, Any]]], threads: int | None) -> None:
         import onnxruntime as ort
 
+        self.path = path
         options = ort.SessionOptions()
         options.log_severity_level = 3  # its warnings speak of its own optimizations
         if threads is not None:
@@ -76,6 +77,9 @@ class OrtGraph:
         wanted = providers[0][0]
         if wanted not in self.session.get_providers():
             raise DeviceError(f"ONNX Runtime's {wanted} does not start here", hint="see its messages above")
+        for node in self.session.get_inputs():
+            if node.type not in _ORT_TYPES:
+                raise ModelError(f"its input {node.name} is a {node.type}", where=str(path))
         self.inputs: dict[str, tuple[np.dtype[Any], list[int | None]]] = {
             node.name: (_ORT_TYPES[node.type], [d if isinstance(d, int) else None for d in node.shape])
             for node in self.session.get_inputs()
@@ -88,7 +92,13 @@ class OrtGraph:
 
     def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         """See `Graph.run`."""
-        return dict(zip(self.outputs, self.session.run(self.outputs, feeds), strict=True))
+        try:
+            return dict(zip(self.outputs, self.session.run(self.outputs, feeds), strict=True))
+        except Exception as error:  # its exception classes have no common base
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
+            raise ModelError(
+                f"ONNX Runtime cannot run it on {shapes}: {first_line(error)}", where=str(self.path)
+            ) from error
 
 
 def _only_stores_int8(folder: Path) -> bool:

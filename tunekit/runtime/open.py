@@ -19,7 +19,7 @@ from tunekit.runtime.onnx import ORT_PROVIDERS, open_in_onnxruntime, ort_provide
 from tunekit.runtime.openvino import open_in_openvino
 from tunekit.runtime.tensorrt import open_engines
 
-PROVIDERS = (*ORT_PROVIDERS, "openvino")  # of ONNX artifacts
+PROVIDERS = (*ORT_PROVIDERS, "openvino", "openvino_bf16")  # of ONNX artifacts
 Load = Callable[[Family, Source, Dtypes], Pipeline]
 
 
@@ -44,7 +44,7 @@ def open_runtime(
         dtype: "fp32", "bf16" or "fp16", of torch and OpenVINO; what is not given is what the device is good
             at, fp32 on a processor. ONNX files state their own.
         provider: of ONNX artifacts: "cpu", "cuda", "tensorrt", or "openvino" (the package, which reads the
-            same model.onnx); chosen by the device if not given.
+            same model.onnx; "openvino_bf16" is the same with dtype bf16); chosen by the device if not given.
         adapter: an adapter to put on a torch source, unmerged.
         threads: CPU threads.
         load: gives the torch model, where it need not be read from disk (again); not if an adapter is put on
@@ -137,6 +137,10 @@ def _open_onnx(
             f'unknown provider "{provider}"',
             hint=did_you_mean(provider, PROVIDERS) or f"one of {', '.join(PROVIDERS)}",
         )
+    if provider == "openvino_bf16":
+        if precision not in (None, torch.bfloat16):
+            raise ConfigError('dtype contradicts the provider "openvino_bf16"', hint="leave one of them out")
+        provider, precision = "openvino", torch.bfloat16
     if provider == "openvino":
         return open_in_openvino(artifact, folder, family, place, precision, threads)
     return open_in_onnxruntime(artifact, folder, family, place, precision, provider, threads)

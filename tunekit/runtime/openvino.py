@@ -14,7 +14,10 @@ from tunekit.families.family import Family
 from tunekit.hardware import Device
 from tunekit.runtime.base import Runtime
 from tunekit.runtime.graph import Array, first_line, graph_pipeline
+from tunekit.runtime.onnx_files import external_files, load_whole
 
+MOST_IN_MEMORY = 2_000_000_000
+"""Bytes of a graph that protobuf can hold."""
 _TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -48,16 +51,20 @@ class OpenVinoGraph:
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": _TYPES[precision],
             "PERFORMANCE_HINT": "LATENCY",
+            # Nor shall it round activations to int8 where only the weights are int8: such a file computes in
+            # floats, on every runtime.
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
         }
         if threads is not None and device == "CPU":
             settings["INFERENCE_NUM_THREADS"] = threads
+        self.path = path
         core = openvino.Core()
         if device not in core.available_devices:
             raise DeviceError(
                 f"OpenVINO finds no device {device}", hint=f"it finds {', '.join(core.available_devices)}"
             )
         try:
-            self.compiled = core.compile_model(core.read_model(path), device, settings)
+            self.compiled = core.compile_model(_read(core, path), device, settings)
         except RuntimeError as error:
             raise ModelError(f"OpenVINO cannot load it: {first_line(error)}", where=str(path)) from error
         self.request = self.compiled.create_infer_request()
@@ -72,5 +79,26 @@ class OpenVinoGraph:
 
     def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         """See `Graph.run`."""
-        results = self.request.infer(feeds, share_inputs=True)
+        try:
+            results = self.request.infer(feeds, share_inputs=True)
+        except RuntimeError as error:
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
+            raise ModelError(
+                f"OpenVINO cannot run it on {shapes}: {first_line(error)}", where=str(self.path)
+            ) from error
         return {name: results[i].copy() for i, name in enumerate(self.outputs)}
+
+
+def _read(core: Any, path: Path) -> Any:
+    """OpenVINO reads no weights through links that leave the folder; such a graph it gets whole."""
+    linked = any(file.is_symlink() for file in path.parent.iterdir())  # most have none, and this is cheap
+    if not linked or not any(path.parent.joinpath(name).is_symlink() for name in external_files(path)):
+        return core.read_model(path)
+    model = load_whole(path)
+    if model.ByteSize() > MOST_IN_MEMORY:
+        raise ModelError(
+            "OpenVINO reads no weights through links",
+            where=str(path),
+            hint="copy the folder with what they point to: cp -rL FOLDER COPY",
+        )
+    return core.read_model(model.SerializeToString(), b"")
