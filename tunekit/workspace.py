@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from tunekit.artifacts import Artifact, RunFolder, open_artifact, write_text
+from tunekit.artifacts import RECORD, Artifact, RunFolder, open_artifact, write_text
 from tunekit.config import config_names, find_config
 from tunekit.errors import (
     ArtifactError,
@@ -19,8 +18,8 @@ from tunekit.errors import (
     OutputError,
     TunekitError,
     did_you_mean,
-    output_errors,
 )
+from tunekit.files import atomic_file, clean_leftovers, directory_size, remove_folder
 from tunekit.registry import FAMILIES, PASSES, Registry, recipe_names, recipe_path
 from tunekit.resources import PACKAGE, builtin_names, configs_dir
 
@@ -313,6 +312,82 @@ def launch(config: str | Path, overrides: Sequence[str] = (), *, processes: int 
     return loaded, code
 
 
+@dataclass(frozen=True)
+class UnusedFolder:
+    """A step's folder that the present chain of its run does not name.
+
+    Attributes:
+        path: the folder.
+        size_bytes: of its files.
+        user: a record elsewhere that points at its model, so that it stays; "" if there is none.
+    """
+
+    path: Path
+    size_bytes: int
+    user: str = ""
+
+
+def prune_folders(run: str, *, dry: bool = False) -> list[UnusedFolder]:
+    """Removes the folders of passes that the present chain of a run does not name any more.
+
+    What an artifact of this or of a neighbouring run points at stays.
+
+    Args:
+        run: a folder, or a name under `runs`.
+        dry: only says what there is.
+
+    Raises:
+        ArtifactError: no such run; its chain.json is damaged; another process is writing to it.
+    """
+    from tunekit.training.checkpoint import only_writer
+
+    folder = RunFolder(find_run(run))
+    if not folder.chain_file.is_file():
+        raise ArtifactError(
+            "has no chain.json, so which folders are in use is not known", where=str(folder.path)
+        )
+    with only_writer(folder.path):
+        used = {path.name for path in folder.passes()}
+        unused = [
+            path
+            for path in sorted(folder.path.iterdir())
+            if PASS_FOLDER.fullmatch(path.name) and path.name not in used and path.is_dir()
+        ]
+        users = _users(folder, unused)
+        found = [UnusedFolder(path, directory_size(path), users.get(path.resolve(), "")) for path in unused]
+        if not dry:
+            clean_leftovers(folder.path)
+            for item in found:
+                if not item.user:
+                    remove_folder(item.path)
+    return found
+
+
+PASS_FOLDER = re.compile(r"\d+-[a-z_0-9]+-[0-9a-f]{8}")
+
+
+def _users(run: RunFolder, unused: Sequence[Path]) -> dict[Path, str]:
+    """Of some folders, those that a record elsewhere points at, and that record."""
+    doomed = {path.resolve() for path in unused}
+    found: dict[Path, str] = {}
+    for record in sorted(run.path.parent.glob(f"*/*/{RECORD}")):
+        if record.parent.resolve() in doomed:
+            continue
+        try:
+            artifact = Artifact.load(record.parent, check=False)
+        except TunekitError:
+            continue
+        for place in filter(None, (artifact.model_path, artifact.base and Path(artifact.base))):
+            if place.resolve() in doomed:
+                found[place.resolve()] = str(record)
+    for config in sorted(run.path.parent.glob("*/config.yaml")):
+        text = config.read_text(encoding="utf-8", errors="replace")
+        for path in unused:
+            if path.name in text:
+                found.setdefault(path.resolve(), str(config))
+    return found
+
+
 # Planning ---------------------------------------------------------------------------------------------------
 
 
@@ -382,6 +457,22 @@ class Opening(TypedDict, total=False):
     adapter: str | Path | None
 
 
+class Drawing(Opening, total=False):
+    """How pictures are drawn into files; see `draw`.
+
+    Attributes:
+        scales: strengths of the adapter, each of which draws every picture; none is 1.
+        grid: put them side by side into one more file: a row for each picture, a column for each strength.
+        tiled: decode pictures that are larger than the model's own in tiles, which takes less memory.
+        say: takes lines about what is not read, or has no effect.
+    """
+
+    scales: Sequence[float]
+    grid: bool
+    tiled: bool
+    say: Callable[[str], object]
+
+
 class Options(Opening, total=False):
     """How a model is opened, how a picture is drawn (`SamplingConfig`), and how many at once."""
 
@@ -393,6 +484,7 @@ class Options(Opening, total=False):
     scheduler: dict[str, Any]
     variant: str | None
     batch: int
+    tiled: bool
     on_step: Callable[[int, int, Tensor], None]
 
 
@@ -412,9 +504,11 @@ def generate(
         options: family (its name, where the source does not say it); device ("auto", "cpu", "cuda",
             "cuda:1", "xpu", "mps"); provider (of ONNX models: "cpu", "cuda", "tensorrt", "openvino"); dtype
             ("fp32", "bf16", "fp16", of torch and OpenVINO); adapter (to put on the source); variant (of its
-            weight files, such as "fp16"). steps, guidance,
-            negative_prompt, height, width, scheduler: the model's own where they are not given. batch
-            (pictures at once), on_step.
+            weight files, such as "fp16"). steps, guidance, negative_prompt, height, width, scheduler: the
+            model's own where they are not given. batch (pictures at once), tiled (decode large ones in
+            tiles), on_step.
+
+    What of a prompt is not read, and a negative prompt without effect, are warnings.
 
     Raises:
         TunekitError: the source cannot be opened, or an option has no effect.
@@ -434,12 +528,17 @@ def generate(
             source if isinstance(source, Artifact) else open_artifact(source, family=options.get("family"))
         )
         source = found.in_variant(variant)
+    tiled = given.pop("tiled", False)
     sampling = SamplingConfig(**given)
     drawer = runtime.open_runtime(source, **opening)
+    drawer.tiled = tiled
+    texts = [prompts] if isinstance(prompts, str) else prompts
     try:
+        for remark in runtime.remarks(drawer, texts, sampling):
+            warnings.warn(remark, stacklevel=2)
         return runtime.generate(
             drawer,
-            [prompts] if isinstance(prompts, str) else prompts,
+            texts,
             sampling,
             seeds=[seeds] if isinstance(seeds, int) else seeds,
             **drawing,
@@ -458,7 +557,7 @@ def draw(
     count: int = 1,
     variant: str | None = None,
     on_step: Callable[[str, int, int], object] | None = None,
-    **opening: Unpack[Opening],
+    **options: Unpack[Drawing],
 ) -> Iterator[Path]:
     """Draws pictures into files that say how they were made, and yields the paths.
 
@@ -468,39 +567,58 @@ def draw(
         source: run folder, adapter, any artifact, diffusers folder, hub id, "builtin/..." or "tiny".
         prompts: each is drawn `count` times.
         sampling: how; what it leaves open is the model's own.
-        out: a folder, or a .png file for one picture.
+        out: a folder, or a .png file for one picture, or for the grid.
         seed: of the first picture of each prompt; the next ones count up.
         count: pictures of each prompt.
         variant: of the weight files of the source or its base, such as "fp16".
         on_step: called with (what draws, sampling steps done, all of them).
-        opening: see `runtime.open_runtime`.
+        options: see `Drawing`, and `runtime.open_runtime`.
 
     Raises:
-        ConfigError: several pictures, and one file.
+        ConfigError: several pictures, and one file; strengths, and no adapter.
+        NonFiniteError: the model draws values that are no numbers.
         TunekitError: the source cannot be opened, or a picture cannot be written.
     """
+    opening: dict[str, Any] = dict(options)
+    scales: Sequence[float] = opening.pop("scales", ())
+    grid: bool = opening.pop("grid", False)
+    tiled: bool = opening.pop("tiled", False)
+    say: Callable[[str], object] = opening.pop("say", lambda line: None)
     out = Path(out)
     wanted = [(text, seed + index) for text in prompts for index in range(count)]
-    if out.suffix.lower() == ".png" and len(wanted) > 1:
+    one_file = out.suffix.lower() == ".png"
+    if one_file and not grid and len(wanted) * max(1, len(scales)) > 1:
         raise ConfigError(
-            f"{len(wanted)} pictures do not go into one file", where="--out", hint="give a folder"
+            f"{len(wanted) * max(1, len(scales))} pictures do not go into one file",
+            where="--out",
+            hint="give a folder, or --grid",
         )
     opened = open_artifact(source, family=opening.get("family")).in_variant(variant)
+    if scales and opened.format != "adapter" and not opening.get("adapter"):
+        raise ConfigError(
+            f"a scale has no effect on {source}, which has no adapter that could be scaled",
+            where="--scale",
+            hint="give the adapter's own folder, or put one on with --adapter; a merged one is fixed",
+        )
 
     from tunekit import runtime
+    from tunekit.adapters import at_strength
     from tunekit.config import SamplingConfig
 
     drawer = runtime.open_runtime(opened, **opening)
+    drawer.tiled = tiled
     whole = (sampling or SamplingConfig()).over(drawer.sampling)
     facts = {
-        "negative_prompt": whole.negative_prompt or "",
+        "negative_prompt": (whole.negative_prompt or "") if whole.guided else "",
         "steps": str(whole.steps),
         "guidance": f"{whole.guidance:g}",
         "source": source,
         "runtime": drawer.title,
     }
-    total = (whole.steps or 1) * -(-len(wanted) // BATCH)
+    strengths = list(scales) or [1.0]
+    total = (whole.steps or 1) * -(-len(wanted) // BATCH) * len(strengths)
     done = 0
+    rows: list[list[Image.Image]] = [[] for _ in wanted]
 
     def step(*_: object) -> None:
         nonlocal done
@@ -509,24 +627,60 @@ def draw(
             on_step(drawer.title, done, total)
 
     try:
-        for start in range(0, len(wanted), BATCH):
-            group = wanted[start : start + BATCH]
-            pictures = runtime.generate(
-                drawer,
-                [text for text, _ in group],
-                whole,
-                seeds=[number for _, number in group],
-                on_step=step,
-            )
-            for (text, number), picture in zip(group, pictures, strict=True):
-                path = _picture_path(out, text, number)
-                _save_png(path, picture, {"prompt": text, "seed": str(number), **facts})
-                yield path
+        for remark in runtime.remarks(drawer, [text for text, _ in wanted], whole):
+            say(remark)
+        for strength in strengths:
+            own = {"scale": f"{strength:g}"} if scales else {}
+            for start in range(0, len(wanted), BATCH):
+                group = wanted[start : start + BATCH]
+                with at_strength(drawer.pipeline, drawer.family, strength):
+                    pictures = runtime.generate(
+                        drawer,
+                        [text for text, _ in group],
+                        whole,
+                        seeds=[number for _, number in group],
+                        on_step=step,
+                    )
+                for index, (text, number) in enumerate(group):
+                    rows[start + index].append(pictures[index])
+                    if one_file and grid:
+                        continue
+                    path = _picture_path(out, text, f"{number}-x{strength:g}" if scales else str(number))
+                    known = {"prompt": text, "seed": str(number), **own, **facts}
+                    _save_png(path, pictures[index], known)
+                    yield path
     finally:
         drawer.close()
+    if grid:
+        heads = [f"{strength:g}" for strength in scales]
+        if not scales:  # a row for each prompt then
+            rows = [[row[0] for row in rows[start : start + count]] for start in range(0, len(rows), count)]
+            heads = [str(seed + index) for index in range(count)]
+        path = out if one_file else _picture_path(out, "grid", str(seed))
+        texts = "\n".join(dict.fromkeys(text for text, _ in wanted))
+        columns = {"columns": f"{'scale' if scales else 'seed'}: {', '.join(heads)}"}
+        _save_png(path, _grid(rows, heads), {"prompt": texts, "seed": str(seed), **columns, **facts})
+        yield path
 
 
-def _picture_path(out: Path, prompt: str, seed: int) -> Path:
+def _grid(rows: Sequence[Sequence[Image.Image]], heads: Sequence[str]) -> Image.Image:
+    """Pictures side by side, a head over each column."""
+    from PIL import Image, ImageDraw
+
+    width, height = rows[0][0].size
+    strip, gap = 16, 4
+    whole = Image.new(
+        "RGB", ((width + gap) * len(heads) - gap, strip + (height + gap) * len(rows) - gap), "white"
+    )
+    pen = ImageDraw.Draw(whole)
+    for column, head in enumerate(heads):
+        pen.text(((width + gap) * column + 2, 2), head, fill="black")
+        for index, row in enumerate(rows):
+            whole.paste(row[column], ((width + gap) * column, strip + (height + gap) * index))
+    return whole
+
+
+def _picture_path(out: Path, prompt: str, seed: str) -> Path:
     if out.suffix.lower() == ".png":
         return out
     slug = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60] or "picture"
@@ -546,13 +700,5 @@ def _save_png(path: Path, picture: Image.Image, facts: dict[str, str]) -> None:
     info = PngInfo()
     for name, text in {**facts, "software": f"tunekit {tunekit.__version__}"}.items():
         info.add_text(name, text)
-    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")  # a full disk leaves no empty file
-    with output_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            picture.save(aside, "png", pnginfo=info)
-            aside.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                aside.unlink(missing_ok=True)
-            raise
+    with atomic_file(path) as aside:  # a full disk leaves no empty file
+        picture.save(aside, "png", pnginfo=info)

@@ -18,7 +18,7 @@ from tunekit import families, install, layers
 from tunekit.artifacts import Artifact, open_artifact
 from tunekit.config import SamplingConfig
 from tunekit.diffusion.metrics import psnr_db, relative_error
-from tunekit.errors import ChainError, ModelError
+from tunekit.errors import ChainError
 from tunekit.passes.base import Context, parse_chain, run_chain
 from tunekit.passes.export_onnx import check_inputs, export_component, graph_config, graph_error
 from tunekit.runtime import GraphModule, generate_pixels, open_runtime
@@ -276,9 +276,9 @@ def test_packed_weights_are_refused(tmp_path: Path) -> None:
     layers.quantize(family.denoiser(pipeline), "int8")
     family.save(pipeline, tmp_path / "packed")
     source = open_artifact(tmp_path / "packed", family="sd15")
-    with pytest.raises(ModelError, match="packed to few bits"):
+    with pytest.raises(ChainError, match="whose packed weights it would unpack"):
         run_chain(parse_chain(["export_onnx"]), source, Context(run_dir=tmp_path / "run"))
-    assert not list((tmp_path / "run").glob("*export_onnx*")), "nothing half-written is left"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,4 +288,4 @@ def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
             parse_chain(["export_onnx"]), open_artifact("tiny", family="sd15"), Context(run_dir=tmp_path)
         )
     line = install.with_extra("onnx")
-    assert str(raised.value) == f'ONNX export needs the package "onnxscript": {line}'
+    assert f'(export_onnx) needs the package "onnxscript": {line}' in str(raised.value)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from tunekit import layers
@@ -33,6 +35,10 @@ from tunekit.config import AdapterConfig
 from tunekit.diffusion.noise import stable_seed
 from tunekit.errors import AdapterError
 from tunekit.families.family import Family, Pipeline
+
+
+FIXED = "tunekit_fixed"
+"""Of a component: a module in which an adapter is folded in, so that its strength cannot be another."""
 
 
 def add_adapter(
@@ -169,8 +175,12 @@ def load_adapter(
             if isinstance(delta, Lora) and not isinstance(delta, ColumnDora):
                 kept[path] = delta
                 _add_bias(module.get_submodule(path), path, delta)
+                fixed = getattr(delta, "bias", None) is not None
             else:
                 _fold(module, path, delta)
+                fixed = True
+            if fixed:
+                vars(module)[FIXED] = path
         if not kept:
             continue
         kind: type[Lora] = Dora if any(isinstance(delta, Dora) for delta in kept.values()) else Lora
@@ -189,6 +199,40 @@ def load_adapter(
         with torch.no_grad():
             load_adapter_state(module, peft_state(kept))
         module.eval()
+
+
+@contextmanager
+def at_strength(pipeline: Pipeline, family: Family, strength: float) -> Iterator[None]:
+    """Draw with the adapter in the pipeline at another strength: 0 is the base alone, 1 the adapter as it is.
+
+    Every adapted layer gives base + strength * (adapted - base), whatever kind the adapter is of.
+
+    Raises:
+        AdapterError: a part of it had to be folded into the weights (`load_adapter`).
+    """
+
+    def between(layer: Any, args: Any, options: Any, output: Any) -> Any:
+        base = layer.base_layer(*args, **options)
+        return base + strength * (output - base)
+
+    hooks = []
+    for part in family.facts.components if strength != 1 else ():
+        module = getattr(pipeline, part.name, None)
+        if not isinstance(module, nn.Module):
+            continue
+        if path := vars(module).get(FIXED):
+            raise AdapterError(
+                f"{path}: what this adapter changes there (a whole weight, a bias) has one strength only",
+                hint="draw with scale 1",
+            )
+        for layer in module.modules():
+            if isinstance(layer, BaseTunerLayer):
+                hooks.append(layer.register_forward_hook(between, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def merge_adapter(

@@ -16,7 +16,7 @@ from tunekit.cli.configs import check, cp, ls, show
 from tunekit.cli.drawing import bench, generate
 from tunekit.cli.machine import doctor
 from tunekit.cli.plans import plan
-from tunekit.cli.runs import report, run
+from tunekit.cli.runs import prune_folders, report, run
 from tunekit.errors import TunekitError
 
 app = typer.Typer(
@@ -24,8 +24,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (ls, show, check, run, plan, generate, bench, report, doctor, cp):
-    app.command()(_command)
+for _command in (ls, show, check, run, plan, generate, bench, report, prune_folders, doctor, cp):
+    app.command(_command.__name__.replace("_", "-"))(_command)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,7 +47,18 @@ def generate(
     guidance: Guidance = None,
     height: Side = None,
     width: Side = None,
-    out: Annotated[Path, typer.Option(help="folder, or a .png file for one picture")] = Path("generated"),
+    out: Annotated[Path, typer.Option(help="folder, or a .png file for one picture or the grid")] = Path(
+        "generated"
+    ),
+    scale: Annotated[
+        str | None, typer.Option(metavar="S,S,...", help="strengths of the adapter to draw with: 0,0.5,1")
+    ] = None,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="all side by side in one more file, strengths as columns")
+    ] = False,
+    tiled: Annotated[
+        bool, typer.Option("--tiled", help="decode large pictures in tiles: less memory")
+    ] = False,
     adapter: Annotated[str | None, typer.Option(help="adapter to put on the artifact")] = None,
     family: Annotated[str | None, typer.Option(help="if the artifact does not say it")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu, mps")] = "auto",
@@ -85,11 +97,38 @@ def generate(
             provider=provider,
             dtype=dtype,
             variant=variant,
+            tiled=tiled,
+            scales=_scales(scale),
+            grid=grid,
+            say=lambda line: progress.console.print(line, style="yellow"),
             on_step=lambda title, done, total: progress.update(
                 task, description=title, completed=done, total=total, visible=True
             ),
         ):
             print(path)
+
+
+def _scales(text: str | None) -> list[float]:
+    """Strengths of an adapter.
+
+    Raises:
+        ConfigError: something else than a few numbers.
+    """
+    from tunekit.errors import ConfigError
+
+    scales = []
+    for part in text.split(",") if text is not None else ():
+        try:
+            scales.append(float(part))
+        except ValueError:
+            scales.append(math.nan)
+        if not abs(scales[-1]) <= 10:
+            raise ConfigError(
+                f'"{part}" is no strength of an adapter',
+                where="--scale",
+                hint="numbers from -10 to 10 with commas between them, such as 0,0.5,1",
+            )
+    return list(dict.fromkeys(scales))
 
 
 def bench(

@@ -1,4 +1,4 @@
-"""Commands about runs: run, report."""
+"""Commands about runs: run, report, prune-folders."""
 
 from __future__ import annotations
 
@@ -48,6 +48,28 @@ def report(
     if content["steps"]:
         _show_steps(console, content["steps"])
     print(f"final    {content['final'] or 'nothing yet'}\nreport   {page}")
+
+
+def prune_folders(
+    run: Annotated[str, typer.Argument(help="run folder, or its name under runs/")],
+    dry: Annotated[bool, typer.Option("--dry-run", help="only show what would be removed")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove the folders of passes that a run's present chain does not name any more."""
+    from tunekit import workspace
+    from tunekit.units import format_bytes
+
+    found = workspace.prune_folders(run, dry=dry)
+    if as_json:
+        rows = [{"folder": str(i.path), "size_bytes": i.size_bytes, "user": i.user} for i in found]
+        screen.print_json({"version": 1, "removed": not dry, "folders": rows})
+        return
+    verb = "would remove" if dry else "removed"
+    for item in found:
+        what = f"kept, for {item.user} uses it" if item.user else verb
+        print(f"{what}: {item.path} ({format_bytes(item.size_bytes)})")
+    freed = sum(item.size_bytes for item in found if not item.user)
+    print(f"{verb} {sum(not item.user for item in found)} folders, {format_bytes(freed)}")
 
 
 def _show_steps(console: Console, steps: list[dict[str, Any]]) -> None:

@@ -233,13 +233,17 @@ class SD15:
         length = pipeline.tokenizer.model_max_length
         channels, height, width = self.latent_shape(pipeline, *self.default_size(pipeline))
         multiple = unet.unet_factor(pipeline)
+        ids = unet.token_ids(length)
+        words = {"input_ids": ids}
+        if getattr(encoder.config, "use_attention_mask", False):  # as `tokenize` has it
+            words["attention_mask"] = torch.ones_like(ids, dtype=torch.int64)
         return [
             ExportComponent(
                 name="text_encoder",
                 component="text_encoder",
                 module=_TextEncoder(encoder),
-                inputs={"input_ids": unet.token_ids(length)},
-                dynamic={"input_ids": {0: "batch", 1: "sequence"}},
+                inputs=words,
+                dynamic={name: {0: "batch", 1: "sequence"} for name in words},
                 outputs=["last_hidden_state", "pooler_output"],
                 config=unet.model_config(encoder),
             ),
@@ -272,8 +276,8 @@ class _TextEncoder(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.encoder(input_ids)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        output = self.encoder(input_ids, attention_mask=attention_mask)
         return output.last_hidden_state, output.pooler_output
 
 

@@ -235,7 +235,12 @@ class Context:
 
     @contextmanager
     def running(
-        self, model: Artifact, *, provider: str | None = None, threads: int | None = None
+        self,
+        model: Artifact,
+        *,
+        provider: str | None = None,
+        threads: int | None = None,
+        tiled: bool = False,
     ) -> Iterator[Runtime]:
         """A model that is ready to run; a torch one is that of `open`.
 
@@ -252,6 +257,7 @@ class Context:
             threads=threads,
             load=self.models.load if model.format == "torch" else None,
         )
+        runtime.tiled = tiled
         try:
             yield runtime
         finally:

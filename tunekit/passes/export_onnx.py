@@ -347,6 +347,8 @@ def check_inputs(component: ExportComponent, seed: int = 0) -> dict[str, Tensor]
         shape = [sizes[axes[dim]] if dim in axes else size for dim, size in enumerate(example.shape)]
         if not axes:
             inputs[name] = example
+        elif name == "attention_mask":  # of texts that fill the half
+            inputs[name] = (torch.arange(shape[1]) < (shape[1] + 1) // 2).expand(shape).to(example.dtype)
         elif example.is_floating_point():
             scale = component.config.get("scaling_factor") if name == "latent_sample" else None
             inputs[name] = (torch.randn(shape, generator=generator) / (scale or 1)).to(example.dtype)

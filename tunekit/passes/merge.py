@@ -51,7 +51,7 @@ class Merge(Pass):
             return (
                 None
                 if start.based
-                else "finds no base: the adapter does not name it; write merge: {base: ...}"
+                else "needs the base of the adapter, which does not name it; write merge: {base: ...}"
             )
         try:
             open_artifact(self.base)

@@ -71,6 +71,8 @@ class Verify(Pass):
     """How many pictures are drawn; the run's prompts are taken in turn."""
     steps: SamplingSteps | None = None
     """Sampling steps of a picture, for both sides; null: each model's own, at most 20."""
+    tiled: bool = False
+    """Decode pictures in tiles, which takes less memory where they are larger than the model's own."""
     max_relative_error: float | None = Field(None, gt=0, le=1e6)
     """Largest relative error that a component may have; None: it is only reported."""
     min_psnr_db: float | None = Field(None, ge=0, le=200)
@@ -95,6 +97,14 @@ class Verify(Pass):
         """What it compares with, and what it draws."""
         return frozenset({"seed", "prompts", *SAMPLING, self.against})
 
+    def formerly(self, format: str) -> dict[str, Any] | None:
+        """One runtime alone was looked at where none was named."""
+        settings = super().formerly(format)
+        if self.tiled or settings is None or (format == "onnx" and self.providers is None):
+            return None
+        del settings["tiled"]
+        return settings
+
     def objection(self, start: Start, earlier: Sequence[Pass]) -> str | None:
         """Finds that there will be no reference."""
         whole = [format for format in formats(start.format, earlier) if format != "adapter"]
@@ -116,6 +126,8 @@ class Verify(Pass):
         Raises:
             ChainError: there is no reference in this chain.
         """
+        from tunekit.runtime import remarks
+
         reference = context.reference(self.against)
         if reference is None:
             raise ChainError(
@@ -132,9 +144,11 @@ class Verify(Pass):
 
         # Pictures can be compared at one size alone: that of the model that is looked at.
         own = context.sampling_of(artifact)
-        with context.running(reference) as runtime:
+        with context.running(reference, tiled=self.tiled) as runtime:
             name = describe(reference, runtime)
             context.say(f"reference: {name}")
+            for remark in remarks(runtime, prompts, context.sampling_of(reference)):
+                context.say(remark)
             wanted = draw(reference, runtime, SamplingConfig(height=own.height, width=own.width))
             trials = _trials(runtime, prompts, context.seed, wanted.sampling)
             expected = [trial.run(runtime) for trial in trials]
@@ -145,7 +159,7 @@ class Verify(Pass):
         here = everywhere() if artifact.format == "onnx" else (None,)
         providers: Sequence[Provider | None] = self.providers or here
         for provider in providers:
-            with context.running(artifact, provider=provider) as runtime:
+            with context.running(artifact, provider=provider, tiled=self.tiled) as runtime:
                 title = describe(artifact, runtime)
                 context.say(title)
                 found = draw(artifact, runtime, size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from tunekit.artifacts import Artifact
 from tunekit.config import SamplingConfig
 from tunekit.families.family import DTYPES, Conditioning, Family, Frame, Pipeline
+from tunekit.runtime.tiles import decode_in_tiles
 
 
 @dataclass
@@ -23,6 +25,7 @@ class Runtime:
         title: what runs it, for people: "torch fp32 cpu", "onnxruntime CPUExecutionProvider".
         artifact: where it came from; None for a pipeline that is only in memory.
         threads: CPU threads, None for the library's own choice.
+        tiled: decode pictures larger than the model's own in tiles, which takes less memory.
     """
 
     family: Family
@@ -32,6 +35,7 @@ class Runtime:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     threads: int | None = None
+    tiled: bool = False
 
     @property
     def scheduler(self) -> Any:
@@ -89,7 +93,23 @@ class Runtime:
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents [B, C, h, w] to pixels [B, 3, H, W] in [0, 1]."""
         with self._running():
-            return self.family.decode(self.pipeline, latents.to(self.device)).cpu()
+            decode = partial(self.family.decode, self.pipeline)
+            if self.tiled:
+                tile = self.latent_shape(*self.default_size)[1:]
+                return decode_in_tiles(decode, latents.to(self.device), tile)
+            return decode(latents.to(self.device)).cpu()
+
+    def unread(self, prompt: str) -> str:
+        """The end of a prompt that is too long for a text encoder, which does not read it; "" if it fits."""
+        for encoder in self.family.facts.encoders:
+            tokenizer = getattr(self.pipeline, encoder.tokenizer)
+            tokens = tokenizer(prompt, truncation=False, verbose=False).input_ids
+            most = int(tokenizer.model_max_length)
+            if len(tokens) > most:
+                # Both ends of what is read are marks, and the last of all is one.
+                lost = tokenizer.decode(tokens[most - 1 :], skip_special_tokens=True)
+                return str(lost).strip()
+        return ""
 
     def close(self) -> None:
         """Let go of the model's memory."""

@@ -129,6 +129,21 @@ def generate(
     return to_images(pixels)
 
 
+def remarks(runtime: Runtime, prompts: Sequence[str], sampling: SamplingConfig) -> list[str]:
+    """What a user should know of these prompts: what of them is not read, and what has no effect."""
+    whole = sampling.over(runtime.sampling)
+    said = []
+    for prompt in dict.fromkeys([*prompts, (whole.negative_prompt or "") if whole.guided else ""]):
+        if lost := runtime.unread(prompt):
+            start = prompt if len(prompt) <= 40 else f"{prompt[:37]}..."
+            said.append(f'the prompt "{start}" is longer than the text encoder reads; left out: "{lost}"')
+    if whole.negative_prompt and not whole.guided:
+        said.append(
+            f"the negative prompt has no effect with guidance {whole.guidance:g}: it needs more than 1"
+        )
+    return said
+
+
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """Turn pixels [B, 3, H, W] in [0, 1] into pictures of 8 bits.
 
