@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tunekit import families, install
-from tunekit.adapters import add_adapter, save_adapter
+from tunekit import families, install, workspace
+from tunekit.adapters import add_adapter, at_strength, save_adapter
 from tunekit.artifacts import Artifact
 from tunekit.config import AdapterConfig, SamplingConfig
 from tunekit.diffusion.metrics import psnr_db, relative_error
@@ -27,6 +31,8 @@ from tunekit.errors import (
     DeviceError,
     MissingPackageError,
     ModelError,
+    NonFiniteError,
+    OutputError,
     TunekitError,
 )
 from tunekit.runtime import (
@@ -35,9 +41,12 @@ from tunekit.runtime import (
     generate,
     generate_pixels,
     open_runtime,
+    remarks,
     to_images,
     torch_runtime,
 )
+from tunekit.runtime.graph import graph_pipeline
+from tunekit.runtime.tiles import decode_in_tiles
 
 FAMILY = families.get("sd15")
 PROMPTS = ["a red cat", "the moon"]
@@ -310,8 +319,229 @@ def test_a_batch_larger_than_a_graph_takes_is_split() -> None:
     times = torch.arange(5)
     assert torch.equal(module(rows, timestep=times, return_dict=False)[0], 2 * rows + times[:, None])
     assert graph.rows[3:] == [1] * 5
-    with pytest.raises(ModelError, match="the graph takes sample, timestep; it was given sample"):
+    with pytest.raises(ModelError, match="the graph takes sample, timestep; it is given sample"):
         module(rows)
+
+
+# --- folders of others ------------------------------------------------------------------------------------
+
+
+def copied(source: Path, target: Path) -> Path:
+    """A copy of an ONNX folder without its record."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("artifact.json", "pictures"))
+    return target
+
+
+def test_a_scalar_timestep_as_optimum_exports_it(tiny_onnx: Path, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    folder = copied(tiny_onnx, tmp_path / "scalar")
+    file = folder / "unet" / "model.onnx"
+    model = onnx.load(file)
+    time = next(value for value in model.graph.input if value.name == "timestep")
+    del time.type.tensor_type.shape.dim[:]
+    for node in model.graph.node:
+        node.input[:] = ["timestep_row" if name == "timestep" else name for name in node.input]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), "one"))
+    model.graph.node.insert(0, onnx.helper.make_node("Reshape", ["timestep", "one"], ["timestep_row"]))
+    onnx.save(model, file)
+    wanted = generate_pixels(open_runtime(tiny_onnx, **CPU), PROMPTS, FEW, seeds=SEEDS)
+    for provider in ("cpu", "openvino"):
+        if provider == "openvino":
+            pytest.importorskip("openvino")
+        runtime = open_runtime(folder, provider=provider, **CPU)
+        assert runtime.pipeline.unet.graph.inputs["timestep"][1] == []
+        assert psnr_db(generate_pixels(runtime, PROMPTS, FEW, seeds=SEEDS), wanted) > 60
+    latents = initial_latents([0, 1], runtime.latent_shape(64, 64))
+    told = runtime.conditioning(PROMPTS, FEW)
+    apart = runtime.denoise(latents, torch.tensor([900.0, 10.0]), told)  # one time per row
+    alone = runtime.denoise(latents[1:], 10.0, {key: value[1:] for key, value in told.items()})
+    assert torch.allclose(apart[1:], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"),
+    [
+        ("scheduler", "its scheduler is missing"),
+        ("tokenizer", "its tokenizer is missing"),
+        ("vae_decoder", "its component vae_decoder is missing"),
+        ("model_index.json", "neither a run"),
+    ],
+)
+def test_a_folder_that_lacks_a_part(gone: str, words: str, tiny_onnx: Path, tmp_path: Path) -> None:
+    folder = copied(tiny_onnx, tmp_path / "lacking")
+    path = folder / gone
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    message = why(ArtifactError, folder)
+    assert words in message and str(folder) in message
+
+
+class Nothing:
+    """A graph that takes anything and gives nothing."""
+
+    inputs: dict[str, Any] = {}
+    max_rows = None
+    unbatched: frozenset[str] = frozenset()
+
+    def run(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+
+def test_whatever_stands_in_the_folders_files_is_read_or_refused(tiny_onnx: Path, tmp_path: Path) -> None:
+    """Other shapes of JSON, other values, cut and empty files: our error, or a pipeline."""
+    hypothesis = pytest.importorskip("hypothesis")
+    draw = hypothesis.strategies
+    whole = copied(tiny_onnx, tmp_path / "whole")
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*.json"))
+    values = draw.one_of(
+        draw.none(), draw.booleans(), draw.integers(-3, 10**7), draw.floats(), draw.text(max_size=5),
+        draw.lists(draw.integers(), max_size=2), draw.just({"a": None}),
+    )  # fmt: skip
+    outcomes = set()
+
+    @hypothesis.settings(max_examples=80, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(draw.data())
+    def check(data: Any) -> None:
+        file = whole / data.draw(draw.sampled_from(files))
+        before = file.read_bytes()
+        content = json.loads(before)
+        change = data.draw(draw.sampled_from(["value", "key", "cut", "other", "gone"]))
+        if change in ("value", "key") and content:
+            key = data.draw(draw.sampled_from(sorted(content)))
+            content[key] = data.draw(values)
+            if change == "key":
+                del content[key]
+            file.write_text(json.dumps(content))
+        elif change == "cut":
+            file.write_bytes(before[: data.draw(draw.integers(0, len(before)))])
+        elif change == "gone":
+            file.unlink()
+        else:
+            file.write_text(json.dumps(data.draw(values)))
+        try:
+            pipeline = graph_pipeline(whole, FAMILY, lambda path: Nothing())
+            FAMILY.tokenize(pipeline, ["a cat"])
+            outcomes.add("read")
+        except TunekitError:
+            outcomes.add("refused")
+        finally:
+            file.write_bytes(before)
+
+    check()
+    assert outcomes == {"read", "refused"}
+
+
+def test_a_graph_that_gives_other_things_says_so() -> None:
+    class Odd(Nothing):
+        inputs = {"input_ids": (np.dtype(np.int64), [None, None])}
+
+        def run(self, feeds: dict[str, Any]) -> dict[str, Any]:
+            return {"output_0": np.zeros((1, 2), np.float32)}
+
+    said = GraphModule(Odd(), {}, "text_encoder")(torch.zeros(1, 2))
+    with pytest.raises(ModelError, match="the text_encoder gives output_0; needed is last_hidden_state"):
+        _ = said.last_hidden_state
+    assert getattr(said, "text_embeds", None) is None
+
+
+def test_an_encoder_that_masks_its_padding_draws_as_in_torch(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    from tunekit.passes.export_onnx import check_inputs, export_component
+    from tunekit.runtime.onnx import OrtGraph
+
+    pipeline = FAMILY.tiny()
+    pipeline.text_encoder.config.use_attention_mask = True
+    part = FAMILY.export_components(pipeline)[0]
+    assert list(check_inputs(part)) == ["input_ids", "attention_mask"]
+    export_component(part, tmp_path / "text_encoder")
+    graph = OrtGraph(tmp_path / "text_encoder" / "model.onnx", [("CPUExecutionProvider", {})], 1)
+    onnx_side = SimpleNamespace(
+        tokenizer=pipeline.tokenizer, text_encoder=GraphModule(graph, part.config, "text_encoder")
+    )
+    wanted, found = (
+        FAMILY.encode_prompt(side, PROMPTS)["encoder_hidden_states"] for side in (pipeline, onnx_side)
+    )
+    assert relative_error(found, wanted) < 1e-4
+
+
+# --- what is not finite, not read, without effect ---------------------------------------------------------
+
+
+def test_a_picture_that_is_no_number_is_an_error_on_every_runtime(tiny_onnx: Path, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pipeline = FAMILY.tiny()
+    pipeline.vae.decoder.conv_out.weight.data *= 1e38
+    folder = copied(tiny_onnx, tmp_path / "overflowing")
+    model = onnx.load(folder / "vae_decoder" / "model.onnx")
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("conv_out.weight"):
+            tensor.CopyFrom(
+                onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 1e38, tensor.name)
+            )
+    onnx.save(model, folder / "vae_decoder" / "model.onnx")
+    runtimes = [torch_runtime(FAMILY, pipeline), open_runtime(folder, **CPU)]
+    if importlib.util.find_spec("openvino"):
+        runtimes.append(open_runtime(folder, provider="openvino", **CPU))
+    for runtime in runtimes:
+        with pytest.raises(NonFiniteError, match="the VAE decoder makes them of latents that are finite"):
+            generate(runtime, PROMPTS, FEW, seeds=SEEDS)
+    broken = FAMILY.tiny()
+    broken.unet.conv_out.bias.data[:] = torch.nan
+    with pytest.raises(NonFiniteError, match="the denoiser gives them in step 1 of"):
+        generate(torch_runtime(FAMILY, broken), PROMPTS, FEW, seeds=SEEDS)
+
+    from tunekit.passes.export_onnx import _overflow
+
+    assert "dtype: fp32" in (_overflow(FAMILY, folder) or "")
+    assert _overflow(FAMILY, tiny_onnx) is None
+
+
+def test_tiles_are_decoded_alike_on_every_runtime(tiny_source: Path, tiny_onnx: Path) -> None:
+    pictures = []
+    for source in (tiny_source, tiny_onnx):
+        runtime = open_runtime(source, **CPU)
+        latents = initial_latents([0], runtime.latent_shape(128, 160))
+        whole = runtime.decode(latents)
+        runtime.tiled = True
+        tiled = runtime.decode(latents)
+        assert tiled.shape == whole.shape == (1, 3, 128, 160)
+        assert psnr_db(tiled, whole) > 20
+        small = initial_latents([0], runtime.latent_shape(64, 64))
+        assert torch.equal(runtime.decode(small), FAMILY.decode(runtime.pipeline, small))
+        pictures.append(tiled)
+    assert (pictures[0] - pictures[1]).abs().max() < 1e-3
+
+
+def test_a_ramp_loses_no_pixel() -> None:
+    latents = torch.randn(1, 1, 13, 9, generator=torch.Generator().manual_seed(0))
+    twice = decode_in_tiles(
+        lambda part: part.repeat_interleave(2, 2).repeat_interleave(2, 3), latents, (8, 4)
+    )
+    assert torch.allclose(twice, latents.repeat_interleave(2, 2).repeat_interleave(2, 3), atol=1e-6)
+
+
+def test_what_has_no_effect_is_said(eager: Runtime, tiny_onnx: Path) -> None:
+    long = " ".join(["cat"] * 60) + " with a hat"
+    for runtime in (eager, open_runtime(tiny_onnx, **CPU)):
+        assert remarks(runtime, PROMPTS, FEW) == []
+        (line,) = remarks(runtime, [long, long], FEW)
+        assert "longer than the text encoder reads" in line and line.endswith('with a hat"')
+        kept = runtime.unread(long)
+        read = long[: len(long) - len(kept)].strip()
+        assert runtime.unread(read) == "" and read + " " + kept == long
+    (line,) = remarks(eager, PROMPTS, SamplingConfig(guidance=1, negative_prompt="blue"))
+    assert "no effect with guidance 1" in line
+
+
+def test_nothing_tells_of_this_machine(tmp_path: Path) -> None:
+    code = "import tunekit.runtime, onnxruntime\ntry:\n import openvino\nexcept ImportError: pass"
+    hidden = {key: value for key, value in os.environ.items() if key not in ("XDG_CACHE_HOME",)}
+    subprocess.run(
+        [sys.executable, "-c", code], env={**hidden, "HOME": str(tmp_path)}, check=True, timeout=120
+    )
+    assert [path.name for path in tmp_path.rglob("*") if "onnx" in str(path) or "openvino" in str(path)] == []
 
 
 # --- what cannot be ---------------------------------------------------------------------------------------
@@ -451,3 +681,75 @@ def test_engines_for_another_card(engines: Artifact, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("tunekit.hardware.probe", lambda name: SimpleNamespace(torch_device="cuda:0"))
     message = why(DeviceError, engines, device="auto")
     assert "engines are for sm00" in message and "RTX 4090 needs sm89" in message
+
+
+# --- into files -------------------------------------------------------------------------------------------
+
+
+def facts(path: Path) -> dict[Any, Any]:
+    """What a picture says of itself."""
+    with Image.open(path) as picture:
+        return dict(picture.info)
+
+
+def test_strengths_of_an_adapter_side_by_side(adapter: Path, tiny_source: Path, tmp_path: Path) -> None:
+    few: dict[str, Any] = {"sampling": SamplingConfig(steps=2), **CPU}
+    options: dict[str, Any] = {"scales": [0, 0.5, 1], "grid": True, "out": tmp_path, "seed": 3, **few}
+    paths = list(workspace.draw(str(adapter), ["a cat", "a dog"], **options))
+    assert [path.name for path in paths] == [
+        *(f"a-{animal}-3-x{scale}.png" for scale in ("0", "0.5", "1") for animal in ("cat", "dog")),
+        "grid-3.png",
+    ]
+    images = {path.name: np.asarray(Image.open(path), np.float32) for path in paths}
+    plain = list(workspace.draw(str(tiny_source), ["a cat"], out=tmp_path / "base", seed=3, **few))
+    assert np.abs(images["a-cat-3-x0.png"] - np.asarray(Image.open(plain[0]), np.float32)).max() <= 1
+    full = list(workspace.draw(str(adapter), ["a cat"], out=tmp_path / "full", seed=3, **few))
+    assert np.abs(images["a-cat-3-x1.png"] - np.asarray(Image.open(full[0]), np.float32)).max() <= 1
+    assert len({images[f"a-cat-3-x{scale}.png"].tobytes() for scale in ("0", "0.5", "1")}) == 3
+    grid = images["grid-3.png"]
+    assert grid.shape == (16 + 2 * 68 - 4, 3 * 68 - 4, 3)
+    assert np.array_equal(grid[16:80, 68:132], images["a-cat-3-x0.5.png"])
+    assert facts(paths[1])["scale"] == "0"
+    assert facts(paths[-1])["columns"] == "scale: 0, 0.5, 1"
+    (only,) = workspace.draw(str(adapter), ["a cat"], **{**options, "out": tmp_path / "one.png"})
+    assert only.name == "one.png" and not (tmp_path / ".one.png").exists()
+    with pytest.raises(ConfigError, match="no adapter that could be scaled"):
+        list(workspace.draw(str(tiny_source), ["a cat"], scales=[0.5], **few))
+    with pytest.raises(ConfigError, match="2 pictures do not go into one file"):
+        list(workspace.draw(str(adapter), ["a cat"], scales=[0, 1], out=tmp_path / "two.png", **few))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_half_the_strength_is_half_the_difference(kind: str) -> None:
+    unet = FAMILY.tiny().unet
+    layer_name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    before = unet.get_submodule(layer_name).weight.detach().clone()
+    for _, parameter in add_adapter(unet, AdapterConfig(kind=kind, rank=2, alpha=3), ["to_q"]):
+        parameter.data += 0.1
+    layer = unet.get_submodule(layer_name)
+    rows = torch.randn(5, before.shape[1], generator=torch.Generator().manual_seed(0))
+    pipeline = SimpleNamespace(unet=unet)
+    with torch.no_grad():
+        base, whole = rows @ before.T, layer(rows)
+        for strength in (0, 0.5, 2):
+            with at_strength(pipeline, FAMILY, strength):
+                assert torch.allclose(layer(rows), base + strength * (whole - base), atol=1e-5)
+        assert torch.equal(layer(rows), whole)
+
+
+def test_a_negative_prompt_without_effect_is_not_written(tiny_source: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    sampling = SamplingConfig(steps=1, guidance=1, negative_prompt="blue")
+    (path,) = workspace.draw(str(tiny_source), ["a cat"], sampling, out=tmp_path, say=said.append, **CPU)
+    assert facts(path)["negative_prompt"] == ""
+    assert len(said) == 1 and "negative prompt has no effect" in said[0]
+
+
+def test_a_full_disk_leaves_no_empty_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OutputError, match="no space left"):
+        workspace._save_png(tmp_path / "out" / "a.png", Image.new("RGB", (8, 8)), {})
+    assert list((tmp_path / "out").iterdir()) == []

@@ -377,8 +377,9 @@ def _users(run: RunFolder, unused: Sequence[Path]) -> dict[Path, str]:
             artifact = Artifact.load(record.parent, check=False)
         except TunekitError:
             continue
-        for place in filter(None, (artifact.model_path, artifact.base and Path(artifact.base))):
-            if place.resolve() in doomed:
+        places = [artifact.model_path, Path(artifact.base) if artifact.base else None]
+        for place in places:
+            if place is not None and place.resolve() in doomed:
                 found[place.resolve()] = str(record)
     for config in sorted(run.path.parent.glob("*/config.yaml")):
         text = config.read_text(encoding="utf-8", errors="replace")

@@ -17,9 +17,10 @@ from typing import Any, ClassVar
 import pytest
 
 import tunekit
+from tunekit import workspace
 from tunekit.artifacts import Artifact, RunFolder, Step, open_artifact
 from tunekit.config import DataConfig, SamplingConfig, load
-from tunekit.errors import ChainError, OutputError, VerificationFailed
+from tunekit.errors import ArtifactError, ChainError, OutputError, VerificationFailed
 from tunekit.passes.base import (
     Context,
     Outcome,
@@ -32,6 +33,7 @@ from tunekit.passes.base import (
     run_chain,
 )
 from tunekit.passes.benchmark import Benchmark
+from tunekit.passes.build_tensorrt import BuildTensorrt
 from tunekit.passes.export_onnx import ExportOnnx
 from tunekit.passes.heal import Heal
 from tunekit.passes.merge import Merge
@@ -41,6 +43,7 @@ from tunekit.passes.verify import Verify
 from tunekit.resources import Source
 
 QUIET: Callable[[str], None] = lambda line: None  # noqa: E731
+RTX = BuildTensorrt(devices=["rtx-4090"])
 TINY = Start("torch", "sd15", Source("tiny"))
 
 
@@ -370,6 +373,27 @@ def test_other_pictures_of_the_same_name_are_another_result(
     assert len(names(tmp_path)) == 2
 
 
+def test_folders_that_no_chain_names_are_removed(start: Artifact, tmp_path: Path):
+    run([Mark(word="a"), Mark(word="b"), Look()], start, tmp_path)
+    old = names(tmp_path)
+    last = run([Mark(word="a"), Mark(word="c")], start, tmp_path)
+    run_folder = tmp_path / "run"
+    (run_folder / "notes").mkdir()
+    user = RunFolder(tmp_path / "other")
+    looked = replace(open_artifact(run_folder / old[1]), path=user.path / "01-look-00000000")
+    looked.path.mkdir(parents=True)
+    looked.write()  # another run looks at a model of this one
+    kept = workspace.prune_folders(str(run_folder), dry=True)
+    assert [item.path.name for item in kept] == old[1:] and len(names(tmp_path)) == 5
+    found = workspace.prune_folders(str(run_folder))
+    assert found == kept and found[0].user.startswith(str(user.path)) and not found[1].user
+    assert sorted(names(tmp_path)) == sorted([old[0], old[1], last.path.name, "notes"])
+    assert found[1].size_bytes > 0
+    (run_folder / "chain.json").unlink()
+    with pytest.raises(ArtifactError, match=r"no chain\.json"):
+        workspace.prune_folders(str(run_folder))
+
+
 class Lose(Mark):
     """Gives figures that are no numbers."""
 
@@ -426,6 +450,9 @@ def test_what_an_earlier_chain_did_is_known(start: Artifact, tmp_path: Path):
         ([Quantize(), Verify(providers=["cuda"])], Start("onnx"), "no CUDAExecutionProvider here"),
         ([Benchmark(provider="tensorrt")], Start("onnx"), "no TensorrtExecutionProvider here"),
         ([Benchmark()], Start("tensorrt"), "no NVIDIA GPU answers"),
+        ([Quantize(mode="dynamic"), RTX], Start("onnx"), "reads no uint8 .*activations: int8"),
+        ([Quantize(mode="static"), RTX], Start("onnx"), "reads no uint8 .*activations: int8"),
+        ([RTX], Start("onnx", traits={"uint8": "quantize"}), "comes after quantize"),
         ([Quantize(components=["vae"])], Start("torch", "sd15"), "only the unet can be quantized"),
         ([ExportOnnx(), Quantize(components=["vae"])], Start("torch", "sd15"), "no component vae to"),
         (

@@ -85,3 +85,22 @@ def test_training_that_makes_it_worse_is_thrown_away_and_said(tiny_source: Path,
     pruned = FAMILY.denoiser(FAMILY.load(str(next(tmp_path.glob("run/01-prune-*")))))
     kept = FAMILY.denoiser(FAMILY.load(artifact.source))
     assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), kept.parameters(), strict=True))
+
+
+def test_a_unet_without_a_middle_is_pruned_and_healed(tmp_path: Path):
+    """As BK-SDM and tiny-sd are: the very models that people prune."""
+    from diffusers import UNet2DConditionModel
+
+    pipeline = FAMILY.tiny()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        settings = {key: value for key, value in pipeline.unet.config.items() if not key.startswith("_")}
+        unet = UNet2DConditionModel(**{**settings, "mid_block_type": None})
+    pipeline.register_modules(unet=unet.eval())
+    assert [path for path, _ in FAMILY.blocks(unet)] == [
+        *("down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1")
+    ]
+    FAMILY.save(pipeline, tmp_path / "base")
+    step = Heal(max_steps=2, batch_size=2, pictures=2)
+    metrics = healed(tmp_path / "base", tmp_path, step).lineage[-1].metrics
+    assert metrics["relative_error"] > 0 and metrics["steps"] == 2

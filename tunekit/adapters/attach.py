@@ -36,7 +36,6 @@ from tunekit.diffusion.noise import stable_seed
 from tunekit.errors import AdapterError
 from tunekit.families.family import Family, Pipeline
 
-
 FIXED = "tunekit_fixed"
 """Of a component: a module in which an adapter is folded in, so that its strength cannot be another."""
 

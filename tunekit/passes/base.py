@@ -645,7 +645,7 @@ def _made(run: RunFolder, step: Pass, context: Context) -> Path | None:
 
 def _up_to_date(found: Artifact, step: Pass, context: Context) -> Artifact:
     """A step that is there; how its model is drawn may be said otherwise now, where that is all there is."""
-    if step.looks or step.reads(context) >= SAMPLING:
+    if step.reads(context) >= SAMPLING:
         return found
     sampling = inherited(context.history[-1], context.sampling)
     return found if found.sampling == sampling else dataclasses.replace(found, sampling=sampling).write()

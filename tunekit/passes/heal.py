@@ -65,6 +65,8 @@ class Heal(Pass):
             optimizers.find(self.optimizer)
         except ConfigError as error:
             return error.message
+        if absent := optimizers.absent(self.optimizer):
+            return f"cannot run: {absent.message}"
         if not any("changed" in step.gives() for step in earlier):
             return "has nothing to heal: no step before it changed the model (put it behind prune)"
         return None

@@ -31,6 +31,10 @@ class SingleFile(Pass):
     dtype: Literal["fp32", "bf16", "fp16"] = "fp16"
     """Type of the weights in the file; in fp16, what overflows there stays fp32."""
 
+    def reads(self, context: Context) -> frozenset[str]:
+        """Nothing else."""
+        return frozenset()
+
     def run(self, artifact: Artifact, context: Context) -> Outcome:
         """Opens the model and writes it.
 
