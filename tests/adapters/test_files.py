@@ -243,7 +243,31 @@ def test_pickles(good: Path, tmp_path: Path, predict: Predict) -> None:
     assert not trace.exists()
 
 
-def test_nothing_is_logged_about_unused_keys(good: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_logged_about_unused_keys(
+    good: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     with caplog.at_level(logging.WARNING):
         load_adapter(SD15.tiny(), SD15, good)
-    assert not caplog.records
+    assert not caplog.records and not capsys.readouterr().err
+
+
+def test_who_applies_a_dora_of_kohya_rightly_is_said(
+    tmp_path: Path, trained: Trained, save: Save, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its scale is that of LyCORIS: |W + BA| by rows. Others use other lengths, or none."""
+    _, kohya = save(tmp_path, trained(SD15, DORA), SD15, DORA, name="said")
+    said = header(kohya)
+    assert said["ss_network_module"] == "lycoris.kohya"
+    assert json.loads(said["ss_network_args"])["dora_wd"] == "True"
+    for text in (said["modelspec.usage_hint"], capsys.readouterr().err):
+        assert "LyCORIS" in text and "ComfyUI" in text and "merged model" in text
+    _, plain = save(tmp_path, trained(SD15, LORA), SD15, LORA)
+    assert "modelspec.usage_hint" not in header(plain) and not capsys.readouterr().err
+
+
+def test_facts_of_the_training_are_in_the_kohya_file(tmp_path: Path, trained: Trained, save: Save) -> None:
+    conv = AdapterConfig(rank=4, alpha=2.0, targets=["conv1"])
+    peft, kohya = save(tmp_path, trained(SD15, conv), SD15, conv, facts={"ss_steps": "20"})
+    said = header(kohya)
+    assert said["ss_steps"] == "20" and "ss_steps" not in header(peft)
+    assert json.loads(said["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "2.0"}

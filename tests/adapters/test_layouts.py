@@ -229,7 +229,8 @@ def read_peft(file: Path, base: Any) -> Updates:
     for name in {key.partition(".lora_")[0] for key in state}:
         component, _, path = name.partition(".")
         down, up = state.pop(f"{name}.lora_A.weight"), state.pop(f"{name}.lora_B.weight")
-        scale = settings[f"{component}.lora_alpha"] / settings[f"{component}.r"]
+        assert settings[f"{component}.lora_alpha"] == settings[f"{component}.r"] == len(down)
+        scale = 1.0  # as readers have it that know no alpha
         assert path in settings[f"{component}.target_modules"]
         weight = getattr(base, component).get_submodule(path).weight.detach()
         found[component, path] = added(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +173,8 @@ def load_adapter(
             if isinstance(delta, Lora) and not isinstance(delta, ColumnDora):
                 kept[path] = delta
                 _add_bias(module.get_submodule(path), path, delta)
-                fixed = getattr(delta, "bias", None) is not None
             else:
                 _fold(module, path, delta)
-                fixed = True
-            if fixed:
-                vars(module)[FIXED] = path
         if not kept:
             continue
         kind: type[Lora] = Dora if any(isinstance(delta, Dora) for delta in kept.values()) else Lora

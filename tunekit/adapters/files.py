@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,17 @@ from tunekit.config import AdapterConfig
 from tunekit.errors import AdapterError, output_errors
 from tunekit.families.family import Family, Pipeline
 from tunekit.families.loading import PICKLE_HINT, PICKLE_REFUSED, PICKLES
+from tunekit.quiet import report_warnings
+
+ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.safetensors")
+"""What the adapter in a folder is called, by diffusers and by peft."""
+CONFIG = "adapter_config.json"
+CONFIG_BYTES = 1_000_000  # of text; peft writes two thousand
+DORA_NOTE = (
+    "DoRA in this layout is applied rightly by LyCORIS; ComfyUI, A1111 and Forge scale by other lengths, and"
+    " sd-scripts and diffusers leave the scale out. For those use the merged model, or"
+    f" {ADAPTER_FILE} in diffusers."
+)
 
 LOG = logging.getLogger(__name__)
 ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.safetensors")
@@ -117,8 +129,13 @@ def save_adapter(
                 aside.unlink(missing_ok=True)
     peft_file, kohya_file = files
     if dora:
-        LOG.warning("%s: %s", kohya_file.name, DORA_NOTE)
+        _say_once(f"{kohya_file.name}: {DORA_NOTE}")
     return peft_file, kohya_file
+
+
+@cache
+def _say_once(text: str) -> None:
+    report_warnings([text])
 
 
 def _network_args(deltas: Mapping[str, Lora]) -> dict[str, str]:

@@ -46,6 +46,7 @@ from tunekit.adapters.names import (
 from tunekit.artifacts import what_it_is
 from tunekit.errors import AdapterError
 from tunekit.families.family import Family
+from tunekit.quiet import report_warnings
 
 HEADER_KEY = "lora_adapter_metadata"  # where diffusers keeps alpha, as JSON
 LOG = logging.getLogger(__name__)
@@ -154,11 +155,8 @@ def _parse(
         g.keys["alpha"] for g in groups.values() if "alpha" in g.tensors and not g.tensors["alpha"].any()
     ]
     if zeros:
-        LOG.warning(
-            "alpha is 0 in %d modules of the adapter: taken for the rank, as kohya's tools mean it (%s)",
-            len(zeros),
-            some(zeros),
-        )
+        said = f"alpha is 0 in {len(zeros)} modules of the adapter ({some(zeros)})"
+        report_warnings([f"{said}: taken for the rank, as kohya's tools mean it"])
     found: Deltas = {}
     for (component, path), group in groups.items():
         layer = modules[component][path]
@@ -239,12 +237,8 @@ def _refuse_or_tell(
             f"{len(unread)} of its keys are of no method that can be read: {some(unread)}",
             hint="whole weights beside an adapter (modules_to_save) are not supported" if whole else None,
         )
-    LOG.warning(
-        "%d of the adapter's keys are left out%s: %s",
-        len(unread),
-        f" ({kind}, which is no part of the model)" if kind else "",
-        some(unread),
-    )
+    what = f" ({kind}, which is no part of the model)" if kind else ""
+    report_warnings([f"{len(unread)} of the adapter's keys are left out{what}: {some(unread)}"])
 
 
 # One module -------------------------------------------------------------------------------------------------
