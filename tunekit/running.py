@@ -65,6 +65,7 @@ from tunekit.training.checkpoint import (
     weights_hash,
 )
 from tunekit.training.evaluation import Previewer
+from tunekit.training.facts import kohya_facts
 from tunekit.training.loop import Hooks, Result, train
 from tunekit.training.run import Processes, build_optimizer, close_accelerator, on_main, open_accelerator
 from tunekit.training.tracking import Tracker
@@ -429,6 +430,7 @@ class Run:
                     name=config.name,
                     base_source=config.model.source,
                     title=config.name,
+                    facts=self._facts(int(step.details["step"]), config.adapter.dropout),
                 )
             else:
                 whole = family.load(config.model.opened)
@@ -436,6 +438,20 @@ class Run:
                 whole.scheduler = base.pipeline.scheduler
                 family.save(whole, folder)
             self._record(folder, step)
+
+    def _facts(self, step: int, dropout: float) -> dict[str, str]:
+        """What the adapter's file says of its training."""
+        config = self.config
+        return kohya_facts(
+            config.train,
+            config.objective,
+            self._data,
+            pictures=len(self.scan.samples),
+            seed=config.seed,
+            step=step,
+            dropout=dropout,
+            precision=config.memory.precision,
+        )
 
     def _record(self, folder: Path, step: Step) -> None:
         config = self.config

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tunekit.artifacts import Artifact, RunFolder
@@ -73,6 +74,11 @@ def test_run_folder(straight: Path, lora_tree: dict[str, Any]) -> None:
         "run.kohya.safetensors",
     ]
     assert (straight / "report.html").stat().st_size > 1000
+    with safe_open(straight / "adapter" / "run.kohya.safetensors", "pt") as file:
+        said = file.metadata()
+    assert (said["ss_steps"], said["ss_learning_rate"]) == ("24", str(resolved["train"]["lr"]))
+    assert said["ss_num_train_images"].isdigit() and said["ss_resolution"] == "(32, 32)"
+    assert str(straight) not in str(said) and "disc" not in str(said)  # neither paths nor captions
     assert json.loads((straight / "report.json").read_text())["version"] == 1
     leftovers = [path for path in straight.rglob(".*") if path.name != ".lock"]
     assert leftovers == []
