@@ -29,6 +29,7 @@ __all__ = [
     "adapter_file",
     "adapter_state",
     "add_adapter",
+    "at_strength",
     "load_adapter",
     "load_adapter_state",
     "merge_adapter",

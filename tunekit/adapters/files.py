@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import fields
@@ -26,17 +25,6 @@ from tunekit.families.family import Family, Pipeline
 from tunekit.families.loading import PICKLE_HINT, PICKLE_REFUSED, PICKLES
 from tunekit.quiet import report_warnings
 
-ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.safetensors")
-"""What the adapter in a folder is called, by diffusers and by peft."""
-CONFIG = "adapter_config.json"
-CONFIG_BYTES = 1_000_000  # of text; peft writes two thousand
-DORA_NOTE = (
-    "DoRA in this layout is applied rightly by LyCORIS; ComfyUI, A1111 and Forge scale by other lengths, and"
-    " sd-scripts and diffusers leave the scale out. For those use the merged model, or"
-    f" {ADAPTER_FILE} in diffusers."
-)
-
-LOG = logging.getLogger(__name__)
 ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.safetensors")
 """What the adapter in a folder is called, by diffusers and by peft."""
 CONFIG = "adapter_config.json"

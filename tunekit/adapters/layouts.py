@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 import re
 import time
@@ -49,7 +48,6 @@ from tunekit.families.family import Family
 from tunekit.quiet import report_warnings
 
 HEADER_KEY = "lora_adapter_metadata"  # where diffusers keeps alpha, as JSON
-LOG = logging.getLogger(__name__)
 
 Trained = Mapping[str, Mapping[str, Kind]]
 """Component -> module path -> update that a trained adapter makes."""
