@@ -174,8 +174,12 @@ def load_adapter(
             if isinstance(delta, Lora) and not isinstance(delta, ColumnDora):
                 kept[path] = delta
                 _add_bias(module.get_submodule(path), path, delta)
+                fixed = getattr(delta, "bias", None) is not None
             else:
                 _fold(module, path, delta)
+                fixed = True
+            if fixed:
+                vars(module)[FIXED] = path
         if not kept:
             continue
         kind: type[Lora] = Dora if any(isinstance(delta, Dora) for delta in kept.values()) else Lora
