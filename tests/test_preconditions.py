@@ -16,6 +16,7 @@ from tunekit.artifacts import Artifact
 from tunekit.config import load
 from tunekit.errors import TunekitError
 from tunekit.registry import recipe_path
+from tunekit.resources import resolve_path
 
 CONFIG: dict[str, Any] = {
     "recipe": "lora",
@@ -136,3 +137,42 @@ def test_all_of_it_at_once_and_the_same_from_the_recipe(desk: Path):
     for part in raised.value.parts:
         assert part.message in done.stderr
     assert list(desk.iterdir()) == [desk / "mine.yaml"]
+
+
+def notes(*overrides: str) -> str:
+    return "\n".join(workspace.check("mine.yaml", overrides).notes)
+
+
+def test_what_is_not_used_is_noted_and_no_problem(desk: Path):
+    (desk / "photos").mkdir()
+    picture = next(resolve_path("builtin/pictures/subject").glob("*.png"))
+    (desk / "photos" / "a.png").write_bytes(picture.read_bytes())
+    (desk / "photos" / "lost.txt").write_text("of a picture that was deleted")
+    assert "1 used, 1 ignored" in notes("data.path=photos")
+    assert problems("data.path=photos") == []
+
+
+def test_options_without_effect_on_a_model_that_is_here_are_noted(desk: Path, tiny_source: Path):
+    assert "revision" not in notes(f"model.source={tiny_source}")
+    assert "model.revision=main has no effect" in notes(f"model.source={tiny_source}", "model.revision=main")
+
+
+def test_prompts_that_are_cut_are_noted(desk: Path):
+    long = " ".join(["a long way to the sea"] * 20)
+    text = notes(
+        f"data.instance_prompt={long}", f"preview.prompts=['{long}']", "model.source=builtin/emoji-64"
+    )
+    assert "1 of 1 prompts and captions is longer than the 32 tokens" in text
+
+
+def test_a_resolution_that_would_be_rounded_is_refused_unless_a_run_has_it(desk: Path):
+    words = ("data.resolution=72", "model.source=builtin/emoji-64")
+    (row,) = workspace.check("mine.yaml", words).problems
+    assert (row.place, row.key, row.hint) == (
+        "command line",
+        "data.resolution",
+        "set data.resolution=64 or 80",
+    )
+    assert "72 is not a multiple of 16, which builtin/emoji-64 needs" in row.message
+    (desk / "runs" / "mine" / "checkpoints" / "step-000001").mkdir(parents=True)
+    assert problems(*words) == []

@@ -524,6 +524,10 @@ class RunFolder:
         """What training left: the adapter or the whole model; None while there is none."""
         return next((path for path in (self.adapter, self.model) if (path / RECORD).is_file()), None)
 
+    def begun(self) -> bool:
+        """Whether something has been learned already."""
+        return self.trained() is not None or any(self.checkpoints.glob("step-*"))
+
     def folder_of(self, artifact: Artifact) -> str | None:
         """The folder in this run that has an artifact's model; None where it lies elsewhere."""
         if artifact.model_path is None:

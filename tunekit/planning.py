@@ -275,7 +275,7 @@ def _begun(run_dir: Path, *, always: bool = False) -> dict[str, Any]:
     from tunekit.records import PlanRecord, read_plain
 
     run = RunFolder(run_dir)
-    if not always and not run.trained() and not any(run.checkpoints.glob("step-*")):
+    if not always and not run.begun():
         return {}
     try:
         content = read_plain(run_dir / "plan.json", PlanRecord)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tunekit.config import Loaded, RunConfig
     from tunekit.data.images import Scan
     from tunekit.passes.base import Pass
+    from tunekit.progress import Progress
 
 
 @dataclass
@@ -42,6 +43,8 @@ class Found:
         model: what `model.source` is; None where it could not be found, or the recipe has none.
         chain: the passes of `optimize:`, in order.
         scan: the pictures; None where the recipe has none, or they were not looked at.
+        notes: what is not wrong, and may not be as one thinks.
+        progress: shows how far the look at the pictures is.
     """
 
     loaded: Loaded
@@ -51,6 +54,8 @@ class Found:
     model: Artifact | None = None
     chain: list[Pass] = field(default_factory=list)
     scan: Scan | None = None
+    notes: list[str] = field(default_factory=list)
+    progress: Progress | None = None
 
     @property
     def config(self) -> RunConfig:
@@ -87,15 +92,18 @@ class Found:
             raise type(self.errors[0])("\n".join(map(str, self.errors)), parts=parts)
 
 
-def look(loaded: Loaded, *, processes: int = 1, pictures: bool = True) -> Found:
+def look(
+    loaded: Loaded, *, processes: int = 1, pictures: bool = True, progress: Progress | None = None
+) -> Found:
     """Ask all of the list.
 
     Args:
         loaded: the config.
         processes: that shall run it.
         pictures: whether to look at the base and at every picture too, which take longer than all the rest.
+        progress: shows how far that is.
     """
-    found = Found(loaded, processes)
+    found = Found(loaded, processes, progress=progress)
     for check in CHECKS:
         if pictures or check not in SLOW:
             check(found)
@@ -116,6 +124,7 @@ def _model(found: Found) -> None:
     opened = found.model
     if opened is None:
         return
+    found.notes += [f"model.{line}" for line in model.opened.idle]
     on_hub = opened.path is None and opened.source != "tiny"
     found.facts["model"] = f"{model.source} ({'on the hub: not looked at' if on_hub else opened.format})"
     with found.about("model.source"):
@@ -247,6 +256,45 @@ def _writable(folder: Path) -> None:
         )
 
 
+def _multiple(found: Found) -> int:
+    """What the sizes of pictures have to be divisible by; 8 where nothing is trained, or nobody knows."""
+    model = found.section("model")
+    if not found.is_trained or found.model is None:
+        return 8
+    from tunekit import families
+
+    try:
+        return families.multiple_of(model.family, model.opened)
+    except TunekitError:  # what is wrong with a base is said where it is looked at
+        return 8
+
+
+def _resolution(found: Found) -> None:
+    """The resolution is one that the model can take; runs that were begun with another keep it."""
+    data = found.section("data")
+    if data is None or RunFolder(found.config.run_dir).begun():
+        return
+    from tunekit.data.shapes import check_resolution
+
+    with found.about("data.resolution"):
+        check_resolution(data.resolution, _multiple(found), found.section("model").source)
+
+
+def cut_prompts(found: Found) -> list[str]:
+    """Lines about captions and prompts of which the text encoder, where it is here, does not read all."""
+    model, preview = found.section("model"), found.section("preview")
+    if found.model is None or found.scan is None:
+        return []
+    from tunekit import families
+    from tunekit.families.prompts import cuts, tokenizers_of, told
+
+    scan = found.scan
+    places = {item.caption: item.where for item in (*scan.samples, *scan.held_out, *scan.prior)}
+    prompts = {*places, *preview.prompts, preview.sampling.negative_prompt or ""}
+    lost = cuts(tokenizers_of(families.get(model.family), model.opened), sorted(prompts))
+    return told(lost, len(prompts - {""}), places)
+
+
 def _pictures(found: Found) -> None:
     """Every picture and every caption."""
     data = found.section("data")
@@ -260,12 +308,13 @@ def _pictures(found: Found) -> None:
 
     with found.about("data"):
         try:
-            scan = found.scan = scan_data(data)
+            scan = found.scan = scan_data(data, multiple=_multiple(found), progress=found.progress)
         except TunekitError as error:  # a name that is not bundled
             quoted = error.message.split('"')[1:2]
             error.key = key_of(quoted[0]) if quoted else ""
             error.where = found.loaded.where(error.key) if error.key else error.where
             raise
+        found.notes += scan.notes
         found.facts["pictures"] = len(scan.samples)
         if scan.held_out:
             found.facts["held out"] = len(scan.held_out)
@@ -291,8 +340,9 @@ CHECKS: tuple[Callable[[Found], None], ...] = (
     _machine,
     _targets,
     _folders,
+    _resolution,
     _pictures,
 )
 """The list, in the order in which it is asked; a later check may use what an earlier one found."""
-SLOW = (_base, _pictures)
+SLOW = (_base, _resolution, _pictures)
 """Those that the recipe's own process asks, and not the command that launches it."""

@@ -38,6 +38,19 @@ class Source:
         return (self.revision, self.variant, self.allow_pickle) != (None, None, False)
 
     @property
+    def idle(self) -> list[str]:
+        """What was asked for and has no effect on a source that is on this machine, with the reason."""
+        path = self.path
+        if path is None:
+            return []
+        found = []
+        if self.revision is not None:
+            found.append(f"revision={self.revision} has no effect: {self.name} is not on the hub, but here")
+        if self.variant is not None and not path.is_dir():
+            found.append(f"variant={self.variant} has no effect: {self.name} is no folder with several")
+        return found
+
+    @property
     def path(self) -> Path | None:
         """The folder or file, if it is on this machine."""
         path = resolve_path(self.name)

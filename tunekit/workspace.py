@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from tunekit.config import Loaded, SamplingConfig
     from tunekit.memory.plan import Plan
+    from tunekit.progress import Progress
 
 RUNS = Path("runs")
 BATCH = 4
@@ -195,6 +196,7 @@ class Examination:
         errors: what is wrong, as it is told to people.
         problems: the same, one row for each.
         warnings: options of the file that overrides have left without effect.
+        notes: what is not wrong, and may not be as one thinks, as pictures that are not used.
     """
 
     path: str
@@ -202,6 +204,7 @@ class Examination:
     errors: tuple[TunekitError, ...] = ()
     problems: tuple[Problem, ...] = ()
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """What `tunekit check --json` prints."""
@@ -211,6 +214,7 @@ class Examination:
             "facts": {name.replace(" ", "_"): fact for name, fact in self.facts.items()},
             "problems": [asdict(problem) for problem in self.problems],
             **({"warnings": list(self.warnings)} if self.warnings else {}),
+            **({"notes": list(self.notes)} if self.notes else {}),
         }
 
 
@@ -229,14 +233,19 @@ def check(config: str | Path, overrides: Sequence[str] = ()) -> Examination:
     return examine(loaded)
 
 
-def examine(loaded: Loaded) -> Examination:
-    """Asks all of `preconditions` of a config: its model, its passes, the machine, every picture."""
+def examine(loaded: Loaded, progress: Progress | None = None) -> Examination:
+    """Asks all of `preconditions` of a config: its model, its passes, the machine, every picture.
+
+    Args:
+        progress: shows how far the look at the pictures is.
+    """
     from tunekit import preconditions
 
-    found = preconditions.look(loaded)
+    found = preconditions.look(loaded, progress=progress)
     facts = {"recipe": loaded.config.recipe, "writes to": str(loaded.config.run_dir), **found.facts}
     rows = tuple(row for error in found.errors for row in _rows(error))
-    return Examination(str(loaded.path), facts, tuple(found.errors), rows, loaded.warnings)
+    notes = (*found.notes, *preconditions.cut_prompts(found))
+    return Examination(str(loaded.path), facts, tuple(found.errors), rows, loaded.warnings, notes)
 
 
 def _rows(error: TunekitError) -> list[Problem]:

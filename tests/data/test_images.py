@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -316,3 +317,127 @@ def test_transform_scales_covers_crops_and_mirrors() -> None:
         Image.fromarray(np.array([[[0] * 3, [255] * 3]], dtype=np.uint8))
     )
     assert black_and_white[0].tolist() == [[-1.0, 1.0]]
+
+
+# Many pictures
+
+
+def test_of_many_problems_of_a_kind_twenty_are_shown(tmp_path: Path, make_pictures: MakePictures) -> None:
+    make_pictures(tmp_path, 30, captions=False)
+    for index in range(3):
+        (tmp_path / f"0{index}.png").write_bytes(b"no picture")
+    with pytest.raises(DataError) as error:
+        scan(tmp_path).check()
+    lines = str(error.value).splitlines()
+    assert lines[0] == "33 problems in the pictures:"
+    assert sum("cannot be read as a picture" in line for line in lines) == 3
+    assert sum("no caption: " in line for line in lines) == 20
+    assert lines[-1].startswith("  and 10 more: no caption; write what each picture shows into a .txt file")
+    assert len(scan(tmp_path).problems) == 33
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """How often a picture was decoded; a cache of our own, in which everything is worth remembering."""
+    from tunekit.data import images, remembered
+
+    made: list[int] = []
+
+    def counted(data: bytes) -> Image.Image:
+        made.append(len(data))
+        return decode(data)
+
+    monkeypatch.setattr(images, "decode", counted)
+    monkeypatch.setattr(remembered, "_SETTLED_NS", -(10**12))
+    monkeypatch.setattr(remembered, "_WORTH_SECONDS", -1.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return made
+
+
+def test_a_picture_is_decoded_once_until_its_file_changes(
+    tmp_path: Path, make_pictures: MakePictures, looks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_pictures(tmp_path / "photos", 4)
+    first = scan(folder)
+    assert len(looks) == 4
+    assert scan(folder).samples == first.samples
+    monkeypatch.chdir(tmp_path)
+    assert [sample.content for sample in scan("photos").samples] == [s.content for s in first.samples]
+    assert len(looks) == 4
+    # Another picture of the same size in bytes, with the same time: only the time of that change tells.
+    file, other = folder / "01.png", folder / "02.png"
+    swapped, then = other.read_bytes(), file.stat()
+    file.write_bytes(swapped + bytes(max(0, then.st_size - len(swapped))))
+    os.utime(file, ns=(then.st_atime_ns, then.st_mtime_ns))
+    (problem,) = scan(folder).problems
+    assert "same picture as" in problem.what
+    assert len(looks) == 5
+
+
+def test_parquet_rows_are_remembered_too(
+    tmp_path: Path, make_pictures: MakePictures, looks: list[int]
+) -> None:
+    make_pictures(tmp_path / "pictures", 3, captions=False)
+    write_parquet(tmp_path / "rows.parquet", tmp_path / "pictures")
+    first = scan(tmp_path / "rows.parquet")
+    assert scan(tmp_path / "rows.parquet").samples == first.samples
+    assert len(looks) == 3
+
+
+@pytest.mark.parametrize("way", ["damaged", "unwritable"])
+def test_what_is_remembered_may_be_lost(
+    tmp_path: Path, make_pictures: MakePictures, looks: list[int], way: str
+) -> None:
+    folder = make_pictures(tmp_path / "photos", 2)
+    if way == "unwritable":
+        (tmp_path / "cache").write_text("in the way")
+    first = scan(folder)
+    for file in (tmp_path / "cache").rglob("*.json"):
+        file.write_text('{"sha256": "", "value": {"00.png": [1]}}')
+    assert scan(folder).samples == first.samples
+    assert len(looks) == 4
+
+
+def test_progress_is_shown(pictures: Path) -> None:
+    from tunekit.progress import Phase, Progress
+
+    began: list[Phase] = []
+
+    class Seen(Progress):
+        def _begin(self, phase: Phase) -> Phase:
+            began.append(phase)
+            return phase
+
+    scan_data(DataConfig(path=str(pictures), resolution=64), progress=Seen(quiet=True))
+    assert [(phase.title.split()[0], phase.done, phase.total) for phase in began] == [
+        ("looking", 0, None),
+        ("looking", 4, 4),
+    ]
+
+
+# Crops
+
+
+def test_pictures_that_lose_most_of_themselves_are_named(tmp_path: Path, make_pictures: MakePictures) -> None:
+    make_pictures(tmp_path, 2, (96, 64))
+    Image.new("RGB", (1200, 100)).save(tmp_path / "pano.png")
+    (tmp_path / "pano.txt").write_text("a long wall")
+    (note,) = scan(tmp_path).notes
+    assert note.startswith("1 picture loses more than half to the crop")
+    assert "pano.png (1200x100: 20% is kept, as 96x40)" in note
+    data = DreamboothData(path=str(tmp_path), instance_prompt="sks", resolution=64)
+    assert "8% is kept, as 64x64" in scan_data(data).notes[-1]
+
+
+# Captions
+
+
+@pytest.mark.parametrize(
+    ("prefix", "caption"),
+    [("sks style", "sks style a disc number 0"), ("sks, ", "sks, a disc number 0"), ("", "a disc number 0")],
+)
+def test_a_prefix_stands_apart_from_the_caption(
+    tmp_path: Path, make_pictures: MakePictures, prefix: str, caption: str
+) -> None:
+    make_pictures(tmp_path, 1)
+    assert scan(tmp_path, caption_prefix=prefix).samples[0].caption == caption

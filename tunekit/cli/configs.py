@@ -60,6 +60,7 @@ def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
     """Look at a config, its passes and every picture, and list all that is wrong. Starts nothing."""
     from tunekit import workspace
     from tunekit.config import load
+    from tunekit.progress import console
 
     if as_json:
         examination = workspace.check(config, overrides or ())
@@ -67,14 +68,16 @@ def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
         raise typer.Exit(2 if examination.problems else 0)
     loaded = load(config, overrides or ())
     report_warnings(loaded.warnings)
-    found = workspace.examine(loaded)
-    console = screen.console()
-    console.print(str(loaded.path), style="bold")
+    found = workspace.examine(loaded, console())
+    out = screen.console()
+    out.print(str(loaded.path), style="bold")
     rows = [(name, str(fact)) for name, fact in found.facts.items()]
-    screen.show_table(console, ("what", "found"), rows, words=True)
+    screen.show_table(out, ("what", "found"), rows, words=True)
+    for line in found.notes:
+        out.print(line, style="yellow", soft_wrap=True)
     if found.errors:
         raise TunekitError("\n".join(map(str, found.errors)))
-    console.print("all is well", style="green")
+    out.print("all is well", style="green")
 
 
 def cp(

@@ -38,7 +38,7 @@ class DataConfig(_Pictures):
     path: PathText
     """Folder of captioned pictures, a parquet file, a hub id of a data set, or "builtin/pictures/..."."""
     split: Word = "train"
-    """Split of a `datasets` data set."""
+    """Split to read: of a hub data set, or where files or sub-folders are named after splits."""
     image_column: Word | None = None
     """Column of the pictures, if it cannot be told."""
     caption_column: Word | None = None
@@ -46,7 +46,7 @@ class DataConfig(_Pictures):
     buckets: bool = True
     """Group pictures by aspect ratio; otherwise all are cropped square."""
     caption_prefix: Text = ""
-    """Put before every caption."""
+    """Put before every caption, with a blank between."""
     caption_dropout: Fraction = 0.1
     """Share of samples trained with an empty caption."""
     validation: PathText | Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -1,30 +1,217 @@
-"""Bytes of a picture file to pixels."""
+"""Bytes of a picture file to pixels, as a viewer would show them."""
 
 from __future__ import annotations
 
+import importlib
 import io
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache, lru_cache
+from typing import cast
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms
+
+FORMATS = (
+    *("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA"),
+    *("HEIF", "JXL"),  # only where a plug-in of Pillow gives them
+)
+"""What is decoded, by content; TGA, which has no mark of its own, comes behind those that have one. Others
+that Pillow opens run programs (PostScript), or are no pictures that anyone trains on."""
+SUFFIXES = frozenset(
+    {
+        *(
+            ".png",
+            ".apng",
+            ".jpg",
+            ".jpeg",
+            ".jpe",
+            ".jfif",
+            ".webp",
+            ".gif",
+            ".bmp",
+            ".dib",
+            ".tif",
+            ".tiff",
+        ),
+        *(".avif", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pnm", ".tga"),
+    }
+)
+"""Of files that are pictures: where they cannot be decoded, that is a problem."""
+FOREIGN = {
+    **dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif, or convert them to JPEG"),
+    ".jxl": "pip install pillow-jxl-plugin, or convert them to PNG",
+    **dict.fromkeys(
+        (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".raw"),
+        "develop them to JPEG or PNG",
+    ),
+    **dict.fromkeys((".psd", ".psb", ".xcf", ".kra", ".clip", ".exr", ".hdr"), "save them as PNG"),
+    **dict.fromkeys((".svg", ".eps", ".ps", ".ai", ".pdf"), "draw them to PNG"),
+    **dict.fromkeys((".ico", ".icns", ".cur", ".dds", ".pcx", ".qoi", ".wmf", ".emf"), "convert them to PNG"),
+    **dict.fromkeys((".mp4", ".mov", ".webm", ".avi", ".mkv"), "take single pictures out of them"),
+}
+"""Suffixes of pictures of other kinds, and what to do about those. They are tried by their content first:
+what a phone or a browser calls so is often a JPEG."""
+VERSION = 1
+"""To be raised when the same bytes become other pixels."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the picture upright."""
+_ORIENTATION = 0x0112
+_NEARLY = 4
+"""Levels of 255: a profile that changes no colour by more is sRGB by another name, and changes nothing."""
+
+
+class PictureError(ValueError):
+    """Bytes that are not a whole, sane picture; says why."""
 
 
 def decode(data: bytes) -> Image.Image:
-    """Bytes of any format Pillow reads to an upright RGB picture: EXIF applied, transparency laid on white.
+    """Bytes of a picture to an upright sRGB one: EXIF and colour profile applied, transparency laid on white.
 
     Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: not a whole, sane picture.
+        PictureError: not a whole, sane picture, whatever its decoder says to that.
     """
-    with Image.open(io.BytesIO(data)) as opened:
+    first: Exception | None = None
+    for version in _versions(data):
+        try:
+            return _decode(version)
+        except Exception as error:  # a decoder raises what it likes
+            first = first or error
+    assert first is not None
+    raise PictureError(_reason(first)) from first
+
+
+def known_formats() -> frozenset[str]:
+    """Those of `FORMATS` that can be decoded here."""
+    if not {"PNG", "TGA"} <= Image.OPEN.keys():
+        Image.init()
+    _plug_in()
+    return frozenset(FORMATS) & Image.OPEN.keys()
+
+
+def remedy(suffix: str) -> str:
+    """What to do about pictures of another kind; nothing where they can be read here."""
+    given = {".heic": "HEIF", ".heif": "HEIF", ".hif": "HEIF", ".jxl": "JXL"}
+    return "" if given.get(suffix) in known_formats() else FOREIGN.get(suffix, "")
+
+
+@cache
+def _plug_in() -> None:
+    """HEIC and JPEG XL, where their packages are installed."""
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    with suppress(ImportError):
+        importlib.import_module("pillow_jxl")
+
+
+def _decode(data: bytes) -> Image.Image:
+    known = known_formats()
+    with Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in known]) as opened:
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and opened.width * opened.height > limit:
-            raise Image.DecompressionBombError(f"{opened.width}x{opened.height} pixels")
+            raise Image.DecompressionBombError
         opened.load()
-        image = ImageOps.exif_transpose(opened)
+        image = _upright(opened)
+        profile = opened.info.get("icc_profile")
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255
         grey = np.asarray(image, dtype=np.float64)
         image = Image.fromarray(np.clip(np.rint(grey / 257), 0, 255).astype(np.uint8))
+    alpha = None
     if image.has_transparency_data:
         image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    if image.mode not in ("L", "CMYK"):
+        image = image.convert("RGB")
+    if isinstance(profile, bytes):
+        image = _managed(image, profile)
+    image = image.convert("RGB")
+    if alpha is not None:
+        image.putalpha(alpha)
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+        image = Image.alpha_composite(white, image).convert("RGB")
+    return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As EXIF says, where that can be read: whatever else is in it is not looked at."""
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF says nothing about the pixels
+        turn = None
+    return image.copy() if turn is None else image.transpose(turn)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"more than {(Image.MAX_IMAGE_PIXELS or 0) // 1_000_000} megapixels (decompression bomb?)"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "it", lines[0])[:200]
+
+
+# Colour -----------------------------------------------------------------------------------------------------
+
+
+def _managed(image: Image.Image, profile: bytes) -> Image.Image:
+    """Colours of a profile to sRGB.
+
+    The picture as it is where the profile is sRGB; and where it is damaged, or made for another mode, as
+    programs show it.
+    """
+    transform = _to_srgb(profile, image.mode)
+    if transform is None:
+        return image
+    return cast(Image.Image, ImageCms.applyTransform(image, transform))
+
+
+@lru_cache(maxsize=32)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        made = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        steps = range(0, 256, 15)
+        grid = [[red, green, blue] for red in steps for green in steps for blue in steps]
+        if mode == "CMYK":
+            return made
+        probe = Image.fromarray(np.array([grid], dtype=np.uint8)).convert(mode)
+        shown = np.asarray(ImageCms.applyTransform(probe, made), dtype=int)
+        as_it_is = np.asarray(probe.convert("RGB"), dtype=int)
+    except Exception:  # damaged, or made for pictures of another mode
+        return None
+    return made if abs(shown - as_it_is).max() > _NEARLY else None
+
+
+# PNG --------------------------------------------------------------------------------------------------------
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PIXELS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
+_BESIDE = frozenset({b"eXIf", b"iCCP", b"sRGB", b"gAMA", b"cHRM"})
+
+
+def _versions(data: bytes) -> Iterator[bytes]:
+    """The file, and of a PNG what matters of it: Pillow refuses it for large texts."""
+    yield data
+    if data.startswith(_SIGNATURE):
+        yield _with(data, _PIXELS | _BESIDE)
+        yield _with(data, _PIXELS)
+
+
+def _with(data: bytes, kept: frozenset[bytes]) -> bytes:
+    parts, at = [_SIGNATURE], len(_SIGNATURE)
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] in kept:
+            parts.append(data[at:end])
+        at = end
+    return b"".join(parts)

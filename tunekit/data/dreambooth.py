@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunekit.artifacts import clean_leftovers
 from tunekit.config import CLASS_BATCH, DreamboothData, ModelConfig, SamplingConfig
-from tunekit.data.files import SUFFIXES
+from tunekit.data.files import walk
 from tunekit.data.images import Sample, Scan, scan_data
 from tunekit.diffusion.noise import stable_seed
 from tunekit.errors import output_errors
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 GROUP = CLASS_BATCH
 """Class pictures drawn together; fixed, so that none depends on which others were there already."""
+
+_DRAWN = "drawn-"
 
 Draw = Callable[..., "list[Image.Image]"]
 """`draw(seeds=[1, 2])` gives one picture of the class per seed."""
@@ -74,12 +76,13 @@ def class_pictures(
         DataError: something is wrong with the pictures found.
         OutputError: a picture cannot be written.
     """
-    present = _pictures(folder)
+    found: list[Sample] = []
+    if folder.is_dir() and walk(folder).pictures:
+        there = _scan(data, folder)
+        there.check()
+        found = own_pictures(there.samples)
     accelerator.wait_for_everyone()  # nobody writes before everyone has counted
-    own = [path for path in present if path.name.startswith("drawn-")]
-    wanted = [
-        folder / f"drawn-{index:04d}.png" for index in range(data.class_pictures - len(present) + len(own))
-    ]
+    wanted = [folder / f"{_DRAWN}{index:04d}.png" for index in range(data.class_pictures - len(found))]
     groups = _missing(wanted)
     rank, processes = accelerator.process_index, accelerator.num_processes
     draw: Draw | None = None
@@ -126,12 +129,9 @@ def _scan(data: DreamboothData, folder: Path) -> Scan:
     return scan_data(found)
 
 
-def _pictures(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != "."
-    )
+def own_pictures(samples: Sequence[Sample]) -> list[Sample]:
+    """Those of the class pictures in a folder that were not drawn into it."""
+    return [sample for sample in samples if not Path(sample.id).name.startswith(_DRAWN)]
 
 
 def _write(path: Path, picture: Image.Image) -> None:

@@ -1,12 +1,13 @@
 """Pictures and captions from a folder or Hugging Face `datasets`, all looked at before anything starts.
 
     scan = scan_data(config.data)
+    scan.notes                        # what lies there and is not used, and what else is to be known
     scan.check()                      # one DataError that lists every problem
     scan.samples, scan.held_out
 
-A folder is read recursively; the caption of ``a/b.jpg`` is the text of ``a/b.txt``. A folder with
-``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet`` at its top, a ``.parquet`` file, a folder of
-them, or a hub id goes through `datasets`.
+A folder is read recursively; the caption of ``a/b.jpg`` is the text of ``a/b.txt`` (`files`), unless a
+``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet`` lies there or above it. A ``.parquet`` file, a
+folder of them or the id of a data set on the hub has its pictures and captions in rows (`rows`).
 """
 
 from __future__ import annotations
@@ -19,16 +20,38 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from tunekit.config import DataConfig, DreamboothData
-from tunekit.data.decoding import decode
-from tunekit.data.files import SUFFIXES, Problem, Raw, folder
-from tunekit.data.rows import METADATA, dataset_rows
-from tunekit.errors import DataError, did_you_mean
+from tunekit.data import rows
+from tunekit.data.decoding import SUFFIXES, PictureError, decode
+from tunekit.data.files import (
+    Ignored,
+    Listing,
+    Problem,
+    Raw,
+    captioned,
+    in_split,
+    nearest,
+    shown,
+    told,
+    unused,
+    walk,
+    why_not,
+)
+from tunekit.data.remembered import Looked, Remembered
+from tunekit.data.shapes import bucket_for
+from tunekit.errors import DataError
+from tunekit.progress import Progress
 from tunekit.resources import resolve_path
+
+_SHOWN = 20
+"""So many problems of a kind are listed, the others counted."""
+_KEPT = 0.5
+"""A picture that loses more to the crop is worth a word."""
 
 
 @dataclass(frozen=True)
@@ -62,51 +85,64 @@ class Scan:
     """Validation pictures."""
     prior: tuple[Sample, ...] = ()
     """Class pictures that exist already (DreamBooth)."""
+    notes: tuple[str, ...] = ()
+    """Lines for people: what lies there and is not used, and what else is not as they may think."""
 
     def check(self) -> None:
-        """Raise one DataError that lists all problems."""
-        if self.problems:
-            count = len(self.problems)
-            lines = "\n".join(f"  {problem}" for problem in self.problems)
-            raise DataError(f"{count} {'problem' if count == 1 else 'problems'} in the pictures:\n{lines}")
+        """Raise one DataError that lists all problems, of each kind the first ones."""
+        if not self.problems:
+            return
+        kinds: dict[tuple[str, str], list[Problem]] = {}
+        for problem in self.problems:
+            kinds.setdefault((problem.kind, "" if problem.kind else problem.what), []).append(problem)
+        lines = []
+        for (kind, what), found in kinds.items():
+            lines += [f"  {problem}" for problem in found[:_SHOWN]]
+            if len(found) > _SHOWN:
+                fixes = {problem.fix for problem in found}  # some name one file: the kind says it for all
+                remedy = f"; {fixes.pop()}" if len(fixes) == 1 else ""
+                lines.append(f"  and {len(found) - _SHOWN:,} more: {kind or what}{remedy}")
+        count = len(self.problems)
+        head = f"{count:,} {'problem' if count == 1 else 'problems'} in the pictures"
+        raise DataError("\n".join([f"{head}:", *lines]))
 
 
-def scan_data(data: DataConfig | DreamboothData) -> Scan:
+def scan_data(
+    data: DataConfig | DreamboothData, *, multiple: int = 8, progress: Progress | None = None
+) -> Scan:
     """Look at every picture a data section names, once.
 
     Args:
         data: the `data:` section of a recipe.
+        multiple: that the model's sizes in pixels are divisible by, which decides about crops.
+        progress: shows how far it is.
 
     Returns:
         The usable samples and all problems. A missing or empty folder is a problem too, so `check` lists it
         with the others.
     """
+    look = partial(_scan_source, resolution=data.resolution, progress=progress or Progress(quiet=True))
     if isinstance(data, DreamboothData):
-        samples, problems = _scan_source(data.path, data.resolution, caption=data.instance_prompt)
+        samples, problems, notes = look(data.path, caption=data.instance_prompt, key="instance_prompt")
         prior: list[Sample] = []
         if data.class_prompt is not None and data.class_path is not None:
-            prior, more = _scan_source(data.class_path, data.resolution, caption=data.class_prompt)
+            prior, more, others = look(data.class_path, caption=data.class_prompt, key="class_prompt")
             problems += more + _repeated(samples, prior, "an instance picture")
-        return Scan(tuple(samples), tuple(problems), prior=tuple(prior))
-    samples, problems = _scan_source(
-        data.path,
-        data.resolution,
+            notes += others
+        notes += _cropped([*samples, *prior], data.resolution, multiple, many=False)
+        return Scan(tuple(samples), tuple(problems), prior=tuple(prior), notes=tuple(notes))
+    look = partial(
+        look,
         split=data.split,
-        image_column=data.image_column,
-        caption_column=data.caption_column,
+        columns=(data.image_column, data.caption_column),
         prefix=data.caption_prefix,
     )
+    samples, problems, notes = look(data.path)
     held_out: list[Sample] = []
     if isinstance(data.validation, str):
-        held_out, more = _scan_source(
-            data.validation,
-            data.resolution,
-            split=data.split,
-            image_column=data.image_column,
-            caption_column=data.caption_column,
-            prefix=data.caption_prefix,
-        )
+        held_out, more, others = look(data.validation)
         problems += more + _repeated(samples, held_out, "a training picture")
+        notes += [line for line in others if line not in notes]
     elif data.validation is not None and samples:
         samples, held_out = _hold_out(samples, data.validation)
         if not samples or not held_out:
@@ -118,7 +154,28 @@ def scan_data(data: DataConfig | DreamboothData) -> Scan:
                     "add pictures or change the fraction",
                 )
             )
-    return Scan(tuple(samples), tuple(problems), tuple(held_out))
+    notes += _cropped([*samples, *held_out], data.resolution, multiple, many=data.buckets)
+    return Scan(tuple(samples), tuple(problems), tuple(held_out), notes=tuple(notes))
+
+
+def _cropped(samples: Sequence[Sample], resolution: int, multiple: int, *, many: bool) -> list[str]:
+    """Which pictures lose most of themselves to the crop."""
+    found = []
+    for sample in samples:
+        width, height = bucket_for(sample.width, sample.height, resolution, multiple, many=many)
+        ratio = sample.width * height / (sample.height * width)
+        kept = min(ratio, 1 / ratio)
+        if kept < _KEPT:
+            size = f"{sample.width}x{sample.height}"
+            found.append((kept, f"{sample.where} ({size}: {kept:.0%} is kept, as {width}x{height})"))
+    if not found:
+        return []
+    worst = [text for _, text in sorted(found)[:3]]
+    count = f"{len(found)} {'picture loses' if len(found) == 1 else 'pictures lose'}"
+    return [
+        f"{count} more than half to the crop, and the caption stays: {', '.join(worst)}"
+        f"{', ...' if len(found) > len(worst) else ''}; cut them into pieces that are less long"
+    ]
 
 
 # Reading
@@ -126,27 +183,38 @@ def scan_data(data: DataConfig | DreamboothData) -> Scan:
 
 def _scan_source(
     path: str,
-    resolution: int,
     *,
+    resolution: int,
     split: str = "train",
-    image_column: str | None = None,
-    caption_column: str | None = None,
+    columns: tuple[str | None, str | None] = (None, None),
     prefix: str = "",
     caption: str | None = None,
-) -> tuple[list[Sample], list[Problem]]:
-    """Read one source. `caption` given: every picture has it, and no caption is looked for."""
+    key: str = "",
+    progress: Progress,
+) -> tuple[list[Sample], list[Problem], list[str]]:
+    """Read one source.
+
+    Args:
+        caption: every picture has it, and no other is looked for.
+        key: of `data:` that it comes from.
+    """
     try:
-        kind, place = _locate(path)
-        if kind == "folder":
-            raw = list(folder(place, needs_caption=caption is None))
-        else:
-            raw = list(dataset_rows(kind, path, place, split, image_column, caption_column, caption is None))
+        with progress.phase(f"looking through {path}"):
+            place, listing = _list(path, split, columns, key)
     except DataError as error:
-        return [], [Problem(path, error.message, error.hint or "correct the path")]
+        return [], [Problem(path, error.message, error.hint or "correct the path")], []
+    except OSError as error:  # a folder above it that may not be gone into, a name that is too long
+        return [], [Problem(path, f"cannot be read ({why_not(error)})", "correct the path")], []
     samples: list[Sample] = []
-    problems: list[Problem] = []
+    problems = listing.problems
+    ignored = listing.ignored
     seen: dict[str, str] = {}
-    for item, outcome in _look(raw, resolution):
+    if prefix and not prefix[-1].isspace():
+        prefix += " "
+    for item, outcome in _look(listing.raw, resolution, Remembered(place), progress):
+        if isinstance(outcome, Ignored):
+            ignored.append(outcome)
+            continue
         if isinstance(outcome, Problem):
             problems.append(outcome)
         if item.problem is not None:
@@ -155,75 +223,125 @@ def _scan_source(
             continue
         width, height, content = outcome
         if content in seen:
-            problems.append(Problem(item.where, f"same picture as {seen[content]}", "remove one of the two"))
+            what, fix = f"same picture as {seen[content]}", "remove one of the two"
+            problems.append(Problem(item.where, what, fix, "same picture as another"))
             continue
         seen[content] = item.where
         text = caption if caption is not None else prefix + item.caption
         samples.append(Sample(item.id, text, width, height, content, item.where, item.read))
+    notes = [*told(path, ignored, len(samples)), *listing.notes]
     if not samples and not problems:
-        problems.append(
-            Problem(path, "no pictures found", f"looked for {', '.join(sorted(SUFFIXES))} files in it")
-        )
-    return samples, problems
+        why = "".join(f"\n  {line}" for line in notes)
+        looked = f"looked for {', '.join(sorted(SUFFIXES))} files in it{why}"
+        problems.append(Problem(path, "no pictures found", looked))
+    return samples, problems, notes
 
 
-def _locate(path: str) -> tuple[str, Path]:
-    """What `path` is: a plain folder, an imagefolder or parquet for `datasets`, or a hub id."""
-    place = Path(resolve_path(path)).expanduser()
-    if place.is_dir():
-        if any((place / name).is_file() for name in METADATA):
-            return "imagefolder", place
-        pictures = any(item.suffix.lower() in SUFFIXES for item in place.rglob("*"))
-        if not pictures and any(place.rglob("*.parquet")):
-            return "parquet", place
-        return "folder", place
+def _list(path: str, split: str, columns: tuple[str | None, str | None], key: str) -> tuple[Path, Listing]:
+    """What a source has, and where it is.
+
+    Raises:
+        DataError: no such source, split or column.
+    """
+    place, needs_caption = Path(resolve_path(path)).expanduser(), not key
     if place.is_file():
-        if place.suffix == ".parquet":
-            return "parquet", place
-        raise DataError("is a file", hint="give a folder of pictures, a .parquet file or a hub id")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith("."):
-        return "hub", place
-    siblings = [item.name for item in place.parent.iterdir()] if place.parent.is_dir() else []
-    nearest = did_you_mean(place.name, siblings)
-    raise DataError(
-        "no such folder", hint=nearest or "give a folder of pictures, a .parquet file or a hub id"
+        if place.suffix != ".parquet":
+            raise DataError("is a file", hint="give a folder of pictures, a .parquet file or a hub id")
+        return place, rows.parquet(place, [place], split, columns, needs_caption=needs_caption)
+    if not place.is_dir():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith("."):
+            return place, rows.hub(path, split, columns, needs_caption=needs_caption)
+        hint = nearest(place) or "give a folder of pictures, a .parquet file or a hub id"
+        raise DataError("no such folder", hint=hint)
+    whole = walk(place)
+    if whole.parquet and not whole.metadata and not any(_suffix(file) in SUFFIXES for file in whole.pictures):
+        made = rows.parquet(place, whole.parquet, split, columns, needs_caption=needs_caption)
+        beside = [Ignored(shown(file), "pictures beside parquet files") for file in whole.pictures]
+        whole.parquet = []
+        made.problems, made.ignored = whole.problems + made.problems, unused(whole) + beside + made.ignored
+        return place, made
+    tree = in_split(whole, split)
+    made, decided = rows.metadata(tree, *columns, needs_caption=needs_caption)
+    made.raw += captioned(
+        tree, [file for file in tree.pictures if file not in decided], needs_caption=needs_caption
     )
+    if tree is whole and split != "train" and not (place / split).is_dir():
+        made.notes.append(f"data.split={split} has no effect: there are no sub-folders of splits in {path}")
+    fix = ""
+    unread = "captions beside pictures that a metadata file decides about"
+    if key:
+        unread = f"captions, as data.{key} is that of all pictures"
+        fix = "recipe: lora reads captions"
+        decided = set(tree.pictures)
+        if tree.metadata:
+            made.notes.append(
+                f"captions of {shown(tree.metadata[0])} are not read: data.{key} is that of all"
+            )
+    made.problems = tree.problems + made.problems
+    made.ignored = unused(tree, decided, unread, fix) + made.ignored
+    return place, made
 
 
-def _look(raw: Sequence[Raw], resolution: int) -> Iterator[tuple[Raw, Problem | tuple[int, int, str]]]:
+def _suffix(file: Path) -> str:
+    return file.suffix.lower()
+
+
+def _look(
+    raw: Sequence[Raw], resolution: int, known: Remembered, progress: Progress
+) -> Iterator[tuple[Raw, Problem | Ignored | Looked]]:
     """Decode each picture, in order; Pillow leaves the interpreter lock while it does, hence threads."""
     with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` raises instead
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-        yield from zip(raw, pool.map(lambda item: _look_at(item, resolution), raw), strict=True)
+        try:
+            found = pool.map(lambda item: _look_at(item, resolution, known), raw)
+            with progress.phase("looking at pictures", len(raw)) as phase:
+                for pair in zip(raw, found, strict=True):
+                    yield pair
+                    phase.advance()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    known.save()
 
 
-def _look_at(item: Raw, resolution: int) -> Problem | tuple[int, int, str]:
-    try:
-        image = decode(item.read())
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        limit = (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
-        return Problem(
-            item.where, f"more than {limit} megapixels (decompression bomb?)", "shrink it or remove it"
-        )
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reason = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "it", reason)
-        return Problem(item.where, f"cannot be read as a picture ({reason})", "replace it or remove it")
-    if min(image.size) < resolution / 2:
+def _look_at(item: Raw, resolution: int, known: Remembered) -> Problem | Ignored | Looked:
+    stamp = known.stamp(item)
+    looked = known.get(item, stamp)
+    if looked is None:
+        try:
+            image = decode(item.read())
+        except PictureError as error:
+            if item.foreign:
+                return Ignored(
+                    item.where, f"{_suffix(Path(item.where))} files, which are not read", item.foreign
+                )
+            what = f"cannot be read as a picture ({error})"
+            return Problem(
+                item.where, what, "replace it, shrink it or remove it", "cannot be read as a picture"
+            )
+        except OSError as error:
+            what = f"cannot be read ({why_not(error)})"
+            return Problem(item.where, what, "make it readable, or remove it", "cannot be read")
+        pixels = f"{image.width}x{image.height}".encode() + image.tobytes()
+        digest = hashlib.blake2b(pixels, digest_size=16)
+        looked = Looked(image.width, image.height, digest.hexdigest())
+        known.put(item, stamp, looked)
+    if min(looked.width, looked.height) < resolution / 2:
         return Problem(
             item.where,
-            f"{image.width}x{image.height} pixels is tiny for data.resolution {resolution}",
+            f"{looked.width}x{looked.height} pixels is tiny for data.resolution {resolution}",
             f"use {math.ceil(resolution / 2)} pixels or more on each side, or a smaller resolution",
+            "tiny for data.resolution",
         )
-    digest = hashlib.blake2b(f"{image.width}x{image.height}".encode() + image.tobytes(), digest_size=16)
-    return image.width, image.height, digest.hexdigest()
+    return looked
 
 
 def _hold_out(samples: Sequence[Sample], fraction: float) -> tuple[list[Sample], list[Sample]]:
     """Split off a fraction, chosen by a hash of the id: neither the order nor the run's seed matters."""
     count = max(1, round(fraction * len(samples)))
-    ranked = sorted(samples, key=lambda sample: hashlib.blake2b(sample.id.encode()).digest())
+    ranked = sorted(
+        samples, key=lambda sample: hashlib.blake2b(sample.id.encode("utf-8", "surrogateescape")).digest()
+    )
     chosen = {sample.id for sample in ranked[:count]}
     return [s for s in samples if s.id not in chosen], [s for s in samples if s.id in chosen]
 
@@ -231,7 +349,12 @@ def _hold_out(samples: Sequence[Sample], fraction: float) -> tuple[list[Sample],
 def _repeated(samples: Sequence[Sample], others: Sequence[Sample], what: str) -> list[Problem]:
     known = {sample.content: sample.where for sample in samples}
     return [
-        Problem(other.where, f"same picture as {what} ({known[other.content]})", "remove one of the two")
+        Problem(
+            other.where,
+            f"same picture as {what} ({known[other.content]})",
+            "remove one of the two",
+            f"same picture as {what}",
+        )
         for other in others
         if other.content in known
     ]

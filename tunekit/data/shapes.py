@@ -10,8 +10,29 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from tunekit.errors import ConfigError
+
 CROPS = 4
 """Random crops cached per picture, see `Transform`."""
+
+
+def check_resolution(resolution: int, multiple: int, source: str) -> None:
+    """Refuse a resolution that would be rounded.
+
+    Args:
+        multiple: what the sizes of the model have to be divisible by.
+        source: of the model.
+
+    Raises:
+        ConfigError: it is not divisible.
+    """
+    if resolution % multiple:
+        below = resolution // multiple * multiple
+        near = " or ".join(str(side) for side in (below, below + multiple) if side)
+        raise ConfigError(
+            f"data.resolution: {resolution} is not a multiple of {multiple}, which {source} needs",
+            hint=f"set data.resolution={near}",
+        )
 
 
 def buckets(resolution: int, multiple: int) -> list[tuple[int, int]]:

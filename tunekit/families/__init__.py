@@ -83,6 +83,16 @@ def sizes_of(name: str, source: Source | str) -> Sizes:
     return _tiny_sizes(name) if source.name == "tiny" else sizes.sized(planned(name), source)
 
 
+def multiple_of(name: str, source: Source | str) -> int:
+    """What height and width in pixels have to be divisible by for the base `source` of a family.
+
+    Raises:
+        ConfigError, ModelError: see `sizes_of`.
+    """
+    sizes = sizes_of(name, source)
+    return sizes.family.resolution_multiple(sizes.configs)
+
+
 @cache
 def _tiny_sizes(name: str) -> Sizes:
     family = get(name)

@@ -401,6 +401,22 @@ def _check_tokenizer(tokenizer: Any, part: Component, encoder: Any, path: Path) 
         raise ModelError(f"cannot make tokens of a text: {_reason(error)}", where=where) from error
 
 
+def tokenizers(source: Source, facts: FamilyFacts) -> list[Any]:
+    """The tokenizers of a source that is on this machine; none where they cannot be opened."""
+    path = source.path
+    if path is not None and path.is_file():
+        beside = path.with_suffix("")
+        if not (beside / MODEL_INDEX).is_file():
+            return [single_file.clip_tokenizer(part) for part in facts.encoders]
+        path = beside
+    if path is None:
+        return []
+    found = _Found()
+    with _quiet(), found.noting():
+        _find_rest(found, path, _index(Source(str(path))), facts)
+    return [found.parts[part.tokenizer] for part in facts.encoders if part.tokenizer in found.parts]
+
+
 def _find_in_file(found: _Found, path: Path, source: Source, facts: FamilyFacts, headers: bool) -> None:
     """Looks at a single file; its configs and tokenizers lie in the folder of its name, or are the usual."""
     if not path.is_file():

@@ -134,11 +134,24 @@ class _Configs:
             part = self._sizes.component(name)
         except StopIteration:
             raise AttributeError(name) from None
+        return SimpleNamespace(config=_Config(part))
+
+
+class _Config:
+    """A row's configuration with the defaults of its class, which is imported only if one is asked for."""
+
+    def __init__(self, part: Component) -> None:
+        self._part = part
+
+    def __getattr__(self, key: str) -> Any:
+        if key in self._part.config:
+            return self._part.config[key]
         import inspect
 
-        known = inspect.signature(part.type.__init__).parameters.items()
-        defaults = {key: value.default for key, value in known if value.default is not value.empty}
-        return SimpleNamespace(config=SimpleNamespace(**{**defaults, **part.config}))
+        known = inspect.signature(self._part.type.__init__).parameters
+        if key not in known or known[key].default is inspect.Parameter.empty:
+            raise AttributeError(key)
+        return known[key].default
 
 
 def sized(family: Planned, source: Source) -> Sizes:

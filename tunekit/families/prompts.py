@@ -1,0 +1,96 @@
+"""What a text encoder does not read of a prompt: whatever lies behind its last token is cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tunekit.families import loading
+from tunekit.families.family import Family, FamilyFacts
+from tunekit.resources import Source
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A prompt that is longer than what is read of it.
+
+    Attributes:
+        tokens: of the whole prompt, its marks of begin and end among them.
+        limit: how many are read.
+        lost: the text that is not read.
+    """
+
+    prompt: str
+    tokens: int
+    limit: int
+    lost: str
+
+
+def cuts(tokenizers: Sequence[Any], prompts: Iterable[str]) -> list[Cut]:
+    """Which prompts are cut, the longest first.
+
+    Args:
+        tokenizers: of the text encoders; the first that cuts a prompt tells of it.
+    """
+    found = []
+    for prompt in dict.fromkeys(prompts):
+        for tokenizer in tokenizers:
+            limit = tokenizer.model_max_length
+            if len(prompt.encode()) + 2 <= limit:  # a token is a byte or more
+                continue
+            ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+            if len(ids) > limit:
+                found.append(Cut(prompt, len(ids), limit, _lost(tokenizer, prompt, ids)))
+                break
+    return sorted(found, key=lambda cut: -cut.tokens)
+
+
+def _lost(tokenizer: Any, prompt: str, ids: Sequence[int]) -> str:
+    """What is behind the tokens that are read; the last of those is the mark of the end."""
+    kept = tokenizer.model_max_length - 1
+    if getattr(tokenizer, "is_fast", False):
+        spans = tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=True).offset_mapping
+        return prompt[spans[kept][0] :]
+    return str(tokenizer.decode(ids[kept:-1]))
+
+
+def tokenizers(facts: FamilyFacts, pipeline: Any) -> list[Any]:
+    """Of a pipeline, or of whatever has its tokenizers as attributes."""
+    names = [part.tokenizer for part in facts.encoders if part.tokenizer]
+    return [found for name in names if (found := getattr(pipeline, name, None)) is not None]
+
+
+def tokenizers_of(family: Family, source: Source) -> list[Any]:
+    """Of a source that is on this machine, or "tiny"; none where it is not, or they cannot be opened."""
+    if source.name == "tiny":
+        return tokenizers(family.facts, family.tiny())
+    return loading.tokenizers(source, family.facts)
+
+
+def told(found: Sequence[Cut], of: int, places: Mapping[str, str] | None = None) -> list[str]:
+    """Lines for people: how many are cut, the worst, and what is cut off.
+
+    Args:
+        of: how many prompts there are.
+        places: prompt -> where it stands.
+    """
+    if not found:
+        return []
+    limit = found[0].limit
+    lines = [
+        f"{len(found):,} of {of:,} prompts and captions {'is' if len(found) == 1 else 'are'} longer than the"
+        f" {limit} tokens that the text encoder reads; the rest is cut off:"
+    ]
+    for cut in found[:_SHOWN]:
+        place = (places or {}).get(cut.prompt) or _short(cut.prompt, 40)
+        lines.append(f"  {place}: {cut.tokens} tokens, cut off: {_short(cut.lost, 100)!r}")
+    if len(found) > _SHOWN:
+        lines.append("  ...; put what matters first")
+    return lines
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
