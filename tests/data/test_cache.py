@@ -93,6 +93,43 @@ def test_what_is_cached_is_not_encoded_again(pipeline: Any, pictures: Path, tmp_
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == times
 
 
+@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "longer", "folder"])
+@pytest.mark.parametrize("kind", ["latents", "conditioning"])
+def test_a_damaged_file_is_encoded_again(
+    pipeline: Any, pictures: Path, tmp_path: Path, kind: str, damage: str
+) -> None:
+    data = DataConfig(path=str(pictures), resolution=32)
+    encoder(pipeline, tmp_path).dataset(samples(pictures), data, seed=0)
+    file = sorted((tmp_path / kind).glob("*.safetensors"))[0]
+    whole = file.read_bytes()
+    assert cache.is_whole(file)
+    if damage == "folder":
+        file.unlink()
+        file.symlink_to(tmp_path / "nowhere")
+    else:
+        damages = {"empty": b"", "cut": whole[:-1], "garbage": b"{" * len(whole), "longer": whole + b"x"}
+        file.write_bytes(damages[damage])
+    assert not cache.is_whole(file)
+    said: list[str] = []
+    encoder(pipeline, tmp_path, said).dataset(samples(pictures), data, seed=0)
+    assert said == [f"encoding 1 {'picture' if kind == 'latents' else 'caption'}"]
+    assert file.read_bytes() == whole
+
+
+def test_captions_that_are_cut_are_said_once(pipeline: Any, pictures: Path, tmp_path: Path) -> None:
+    first, *others = samples(pictures)
+    said: list[str] = []
+    made = encoder(pipeline, tmp_path, said)
+    data = DataConfig(path=str(pictures), resolution=32)
+    made.dataset([replace(first, caption="a long way " * 9), *others], data, seed=0)
+    lines = [line for line in said if not line.startswith("encoding")]
+    assert "longer than the 48 tokens" in lines[0]
+    assert lines[1].startswith(f"  {first.where}: ")
+    said.clear()
+    made.prompts(["a long way " * 9, "a preview " * 9])
+    assert "1 of 1 prompts" in said[0]
+
+
 def test_keys_follow_everything_a_latent_depends_on(pictures: Path, tmp_path: Path) -> None:
     """Id, pixels, size and the weights of the VAE each give a file of their own; a caption does not."""
     one = samples(pictures)[0]

@@ -40,6 +40,7 @@ from tunekit.diffusion.noise import sample_generator, stable_seed
 from tunekit.diffusion.objectives import Objective
 from tunekit.errors import DataError, NonFiniteError
 from tunekit.families.family import DTYPES, Conditioning, Family, Frame
+from tunekit.families.prompts import cuts, tokenizers, told
 from tunekit.files import atomic_file, clean_leftovers
 from tunekit.kept import Kept
 from tunekit.progress import Progress, console
@@ -105,6 +106,7 @@ class Encoder:
             *(_vocabulary(getattr(pipeline, part.tokenizer)) for part in family.facts.encoders),
             *_prompt_options(pipeline),
         )
+        self._told: set[str] = set()
 
     def dataset(
         self, samples: Sequence[Sample], data: DataConfig | DreamboothData, *, seed: int, fixed: bool = False
@@ -135,15 +137,22 @@ class Encoder:
             for transform, file in zip(transforms, paths, strict=True)
         ]
         self._fill(jobs, "picture", [self.pipeline.vae])
-        captions = self.prompts(["", *(sample.caption for sample in samples)])
+        places = {sample.caption: sample.where for sample in samples}
+        captions = self.prompts(["", *(sample.caption for sample in samples)], places)
         frames = [
             [frame_of(sample, transform) for transform in transforms]
             for sample, transforms in zip(samples, variants, strict=True)
         ]
         return CachedDataset(list(samples), frames, files, captions)
 
-    def prompts(self, prompts: Iterable[str]) -> dict[str, Path]:
-        """Encode prompts; returns the file of each."""
+    def prompts(self, prompts: Iterable[str], places: Mapping[str, str] | None = None) -> dict[str, Path]:
+        """Encode prompts, and say what is cut off of those that are too long; returns the file of each.
+
+        Args:
+            places: prompt -> where it stands, for messages.
+        """
+        prompts = list(dict.fromkeys(prompts))
+        self._tell_cuts([prompt for prompt in prompts if prompt not in self._told], places)
         files = {
             prompt: self.cache
             / "conditioning"
@@ -154,6 +163,13 @@ class Encoder:
         encoders = [getattr(self.pipeline, part.name) for part in self.family.facts.encoders]
         self._fill(jobs, "caption", [] if self.captions_on_host else encoders)
         return files
+
+    def _tell_cuts(self, prompts: Sequence[str], places: Mapping[str, str] | None) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        self._told.update(prompts)
+        for line in told(cuts(tokenizers(self.family.facts, self.pipeline), prompts), len(prompts), places):
+            self.say(line)
 
     def conditioning(self, prompts: Iterable[str]) -> dict[str, Conditioning]:
         """Conditioning of each prompt, without the batch dimension."""
@@ -210,7 +226,7 @@ class Encoder:
         if self.accelerator.is_main_process:
             for folder in {path.parent for path, _ in jobs}:
                 clean_leftovers(folder)
-        missing = [(path, make) for path, make in dict(jobs).items() if not path.exists()]
+        missing = [(path, make) for path, make in dict(jobs).items() if not is_whole(path)]
         self.accelerator.wait_for_everyone()  # nobody writes before everyone has looked
         if missing and self.accelerator.is_main_process:
             self.say(f"encoding {len(missing)} {what}{'s' if len(missing) > 1 else ''}")
@@ -223,13 +239,13 @@ class Encoder:
             for done, (path, make) in enumerate(mine, start=1):
                 with self.measured(again=done == 1) if self.measured else nullcontext():
                     tensors = make()
-                _save(path, tensors)
+                save_tensors(path, tensors)
                 if phase:
                     phase.update(min(done * processes, len(missing)))
         self.accelerator.wait_for_everyone()
         for path, make in missing:  # another machine's disk may not be this one's
-            if not path.exists():
-                _save(path, make())
+            if not is_whole(path):
+                save_tensors(path, make())
         for module in modules:
             module.to("cpu")
         if self.accelerator.device.type == "cuda":
@@ -509,8 +525,27 @@ def _variants(
     return [replace(crop, flip=flip) for crop in crops for flip in flips]
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write one file of the cache, whole or not at all."""
+def is_whole(path: Path) -> bool:
+    """Whether a file of tensors is there, as long as its header says; what was cut or emptied is not."""
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= size - 8:
+                return False
+            header = json.loads(file.read(length))
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        return bool(ends) and 8 + length + max(ends) == size
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return False
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one file of the cache, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     with atomic_file(path) as temporary:
         # safetensors' own way into a file has a temporary name that nobody can tell from another process's.
         temporary.write_bytes(

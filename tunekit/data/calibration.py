@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tunekit.config import DataConfig, DreamboothData, SamplingConfig
-from tunekit.data.cache import CachedDataset, Draws, Encoder, together
+from tunekit.data.cache import CachedDataset, Draws, Encoder, is_whole, save_tensors, together
 from tunekit.data.images import Sample, scan_data
 from tunekit.diffusion.batch import Batch
 from tunekit.diffusion.noise import stable_seed
 from tunekit.diffusion.objectives import Objective
 from tunekit.diffusion.sampling import initial_latents, sample
-from tunekit.errors import ConfigError, output_errors
+from tunekit.errors import ConfigError
 from tunekit.families.family import Conditioning, Family, Frame, Pipeline
 
 if TYPE_CHECKING:
@@ -228,7 +227,7 @@ def _drawn(
         / f"{hashlib.sha256(f'{settings} {seed + i} {prompt}'.encode()).hexdigest()[:32]}.safetensors"
         for i, prompt in enumerate(prompts)
     ]
-    missing = [index for index, path in enumerate(files) if not path.exists()]
+    missing = [index for index, path in enumerate(files) if not is_whole(path)]
     denoiser = family.denoiser(pipeline).to(device)
     if missing:
         say(f"drawing {len(missing)} pictures to learn from")
@@ -251,11 +250,7 @@ def _drawn(
             seeds=[seed + index for index in part],
         )
         for index, row in zip(part, latents.float().cpu(), strict=True):
-            files[index].parent.mkdir(parents=True, exist_ok=True)
-            with output_errors(files[index]):
-                aside = files[index].with_suffix(".tmp")
-                save_file({"moments": torch.cat([row, torch.zeros_like(row)])}, aside)
-                aside.replace(files[index])
+            save_tensors(files[index], {"moments": torch.cat([row, torch.zeros_like(row)])})
     samples = [
         Sample(f"drawn/{index}", prompt, width, height, files[index].stem, str(files[index]), bytes)
         for index, prompt in enumerate(prompts)

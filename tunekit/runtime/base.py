@@ -12,6 +12,7 @@ from torch import Tensor
 from tunekit.artifacts import Artifact
 from tunekit.config import SamplingConfig
 from tunekit.families.family import DTYPES, Conditioning, Family, Frame, Pipeline
+from tunekit.families.prompts import cuts, tokenizers
 from tunekit.runtime.tiles import decode_in_tiles
 
 
@@ -101,15 +102,8 @@ class Runtime:
 
     def unread(self, prompt: str) -> str:
         """The end of a prompt that is too long for a text encoder, which does not read it; "" if it fits."""
-        for encoder in self.family.facts.encoders:
-            tokenizer = getattr(self.pipeline, encoder.tokenizer)
-            tokens = tokenizer(prompt, truncation=False, verbose=False).input_ids
-            most = int(tokenizer.model_max_length)
-            if len(tokens) > most:
-                # Both ends of what is read are marks, and the last of all is one.
-                lost = tokenizer.decode(tokens[most - 1 :], skip_special_tokens=True)
-                return str(lost).strip()
-        return ""
+        found = cuts(tokenizers(self.family.facts, self.pipeline), [prompt])
+        return found[0].lost if found else ""
 
     def close(self) -> None:
         """Let go of the model's memory."""
