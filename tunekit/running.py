@@ -37,7 +37,8 @@ from tunekit.artifacts import (
 )
 from tunekit.config import CLASS_BATCH, Loaded, SamplingConfig, TrainingRunConfig, dump_yaml
 from tunekit.data.cache import Encoder, Stream
-from tunekit.data.images import Scan
+from tunekit.data.dreambooth import own_pictures
+from tunekit.data.images import Sample, Scan
 from tunekit.diffusion.objectives import Objective, configured, scheduler_changes
 from tunekit.errors import AdapterError, ArtifactError, OutOfMemory
 from tunekit.families.family import DTYPES, Conditioning, Family, FamilyFacts, Pipeline
@@ -55,6 +56,8 @@ from tunekit.runtime import Runtime, sample_pixels, to_images
 from tunekit.tasks import Task
 from tunekit.training.checkpoint import (
     BASE,
+    CLASS,
+    DATA,
     INITIAL,
     MASKS,
     STEPS,
@@ -62,11 +65,13 @@ from tunekit.training.checkpoint import (
     compare_identities,
     identity,
     only_writer,
+    pictures_hash,
     weights_hash,
 )
 from tunekit.training.evaluation import Previewer
 from tunekit.training.facts import kohya_facts
 from tunekit.training.loop import Hooks, Result, train
+from tunekit.training.pictures import changes, keep
 from tunekit.training.run import Processes, build_optimizer, close_accelerator, on_main, open_accelerator
 from tunekit.training.tracking import Tracker
 from tunekit.units import format_bytes, format_count
@@ -131,7 +136,21 @@ class Run:
     @property
     def identity(self) -> dict[str, Any]:
         """What is learned, see `checkpoint.identity`."""
-        return identity(self.config, self.scan.samples, self._known)
+        groups = self._pictures
+        known = {CLASS: pictures_hash(groups[CLASS])} if CLASS in groups else {}
+        return identity(self.config, self.scan.samples, {**self._known, **known})
+
+    @cached_property
+    def _pictures(self) -> dict[str, Sequence[Sample]]:
+        """What the run learns from, by key of its identity; of the class, what it has not drawn itself."""
+        found: dict[str, Sequence[Sample]] = {DATA: self.scan.samples}
+        if getattr(self._data, "class_prompt", None) is not None:
+            found[CLASS] = own_pictures(self.scan.prior)[: self._data.class_pictures]
+        return found
+
+    @cached_property
+    def _changes(self) -> dict[str, str]:
+        return changes(self.folder.path, self._pictures)
 
     def _know(self) -> None:
         """Look at the weights that the run starts from; those of the hub may be here only once loaded."""
@@ -181,11 +200,12 @@ class Run:
         step = Artifact.load(trained).step if trained else None
         details = step.details if step else None
         if trained and details and "identity" in details:
-            compare_identities(details["identity"], self.identity, trained)
+            compare_identities(details["identity"], self.identity, trained, self._changes)
         begun = self._checkpoints.check()
         self.accelerator.wait_for_everyone()
         if self.main:
             write_text(self.folder.config, dump_yaml(self.given))
+            keep(self.folder.path, self._pictures)
             if self.plan is not None:
                 self._write_plan(self.plan)
         if details and int(details.get("step", 0)) >= self.config.train.max_steps:
@@ -371,7 +391,8 @@ class Run:
 
     @property
     def _checkpoints(self) -> Checkpoints:
-        return Checkpoints(self.folder.checkpoints, self.identity, self.config.train.keep_checkpoints)
+        kept = self.config.train.keep_checkpoints
+        return Checkpoints(self.folder.checkpoints, self.identity, kept, self._changes)
 
     def _watch(
         self, pipeline: Pipeline, fitted: Fitted | None = None, optimizer: torch.optim.Optimizer | None = None
@@ -639,7 +660,9 @@ def open_run(config: TrainingRunConfig, loaded: Loaded) -> Iterator[Run]:
         OutputError: the folder cannot be written.
         OutOfMemory: while it trained; its `replan` says whether to start again at once.
     """
-    found = preconditions.look(loaded, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    first = os.environ.get("RANK", "0") == "0"
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    found = preconditions.look(loaded, processes=processes, progress=console() if first else None)
     found.check()
     assert found.scan is not None
     settled, plan = planning.settle(config, Processes.of(config.memory.device))
@@ -647,6 +670,8 @@ def open_run(config: TrainingRunConfig, loaded: Loaded) -> Iterator[Run]:
     meter = Meter(accelerator.device, active=False)
     folder, main = RunFolder(config.run_dir), bool(accelerator.is_main_process)
     run = Run(settled, config, folder, accelerator, main, meter, found.scan, found.chain, plan)
+    for line in found.notes:
+        run.say(line)
     with _held(run):
         try:
             yield run

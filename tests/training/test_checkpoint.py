@@ -25,9 +25,10 @@ from tunekit.config import (
 )
 from tunekit.data.images import Sample
 from tunekit.errors import ArtifactError, ResumeError
-from tunekit.training import checkpoint
+from tunekit.training import checkpoint, pictures
 from tunekit.training.checkpoint import (
     BASE,
+    CLASS,
     INITIAL,
     MASKS,
     Checkpoints,
@@ -353,3 +354,39 @@ def test_a_killed_writer_leaves_no_lock(tmp_path: Path) -> None:
     began = time.monotonic()
     with only_writer(tmp_path):
         assert time.monotonic() - began < 5
+
+
+def test_class_pictures_are_compared_where_both_runs_know_them() -> None:
+    usual = config()
+
+    def of(*contents: str) -> dict[str, Any]:
+        known = {CLASS: checkpoint.pictures_hash([sample(content) for content in contents])}
+        return identity(usual, [sample()], known)
+
+    before = identity(usual, [sample()])  # as runs of before have it
+    compare_identities(before, of("aa"), Path("runs/x"))
+    compare_identities(of("aa"), of("aa"), Path("runs/x"))
+    with pytest.raises(ResumeError, match=r"data\.class_path \(its pictures\): \w{8}\.\.\. then"):
+        compare_identities(of("aa"), of("bb"), Path("runs/x"))
+
+
+def test_what_changed_about_pictures_is_named(tmp_path: Path) -> None:
+    def named(name: str, content: str = "aa", caption: str = "a fox") -> Sample:
+        return Sample(name, caption, 64, 64, content, name, lambda: b"")
+
+    before = [named("a.png"), named("b.png"), named("c.png"), named("d.png")]
+    now = [named("a.png"), named("b.png", "bb"), named("c.png", caption="a dog"), named("new.png")]
+    key = "data (its pictures or captions)"
+    assert pictures.changes(tmp_path, {key: now}) == {}  # a run of before
+    pictures.keep(tmp_path, {key: before})
+    assert pictures.changes(tmp_path, {key: before}) == {}
+    found = pictures.changes(tmp_path, {key: now})
+    words = "added new.png; removed d.png; other pixels in b.png; another caption of c.png"
+    assert found == {key: words}
+    usual = config()
+    with pytest.raises(ResumeError, match=f"captions\\): {words}"):
+        compare_identities(identity(usual, before), identity(usual, now), tmp_path, found)
+    many = [named(f"{index:02d}.png") for index in range(30)]
+    assert pictures.changes(tmp_path, {key: [*before, *many]})[key].endswith("04.png and 25 more")
+    (tmp_path / pictures.NAME).write_text('{"version": 1, "groups": {"x": [1]}}')
+    assert pictures.changes(tmp_path, {key: now}) == {}

@@ -66,7 +66,8 @@ FREE = (
 )
 """Keys that do not change what is learned: they may differ between the lives of one run."""
 BASE, INITIAL, MASKS = "model (its weights)", "adapter.init (its weights)", "adapter.dropout (its masks)"
-LATER = (BASE, MASKS)
+DATA, CLASS = "data (its pictures or captions)", "data.class_path (its pictures)"
+LATER = (BASE, MASKS, CLASS)
 """Parts of an identity that runs of before lack, and that are not always known: compared where both are."""
 STEPS = "train.max_steps"
 
@@ -80,7 +81,7 @@ def identity(
     may grow (see `compare_identities`) and not shrink.
 
     Args:
-        known: hashes of weights by `BASE` and `INITIAL`, as far as there are any.
+        known: hashes of weights by `BASE` and `INITIAL`, of pictures by `CLASS`, as far as there are any.
 
     Returns:
         Dotted key -> JSON-able value.
@@ -101,13 +102,18 @@ def identity(
         if kept.get(f"objective.{name}") == default:
             del kept[f"objective.{name}"]  # as in runs from before there was a choice
     kept["train.snr_gamma"] = kept.pop("objective.snr_gamma", None)  # its name in runs of before
-    digest = hashlib.blake2b(digest_size=16)
-    for sample in samples:
-        digest.update(json.dumps([sample.id, sample.content, sample.caption]).encode())
     later = {key: value for key, value in (known or {}).items() if value is not None}
     if config.adapter is not None and config.adapter.dropout:
         later[MASKS] = "by sample"
-    return {**kept, **later, "data (its pictures or captions)": digest.hexdigest()}
+    return {**kept, **later, DATA: pictures_hash(samples)}
+
+
+def pictures_hash(samples: Iterable[Sample]) -> str:
+    """Hash of pictures and captions, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for sample in samples:
+        digest.update(json.dumps([sample.id, sample.content, sample.caption]).encode())
+    return digest.hexdigest()
 
 
 def weights_hash(files: Iterable[Path]) -> str | None:
@@ -153,11 +159,13 @@ class Checkpoints:
         folder: `runs/<name>/checkpoints`.
         identity: what this run learns, see `identity`.
         keep: how many of the newest stay.
+        changes: what differs from the run before, in words, by key of the identity, as far as it is known.
     """
 
     folder: Path
     identity: Mapping[str, Any]
     keep: int = 2
+    changes: Mapping[str, str] = field(default_factory=dict)
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint."""
@@ -244,7 +252,7 @@ class Checkpoints:
             raise ResumeError(
                 f"in version {state.version} of the format, this tunekit reads {VERSION}", where=str(path)
             )
-        compare_identities(state.identity, self.identity, path)
+        compare_identities(state.identity, self.identity, path, self.changes)
         figures = {name: value for name, value in state.metrics.items() if value is not None}
         return {**state.model_dump(), "metrics": figures}
 
@@ -253,11 +261,16 @@ def _damaged(path: Path, error: object) -> ResumeError:
     return ResumeError(f"the checkpoint is damaged ({error})", where=str(path), hint=REMEDY)
 
 
-def compare_identities(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+def compare_identities(
+    saved: Mapping[str, Any], now: Mapping[str, Any], path: Path, changes: Mapping[str, str] | None = None
+) -> None:
     """Refuse to continue `path`, made by a run that learned something else.
 
     `train.max_steps` may grow under any schedule: steps that were made keep the learning rates they had, and
     those to come follow the curve of the new length.
+
+    Args:
+        changes: what differs, in words, by key; without, both values are shown.
 
     Raises:
         ResumeError: naming the keys that differ.
@@ -272,7 +285,11 @@ def compare_identities(saved: Mapping[str, Any], now: Mapping[str, Any], path: P
     )
     if not changed:
         return
-    lines = "\n".join(f"  {key}: {_shown(saved, key)} then, {_shown(now, key)} now" for key in changed)
+    known = changes or {}
+    lines = "\n".join(
+        f"  {key}: {known.get(key) or f'{_shown(saved, key)} then, {_shown(now, key)} now'}"
+        for key in changed
+    )
     raise ResumeError(
         f"cannot continue, the configuration has changed since:\n{lines}",
         where=str(path),
@@ -282,7 +299,7 @@ def compare_identities(saved: Mapping[str, Any], now: Mapping[str, Any], path: P
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
     value = values.get(key)
-    hashed = key in (BASE, INITIAL) or key.startswith("data (")
+    hashed = key in (BASE, INITIAL, DATA, CLASS)
     return f"{str(value)[:8]}..." if hashed else json.dumps(value)
 
 
