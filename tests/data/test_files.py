@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tunekit.config import DataConfig, DreamboothData
@@ -312,6 +314,28 @@ def test_other_subfolders_are_read_whatever_they_are_called(
 
 def test_a_split_without_effect_is_said(pictures: Path) -> None:
     assert "data.split=test has no effect" in said(scan(pictures, split="test"))
+
+
+@pytest.mark.parametrize("key", ["image_column", "caption_column"])
+def test_a_column_without_effect_is_said(pictures: Path, key: str) -> None:
+    assert f"data.{key}=what has no effect" in said(scan(pictures, **{key: "what"}))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=40) | st.text(max_size=20).map(str.encode))
+def test_any_caption_is_a_text_or_a_problem(
+    tmp_path: Path, make_pictures: MakePictures, content: bytes
+) -> None:
+    if not (tmp_path / "00.png").exists():
+        make_pictures(tmp_path, 1)
+    (tmp_path / "00.txt").write_bytes(content)
+    found = scan(tmp_path)
+    if found.samples:
+        assert found.problems == ()
+        assert found.samples[0].caption == " ".join(content.decode("utf-8-sig").split()) != ""
+    else:
+        (problem,) = found.problems
+        assert "not UTF-8" in problem.what or problem.what == "the caption is empty"
 
 
 def test_walking_leaves_no_file_out(tmp_path: Path) -> None:

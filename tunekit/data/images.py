@@ -267,6 +267,9 @@ def _list(path: str, split: str, columns: tuple[str | None, str | None], key: st
     )
     if tree is whole and split != "train" and not (place / split).is_dir():
         made.notes.append(f"data.split={split} has no effect: there are no sub-folders of splits in {path}")
+    for name, column in zip(("image_column", "caption_column"), columns, strict=True):
+        if column is not None and not tree.metadata:
+            made.notes.append(f"data.{name}={column} has no effect: there is no metadata file in {path}")
     fix = ""
     unread = "captions beside pictures that a metadata file decides about"
     if key:
