@@ -690,7 +690,7 @@ def _grid(rows: Sequence[Sequence[Image.Image]], heads: Sequence[str]) -> Image.
     return whole
 
 
-def _picture_path(out: Path, prompt: str, seed: str) -> Path:
+def _picture_path(out: Path, prompt: str, seed: str | int) -> Path:
     if out.suffix.lower() == ".png":
         return out
     slug = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60] or "picture"

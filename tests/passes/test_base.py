@@ -44,6 +44,7 @@ from tunekit.resources import Source
 
 QUIET: Callable[[str], None] = lambda line: None  # noqa: E731
 RTX = BuildTensorrt(devices=["rtx-4090"])
+USUAL = Start("torch", "sd15", Source("stable-diffusion-v1-5/stable-diffusion-v1-5"))
 TINY = Start("torch", "sd15", Source("tiny"))
 
 
@@ -464,6 +465,7 @@ def test_what_an_earlier_chain_did_is_known(start: Artifact, tmp_path: Path):
         ([ExportOnnx(), Quantize(keep=["up_blocks.9"])], TINY, "no 9 in up_blocks; there are 0, 1"),
         ([Prune(keep=["up_blocks.-3"])], TINY, '"up_blocks.-3" names nothing'),
         ([Prune(keep=["mid_blok"])], TINY, 'did you mean "mid_block"'),
+        ([Prune(keep=["up_blocks.4"])], USUAL, "no 4 in up_blocks; there are 0, 1, 2, 3"),
     ],
 )  # fmt: skip
 def test_what_could_only_fail_later_is_said_before(chain: list[Pass], start_: Start, message: str):

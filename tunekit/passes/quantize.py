@@ -78,8 +78,9 @@ class Quantize(Pass):
     means what the family knows to be sensitive, such as its first and last layer and the time embedding."""
     components: Annotated[Names, DISTINCT] | None = Field(None, min_length=1)
     """Folders to quantize; null means the denoiser of a torch model, the denoiser and the VAE of an ONNX one.
-    The text encoders stay floats: they are small, and most of what int8 costs is lost in them. Others than
-    the denoiser are quantized weight_only: they run once per picture."""
+    The text encoders stay floats: they are small, and most of what int8 costs is lost in them (pictures of
+    builtin/emoji-64, weight_only: 40.5 dB, and 27.4 with the text encoder). Others than the denoiser are
+    quantized weight_only: they run once per picture."""
     samples: Count = 32
     """Calls of the denoiser that ranges are measured on."""
 

@@ -91,12 +91,12 @@ class Start:
         from tunekit import families
         from tunekit.families.sizes import with_config
 
-        if self.source.name == "tiny":
-            family = families.get(self.family)
-            return families.sizes_of(self.family, self.source).component(family.facts.denoiser_name).build()
-        part = families.planned(self.family).facts.denoiser
-        file = self.source.path / part.name / "config.json" if self.source.path else None
-        if file is None or not file.is_file():
+        part, path = families.planned(self.family).facts.denoiser, self.source.path
+        if path is None:  # "tiny", or on the hub: the usual base is known without asking
+            sizes = families.sizes_of(self.family, self.source)
+            return None if sizes.assumed else sizes.component(part.name).build()
+        file = path / part.name / "config.json"
+        if not file.is_file():
             return None
         return with_config(part, json.loads(file.read_text(encoding="utf-8"))).build()
 
