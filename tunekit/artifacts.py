@@ -397,7 +397,10 @@ class Artifact:
         return artifact
 
 
-FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".json", ".yaml", ".png", ".zip")
+FILES = (
+    *(".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf", ".onnx"),
+    *(".json", ".yaml", ".yml", ".txt", ".md", ".png", ".jpg", ".jpeg", ".webp", ".zip", ".tar"),
+)
 """How names end that are meant as files, and not as a repository of the hub."""
 OPENED = ("revision", "variant", "allow_pickle")
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tunekit import families, layers, workspace
-from tunekit.artifacts import open_artifact
+from tunekit.artifacts import Artifact, open_artifact
 from tunekit.config import SamplingConfig
 from tunekit.diffusion.sampling import sampler
 from tunekit.errors import ArtifactError, MissingPackageError, ModelError
@@ -327,6 +327,22 @@ def test_of_several_variants_one_has_to_be_named(folder: Path) -> None:
     assert "there is: bf16, fp16" in refused(folder, variant="fp8")
 
 
+def test_the_variant_is_named_where_pictures_are_drawn(folder: Path, tmp_path: Path) -> None:
+    in_variant(folder, "fp16", "bf16")
+    with pytest.raises(ModelError, match="several variants"):
+        workspace.generate(str(folder), "a", device="cpu", steps=1)
+    (picture,) = workspace.generate(str(folder), "a", device="cpu", steps=1, variant="fp16")
+    assert picture.size == (64, 64)
+    (path,) = workspace.draw(
+        str(folder), ["a"], SamplingConfig(steps=1), out=tmp_path / "out", variant="bf16", device="cpu"
+    )
+    assert path.is_file()
+    onnx = Artifact(None, None, "onnx", "sd15", "model")
+    with pytest.raises(ArtifactError, match="no effect on a model in onnx"):
+        onnx.in_variant("fp16")
+    assert onnx.in_variant(None) is onnx
+
+
 def as_class(folder: Path, name: str) -> None:
     write(folder / "model_index.json", lambda index: index.update(_class_name=name))
 
@@ -362,6 +378,28 @@ def with_unet(folder: Path, **config: Any) -> None:
 def test_components_that_make_no_model_of_the_family(folder: Path, config: Any, words: str) -> None:
     with_unet(folder, **config)
     assert words in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("unet", "sample_size", 16.5),
+        ("unet", "sample_size", [16]),
+        ("unet", "sample_size", None),
+        ("vae", "scaling_factor", 0),
+        ("vae", "scaling_factor", float("nan")),
+        ("vae", "shift_factor", "x"),
+    ],
+)
+def test_a_size_or_a_scale_that_is_no_number(folder: Path, file: str, key: str, value: Any) -> None:
+    write(folder / file / "config.json", lambda config: config.update({key: value}))
+    assert key in refused(folder)
+
+
+def test_a_schedule_that_cannot_be_made(folder: Path) -> None:
+    config = folder / "scheduler" / "scheduler_config.json"
+    write(config, lambda content: content.update(timestep_spacing=9))
+    assert "does not describe a PNDMScheduler" in refused(folder)
 
 
 def test_a_vae_of_another_kind(folder: Path) -> None:

@@ -20,7 +20,7 @@ class ModelConfig(Section):
     revision: Word | None = None
     """Branch, tag or commit on the hub."""
     variant: Word | None = None
-    """Weight file variant on the hub, such as fp16."""
+    """Variant of the weight files, such as fp16; null takes the plain ones, or the only ones in a folder."""
     allow_pickle: bool = False
     """Accept .bin and .ckpt files (still loaded as weights only)."""
 

@@ -7,6 +7,7 @@ the tensors that were found so.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import re
@@ -248,7 +249,7 @@ def _find_network(
     config = read_json(folder / "config.json")
     files = weight_files(folder, source.variant, allow_pickle=source.allow_pickle)
     if not files:
-        raise _no_weights(folder)
+        raise _no_weights(folder, on_hub=source.path is None)
     closed = headers and files[0].suffix in PICKLES
     entries = {} if closed else weights.entries(files, allow_pickle=source.allow_pickle)
     network = _built(part, config, str(folder / "config.json"), None if closed else len(entries))
@@ -265,7 +266,7 @@ def _class_of(named: Any) -> str:
     return f"a {named[1]}" if isinstance(named, list) and len(named) == 2 else f"said to be {named!r}"
 
 
-def _no_weights(folder: Path) -> ModelError:
+def _no_weights(folder: Path, *, on_hub: bool) -> ModelError:
     pickles = [
         file
         for file in sorted(folder.iterdir())
@@ -284,7 +285,10 @@ def _no_weights(folder: Path) -> ModelError:
     if broken:
         return ModelError(f"{broken[0]} is a link to a file that is gone", where=str(folder))
     names = " or ".join(f"{stem}.safetensors" for stem in weights.WEIGHTS if stem != "pytorch_model")
-    return ModelError("its weights are missing", where=str(folder), hint=f"looked for {names}")
+    hint = f"looked for {names}"
+    if on_hub:
+        hint += "; if the repository has them as fp16 alone: model.variant=fp16, or --variant fp16"
+    return ModelError("its weights are missing", where=str(folder), hint=hint)
 
 
 def _built(part: Component, config: Mapping[str, Any] | None, where: str, count: int | None) -> nn.Module:
@@ -348,9 +352,11 @@ def _scheduler(path: Path, index: Mapping[str, Any]) -> Any:
             f"scheduler: {error.message}", where=str(path / MODEL_INDEX), hint=error.hint
         ) from error
     try:
-        return made.from_config(config)
-    except Exception as error:
+        scheduler = made.from_config(config)
+        copy.deepcopy(scheduler).set_timesteps(2)
+    except Exception as error:  # whatever a wrong value leads to in there
         raise ModelError(f"does not describe a {named[1]}: {_reason(error)}", where=str(file)) from error
+    return scheduler
 
 
 def _tokenizer(path: Path, index: Mapping[str, Any], part: Component) -> Any:

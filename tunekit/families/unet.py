@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,17 @@ def misfits(parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]
     """Why components do not make up a model that is trained and drawn here; see `loading.Misfits`."""
     found = []
     unet, vae = parts["unet"].config, parts["vae"].config
+    size = unet.sample_size
+    if not all(
+        _is_count(side) for side in (size if isinstance(size, list | tuple) and len(size) == 2 else [size])
+    ):
+        found.append(f"its U-Net has sample_size {size!r}: one or two whole numbers are needed")
+    scale, shift = vae.scaling_factor, getattr(vae, "shift_factor", None) or 0.0
+    if (
+        not all(isinstance(number, int | float) and math.isfinite(number) for number in (scale, shift))
+        or not scale
+    ):
+        found.append(f"its VAE has scaling_factor {scale!r} and shift_factor {shift!r}: numbers are needed")
     first = tensors.get("unet", {}).get("conv_in.weight")
     taken = first.shape[1] if first and len(first.shape) > 1 else unet.in_channels
     if taken != vae.latent_channels:
@@ -69,6 +81,10 @@ def misfits(parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]
     except TunekitError as error:
         found.append(f"{error.message}; {error.hint}" if error.hint else error.message)
     return found
+
+
+def _is_count(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number > 0
 
 
 # Sizes ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tunekit.families.loading import weight_files
 from tunekit.families.sizes import Sizes
+from tunekit.families.weights import entries
 from tunekit.resources import Source
 
 NAMES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
@@ -49,10 +50,11 @@ def stored(sizes: Sizes, source: Source) -> dict[str, Stored]:
 
 
 def _dtype(file: Path) -> str:
-    """The type of most tensors in a file."""
-    from safetensors import safe_open
+    """The type of most tensors in a file.
 
-    with safe_open(file, "pt") as opened:
-        kinds = [opened.get_slice(key).get_dtype() for key in opened.keys()]  # noqa: SIM118 (not a mapping)
+    Raises:
+        ModelError: it is damaged.
+    """
+    kinds = [entry.dtype for entry in entries([file]).values()]
     known = [NAMES[kind] for kind in kinds if kind in NAMES]
     return max(set(known), key=known.count, default="fp32")
