@@ -28,8 +28,10 @@ from tunekit.adapters import (
     merge_adapter,
     read_adapter,
     to_kohya,
+    to_peft,
 )
-from tunekit.adapters.delta import deltas_of, modules_of
+from tunekit.adapters.delta import changeable, deltas_of, modules_of
+from tunekit.adapters.names import places_of
 from tunekit.config import AdapterConfig, SamplingConfig
 from tunekit.diffusion.metrics import relative_error
 from tunekit.families import Family
@@ -160,9 +162,14 @@ IN_RESNETS = {
 
 def kohya_names_of_unet(unet: nn.Module) -> dict[str, str]:
     """Key in a kohya file -> module path in diffusers."""
-    paths = linear_layers(unet)
     if unet.config.addition_embed_type != "text_time":  # type: ignore[union-attr]
-        return {"lora_unet_" + path.replace(".", "_"): path for path in paths}
+        return {"lora_unet_" + path.replace(".", "_"): path for path in linear_layers(unet)}
+    return published_names_of_unet(unet)
+
+
+def published_names_of_unet(unet: nn.Module) -> dict[str, str]:
+    """Key in a file of the names that a U-Net was published with -> module path in diffusers."""
+    paths = linear_layers(unet)
     names = {}
     for theirs, ours in sgm_places(unet.config).items():
         for path in paths:
@@ -337,6 +344,13 @@ def test_text_encoders_in_kohya_files(
         difference = largest_difference(updates_in(family, loaded), updates)
         print(f"in diffusers {difference:.1e}")
         assert difference <= TOLERANCE
+    # PEFT's layout needs no header to be read rightly.
+    bare, loaded, merged = write(tmp_path / "bare.safetensors", to_peft(deltas)), family.tiny(), family.tiny()
+    merge_adapter(merged, family, bare)
+    assert largest_difference(changed(family, merged), updates) <= TOLERANCE
+    if kind == "lora":  # with transformers 5, diffusers loses the lengths of text encoders
+        load_in_diffusers(loaded, bare)
+        assert largest_difference(updates_in(family, loaded), updates) <= TOLERANCE
 
 
 def test_files_that_diffusers_writes(family: Family, kind: str, tmp_path: Path, train: Train) -> None:
@@ -383,6 +397,18 @@ def test_names_at_full_size(name: str, adapted: dict[str, int]) -> None:
         ends = tuple(f".{end}" for end in (*family.facts.lora_targets, *IN_ENCODERS))
         assert sum(path.endswith(ends) for path in names) == adapted[component]
     assert len(set(every)) == len(every)  # no name could be two modules
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd2", "sdxl"])
+def test_names_that_networks_were_published_with_are_read(name: str) -> None:
+    """A1111's and ComfyUI's users have them of every family."""
+    family = families.get(name)
+    unet = family.facts.denoiser.build()
+    places = places_of({"unet": changeable(unet)}, family)
+    names = published_names_of_unet(unet)
+    assert len(names) > 250
+    for key, path in names.items():
+        assert places[key] == places[key.replace("lora_unet", "diffusion_model")] == ("unet", path)
 
 
 def test_names_of_sdxl() -> None:

@@ -316,8 +316,8 @@ def modules_of(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def changeable(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that a file can change: those of `modules_of`, and the norms."""
-    return dict(_layers(module, "", (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)))
+    """Return the layers that a file can change: those of `modules_of`, the norms and the embeddings."""
+    return dict(_layers(module, "", (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding)))
 
 
 def weight_shape(layer: Any) -> tuple[int, ...]:

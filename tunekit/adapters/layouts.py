@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from tunekit.adapters.delta import (
@@ -149,23 +150,24 @@ def _parse(
         shapes = {key: tuple(state[key].shape) for key in unread}
         _refuse_or_tell(unread, bool(groups), shapes, modules, family)
     settings = _Settings.read(header, config, list(modules))
-    zeros = [
-        g.keys["alpha"] for g in groups.values() if "alpha" in g.tensors and not g.tensors["alpha"].any()
-    ]
-    if zeros:
-        said = f"alpha is 0 in {len(zeros)} modules of the adapter ({some(zeros)})"
-        report_warnings([f"{said}: taken for the rank, as kohya's tools mean it"])
     found: Deltas = {}
+    zeros = []
     for (component, path), group in groups.items():
         layer = modules[component][path]
         where = f"{component}.{path}"
-        delta = _delta(where, group, layer, settings.alpha(component, path, group))
+        alpha = settings.alpha(component, path, group)
+        if alpha == 0:
+            zeros.append(group.keys["alpha"])
+        delta = _delta(where, group, layer, alpha or None)
         if delta is not None:
             found.setdefault(component, {})[path] = delta
     for component, updates in found.items():
         settings.check_kinds(component, updates)
     if not found:
         raise AdapterError("it changes nothing: all of its differences are zero")
+    if zeros:
+        said = f"alpha is 0 in {len(zeros)} modules of the adapter ({some(zeros)})"
+        report_warnings([f"{said}: taken for the rank, as kohya's tools mean it"])
     return found
 
 
@@ -289,14 +291,15 @@ def _low_rank(where: str, group: _Group, tensors: State, layer: nn.Module, alpha
         raise AdapterError(
             f"{where} has an update and a whole difference: {some(sorted(group.keys.values()))}"
         )
-    scale = (len(tensors["down"]) if alpha is None else alpha) / len(tensors["down"])
     if "mid" in tensors:
+        rank = len(tensors["down"])  # which alpha is said for
         tensors = _without_mid(where, tensors)
+        alpha = (rank if alpha is None else alpha) / rank * len(tensors["down"])
     kinds = {frozenset(kind.peft_names): kind for kind in KINDS.values()}
     kind: type[Lora] = kinds[frozenset(tensors)]
     if kind is Dora:
         kind, tensors["magnitude"] = _magnitude(where, group, tensors["magnitude"], layer)
-    return kind.read(tensors, scale * len(tensors["down"]))
+    return kind.read(tensors, alpha)
 
 
 def _without_mid(where: str, tensors: State) -> State:
@@ -415,6 +418,8 @@ class _Settings:
         Raises:
             AdapterError: names the setting.
         """
+        if config is not None:
+            config = {"lora_alpha": LoraConfig().lora_alpha, **config}  # peft leaves nothing out, people do
         said: Any = {}
         if HEADER_KEY in header:
             try:
@@ -435,7 +440,7 @@ class _Settings:
     def alpha(self, component: str, path: str, group: _Group) -> float | None:
         """The strength of one module's update: its own tensor's, else the settings'; None: the rank."""
         if "alpha" in group.tensors:
-            return _alpha(group.keys["alpha"], group.tensors["alpha"]) or None
+            return _alpha(group.keys["alpha"], group.tensors["alpha"])
         part = self.parts[component]
         alpha = part.get("lora_alpha")
         patterns: Mapping[str, Any] = part.get("alpha_pattern") or {}
