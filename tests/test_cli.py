@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,74 @@ def test_cp(here: Path, tunekit_command: Command):
     unknown = tunekit_command("cp", "tiny/lorra", "x.yaml")
     assert unknown.returncode == 2
     assert unknown.stderr == 'error: there is no config or recipe "tiny/lorra"\ndid you mean "tiny/lora"?\n'
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_a_copy_has_a_head_and_a_name_of_its_own(here: Path, name: str):
+    """So that its commands work from where it lies, and two copies do not write into one run."""
+    from tunekit import workspace
+    from tunekit.config import load as load_config
+
+    for target in ("one.yaml", "my folder/two.yaml"):
+        (here / "my folder").mkdir(exist_ok=True)
+        copied = workspace.copy(name, target).read_text(encoding="utf-8")
+        known, *rest = copied.splitlines()
+        assert known.startswith("# yaml-language-server: $schema=")
+        assert json.loads(Path(known.partition("$schema=")[2]).read_text(encoding="utf-8"))["properties"]
+        assert "configs/" not in copied and "\nname:" not in copied
+        told = [line for line in rest if line.startswith("#   tunekit run ")]
+        assert all(shlex.split(line[1:])[2] == target for line in told)
+        stand_in = load_config(target, stand_in="x")
+        assert stand_in.config.run_dir == Path("runs") / Path(target).stem
+        assert f"runs/{Path(name).name}" not in copied or (Path(name).name == "lora" and "optimize" in name)
+
+
+@pytest.mark.parametrize("command", ["", "run", "explain"])
+def test_h_is_help(tunekit_command: Command, command: str):
+    assert "Usage: tunekit" in tunekit_command(*filter(None, [command]), "-h").stdout
+
+
+def test_completion(config: Path, here: Path, tunekit_command: Command):
+    (here / "mine").mkdir()
+    asked = {"_TUNEKIT_COMPLETE": "complete_bash", "COMP_WORDS": "tunekit check mi", "COMP_CWORD": "2"}
+    assert tunekit_command(env=asked).stdout.split() == ["mine/", "mine.yaml"]
+    asked |= {"COMP_WORDS": "tunekit check sd15/l"}
+    assert tunekit_command(env=asked).stdout.split() == ["sd15/lora"]
+    assert "--install-completion" in tunekit_command("--help").stdout
+
+
+def test_home_is_found_where_no_shell_expands_it(
+    config: Path, finished: RunFolder, pictures: Path, tunekit_command: Command
+):
+    """`--out=~/x` and `data.path=~/x` reach the command as they stand."""
+    home = {"HOME": str(config.parent), "USERPROFILE": str(config.parent)}
+    assert tunekit_command("show", "~/mine.yaml", env=home).returncode == 0
+    assert "fox" in tunekit_command("ls", "--runs=~/runs", env=home).stdout
+    assert tunekit_command("report", "~/runs/fox", env=home).returncode == 0
+    assert tunekit_command("cp", "tiny/lora", "~/new.yaml", env=home).returncode == 0
+    assert (config.parent / "new.yaml").is_file()
+    shutil.copytree(pictures, config.parent / "photos")
+    checked = tunekit_command("check", "mine.yaml", "data.path=~/photos", "runs=~/made", env=home)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_what_an_override_makes_idle_is_said(config: Path, tunekit_command: Command):
+    config.write_text(CONFIG + "preview: {prompts: [a], every: 2}\n")
+    shown = tunekit_command("show", "mine.yaml", "train.max_steps=1")
+    assert shown.stderr == (
+        "warning: mine.yaml:6: preview.every: has no effect: training ends before, at step 1"
+        " (by the command line); left out\n"
+    )
+    assert yaml.safe_load(shown.stdout)["preview"]["every"] is None
+
+
+def test_explain(tunekit_command: Command):
+    told = tunekit_command("explain", "learning_rate").stdout
+    assert "train.lr (key)\nHighest learning rate.\n" in told
+    assert "takes: a number above 0 to 100" in told
+    assert json.loads(tunekit_command("explain", "prune", "--json").stdout)[0]["kind"] == "pass"
+    refused = tunekit_command("explain", "prnue")
+    assert (refused.returncode, refused.stderr.splitlines()[-1]) == (2, 'did you mean "prune"?')
 
 
 GIVEN = {
@@ -376,6 +445,12 @@ def test_generate_draws_what_it_says(trained: tuple[Path, Any], tunekit_command:
         info = picture.text
     assert (info["prompt"], info["seed"], info["steps"], info["guidance"]) == ("a füchs", "6", "2", "3")
     assert (info["source"], info["software"].split()[0]) == ("runs/mine", "tunekit")
+
+
+def test_generate_finds_a_run_by_its_name(trained: tuple[Path, Any], tunekit_command: Command):
+    folder, _ = trained
+    run = tunekit_command("generate", "mine", "-p", "x", "--steps", "1", "--out=one.png", cwd=folder)
+    assert (run.returncode, run.stdout) == (0, "one.png\n"), run.stderr
 
 
 def test_generate_numbers_pictures_it_would_overwrite(here: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from tunekit.errors import (
 )
 from tunekit.files import atomic_file, clean_leftovers, directory_size, remove_folder
 from tunekit.registry import FAMILIES, PASSES, Registry, recipe_names, recipe_path
-from tunekit.resources import PACKAGE, builtin_names, configs_dir
+from tunekit.resources import PACKAGE, builtin_names, configs_dir, expand
 
 # What takes longer to import (pydantic, torch) is imported where it is used, so that `tunekit ls` answers at
 # once.
@@ -85,7 +86,7 @@ class RunState:
 def runs(folder: Path | str = RUNS) -> list[RunState]:
     """The runs in a folder of runs; one that is damaged is named, and hides no other."""
     found = []
-    for path in sorted(Path(folder).glob("*")):
+    for path in sorted(expand(folder).glob("*")):
         try:
             state = _run_state(path)
         except TunekitError as error:
@@ -117,7 +118,7 @@ def find_run(name: str) -> Path:
     Raises:
         ArtifactError: there is none.
     """
-    path = Path(name)
+    path = expand(name)
     if path.is_dir():
         return path
     if (RUNS / name).is_dir():
@@ -128,8 +129,17 @@ def find_run(name: str) -> Path:
     )
 
 
+def find_model(name: str) -> str:
+    """A model as `open_artifact` takes it; a run under `runs` also by its name alone."""
+    here = expand(name).exists() or name == "tiny"
+    return str(RUNS / name) if not here and (RUNS / name).is_dir() else name
+
+
 def copy(name: str, dest: Path | str, *, force: bool = False) -> Path:
-    """Copies a ready-made config or recipe; what a config extends is found from its new place too.
+    """Copies a ready-made config or recipe, to make it one's own.
+
+    A config gets a head of its own, with its new path, and the name of its file; what it extends is found
+    from its new place too, and its first line tells editors which keys there are.
 
     Args:
         name: as `inventory` has it.
@@ -143,7 +153,7 @@ def copy(name: str, dest: Path | str, *, force: bool = False) -> Path:
         ConfigError: nothing of that name.
         OutputError: the file is there already, or cannot be written.
     """
-    dest = Path(dest)
+    dest = expand(dest)
     key = name.removesuffix(".yaml").removesuffix(".py")
     is_recipe = key in recipe_names() and (key not in config_names() or dest.suffix == ".py")
     if not is_recipe and key not in config_names():
@@ -157,13 +167,29 @@ def copy(name: str, dest: Path | str, *, force: bool = False) -> Path:
         )
     text = source.read_text(encoding="utf-8")
     if not is_recipe:
-        # What a copy extends it must still find from its new place: by name among the ready-made ones.
-        def by_name(match: re.Match[str]) -> str:
-            base = (source.parent / match[2]).resolve()
-            return match[1] + base.relative_to(configs_dir().resolve()).as_posix()
-
-        text = re.sub(r"(?m)^(extends:\s*)([^\s#]+)", by_name, text)
+        text = _own(text, key, source, target)
     return write_text(target, text)
+
+
+def _own(text: str, key: str, source: Path, target: Path) -> str:
+    """The text of a ready-made config as that of a copy: with its path, its name, its schema."""
+    from tunekit.explain import SCHEMAS
+
+    def by_name(match: re.Match[str]) -> str:  # what it extends it must find from its new place
+        base = (source.parent / match[2]).resolve()
+        return match[1] + base.relative_to(configs_dir().resolve()).as_posix()
+
+    text = re.sub(r"(?m)^(extends:\s*)([^\s#]+)", by_name, text)
+    named = re.search(r"(?m)^name:\s*(\S+).*\n", text)
+    if named:
+        text = text.replace(named[0], "")  # the name is the file's again
+    text = re.sub(rf"\bconfigs/{re.escape(key)}\.yaml(?!\w)", lambda _: shlex.quote(target.as_posix()), text)
+    former = named[1] if named else source.stem
+    text = re.sub(rf"\bruns/{re.escape(former)}(?![\w-])", lambda _: f"runs/{target.stem}", text)
+    recipe = re.search(r"(?m)^recipe:\s*(\w+)", text)
+    schema = SCHEMAS / f"{recipe[1] if recipe else ''}.json"
+    known = f"# yaml-language-server: $schema={schema.as_posix()}\n" if schema.is_file() else ""
+    return known + text
 
 
 # Checking ---------------------------------------------------------------------------------------------------
@@ -451,7 +477,7 @@ def picture_plans(plans: Sequence[Plan], file: Path) -> Path:
         raise ConfigError(
             f"{len(plans)} plans do not go into one .svg", where="--picture", hint="give an .html file"
         )
-    return write_text(file, "\n".join(picture.draw(plan) for plan in plans))
+    return write_text(expand(file), "\n".join(picture.draw(plan) for plan in plans))
 
 
 # Drawing ----------------------------------------------------------------------------------------------------
@@ -594,7 +620,7 @@ def draw(
     grid: bool = opening.pop("grid", False)
     tiled: bool = opening.pop("tiled", False)
     say: Callable[[str], object] = opening.pop("say", lambda line: None)
-    out = Path(out)
+    out = expand(out)
     wanted = [(text, seed + index) for text in prompts for index in range(count)]
     one_file = out.suffix.lower() == ".png"
     if one_file and not grid and len(wanted) * max(1, len(scales)) > 1:
@@ -603,7 +629,7 @@ def draw(
             where="--out",
             hint="give a folder, or --grid",
         )
-    opened = open_artifact(source, family=opening.get("family")).in_variant(variant)
+    opened = open_artifact(find_model(source), family=opening.get("family")).in_variant(variant)
     if scales and opened.format != "adapter" and not opening.get("adapter"):
         raise ConfigError(
             f"a scale has no effect on {source}, which has no adapter that could be scaled",

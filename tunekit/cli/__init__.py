@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from tunekit.cli.configs import check, cp, ls, show
+from tunekit.cli.configs import check, cp, explain, ls, show
 from tunekit.cli.drawing import bench, generate
 from tunekit.cli.machine import doctor
 from tunekit.cli.plans import plan
@@ -21,10 +21,10 @@ from tunekit.errors import TunekitError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for _command in (ls, show, check, run, plan, generate, bench, report, prune_folders, doctor, cp):
+for _command in (ls, show, explain, check, run, plan, generate, bench, report, prune_folders, doctor, cp):
     app.command(_command.__name__.replace("_", "-"))(_command)
 
 

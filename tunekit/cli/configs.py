@@ -1,4 +1,4 @@
-"""Commands about configs: ls, show, check, cp."""
+"""Commands about configs: ls, show, explain, check, cp."""
 
 from __future__ import annotations
 
@@ -43,10 +43,12 @@ def show(
     schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of this config")] = False,
 ) -> None:
     """Print a config as it will be used: with what it extends, the overrides and all defaults."""
-    from tunekit.config import dump_yaml, load, load_schema
+    from tunekit.config import dump_yaml, load, recipe_of
 
     if schema:
-        screen.print_json(load_schema(config, overrides or ()).model_json_schema())
+        from tunekit.explain import schema as json_schema
+
+        screen.print_json(json_schema(recipe_of(config, overrides or ())))
         return
     loaded = load(config, overrides or ())
     report_warnings(loaded.warnings)
@@ -54,6 +56,29 @@ def show(
         screen.print_json(loaded.config.model_dump(mode="json"))
     else:
         print(dump_yaml(loaded.config, ascii_only=not screen.is_utf8()), end="")
+
+
+def explain(
+    name: Annotated[str, typer.Argument(help="key (train.lr, lr, prune.ratio), section, pass or optimizer")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a key, a pass or an optimizer is, and what it takes. Words of other trainers are known."""
+    from tunekit.explain import explain as explained
+
+    found = explained(name)
+    if as_json:
+        screen.print_json([asdict(item) for item in found])
+        return
+    console = screen.console()
+    for item in found:
+        screen.heading(console, f"{item.name} ({item.kind})")
+        for paragraph in item.about.split("\n\n"):
+            screen.say(console, " ".join(paragraph.split()))
+        for fact, text in item.facts.items():
+            screen.say(console, f"{fact}: {text}", "dim")
+        if item.keys:
+            rows = [(key, f"{about} ({takes})" if about else takes) for key, takes, about in item.keys]
+            screen.show_table(console, ("key", "what"), rows, words=True)
 
 
 def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:

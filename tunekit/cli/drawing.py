@@ -37,11 +37,15 @@ def _sampling(
 def generate(
     artifact: Annotated[
         str,
-        typer.Argument(help='run folder, adapter, any artifact, diffusers folder, hub id, or "builtin/..."'),
+        typer.Argument(
+            help='run (or its name), adapter, any artifact, diffusers folder, hub id, or "builtin/..."'
+        ),
     ],
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="may be given several times")],
     negative: Annotated[str | None, typer.Option(help="what not to draw")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of the first picture; the next ones count up")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="of the first picture; the next ones count up")
+    ] = 0,
     count: Annotated[int, typer.Option(min=1, help="pictures of each prompt")] = 1,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -152,10 +156,12 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure artifacts in turns: latency, size and peak memory, and the ratios to the first."""
+    from tunekit import workspace
     from tunekit.artifacts import open_artifact
     from tunekit.passes.benchmark import PROMPT, Settings, compare
 
-    opened = [open_artifact(artifact, family=family).in_variant(variant) for artifact in artifacts]
+    sources = [workspace.find_model(artifact) for artifact in artifacts]
+    opened = [open_artifact(source, family=family).in_variant(variant) for source in sources]
     console = screen.console(stderr=True)
     settings = Settings(
         prompts=tuple(prompt or [PROMPT]),

@@ -7,7 +7,23 @@ from typing import Annotated
 
 import typer
 
-Config = Annotated[str, typer.Argument(help="YAML file, or the name of a ready-made config (tunekit ls)")]
+
+def _configs(incomplete: str) -> list[str]:
+    """For completion: ready-made configs, files and folders."""
+    from tunekit.config import config_names
+
+    here = Path(incomplete).parent
+    near = [path.as_posix() + "/" * path.is_dir() for path in sorted(here.glob("*")) if path.is_dir()]
+    near += [path.as_posix() for pattern in ("*.yaml", "*.yml") for path in sorted(here.glob(pattern))]
+    return [name for name in [*near, *config_names()] if name.startswith(incomplete)]
+
+
+Config = Annotated[
+    str,
+    typer.Argument(
+        help="YAML file, or the name of a ready-made config (tunekit ls)", autocompletion=_configs
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="a.b=c ...", help="values that replace the config's")
 ]

@@ -454,18 +454,21 @@ def _is_idle_alone(schema: type[RunConfig], document: Document, path_or_name: st
             return any(trouble.is_idle for trouble in found.values())
 
 
-def load_schema(path_or_name: str | Path, overrides: Sequence[str] = ()) -> type[RunConfig]:
-    """The `Config` class of a config's recipe; the config itself may still lack required values."""
-    return _recipe_schema(read(path_or_name, overrides))
+def recipe_of(path_or_name: str | Path, overrides: Sequence[str] = ()) -> str:
+    """The recipe that a config names; the config itself may still lack required values."""
+    return _recipe(read(path_or_name, overrides))
+
+
+def _recipe(document: Document) -> str:
+    recipe = document.tree.get("recipe")
+    if not isinstance(recipe, str) or recipe == REQUIRED:
+        message = "recipe: is required: the name of a recipe, such as lora"
+        raise ConfigError(message, where=document.where(("recipe",)), key="recipe")
+    return recipe
 
 
 def _recipe_schema(document: Document) -> type[RunConfig]:
-    recipe = document.tree.get("recipe")
-    where = document.where(("recipe",))
-    if not isinstance(recipe, str) or recipe == REQUIRED:
-        message = "recipe: is required: the name of a recipe, such as lora"
-        raise ConfigError(message, where=where, key="recipe")
-    schema: type[RunConfig] = load_recipe(recipe, where=where).Config
+    schema: type[RunConfig] = load_recipe(_recipe(document), where=document.where(("recipe",))).Config
     return schema
 
 
