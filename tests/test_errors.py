@@ -11,10 +11,12 @@ from tunekit.errors import (
     Interrupted,
     MissingPackageError,
     NonFiniteError,
+    OutOfMemory,
     OutputError,
     TunekitError,
     VerificationFailed,
     did_you_mean,
+    from_outside,
     missing,
     output_errors,
     require,
@@ -72,6 +74,8 @@ def test_require_does_not_call_a_broken_package_absent(tmp_path, monkeypatch):
         PermissionError(errno.EACCES, "Permission denied"),
         OSError(errno.EROFS, "Read-only file system"),
         RuntimeError("safetensors: Io(Os { code: 28, message: No space left on device })"),
+        OSError(errno.ESTALE, "Stale file handle", "runs/.x.tmp-1/a"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "runs/.x.tmp-1"),
     ],
 )
 def test_output_errors_name_the_path(error: Exception):
@@ -81,9 +85,56 @@ def test_output_errors_name_the_path(error: Exception):
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("something else"), FileNotFoundError(errno.ENOENT, "No such file")]
+    "error",
+    [
+        ValueError("something else"),
+        FileNotFoundError(errno.ENOENT, "No such file"),
+        FileNotFoundError(errno.ENOENT, "No such file", "photos/a.png"),
+        RuntimeError("CUDA out of memory."),
+    ],
 )
 def test_output_errors_leave_others_alone(error: Exception):
     with pytest.raises(type(error)) as caught, output_errors("runs/x"):
         raise error
     assert caught.value is error
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
+def test_memory_that_runs_out_while_writing_names_the_path(error: Exception):
+    with pytest.raises(OutOfMemory, match="runs/x: memory ran out while"), output_errors("runs/x"):
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (MemoryError(), OutOfMemory, "memory ran out"),
+        (RuntimeError("could not create a primitive"), OutOfMemory, "could not create a primitive"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8"),
+            OutOfMemory,
+            "allocate",
+        ),
+        (
+            OSError(errno.EIO, "Input/output error", "a/.b.tmp-7/c"),
+            OutputError,
+            "a/b/c: could not be read or",
+        ),
+        (
+            OSError(errno.EMFILE, "Too many open files", "a/.b.c.old-7"),
+            OutputError,
+            "a/b.c: could not be read",
+        ),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), OutputError, "reset by peer"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), OutputError, "whoever read the output has gone"),
+        (RuntimeError("PytorchStreamWriter failed: file write failed"), OutputError, "input/output error"),
+    ],
+)
+def test_errors_of_the_system_become_messages(error: Exception, kind: type, text: str):
+    told = from_outside(error)
+    assert type(told) is kind and text in str(told) and told.exit_code == 1
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), RuntimeError("mat1 and mat2"), KeyError("x")])
+def test_bugs_stay_bugs(error: Exception):
+    assert from_outside(error) is None

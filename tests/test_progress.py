@@ -67,11 +67,11 @@ def test_what_is_done_in_between():
     wait_for(lines, 1)
     shown.doing("loading the model")
     wait_for(lines, 2)
-    shown.doing(None)
     assert [line.partition(":")[0] for line in lines[:2]] == ["starting", "loading the model"]
     lines.clear()
+    shown.say("found 3 pictures")
     time.sleep(0.3)
-    assert lines == []
+    assert lines == ["found 3 pictures"]
 
 
 def test_a_line_of_the_work_itself_ends_the_silence():
@@ -177,3 +177,15 @@ def test_on_terminals(term: str):
     assert "a line of its own" in text
     assert "1/100" in text and "2/100" in text and "loss 0.5" in text
     assert ("\x1b[" in text) == (term == "xterm")
+
+
+@pytest.mark.parametrize("logs", [True, False])
+def test_phases_stand_beside_what_a_command_gives(capsys: pytest.CaptureFixture[str], logs: bool):
+    shown = Progress()
+    shown.logs = logs
+    with shown.phase("reading"):
+        time.sleep(0.3)
+        shown.say('{"version": 1}')
+    out, err = capsys.readouterr()
+    assert ("reading" in out, "reading" in err) == (logs, not logs)
+    assert out.endswith('{"version": 1}\n')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib.util
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -214,17 +215,65 @@ def _output_errno(error: BaseException) -> int | None:
 
 @contextmanager
 def output_errors(path: Path | str) -> Iterator[None]:
-    """Turns "disk full" and its kin, from Python or native writers, into an OutputError naming `path`."""
+    """Turns errors of the system while `path` is written, from Python or native writers, into an OutputError.
+
+    Raises:
+        OutOfMemory: there was no memory to write it with.
+    """
     try:
         yield
     except TunekitError:
         raise
     except Exception as error:
+        if is_out_of_memory(error) and not isinstance(error, RuntimeError):
+            raise OutOfMemory("memory ran out while it was written", where=str(path)) from error
         number = _output_errno(error)
-        if number is None:
+        if number is None and not (isinstance(error, OSError) and _concerns(error, Path(path))):
             raise
         raise OutputError(
-            f"could not write: {_OUTPUT_ERRNOS[number]}",
+            f"could not write: {_why(error)}",
             where=str(path),
             hint="nothing half-written was left; free some space or choose another folder, then run again",
         ) from error
+
+
+def _why(error: BaseException) -> str:
+    number = _output_errno(error)
+    if number is not None:
+        return _OUTPUT_ERRNOS[number]
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().partition("\n")[0]
+
+
+def _concerns(error: OSError, path: Path) -> bool:
+    """Whether an error is about something beside or below `path`, and not what was read meanwhile."""
+    name = error.filename
+    return isinstance(name, str) and Path(name).absolute().is_relative_to(path.absolute().parent)
+
+
+_TEMPORARY = re.compile(r"\.(.+)\.(?:tmp|old)(?:-\d+)?")
+
+
+def from_outside(error: BaseException) -> TunekitError | None:
+    """What an error of the system, or of an allocator, says to who runs a command; None for any other.
+
+    Paths are those that a file has once it is whole.
+    """
+    if is_out_of_memory(error):
+        said = _why(error)
+        return OutOfMemory(
+            f"memory ran out ({said})" if said != "MemoryError" else "memory ran out",
+            hint="close other programs, or use less: memory.budget=auto plans a training that fits",
+        )
+    if not isinstance(error, OSError) and _output_errno(error) is None:
+        return None
+    if isinstance(error, BrokenPipeError):
+        return OutputError("whoever read the output has gone", hint="send it to a file instead: ... > log")
+    name = error.filename if isinstance(error, OSError) else None
+    where = None
+    if isinstance(name, str):
+        where = str(Path(*(match[1] if (match := _TEMPORARY.fullmatch(p)) else p for p in Path(name).parts)))
+    return OutputError(
+        f"could not be read or written: {_why(error)}" if where else f"the system says: {_why(error)}",
+        where=where,
+        hint="what is finished stays; set TUNEKIT_DEBUG=1 to see where in the program it happened",
+    )

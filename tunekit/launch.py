@@ -1,13 +1,13 @@
-"""How a recipe starts: `accelerate launch recipes/x.py --config CONFIG a.b=c`, or through `tunekit run`."""
+"""How a recipe starts: `tunekit run`, or `accelerate launch recipes/x.py --config CONFIG a.b=c`."""
 
 from __future__ import annotations
 
 import argparse
 import ctypes
 import gc
-import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +19,8 @@ from types import FrameType
 from typing import TypeVar
 
 from tunekit.config import Loaded, RunConfig, load
-from tunekit.errors import ConfigError, Interrupted, OutOfMemory, TunekitError
+from tunekit.errors import ConfigError, Interrupted, OutOfMemory, TunekitError, from_outside
+from tunekit.progress import console
 from tunekit.quiet import DEBUG, quiet_libraries, report_error, report_warnings, steady_streams
 
 C = TypeVar("C", bound=RunConfig)
@@ -27,6 +28,10 @@ C = TypeVar("C", bound=RunConfig)
 LAUNCH_DIR = "TUNEKIT_LAUNCH_DIR"
 """Names the folder in which each rank leaves its process id and exit code for `launch`."""
 _STOP = (signal.SIGINT, signal.SIGTERM)
+_VERDICT = 1.0
+"""Seconds in which `launch` notices that a rank has gone."""
+_PATIENCE = 30.0
+"""Seconds that the other ranks have to end by themselves when one has failed."""
 
 
 # Inside the launched process --------------------------------------------------------------------------------
@@ -49,6 +54,9 @@ def run_recipe(main: Callable[[C, Loaded], None], schema: type[C]) -> None:
     debug = arguments.debug or bool(os.environ.get(DEBUG))
     for number in _STOP:
         signal.signal(number, _stop)
+    console().quiet = _rank() != 0
+    console().logs = True
+    console().doing("starting")
     if LAUNCH_DIR in os.environ or _under_accelerate():
         _die_with_parent()
         _record("pid", os.getpid())
@@ -62,23 +70,39 @@ def run_recipe(main: Callable[[C, Loaded], None], schema: type[C]) -> None:
             report_warnings(loaded.warnings)
         while not _done(main, loaded):
             pass
-    except TunekitError as error:
-        if debug:
-            raise
-        if _speaks_for_all(error):
-            report_error(error)
-        _leave(error.exit_code)
     except KeyboardInterrupt:
         _leave(Interrupted.exit_code)
     except Exception as error:
-        if LAUNCH_DIR not in os.environ:
-            raise
-        # When one rank has given its reason, what the others then see (a lost connection) is noise.
-        reason = next((code for code in _codes(Path(os.environ[LAUNCH_DIR])) if code), None)
-        if reason is None and _speaks_for_all(error):
-            traceback.print_exc()
-        _leave(reason or 1)
+        console().doing(None)
+        _fail(error, debug=debug)
+    console().doing(None)
     _record("code", 0)
+
+
+def _fail(error: Exception, *, debug: bool) -> None:
+    """Says what ended a recipe, unless another rank has, and leaves.
+
+    Errors that are no messages yet are raised where nobody waits for the code.
+    """
+    told = error if isinstance(error, TunekitError) else from_outside(error)
+    if told is not None and debug:
+        raise error
+    if told is not error and LAUNCH_DIR in os.environ:
+        # When one was killed or has given its reason, what the others then see (a lost connection) is noise.
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            time.sleep(_VERDICT)
+        reason = next((code for code in _codes(Path(os.environ[LAUNCH_DIR])) if code), None)
+        if reason is not None:
+            _leave(reason)
+    if told is not None:
+        if _speaks_for_all(told):
+            report_error(told)
+        _leave(told.exit_code)
+    if LAUNCH_DIR not in os.environ:
+        raise error
+    if _speaks_for_all(error):
+        traceback.print_exception(error)
+    _leave(1)
 
 
 def _done(main: Callable[[C, Loaded], None], loaded: Loaded) -> bool:
@@ -89,7 +113,7 @@ def _done(main: Callable[[C, Loaded], None], loaded: Loaded) -> bool:
     except OutOfMemory as error:
         if not error.replan:
             raise
-        print(f"{error.message}; plans again, for less memory", flush=True)
+        console().say(f"{error.message}; plans again, for less memory")
     gc.collect()  # what the attempt held went with its frames
     return False
 
@@ -130,11 +154,10 @@ def _speaks_for_all(error: Exception) -> bool:
 
 
 def _leave(code: int) -> None:
-    """Ends this process; under `launch` with the code in a file, for launchers add a traceback to it."""
+    """Ends this process; under `launch` the code is in a file too, as soon as it is known."""
     for number in _STOP:
         signal.signal(number, signal.SIG_IGN)
     _record("code", code)
-    code = 0 if os.environ.get(LAUNCH_DIR) else code
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Tearing down a process group that the other ranks have left may abort, or hang.
         sys.stdout.flush()
@@ -171,9 +194,10 @@ def _die_with_parent() -> None:
 def launch(
     recipe: Path, config: Path, overrides: Sequence[str] = (), *, processes: int = 1, cpu: bool = False
 ) -> int:
-    """Runs a recipe under accelerate and returns its exit code.
+    """Runs a recipe, in several processes if asked, and returns its exit code.
 
-    Ctrl-C and SIGTERM are passed on to the recipe, which checkpoints and leaves; a second one ends it now.
+    They find each other as those of `accelerate launch` do. Ctrl-C and SIGTERM are passed on to the recipe,
+    which checkpoints and leaves; a second one ends it now.
 
     Args:
         recipe: recipe file.
@@ -184,71 +208,87 @@ def launch(
     """
     with tempfile.TemporaryDirectory(prefix="tunekit-launch-") as name:
         folder = Path(name)
-        # Everything is said here, so that accelerate's own config file, if the user has one, plays no part.
-        settings = {
-            "compute_environment": "LOCAL_MACHINE",
-            "distributed_type": "MULTI_GPU" if processes > 1 else "NO",
-            "num_processes": processes,
-            "num_machines": 1,
-            "machine_rank": 0,
-            "mixed_precision": "no",  # the recipe's own
-            "use_cpu": cpu,
-            "gpu_ids": "all",
-            "debug": False,
-        }
-        (folder / "accelerate.json").write_text(json.dumps(settings))
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-        command += [str(folder / "accelerate.json"), "--quiet", f"--num_cpu_threads_per_process={threads}"]
-        if processes > 1:
-            # torchrun starts the ranks; with ACCELERATE_USE_CPU they meet over gloo.
-            command += ["--multi_gpu", f"--num_processes={processes}", "--main_process_port=0"]
-        command += [str(recipe), "--config", str(config), *overrides]
-        environment = {**os.environ, LAUNCH_DIR: str(folder), "ACCELERATE_USE_CPU": str(cpu).lower()}
+        command = [sys.executable, str(recipe), "--config", str(config), *overrides]
         with _Forward(folder) as signals:
-            process = subprocess.Popen(
-                command,
-                env=environment,
-                start_new_session=True,  # the terminal's Ctrl-C comes to us alone
-                preexec_fn=_die_with_parent,  # noqa: PLW1509, no threads have been started here
-            )
-            signals.process = process
-            status = _wait(process, folder)
+            for rank in range(processes):
+                signals.ranks.append(
+                    subprocess.Popen(
+                        command,
+                        env={**os.environ, **signals.environment(rank, processes, cpu=cpu)},
+                        start_new_session=True,  # the terminal's Ctrl-C comes to us alone
+                        # No threads have been started here.
+                        preexec_fn=_die_with_parent if os.name == "posix" else None,  # noqa: PLW1509
+                    )
+                )
+            killed = _wait(signals.ranks, folder)
         codes = _codes(folder)
+        spoken = (folder / "spoken").exists()
+        if killed is not None and not spoken and signals.received is None:
+            report_error(_killed(*killed, processes))
         failed = next((code for code in codes if code), None)
+        if signals.received is not None and (failed is None or killed is not None):
+            return 128 + signals.received
         if failed is not None:
             return failed
-        if signals.received is not None:
-            return 128 + signals.received
-        if status == 0 and len(codes) == processes:
-            return 0
-        if not (folder / "spoken").exists():
-            hint = "give the same command again to continue; if it happens again, use less memory"
-            report_error(TunekitError("the recipe was killed, perhaps because memory ran out", hint=hint))
-        return 1
+        crashed = next((rank.returncode for rank in signals.ranks if rank.returncode > 0), 1)
+        return 0 if len(codes) == processes else crashed
 
 
-def _wait(process: subprocess.Popen[bytes], folder: Path, *, patience: float = 30) -> int:
-    """Waits for the launcher; when one rank has failed and others hang on for it, ends them."""
+def _killed(rank: int, number: int, processes: int) -> TunekitError:
+    """What to say of a rank that a signal has ended."""
+    who = "the recipe" if processes == 1 else f"rank {rank}"
+    if number == signal.SIGKILL:
+        hint = "give the same command again to continue; if it happens again, use less memory"
+        return TunekitError(f"{who} was killed, perhaps because memory ran out", hint=hint)
+    try:
+        what = signal.Signals(number).name
+    except ValueError:
+        what = f"signal {number}"
+    return TunekitError(
+        f"{who} was ended by {what}, which comes from outside or from a fault in a library",
+        hint="give the same command again to continue",
+    )
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path) -> tuple[int, int] | None:
+    """Waits for all ranks; when one has failed and others hang on for it, ends them.
+
+    Returns:
+        Rank and signal of the first that a signal has ended, of which its folder learns too.
+    """
     failed_at: float | None = None
-    while True:
-        try:
-            return process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            if failed_at is None and any(_codes(folder)):
+    killed: tuple[int, int] | None = None
+    while any(rank.poll() is None for rank in ranks):
+        time.sleep(0.05)
+        for index, rank in enumerate(ranks):
+            if rank.poll() is None or failed_at is not None:
+                continue
+            if rank.returncode < 0:
+                killed = (index, -rank.returncode)
+                (folder / f"rank-{index}.code").write_text("1")
+            if rank.returncode or any(_codes(folder)):
                 failed_at = time.monotonic()
-            if failed_at is not None and time.monotonic() - failed_at > patience:
-                process.terminate()
+        late = time.monotonic() - failed_at if failed_at is not None else 0
+        if late > _PATIENCE:
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.send_signal(signal.SIGTERM if late < 2 * _PATIENCE else signal.SIGKILL)
+            time.sleep(1)
+    for index, rank in enumerate(ranks):
+        if killed is None and failed_at is None and rank.returncode < 0:
+            killed = (index, -rank.returncode)
+    return killed
 
 
 class _Forward:
-    """Passes SIGINT and SIGTERM on to the ranks while the launcher runs."""
+    """Starts ranks with what they have to know, and passes SIGINT and SIGTERM on to them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.process: subprocess.Popen[bytes] | None = None
+        self.ranks: list[subprocess.Popen[bytes]] = []
         self.received: int | None = None
         self._before = {number: signal.getsignal(number) for number in _STOP}
+        self._port = 0
 
     def __enter__(self) -> _Forward:
         for number in _STOP:
@@ -259,16 +299,35 @@ class _Forward:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def environment(self, rank: int, processes: int, *, cpu: bool) -> dict[str, str]:
+        """What one rank finds in its environment."""
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
+        own = {
+            LAUNCH_DIR: str(self.folder),
+            "ACCELERATE_USE_CPU": str(cpu).lower(),
+            "ACCELERATE_MIXED_PRECISION": "no",  # the recipe's own
+            "OMP_NUM_THREADS": threads,
+        }
+        if processes == 1:
+            return own
+        if not self._port:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                self._port = free.getsockname()[1]
+        return own | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self._port),
+        }
+
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        ranks = [int(file.read_text() or 0) for file in self.folder.glob("rank-*.pid")]
-        targets = [pid for pid in ranks if pid]
         again = self.received is not None
         self.received = number
-        if again or not targets:  # in a hurry, or the recipe has not begun: the launcher takes all down
-            targets += [self.process.pid] if self.process else []
-            number = signal.SIGKILL if again else signal.SIGTERM
-        for pid in targets:
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
+        for index, rank in enumerate(self.ranks):
+            if rank.poll() is None:
+                # One that has not begun has no handler yet: SIGTERM ends it without a word.
+                begun = (self.folder / f"rank-{index}.pid").exists()
+                rank.send_signal(signal.SIGKILL if again else number if begun else signal.SIGTERM)

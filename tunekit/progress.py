@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import Any
+from typing import Any, TextIO
 
 from tunekit.units import format_count, format_seconds
 
@@ -100,12 +100,17 @@ class Progress:
     """Shows phases and lines; one of them has the terminal of a process, see `console`.
 
     Args:
-        say: takes lines; None means standard output, with a line that moves where it can.
+        say: takes lines; None means the streams of the process, with a line that moves where it can.
         quiet: shows nothing, as all processes of a run but the main one.
+
+    Attributes:
+        logs: standard output is a log, and phases belong there; else they are shown on standard error, beside
+            what a command gives.
     """
 
     def __init__(self, say: Callable[[str], None] | None = None, *, quiet: bool = False) -> None:
         self.quiet = quiet
+        self.logs = False
         self._say = say
         self._phases: list[Phase] = []
         self._ambient: Phase | None = None
@@ -128,17 +133,25 @@ class Progress:
         """
         if self.quiet:
             return
+        self.doing(None)
+        self._show(line, sys.stdout)
+
+    def _show(self, line: str, stream: TextIO) -> None:
         with self._lock:
             self._spoken = time.monotonic()
             if self._say is not None:
                 self._say(line)
-            elif self._live is not None:
+            elif self._live is not None and stream.isatty():
                 self._live.console.print(line, highlight=False, markup=False, soft_wrap=True)
             else:
-                _print(line)
+                _print(line, stream)
+
+    @property
+    def _stream(self) -> TextIO:
+        return sys.stdout if self.logs else sys.stderr
 
     def doing(self, title: str | None) -> None:
-        """What is done until something else is, where no phase stands around it; None ends that."""
+        """What is done until a line is said or a phase begins; None ends that."""
         if self._ambient is not None:
             self._end(self._ambient)
         self._ambient = self._begin(Phase(title)) if title else None
@@ -146,6 +159,7 @@ class Progress:
     @contextmanager
     def phase(self, title: str, total: int | None = None, *, start: int = 0) -> Iterator[Phase]:
         """Show a phase for as long as the block runs."""
+        self.doing(None)
         phase = self._begin(Phase(title, total, start=start))
         try:
             yield phase
@@ -157,8 +171,8 @@ class Progress:
             return phase
         with self._lock:
             self._phases.append(phase)
-            if self._live is None and self._say is None and _moves():
-                self._live = _Moving.start()
+            if self._live is None and self._say is None and _moves(self._stream):
+                self._live = _Moving.start(self._stream)
             if self._live is not None:
                 self._live.add(phase)
             elif self._heart is None:
@@ -193,7 +207,7 @@ class Progress:
                 if soon or now - self._spoken >= SILENCE:
                     phase.says = True
                     with suppress(Exception):  # whoever works will meet the same error, and can be told
-                        self.say(str(phase))
+                        self._show(str(phase), self._stream)
                     self._spoken = now
 
 
@@ -205,7 +219,7 @@ class _Moving:
         self.console = bar.console
 
     @classmethod
-    def start(cls) -> _Moving | None:
+    def start(cls, stream: TextIO) -> _Moving | None:
         """None where something else moves on the terminal already."""
         from rich.console import Console
         from rich.errors import LiveError
@@ -223,7 +237,14 @@ class _Moving:
                 return f"{phase.count}  {phase.figures}".strip()
 
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), Figures(), TimeElapsedColumn())
-        bar = Bar(*columns, console=Console(file=sys.stdout), refresh_per_second=5, transient=True)
+        bar = Bar(
+            *columns,
+            console=Console(file=stream),
+            refresh_per_second=5,
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=sys.stderr.isatty(),
+        )
         try:
             bar.start()
         except LiveError:
@@ -245,22 +266,22 @@ class _Moving:
         self.bar.stop()
 
 
-def _moves() -> bool:
-    """Whether standard output is a terminal on which a line can be written anew."""
-    if not sys.stdout.isatty():
+def _moves(stream: TextIO) -> bool:
+    """Whether a stream is a terminal on which a line can be written anew."""
+    if not stream.isatty():
         return False
     from rich.console import Console
 
-    return not Console(file=sys.stdout).is_dumb_terminal
+    return not Console(file=stream).is_dumb_terminal
 
 
-def _print(line: str) -> None:
+def _print(line: str, stream: TextIO) -> None:
     """Print a line on a stream of whatever encoding."""
     try:
-        print(line, flush=True)
+        print(line, file=stream, flush=True)
     except UnicodeEncodeError:
-        encoding = sys.stdout.encoding or "ascii"
-        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        encoding = stream.encoding or "ascii"
+        print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 @cache

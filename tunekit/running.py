@@ -40,7 +40,7 @@ from tunekit.data.cache import Encoder, Stream
 from tunekit.data.dreambooth import own_pictures
 from tunekit.data.images import Sample, Scan
 from tunekit.diffusion.objectives import Objective, configured, scheduler_changes
-from tunekit.errors import AdapterError, ArtifactError, OutOfMemory
+from tunekit.errors import AdapterError, ArtifactError
 from tunekit.families.family import DTYPES, Conditioning, Family, FamilyFacts, Pipeline
 from tunekit.families.loading import PICKLES, source_files, variant_taken, weight_files
 from tunekit.memory.levers import Fitted, Levers, fit
@@ -331,7 +331,10 @@ class Run:
             pictures: list[Image] = []
             for start in range(0, len(seeds), batch):
                 part = seeds[start : start + batch]
-                with self.meter.phase("class_pictures", again=True):
+                with (
+                    self.meter.phase("class_pictures", again=True),
+                    console().phase("drawing class pictures"),
+                ):
                     pixels = sample_pixels(
                         runtime,
                         repeated(told, len(part)),
@@ -665,6 +668,7 @@ def open_run(config: TrainingRunConfig, loaded: Loaded) -> Iterator[Run]:
     found = preconditions.look(loaded, processes=processes, progress=console() if first else None)
     found.check()
     assert found.scan is not None
+    console().doing("planning memory")
     settled, plan = planning.settle(config, Processes.of(config.memory.device))
     accelerator = open_accelerator(settled.memory, settled.train.batch_size, settled.adapter)
     meter = Meter(accelerator.device, active=False)
@@ -675,7 +679,7 @@ def open_run(config: TrainingRunConfig, loaded: Loaded) -> Iterator[Run]:
     with _held(run):
         try:
             yield run
-        except (OutOfMemory, RuntimeError) as error:
+        except Exception as error:
             if not run.learns:
                 raise
             short = planning.ran_out(settled, error)

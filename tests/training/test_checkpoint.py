@@ -207,7 +207,7 @@ def test_runs_from_before_masks_belonged_to_samples_go_on() -> None:
 
 
 def test_a_hash_of_weights_is_of_what_they_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr("tunekit.kept.cache_dir", lambda: tmp_path / "cache")
     one, two = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     one.write_bytes(b"weights")
     two.write_bytes(b"weights")
@@ -217,7 +217,7 @@ def test_a_hash_of_weights_is_of_what_they_hold(tmp_path: Path, monkeypatch: pyt
     one.write_bytes(b"WEIGHTS")
     assert weights_hash([one]) != before
     assert weights_hash([]) is None
-    monkeypatch.setattr(checkpoint, "cache_dir", lambda: one / "no folder")
+    monkeypatch.setattr("tunekit.kept.cache_dir", lambda: one / "no folder")
     assert weights_hash([two]) == before
 
 

@@ -45,6 +45,7 @@ from tunekit.errors import ChainError, TunekitError, VerificationFailed, did_you
 from tunekit.passes.metrics import Metric, Value, describe_metrics, format_metric
 from tunekit.passes.models import Models, in_types
 from tunekit.passes.start import Start
+from tunekit.progress import console
 from tunekit.units import format_seconds
 
 if TYPE_CHECKING:
@@ -558,7 +559,8 @@ def run_chain(
             context.say(f"{label} ...")
             now.models.begin(() if is_last else now.later(step))
             try:
-                result = _run_step(step, now, folder)
+                with console().phase(label):
+                    result = _run_step(step, now, folder)
             finally:
                 now.models.end()
             made = result.lineage[-1]

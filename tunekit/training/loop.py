@@ -33,6 +33,7 @@ from tunekit.errors import (
     OutOfMemory,
     ResumeError,
     TunekitError,
+    from_outside,
     is_out_of_memory,
 )
 from tunekit.memory.measure import Meter
@@ -251,8 +252,10 @@ class _Training:
             except Exception as error:
                 if is_out_of_memory(error):
                     self._ran_out(error)
-                self._failed(error)
-                raise
+                told = self._failed(error)
+                if told is error:
+                    raise
+                raise told from error
             finally:
                 self.fitted.finish()
                 if self.tracker:
@@ -446,11 +449,19 @@ class _Training:
             newest = self.checkpoints.newest()
         return f"goes on from {newest.name} when started again" if newest else "there was no checkpoint yet"
 
-    def _failed(self, error: Exception) -> None:
-        """Something beside the steps failed, a cached file or a preview: no step is lost by it."""
+    def _failed(self, error: Exception) -> Exception:
+        """Something beside the steps failed, a cached file or a preview: no step is lost by it.
+
+        Returns:
+            What to raise.
+        """
         kept = self._rescue()
-        if kept and isinstance(error, TunekitError) and not isinstance(error, ResumeError):
-            error.hint = f"{error.hint}\n{kept}" if error.hint else kept
+        told = error if isinstance(error, TunekitError) else from_outside(error)
+        if told is None:
+            return error
+        if kept and not isinstance(told, ResumeError):
+            told.hint = f"{told.hint}\n{kept}" if told.hint else kept
+        return told
 
     def _ran_out(self, error: Exception) -> NoReturn:
         """Saves what is whole, if it can be, and says so."""
