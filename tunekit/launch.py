@@ -206,6 +206,7 @@ def launch(
         processes: one per device, or several on the CPU.
         cpu: stay on the CPU even if there is a GPU.
     """
+    console().doing(None)  # from here on the recipe shows what it does
     with tempfile.TemporaryDirectory(prefix="tunekit-launch-") as name:
         folder = Path(name)
         command = [sys.executable, str(recipe), "--config", str(config), *overrides]

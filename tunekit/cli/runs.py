@@ -20,8 +20,13 @@ def run(
 ) -> None:
     """Run a recipe, through accelerate. The same command again continues where it stopped."""
     from tunekit import workspace
+    from tunekit.progress import console
 
-    _, code = workspace.launch(config, overrides or (), processes=processes)
+    console().doing("checking the config, the pictures and this machine")
+    try:
+        _, code = workspace.launch(config, overrides or (), processes=processes)
+    finally:
+        console().doing(None)
     raise typer.Exit(code)
 
 
