@@ -52,6 +52,7 @@ def main(config: Config, loaded: Loaded) -> None:
     from tunekit import preconditions
     from tunekit.artifacts import RunFolder, write_text
     from tunekit.passes.base import Context, run_chain
+    from tunekit.report import settle as settle_report
     from tunekit.report import write as write_report
     from tunekit.training.checkpoint import only_writer
 
@@ -68,11 +69,13 @@ def main(config: Config, loaded: Loaded) -> None:
         data=config.data,
         say=lambda line: print(line, flush=True),
     )
-    with only_writer(run.path):
-        write_text(run.config, sections.dump_yaml(config))
-        run_chain(
-            found.chain, plain(found.model, model, run.model), context, lambda _: write_report(run.path)
-        )
+    try:
+        with only_writer(run.path):
+            write_text(run.config, sections.dump_yaml(config))
+            start = plain(found.model, model, run.model)
+            run_chain(found.chain, start, context, lambda _: write_report(run.path))
+    finally:
+        settle_report(run.path)
     context.say(f"report: {run.path / 'report.html'}")
 
 
@@ -82,6 +85,7 @@ def plain(artifact: Artifact, model: sections.ModelConfig, final: Path) -> Artif
 
     from tunekit import families
     from tunekit.artifacts import Artifact, Step, atomic_folder
+    from tunekit.provenance import public
 
     opened = model.opened if model.opened.is_special else artifact.opened
     artifact = replace(artifact, family=model.family, opened=opened)
@@ -89,7 +93,7 @@ def plain(artifact: Artifact, model: sections.ModelConfig, final: Path) -> Artif
         return artifact  # of an adapter, `opened` is the base's
     step = Step(kind="fetch", artifact=final.name, settings=model.model_dump(mode="json"))
     there = Artifact.load(final) if (final / "artifact.json").is_file() else None
-    if there and there.lineage[0].settings == step.settings:
+    if there and there.lineage[0].settings == public(step.settings):
         return there
     family = families.get(model.family)
     with atomic_folder(final) as folder:

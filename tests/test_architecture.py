@@ -18,7 +18,7 @@ from tunekit.resources import PACKAGE
 # CONTRIBUTING.md says the same.
 LAYERS = """
     __main__ > cli > workspace > {explain, running} > preconditions > planning > passes > training
-        > {memory, data, runtime} > {adapters, tasks, report, doctor} > families
+        > {memory, data, runtime} > {adapters, tasks, report, doctor, card} > families
         > {diffusion, layers, launch} > artifacts > config > {hardware, optimizers, progress}
         > {units, registry, quiet, kept, records, provenance} > resources > files > errors > install
 """

@@ -47,6 +47,8 @@ def test_folders(run: Path) -> None:
         "step-000010",
         "step-000020",
     ]
+    assert [path.name for path in (run / "previews" / "step-000020").iterdir()] == ["00-a-red-fox.png"]
+    assert (run / "adapter" / "README.md").is_file()
     adapter = run / "adapter"
     assert (adapter / "pytorch_lora_weights.safetensors").is_file()
     assert (adapter / "tiny-lora.kohya.safetensors").is_file()
@@ -78,7 +80,8 @@ def test_report(run: Path) -> None:
     assert set(report) == {"version", "training", "steps", "final"}
     assert report["version"] == 1
     assert [step["kind"] for step in report["steps"]] == ["merge", "quantize", "verify"]
-    assert report["final"] == report["steps"][-1]["artifact"]
+    assert report["final"] == report["steps"][-2]["artifact"]  # verify only looks
+    assert (run / report["final"] / "model_index.json").is_file()
     merge, quantize, verify = (step["metrics"] for step in report["steps"])
     assert 0 < quantize["size_bytes"] < merge["size_bytes"]
     assert verify["psnr_db"] > 10 and 0 < verify["relative_error"] < 1 and 0 < verify["ssim"] <= 1

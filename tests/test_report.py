@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 import re
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from tunekit.artifacts import Artifact, RunFolder, Step, write_json, write_text
 from tunekit.errors import ArtifactError
 from tunekit.passes.metrics import Metric, Tile
 from tunekit.registry import PASSES
+from tunekit.report import curve
 
 
 def add_step(
@@ -164,6 +169,166 @@ def test_run_that_is_still_training(tmp_path: Path) -> None:
     assert content["final"] is None and content["steps"] == []
     assert content["training"]["finished"] is False and content["training"]["steps"] == 1
     assert "nothing is finished" not in report.write(run.path).read_text(encoding="utf-8")
+
+
+def test_a_page_runs_nothing_and_loads_nothing(run: RunFolder) -> None:
+    """Whatever the records hold: there is no way out of the page, and no way in for a script."""
+    page = report.write(run.path).read_text(encoding="utf-8")
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    assert "default-src 'none'" in policy and "script" not in policy and "img-src data:;" in policy
+    assert "<script" not in page and "javascript:" not in page
+    assert page.index("Content-Security-Policy") < page.index("<style>")
+
+
+def test_only_pictures_of_the_run_are_shown(run: RunFolder, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(secret)
+    step = run.previews / "step-000020"
+    (step / "01.png").symlink_to(secret)
+    (step / "02.png").write_text("<svg onload='alert(1)'/>")
+    (step / "03.png").mkdir()
+    os.mkfifo(step / "04.png")
+    (run.path / "03-verify-00000003" / "pictures" / "now.png").unlink()
+    (run.path / "03-verify-00000003" / "pictures" / "now.png").symlink_to(secret)
+    page = report.write(run.path).read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 3 + 1
+    assert base64.b64encode(secret.read_bytes()).decode() not in page and "onload" not in page
+
+
+def test_a_picture_of_a_plan_is_an_image(run: RunFolder) -> None:
+    svg = "<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
+    encoded = base64.b64encode(svg.encode()).decode()
+    write_text(run.path / "plan.svg", svg)
+    write_json(run.path / "plan.json", PLAN)
+    page = report.write(run.path).read_text(encoding="utf-8")
+    assert "alert" not in page and f"data:image/svg+xml;base64,{encoded}" in page
+    assert "On a &lt;card&gt;" in page
+    write_text(run.path / "plan.svg", "<script>alert(1)</script>")
+    assert "svg+xml" not in report.write(run.path).read_text(encoding="utf-8")
+
+
+PLAN = {
+    "device": "a <card>", "budget_bytes": 8, "device_bytes": 4, "peak_phase": "step", "levers": [],
+    "phases": {"step": {"peak_allocated_bytes": 1, "peak_reserved_bytes": 2}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("plan.json", "[]"),
+        ("plan.json", '{"phases": 5}'),
+        ("config.yaml", "- a\n- b"),
+        ("config.yaml", "a: [" * 50),
+        ("config.yaml", "model: 5\npreview: [1]\nrecipe: [x]"),
+        ("metrics.jsonl", "[]\n{\n5"),
+    ],
+)
+def test_a_damaged_file_beside_a_run_does_not_stop_its_report(
+    run: RunFolder, name: str, content: str
+) -> None:
+    write_text(run.path / name, content)
+    page = report.write(run.path).read_text(encoding="utf-8")
+    assert "step by step" in page
+    if "recipe" not in content:
+        assert name in page.partition("<h2>")[0] or "plan.json is damaged" in page
+
+
+def test_a_damaged_record_is_named(run: RunFolder) -> None:
+    write_text(run.chain_file, '{"version": 1, "folders": {"a": 1}}')
+    with pytest.raises(ArtifactError, match=r"chain\.json is damaged \(folders: "):
+        report.load(run.path)
+
+
+def validated(run: RunFolder, *values: float) -> str:
+    """The first tiles of a run with these validation losses, ten steps apart."""
+    rows = [{"step": 10 * index, "loss": 0.5, "val_loss": value} for index, value in enumerate(values)]
+    write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+    page = report.write(run.path).read_text(encoding="utf-8")
+    return page[page.index('<div class="tiles">') : page.index("size of the last model")]
+
+
+def test_best_and_last_are_named_and_only_the_best_is_green(run: RunFolder) -> None:
+    assert 'class="good">-20.0%' in validated(run, 1.0, 0.8) and "best" not in validated(run, 1.0, 0.8)
+    tiles = validated(run, 0.586, 0.112, 0.2, 0.278)
+    assert "<b>-52.6%</b>" in tiles  # better than before, and far from the best
+    assert '<b class="bad">step 10</b>' in tiles
+    assert "0.1120 there; 0.2780 at the last step, 30: +148%" in tiles
+    assert 'class="bad">+10.0%' in validated(run, 1.0, 0.9, 1.1)
+    metrics = report.load(run.path)["training"]["metrics"]
+    assert (metrics["best_step"], metrics["best_val_loss"], metrics["last_val_loss"]) == (10, 0.9, 1.1)
+
+
+def test_every_preview_step_is_there_and_pictures_enlarge(run: RunFolder) -> None:
+    for step in range(30, 120, 10):
+        folder = run.previews / f"step-{step:06d}"
+        folder.mkdir()
+        Image.new("RGB", (8, 8), (step, 0, 0)).save(folder / "00.png")
+    page = report.write(run.path).read_text(encoding="utf-8")
+    assert [page.count(f"step {step}<") for step in range(0, 120, 10)] == [1] * 12
+    assert page.count("<img") == page.count('<label class="zoom"><input type="checkbox"') == 12 + 2
+    assert "The 8 steps between" in page
+
+
+def test_many_large_pictures_are_shown_smaller(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunekit.report.pictures.MOST_BYTES", 1000)
+    Image.effect_noise((600, 600), 50).save(run.previews / "step-000010" / "00.png")
+    page = report.write(run.path).read_text(encoding="utf-8")
+    assert "data:image/jpeg;base64," in page and len(page) < 150_000
+
+
+def test_a_long_run_makes_no_long_page(tmp_path: Path) -> None:
+    """Time follows the steps in a line at most, size has a bound, and no peak is lost."""
+    points = [(float(step), 1.0) for step in range(100_000)]
+    points[54_321] = (54_321.0, 9.0)
+    few = curve.thinned(points)
+    assert len(few) <= 4 * curve.BUCKETS and (54_321.0, 9.0) in few
+    assert few[0] == points[0] and few[-1] == points[-1]
+    assert curve.running_mean([(0, 1.0), (1, 2.0), (2, 6.0)], 2) == [(0, 1.0), (1, 1.5), (2, 4.0)]
+    run = RunFolder(tmp_path / "long")
+    row = '{{"step": {}, "loss": {}, "seconds": 1.5}}\n'
+    write_text(run.metrics, "".join(row.format(step, 1 + 1 / step) for step in range(1, 50_001)))
+    began = time.perf_counter()
+    page = report.write(run.path)
+    assert time.perf_counter() - began < 10
+    assert page.stat().st_size < 80_000
+
+
+def test_a_page_loads_itself_again_while_its_run_goes_on(run: RunFolder) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    refresh = 'http-equiv="refresh"'
+    assert refresh not in report.write(run.path).read_text(encoding="utf-8")
+    with run.lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        page = report.write(run.path).read_text(encoding="utf-8")
+        assert refresh in page and "Running: as of 20" in page
+    report.settle(run.path)
+    assert refresh not in (run.path / "report.html").read_text(encoding="utf-8")
+
+
+def test_how_it_was_made_is_shown_and_no_home_folder(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/secret-name")
+    write_text(run.adapter / "README.md", "---\nlicense: openrail++\n---\n")
+    write_text(
+        run.config,
+        "recipe: lora\nseed: 7\nmodel: {family: sd15, source: /home/secret-name/models/base}\n"
+        "data:\n  path: /mnt/hidden-disk/cats\n  resolution: 64\n",
+    )
+    page = report.write(run.path).read_text(encoding="utf-8")
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    assert facts["base"] == ".../base" and facts["licence of the base"] == "openrail++"
+    assert {"date", "tunekit", "machine", "with"} <= set(facts) and "python 3" in facts["with"]
+    assert "secret-name" not in page and "hidden-disk" not in page and ".../cats" in page
+    assert "secret-name" not in (run.path / "report.json").read_text()
+
+
+def test_final_is_a_folder_with_the_model(run: RunFolder) -> None:
+    subject = Artifact.load(run.path / "02-quantize-00000002")
+    folder = run.pass_folder(5, "verify", "0" * 8)
+    folder.mkdir()
+    step = Step("verify", folder.name)
+    replace(subject, path=folder, lineage=(*subject.lineage, step)).write()
+    assert report.load(run.path)["final"] == "02-quantize-00000002"
 
 
 def test_missing_run_is_named(tmp_path: Path) -> None:

@@ -91,11 +91,16 @@ class Step:
     pictures: list[dict[str, Any]] = field(default_factory=list)
 
 
-def model_files(root: Path) -> dict[str, Path]:
-    """The model files under `root` (or the one file) by name: no record, card, picture or hidden file."""
+def model_files(root: Path, *, own: bool = False) -> dict[str, Path]:
+    """The model files under `root` (or the one file) by name: no record, card, picture or hidden file.
+
+    Args:
+        root: a folder with a record, or of somebody else's, whose README.md counts.
+        own: a folder that gets its record only now.
+    """
     if root.is_file():
         return {root.name: root}
-    beside = {RECORD, CARD} if (root / RECORD).is_file() else {RECORD}
+    beside = {RECORD, CARD} if own or (root / RECORD).is_file() else {RECORD}
     found = {}
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         name = path.relative_to(root).as_posix()
@@ -306,7 +311,8 @@ class Artifact:
         if self.model_path is None:
             return None, self.hash
         if self.recorded_hash is None:
-            files = {name: Written.of(path) for name, path in model_files(self.model_path).items()}
+            found = model_files(self.model_path, own=self.model_path == self.path)
+            files = {name: Written.of(path) for name, path in found.items()}
             return files, _joined({name: bytes.fromhex(file.sha256) for name, file in files.items()})
         if self.files is None and self.model_path != self.path and (self.model_path / RECORD).is_file():
             subject = Artifact.load(self.model_path, check=False)  # of a step that only looks
@@ -503,6 +509,24 @@ class RunFolder:
     def chain_file(self) -> Path:
         """The pass folders of the present chain, in order."""
         return self.path / "chain.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that writes into this folder, for as long as it lives."""
+        return self.path / ".lock"
+
+    def is_busy(self) -> bool:
+        """Whether a process writes into this folder now; never on Windows, where there is no such lock."""
+        try:
+            import fcntl
+
+            with self.lock.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except (ImportError, OSError):
+            return False
+        return False
 
     def pass_folder(self, index: int, kind: str, hash8: str) -> Path:
         """The folder of one step of the chain: `02-prune-1a2b3c4d`."""

@@ -111,12 +111,12 @@ def write_text(path: Path | str, text: str) -> Path:
     return path
 
 
-def json_text(value: Any, *, indent: int | None = 2) -> str:
+def json_text(value: Any, *, indent: int | None = 2, ascii_only: bool = False) -> str:
     """JSON that every reader takes: what is not finite is null, for JSON has no word for it."""
     try:
-        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, indent=indent, ensure_ascii=ascii_only, allow_nan=False)
     except ValueError:
-        text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(_finite(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
     try:
         text.encode()
     except UnicodeEncodeError:  # as the bytes of some file names

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -423,6 +423,6 @@ def _row(line: bytes) -> dict[str, Any] | None:
     }
 
 
-def finite(rows: Iterable[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+def finite(rows: Iterable[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
     """(step, value) of the rows that have a figure."""
     return [(row["step"], row[name]) for row in rows if row.get(name) is not None]

@@ -35,6 +35,7 @@ from tunekit.artifacts import (
     write_json,
     write_text,
 )
+from tunekit.card import write as write_card
 from tunekit.config import CLASS_BATCH, Loaded, SamplingConfig, TrainingRunConfig, dump_yaml
 from tunekit.data.cache import Encoder, Stream
 from tunekit.data.dreambooth import own_pictures
@@ -50,6 +51,7 @@ from tunekit.memory.plan import Plan
 from tunekit.passes.base import Context, Pass, run_chain
 from tunekit.progress import console
 from tunekit.records import PlanRecord, read_plain
+from tunekit.report import settle as settle_report
 from tunekit.report import write as write_report
 from tunekit.resources import Source
 from tunekit.runtime import Runtime, sample_pixels, to_images
@@ -380,7 +382,12 @@ class Run:
         hooks = Hooks(
             seed=config.seed,
             meter=self.meter,
-            tracker=Tracker(self.folder.metrics, tensorboard=events),
+            tracker=Tracker(
+                self.folder.metrics,
+                tensorboard=events,
+                say=self.say,
+                look=partial(write_report, self.folder.path),
+            ),
             checkpoints=self._checkpoints,
             evaluate=evaluate,
             preview=self._previewer(base),
@@ -479,7 +486,7 @@ class Run:
 
     def _record(self, folder: Path, step: Step) -> None:
         config = self.config
-        Artifact(
+        made = Artifact(
             path=folder,
             model_path=folder,
             format="adapter" if config.adapter else "torch",
@@ -490,6 +497,7 @@ class Run:
             opened=config.model.opened if config.adapter else None,
             sampling=self.sampling,
         ).write()
+        write_card(made, self.family.facts)
 
     def _save(self, base: Base, fitted: Fitted, result: Result) -> None:
         """Write what was trained: `adapter/`, or with all weights `model/`.
@@ -697,8 +705,11 @@ def _held(run: Run) -> Iterator[None]:
         run.accelerator.wait_for_everyone()
         yield
         return
-    with only_writer(run.folder.path, run.say):
-        for folder in (run.folder.path, run.cache):
-            clean_leftovers(folder, deep=True)
-        run.accelerator.wait_for_everyone()
-        yield
+    try:
+        with only_writer(run.folder.path, run.say):
+            for folder in (run.folder.path, run.cache):
+                clean_leftovers(folder, deep=True)
+            run.accelerator.wait_for_everyone()
+            yield
+    finally:
+        settle_report(run.folder.path)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -21,6 +22,7 @@ from tunekit.errors import (
     did_you_mean,
 )
 from tunekit.files import atomic_file, clean_leftovers, directory_size, remove_folder
+from tunekit.provenance import shown
 from tunekit.registry import FAMILIES, PASSES, Registry, recipe_names, recipe_path
 from tunekit.resources import PACKAGE, builtin_names, configs_dir, expand
 
@@ -110,6 +112,84 @@ def _run_state(path: Path) -> RunState | None:
     if passes:
         state = f"{len(passes)} {'pass' if len(passes) == 1 else 'passes'} done"
     return RunState(str(path), state, final)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A record, and whether it and what it is about are as they were written.
+
+    Attributes:
+        place: its file, or the folder of an artifact.
+        what: "adapter", "torch", "onnx", "tensorrt" of artifacts, else "record".
+        problem: what is wrong; "" if nothing is.
+    """
+
+    place: str
+    what: str
+    problem: str = ""
+
+
+def verify_files(folder: Path | str, *, accept: bool = False) -> list[Verified]:
+    """Reads every record in a folder and below it, and all content of the models, whatever their time stamps.
+
+    Args:
+        folder: of a run, of an artifact, or of many of them.
+        accept: where only a model is another, take it from now on as it is.
+
+    Raises:
+        ArtifactError: there is no such folder.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise ArtifactError(f'there is no folder "{root}"', hint="give a run, an artifact, or many of them")
+    found, artifacts = [], []
+    for place, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        here = Path(place)
+        if RECORD in names:
+            artifacts.append(here)
+        found += [row for name in sorted(names) if (row := _verify_record(here / name))]
+    made = [_verify_artifact(path, accept=accept) for path in artifacts]
+    return sorted([*found, *made], key=lambda row: row.place)
+
+
+def _verify_artifact(path: Path, *, accept: bool) -> Verified:
+    what = "record"
+    try:
+        artifact = Artifact.load(path, check=False)
+        what = artifact.format
+        try:
+            artifact.check(thorough=True)
+        except ArtifactError:
+            if not accept:
+                raise
+            own = artifact.model_path == artifact.path or artifact.model_path is None
+            subject = None if own else Artifact.load(artifact.model_path or path, check=False).hash
+            replace(artifact, recorded_hash=subject, files=None).write()
+    except TunekitError as error:
+        return Verified(str(path), what, error.message)
+    return Verified(str(path), what)
+
+
+def _verify_record(path: Path) -> Verified | None:
+    """A file beside the models; None if it is none of ours."""
+    from tunekit import records
+
+    kinds = {
+        "chain.json": records.ChainRecord,
+        "plan.json": records.PlanRecord,
+        "state.json": records.StateRecord,
+    }
+    try:
+        if path.name == "metrics.jsonl":
+            unread = records.metrics_of(path).unread
+            return Verified(str(path), "record", f"{len(unread)} lines cannot be read" if unread else "")
+        if path.name not in kinds:
+            return None
+        records.read(path, kinds[path.name])
+    except (TunekitError, FileNotFoundError) as error:
+        return Verified(str(path), "record", getattr(error, "message", str(error)))
+    return Verified(str(path), "record")
 
 
 def find_run(name: str) -> Path:
@@ -648,7 +728,7 @@ def draw(
         "negative_prompt": (whole.negative_prompt or "") if whole.guided else "",
         "steps": str(whole.steps),
         "guidance": f"{whole.guidance:g}",
-        "source": source,
+        "source": shown(source),
         "runtime": drawer.title,
     }
     strengths = list(scales) or [1.0]

@@ -16,7 +16,7 @@ from tunekit.cli.configs import check, cp, explain, ls, show
 from tunekit.cli.drawing import bench, generate
 from tunekit.cli.machine import doctor
 from tunekit.cli.plans import plan
-from tunekit.cli.runs import prune_folders, report, run
+from tunekit.cli.runs import prune_folders, report, run, verify_files
 from tunekit.errors import TunekitError
 
 app = typer.Typer(
@@ -24,7 +24,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for _command in (ls, show, explain, check, run, plan, generate, bench, report, prune_folders, doctor, cp):
+for _command in (
+    ls,
+    show,
+    explain,
+    check,
+    run,
+    plan,
+    generate,
+    bench,
+    report,
+    verify_files,
+    prune_folders,
+    doctor,
+    cp,
+):
     app.command(_command.__name__.replace("_", "-"))(_command)
 
 

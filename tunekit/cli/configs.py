@@ -34,6 +34,9 @@ def ls(runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
         screen.show_table(console, ("folder", "state", "final"), found_runs)
     else:
         console.print(" none")
+    for state in states:
+        if state.problem:
+            console.print(f" {state.problem}", style="red", highlight=False, markup=False)
 
 
 def show(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -75,6 +77,27 @@ def prune_folders(
         print(f"{what}: {item.path} ({format_bytes(item.size_bytes)})")
     freed = sum(item.size_bytes for item in found if not item.user)
     print(f"{verb} {sum(not item.user for item in found)} folders, {format_bytes(freed)}")
+
+
+def verify_files(
+    folder: Annotated[Path, typer.Argument(help="run, artifact, or a folder of runs")],
+    accept: Annotated[
+        bool, typer.Option("--accept", help="models that are others are taken as they are from now on")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read all files that tunekit wrote, and compare the models with what was written."""
+    from tunekit import workspace
+
+    found = workspace.verify_files(folder, accept=accept)
+    wrong = [row for row in found if row.problem]
+    if as_json:
+        screen.print_json({"version": 1, "files": [asdict(row) for row in found]})
+    else:
+        for row in wrong:
+            print(f"{row.place}: {row.problem}")
+        print(f"{len(found)} looked at, {len(wrong) or 'none'} damaged" if found else "nothing to look at")
+    raise typer.Exit(1 if wrong else 0)
 
 
 def _show_steps(console: Console, steps: list[dict[str, Any]]) -> None:

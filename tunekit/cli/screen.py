@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from tunekit.files import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -126,7 +127,7 @@ def _print(
 
 def print_json(value: Any) -> None:
     """A value as JSON; in ASCII where stdout is not UTF-8, so that a program reads the same text."""
-    print(json.dumps(value, indent=2, ensure_ascii=not is_utf8()))
+    print(json_text(value, ascii_only=not is_utf8()))
 
 
 def is_utf8() -> bool:

@@ -143,6 +143,7 @@ class FamilyFacts:
         ss_base_model_version: what kohya's tools write for this base, e.g. "sd_v1".
         modelspec_architecture: of modelspec 1.0.1, without "/lora", e.g. "stable-diffusion-v1".
         default_source: hub id of the usual base, whose sizes the table has.
+        licence: of the usual base, as the hub writes it.
         base_title: the usual base for people, where it is not `title`.
         ss_v2: kohya's name for SD 2.x.
         adapter_marks: regular expression of what this family's adapters alone have in their keys, or "".
@@ -157,6 +158,7 @@ class FamilyFacts:
     modelspec_architecture: str
     default_source: str
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=30, guidance=7.5))
+    licence: str = ""
     base_title: str = ""
     ss_v2: bool = False
     adapter_marks: str = ""

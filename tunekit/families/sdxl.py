@@ -100,6 +100,7 @@ class SDXL:
         modelspec_architecture="stable-diffusion-xl-v1-base",
         adapter_marks=r"(^|_)te2_|text_encoder_2|label_emb|add_embedding",
         default_source="stabilityai/stable-diffusion-xl-base-1.0",
+        licence="openrail++",
         sampling=SamplingConfig(steps=30, guidance=5.0),
     )
 

@@ -617,7 +617,11 @@ def _run_step(step: Pass, context: Context, final: Path) -> Artifact:
             details=details,
             pictures=outcome.pictures,
         )
-        dataclasses.replace(result, lineage=(*parent.lineage, record)).write()
+        written = dataclasses.replace(result, lineage=(*parent.lineage, record)).write()
+        if written.family:
+            from tunekit import card, families
+
+            card.write(written, families.get(written.family).facts)
     return Artifact.load(final)
 
 

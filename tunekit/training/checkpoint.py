@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tunekit import optimizers
-from tunekit.artifacts import atomic_folder, clean_leftovers, remove_folder, write_json
+from tunekit.artifacts import RunFolder, atomic_folder, clean_leftovers, remove_folder, write_json
 from tunekit.config import ObjectiveConfig, TrainingRunConfig
 from tunekit.config.memory import free_on_resume
 from tunekit.data.images import Sample
@@ -330,7 +330,7 @@ def only_writer(folder: Path, say: Callable[[str], None] = print) -> Iterator[No
         return
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a")
+        file = RunFolder(folder).lock.open("a")
     with file:
         until = time.monotonic() + _LOCK_SECONDS
         waiting = False

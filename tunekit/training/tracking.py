@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tunekit.errors import output_errors, require
+from tunekit.errors import TunekitError, output_errors, require
 from tunekit.files import atomic_file, json_text
 from tunekit.records import metrics_of
 
+LOOK_SECONDS = 15.0
+"""Between two looks at a run, at least."""
 UNREADABLE = "metrics.unreadable"
 """Beside metrics.jsonl: lines of it that are no rows."""
 
@@ -26,12 +30,21 @@ class Tracker:
         path: `runs/<name>/metrics.jsonl`.
         tensorboard: a folder for event files, or None.
         say: takes a line about what was found there.
+        look: shows what was written so far, as a page; called at the start and then at times, never for more
+            than a fiftieth of them. It fails in silence, for nothing depends on it.
     """
 
     def __init__(
-        self, path: Path, *, tensorboard: Path | None = None, say: Callable[[str], None] | None = None
+        self,
+        path: Path,
+        *,
+        tensorboard: Path | None = None,
+        say: Callable[[str], None] | None = None,
+        look: Callable[[], object] | None = None,
     ) -> None:
         self.path = path
+        self._look = look
+        self._due = 0.0
         self._say = say or partial(print, flush=True)
         self._writer: Any = None
         self._tensorboard = tensorboard
@@ -52,10 +65,20 @@ class Tracker:
         if self.path.exists() or kept:
             with atomic_file(self.path) as file:
                 file.write_bytes(b"".join(line + b"\n" for line in kept))
+        self._show()
         if self._tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._tensorboard), purge_step=step + 1 if step else None)
+
+    def _show(self) -> None:
+        began = time.monotonic()
+        if self._look is None or began < self._due:
+            return
+        with suppress(TunekitError, OSError):
+            self._look()
+        ended = time.monotonic()
+        self._due = ended + max(LOOK_SECONDS, 50 * (ended - began))
 
     def _put_aside(self, lines: Sequence[bytes]) -> None:
         aside = self.path.with_name(UNREADABLE)
@@ -79,6 +102,7 @@ class Tracker:
                 for name, value in row.items():
                     if name != "step":
                         self._writer.add_scalar(name, value, row["step"])
+        self._show()
 
     def sync(self) -> None:
         """Make what was written survive the machine; called before a checkpoint refers to it."""
