@@ -64,6 +64,22 @@ def test_a_figure_that_is_not_finite_is_null(tmp_path: Path) -> None:
     assert [row["loss"] for row in read_metrics(path)] == [None, None]
 
 
+def test_a_look_at_what_was_written_costs_little_and_stops_nothing(tmp_path: Path) -> None:
+    looks = []
+
+    def look() -> None:
+        looks.append(len(read_metrics(tmp_path / "metrics.jsonl")))
+        raise RuntimeError("a page that cannot be made")
+
+    tracker = Tracker(tmp_path / "metrics.jsonl", look=look)
+    tracker.rewind(0)
+    tracker.write([{"step": 1, "loss": 0.5}])
+    assert looks == [0]  # not so soon again
+    tracker._due = 0.0
+    tracker.write([{"step": 2, "loss": 0.5}])
+    assert looks == [0, 2]
+
+
 def test_unwritable_metrics(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("in the way")
     with pytest.raises(OutputError, match=r"metrics\.jsonl: could not write"):

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tunekit.errors import TunekitError, output_errors, require
+from tunekit.errors import output_errors, require
 from tunekit.files import atomic_file, json_text
 from tunekit.records import metrics_of
 
@@ -75,7 +75,7 @@ class Tracker:
         began = time.monotonic()
         if self._look is None or began < self._due:
             return
-        with suppress(TunekitError, OSError):
+        with suppress(Exception):  # whatever it is, the training goes on
             self._look()
         ended = time.monotonic()
         self._due = ended + max(LOOK_SECONDS, 50 * (ended - began))
