@@ -175,7 +175,7 @@ def _verify_record(path: Path) -> Verified | None:
     """A file beside the models; None if it is none of ours."""
     from tunekit import records
 
-    kinds = {
+    kinds: dict[str, type[records.Record]] = {
         "chain.json": records.ChainRecord,
         "plan.json": records.PlanRecord,
         "state.json": records.StateRecord,
