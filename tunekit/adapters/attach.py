@@ -174,11 +174,9 @@ def load_adapter(
             if isinstance(delta, Lora) and not isinstance(delta, ColumnDora):
                 kept[path] = delta
                 _add_bias(module.get_submodule(path), path, delta)
-                fixed = getattr(delta, "bias", None) is not None
             else:
                 _fold(module, path, delta)
-                fixed = True
-            if fixed:
+            if path not in kept or delta.bias is not None:
                 vars(module)[FIXED] = path
         if not kept:
             continue
