@@ -112,3 +112,5 @@ def test_mistakes_are_said_before_anything_starts(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("tunekit.runtime.open_runtime", lambda *_, **__: pytest.fail("opened"))
     with pytest.raises(TypeError, match="takes no step"):
         tunekit.generate("tiny", "x", family="sd15", step=2)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match=r"generate\(\): steps: must be at most 1000"):
+        tunekit.generate("tiny", "x", family="sd15", steps=5000)

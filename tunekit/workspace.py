@@ -634,7 +634,7 @@ def generate(
         raise TypeError(f"generate() takes no {', '.join(unknown)}")
 
     from tunekit import runtime
-    from tunekit.config import SamplingConfig
+    from tunekit.config import SamplingConfig, validate
 
     given: dict[str, Any] = dict(options)
     opening = {name: given.pop(name) for name in Opening.__annotations__ if name in given}
@@ -645,7 +645,7 @@ def generate(
         )
         source = found.in_variant(variant)
     tiled = given.pop("tiled", False)
-    sampling = SamplingConfig(**given)
+    sampling = validate(SamplingConfig, given, lambda key: "generate()")
     drawer = runtime.open_runtime(source, **opening)
     drawer.tiled = tiled
     texts = [prompts] if isinstance(prompts, str) else prompts
