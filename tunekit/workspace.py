@@ -183,7 +183,8 @@ def _verify_record(path: Path) -> Verified | None:
     try:
         if path.name == "metrics.jsonl":
             unread = records.metrics_of(path).unread
-            return Verified(str(path), "record", f"{len(unread)} lines cannot be read" if unread else "")
+            count = f"{len(unread)} lines" if len(unread) > 1 else "a line"
+            return Verified(str(path), "record", f"{count} cannot be read" if unread else "")
         if path.name not in kinds:
             return None
         records.read(path, kinds[path.name])
