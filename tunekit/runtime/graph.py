@@ -100,7 +100,7 @@ class GraphModule:
                 for k, a in arrays.items()
             }
             part |= {name: part[name][:1] for name in single}
-            parts.append(self.graph.run({k: a[0] if k in scalar else a for k, a in part.items()}))
+            parts.append(self.graph.run({k: a.reshape(()) if k in scalar else a for k, a in part.items()}))
         if len(parts) == 1:
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
