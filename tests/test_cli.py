@@ -102,7 +102,19 @@ def test_answers_at_once(config: Path, finished: RunFolder, arguments: list[str]
 
 def test_every_command_explains_itself(tunekit_command: Command):
     overview = tunekit_command("--help").stdout
-    for command in ("ls", "show", "check", "plan", "run", "generate", "bench", "report", "doctor", "cp"):
+    for command in (
+        "ls",
+        "show",
+        "check",
+        "plan",
+        "run",
+        "generate",
+        "bench",
+        "report",
+        "prune-folders",
+        "doctor",
+        "cp",
+    ):
         assert f" {command} " in overview
         assert f"Usage: tunekit {command}" in tunekit_command(command, "--help").stdout
 
