@@ -193,6 +193,41 @@ def test_a_home_that_cannot_be_written_costs_time_alone(
     assert capsys.readouterr().err.count("not kept for the next time") == 1
 
 
+def test_a_display_takes_its_part_of_a_card() -> None:
+    (bare,) = planning.plan_config(config(*TINY), device="rtx-3060")
+    (shown,) = planning.plan_config(config(*TINY), device="rtx-3060", display=True)
+    assert shown.budget_bytes == bare.budget_bytes - planning.DISPLAY
+    assert "1.0 GiB are left to the display" in shown.notes
+    (less,) = planning.plan_config(config(*TINY), device="rtx-3060", display=True, budget="4 GiB")
+    assert less.budget_bytes == 4 * GIB
+
+
+def test_little_left_over_is_said_with_the_next_plan() -> None:
+    bare = ("memory.approximate=never", "preview.prompts=[]")
+    (roomy,) = planning.plan_config(config(*TINY, *bare), device="rtx-3060")
+    assert roomy.margin > planning.MARGIN
+    assert not [note for note in roomy.notes if "left over" in note]
+    budget = f"{roomy.device_bytes * 1.01 / hardware.SHOWN / GIB:.5f} GiB"
+    (tight,) = planning.plan_config(config(*TINY, *bare), budget=budget)
+    (note,) = [note for note in tight.notes if "left over" in note]
+    print(note)
+    assert note.startswith("only 1.0% of the memory is left over")
+
+
+def test_a_card_that_is_not_listed_leads_to_a_budget() -> None:
+    with pytest.raises(DeviceError, match=r'--budget "10 GiB"'):
+        planning.plan_config(config(*TINY), device="rtx-9999")
+
+
+def test_without_bitsandbytes_no_plan_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    here(monkeypatch, free_bytes=GIB // 2)
+    with pytest.raises(DoesNotFit) as error:
+        planning.settle(config(*TINY).config)
+    assert "nf4" not in str(error.value).partition("\n")[0]
+    assert 'not looked at, need the package "bitsandbytes"' in str(error.value)
+
+
 def test_a_plan_that_does_not_fit_is_an_error_the_second_time_too() -> None:
     """`--device all` shows it as a row and keeps it; asked for by itself it is refused."""
     loaded = config(*TINY, "memory.gradient_checkpointing=false", "memory.offload=false")

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tunekit.errors import ConfigError
-from tunekit.units import format_bytes, format_count, format_seconds, parse_bytes
+from tunekit.units import format_bytes, format_count, format_seconds, parse_budget, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -27,6 +29,27 @@ def test_parse_bytes(text: str | int, expected: int):
 def test_parse_bytes_refuses(text: str):
     with pytest.raises(ConfigError, match="is not a size"):
         parse_bytes(text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.text(max_size=12)
+    | st.from_regex(r"[ ]?[0-9]{0,400}[.]?[0-9]{0,3} ?[kKmMgGtT]?i?[bB]?", fullmatch=True)
+    | st.integers(-(2**70), 2**70)
+)
+def test_any_text_is_a_size_or_is_refused(text: str | int):
+    for read in (parse_bytes, lambda value: parse_budget(str(value))):
+        try:
+            size = read(text)
+        except ConfigError:
+            continue
+        assert 0 <= size <= 2**50
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**50))
+def test_what_is_written_of_a_size_is_read_as_nearly_that(count: int):
+    assert parse_bytes(format_bytes(count)) == pytest.approx(count, rel=0.05)
 
 
 @pytest.mark.parametrize(

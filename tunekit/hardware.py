@@ -15,6 +15,8 @@ from tunekit.errors import DeviceError, did_you_mean
 from tunekit.units import format_bytes
 
 GIB = 2**30
+SHOWN = 0.985
+"""Share of its nominal memory that a card shows: 23.68 GiB of 24 on an RTX 4090."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,12 @@ _TURING = (
     "https://images.nvidia.com/aem-dam/en-zz/Solutions/design-visualization/technologies/turing-architecture/"
     "NVIDIA-Turing-Architecture-Whitepaper.pdf"
 )
+_PASCAL = "https://images.nvidia.com/content/pdf/tesla/whitepaper/pascal-architecture-whitepaper.pdf"
+_VOLTA = "https://images.nvidia.com/content/volta-architecture/pdf/volta-architecture-whitepaper.pdf"
+_GEFORCE = "https://www.nvidia.com/en-us/geforce/"
 _AMPERE = "https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf"
 _ADA = "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
+_ADA_60 = _GEFORCE + "graphics-cards/40-series/rtx-4060-4060ti/"
 _BLACKWELL = (
     "https://images.nvidia.com/aem-dam/Solutions/geforce/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf"
 )
@@ -106,9 +112,38 @@ def _nvidia(
 TABLE: dict[str, DeviceFacts] = {
     facts.name: facts
     for facts in (
+        # Pascal has no matrix cores. GeForce multiplies in 16 bits at 1/64 of float32's rate, so that torch
+        # computes in float32 there; the P100 has twice that rate. torch for Pascal and Volta: CUDA 12.6.
+        _nvidia("gtx-1080-ti", "GeForce GTX 1080 Ti", 11, 484, (6, 1), (11.3, 11.3), _GEFORCE + "10-series/"),
+        _nvidia("p100", "Tesla P100 PCIe 16 GB", 16, 732, (6, 0), (18.7, 9.3), _PASCAL),
+        _nvidia("v100-16gb", "Tesla V100 SXM2 16 GB", 16, 900, (7, 0), (125, 15.7), _VOLTA),
+        _nvidia("v100-32gb", "Tesla V100 SXM2 32 GB", 32, 900, (7, 0), (125, 15.7), _VOLTA),
         _nvidia("rtx-2060-12gb", "GeForce RTX 2060 12 GB", 12, 336, (7, 5), (28.7, 7.2), _TURING),
+        _nvidia("rtx-2080-ti", "GeForce RTX 2080 Ti", 11, 616, (7, 5), (53.8, 13.45), _TURING),
         _nvidia("rtx-3060", "GeForce RTX 3060 12 GB", 12, 360, (8, 6), (25.5, 12.7), _AMPERE),
+        _nvidia(
+            "rtx-3060-ti",
+            "GeForce RTX 3060 Ti",
+            8,
+            448,
+            (8, 6),
+            (32.4, 16.2),
+            _GEFORCE + "graphics-cards/30-series/rtx-3060-3060ti/",
+        ),
+        _nvidia("rtx-3070", "GeForce RTX 3070", 8, 448, (8, 6), (40.6, 20.3), _AMPERE),
+        _nvidia("rtx-3080", "GeForce RTX 3080", 10, 760, (8, 6), (59.5, 29.8), _AMPERE),
+        _nvidia(
+            "rtx-3080-12gb",
+            "GeForce RTX 3080 12 GB",
+            12,
+            912,
+            (8, 6),
+            (61.3, 30.6),
+            _GEFORCE + "graphics-cards/30-series/rtx-3080-3080ti/",
+        ),
         _nvidia("rtx-3090", "GeForce RTX 3090", 24, 936, (8, 6), (71, 35.6), _AMPERE),
+        _nvidia("rtx-4060", "GeForce RTX 4060", 8, 272, (8, 9), (30.2, 15.1), _ADA_60),
+        _nvidia("rtx-4060-ti", "GeForce RTX 4060 Ti 8 GB", 8, 288, (8, 9), (44.1, 22.1), _ADA_60),
         _nvidia("rtx-4060-ti-16gb", "GeForce RTX 4060 Ti 16 GB", 16, 288, (8, 9), (44.1, 22.1), _ADA),
         _nvidia("rtx-4070", "GeForce RTX 4070", 12, 504, (8, 9), (58.3, 29.1), _ADA),
         _nvidia("rtx-4070-ti", "GeForce RTX 4070 Ti", 12, 504, (8, 9), (80.2, 40.1), _ADA),
@@ -201,7 +236,7 @@ def find(name: str, *, where: str | None = None) -> DeviceFacts:
         DeviceError: for an unknown name, with the nearest one.
     """
     key = name.strip().lower().replace("_", "-").replace(" ", "-")
-    for candidate in (key, f"rtx-{key}", key.replace("rtx", "rtx-")):
+    for candidate in (key, f"rtx-{key}", f"gtx-{key}", key.replace("tx", "tx-", 1)):
         if candidate in TABLE:
             return TABLE[candidate]
     hint = did_you_mean(key, TABLE)
@@ -212,7 +247,10 @@ def find(name: str, *, where: str | None = None) -> DeviceFacts:
     )
 
 
-_NOT_IN_NAMES = {"geforce", "tesla", "gb", "sxm", "pcie", "6", "8", "12", "16", "24", "40", "80", "processor"}
+_NOT_IN_NAMES = {
+    *("geforce", "tesla", "gb", "sxm", "sxm2", "pcie", "processor"),
+    *("6", "8", "10", "11", "12", "16", "24", "32", "40", "80"),
+}
 """Words by which the table tells cards apart and drivers do not, or not always."""
 
 

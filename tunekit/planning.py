@@ -27,7 +27,7 @@ from tunekit.errors import (
     missing,
 )
 from tunekit.kept import Kept
-from tunekit.units import parse_budget
+from tunekit.units import format_bytes, parse_budget
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,6 +44,10 @@ SHRINK, ATTEMPTS = 0.85, 3
 """When memory runs out in spite of a plan: the next may need this share of it, and so often."""
 DATA = {"path": True, "cache": True, "validation": True}
 """Keys of `data:` that a plan does not follow from."""
+MARGIN = 0.05
+"""Share of the memory that a plan should leave; where it leaves less, the next one is said too."""
+DISPLAY = 2**30
+"""Bytes that a desktop and a browser usually take of the card that they are shown by."""
 HERE = ("auto", "cpu", "cuda", "xpu", "mps")
 
 
@@ -76,6 +80,7 @@ def plan_config(
     *,
     device: str | None = None,
     budget: str | None = None,
+    display: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Plan]:
     """Plans a training config.
@@ -84,6 +89,7 @@ def plan_config(
         loaded: the config.
         device: a card, "all", or a device that answers here; None is a nameless card of `budget`.
         budget: bytes that may be used, "8 GiB".
+        display: whether a display is on the card, which takes `DISPLAY` of it.
         say: takes progress lines.
 
     Returns:
@@ -102,14 +108,20 @@ def plan_config(
         )
     size = parse_budget(budget) if budget is not None else None
     if device is None or device.partition(":")[0] in HERE:
-        return [_planned(config, _here(config, device, size), device or f"a card of {budget}", say)]
+        name = device or f"a card of {budget}"
+        return [_planned(config, _here(config, device, size), name, say, roomy=True)]
     if device != "all":
-        facts = hardware.find(device, where="--device")
+        try:
+            facts = hardware.find(device, where="--device")
+        except DeviceError as error:
+            other = 'for any other card say how much memory it has: --budget "10 GiB" without --device'
+            error.hint = f"{error.hint}\n{other}"
+            raise
         _refuse_what_it_lacks(config, facts, loaded)
-        return [_known(config, facts, size, say, strict=True)]
+        return [_known(config, facts, size, say, strict=True, display=display)]
     machine = hardware.machine_memory()[0]
     cards = [replace(facts, memory_bytes=facts.memory_bytes or machine) for facts in hardware.TABLE.values()]
-    return [_known(config, facts, size, say, strict=False) for facts in cards]
+    return [_known(config, facts, size, say, strict=False, display=display) for facts in cards]
 
 
 def unmet(loaded: Loaded, *, processes: int = 1) -> list[TunekitError]:
@@ -231,6 +243,9 @@ def _decide(
         if memory.base_precision is None:
             packed = begun["base_precision"] != begun["precision"]
             kept["base_precision"] = begun["base_precision"] if packed else "same"
+        if memory.encode_precision is None:
+            before = begun.get("memory")
+            kept["encode_precision"] = (before or {}).get("encode_precision") or "fp32"
     if memory.budget is None or _is_trained(config):
         return kept, optimizer, None
     pinned = train.model_copy(update={"optimizer": optimizer})
@@ -325,9 +340,14 @@ def _known(
     say: Callable[[str], None],
     *,
     strict: bool,
+    display: bool = False,
 ) -> Plan:
     """The plan for a card of the table; the second time without importing torch."""
     precision, notes = config.memory.precision, []
+    if display and facts.kind != "cpu" and facts.memory_bytes:
+        own = round(facts.memory_bytes * hardware.SHOWN) - DISPLAY
+        budget = min(budget or own, own)
+        notes.append(f"{format_bytes(DISPLAY)} are left to the display")
     usable = hardware.best_precision(facts.kind, facts.supports_bf16)
     if precision == "auto":
         precision = usable
@@ -338,7 +358,7 @@ def _known(
         precision = usable
         notes.append("no fp16 training there: needs memory.precision=fp32")
     place = _Place(facts.title, facts, budget, precision, notes=tuple(notes))
-    return _planned(config, place, facts.name, say, strict=strict)
+    return _planned(config, place, facts.name, say, strict=strict, roomy=strict)
 
 
 def _planned(
@@ -349,15 +369,19 @@ def _planned(
     *,
     processes: int = 1,
     strict: bool = True,
+    roomy: bool = False,
 ) -> Plan:
     """A plan, made once.
+
+    Args:
+        roomy: look for the plan that leaves more, where this one leaves little.
 
     Raises:
         DoesNotFit: with `strict`.
     """
     from tunekit.memory.plan import Plan, refuse
 
-    kept, key = Kept.of("plans"), _digest(config, place, name, processes)
+    kept, key = Kept.of("plans"), _digest(config, place, name, processes, roomy)
     known = kept.read(key)
     if known is not None:
         made = Plan.load(known)
@@ -367,15 +391,38 @@ def _planned(
 
     planner, room, notes = _planner(config, place, processes, say)
     made = planner.plan(name, room)
-    made = replace(made, notes=(*place.notes, *notes, *made.notes))
+    tight = [_with_a_margin(planner, made, room)] if roomy and made.fits and made.margin < MARGIN else []
+    made = replace(made, notes=(*place.notes, *notes, *made.notes, *tight))
     if made.fits or not strict:
         if not place.is_here:  # what is free here is different each time
             kept.write(key, made.dump())
         return made
-    raise refuse(made, advice(planner, made, room, list(hardware.TABLE.values())), room.why_less)
+    hint = advice(planner, made, room, list(hardware.TABLE.values()))
+    absent = _without_bitsandbytes(place)
+    raise refuse(made, f"{hint}\n{absent.message}" if absent else hint, room.why_less)
 
 
-def _digest(config: TrainingRunConfig, place: _Place, name: str, processes: int) -> str:
+def _without_bitsandbytes(place: _Place) -> TunekitError | None:
+    """What is to be said where it is not installed, on a device that answers: no plan may need it then."""
+    if not place.is_here or "bitsandbytes" in place.facts.lacks:
+        return None
+    return missing("bitsandbytes", extra="quant", why="nf4 and 8-bit optimizer state, not looked at, need")
+
+
+def _with_a_margin(planner: Planner, made: Plan, room: Room) -> str:
+    """What a plan with more left over would be, for people whose card has a little less than was thought."""
+    said = f"only {made.margin:.1%} of the memory is left over"
+    wanted = round(room.total * (1 - MARGIN))
+    other = planner.plan(made.device, replace(room, total=wanted))
+    if not other.fits:
+        return f"{said}, and nothing leaves {MARGIN:.0%}"
+    return (
+        f"{said}; the next plan needs {format_bytes(other.device_bytes)}, step time"
+        f' x{other.relative_step_time:.2f} ({other.words}): --budget "{wanted / 2**30:.1f} GiB"'
+    )
+
+
+def _digest(config: TrainingRunConfig, place: _Place, name: str, processes: int, roomy: bool = False) -> str:
     """Of all that a plan follows from: the config, the files of a local model, the device, and the code."""
     from tunekit.memory.plan import code, versions
 
@@ -386,6 +433,7 @@ def _digest(config: TrainingRunConfig, place: _Place, name: str, processes: int)
         asdict(place),
         name,
         processes,
+        roomy,
         _heals(config),
         versions(),
         code(),
@@ -486,6 +534,8 @@ def _planner(
     )
     room = room_of(place.facts, budget=place.total, real=place.is_here)
     room = replace(room, title=place.title, host_bytes=place.host_bytes, why_less=place.why_less)
+    if _without_bitsandbytes(place):
+        room = replace(room, lacks=(*room.lacks, "bitsandbytes"))
     notes = []
     facts = job.sizes.family.facts
     if job.sizes.assumed:

@@ -296,6 +296,7 @@ class Run:
             cache=self.cache,
             accelerator=self.accelerator,
             captions_on_host=bool(config.memory.encode_on_host),
+            precision=config.memory.encode_precision or "fp32",
             measured=partial(self.meter.phase, "encode"),
             files=source_files(config.model.opened, base.family.facts),
             say=self.say,

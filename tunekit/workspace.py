@@ -513,6 +513,7 @@ def plan(
     *overrides: str,
     device: str | None = None,
     budget: str | None = None,
+    display: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Plan]:
     """Predicts a training's memory and finds the fastest way that fits; no GPU or weights are needed.
@@ -523,6 +524,7 @@ def plan(
         device: a card such as "rtx-3060", "all", or what answers here: "auto", "cuda:1". If neither this nor
             `budget` is given, all cards.
         budget: memory that may be used, "8 GiB".
+        display: whether a display is on the card, which takes some of it.
         say: takes lines of progress.
 
     Returns:
@@ -543,7 +545,7 @@ def plan(
     elif overrides:
         raise ConfigError("overrides have no effect on a config that is loaded", hint="give them to load()")
     chosen = device or ("all" if budget is None else None)
-    return planning.plan_config(config, device=chosen, budget=budget, say=say)
+    return planning.plan_config(config, device=chosen, budget=budget, display=display, say=say)
 
 
 def picture_plans(plans: Sequence[Plan], file: Path) -> Path:

@@ -130,6 +130,25 @@ def test_captions_that_are_cut_are_said_once(pipeline: Any, pictures: Path, tmp_
     assert "1 of 1 prompts" in said[0]
 
 
+def test_pictures_encoded_in_bf16_are_nearly_the_same_and_kept_apart(
+    pipeline: Any, pictures: Path, tmp_path: Path
+) -> None:
+    """What decodes previews stays in float32, to the bit."""
+    data = DataConfig(path=str(pictures), resolution=32)
+    found, before = samples(pictures)[:2], {k: v.clone() for k, v in pipeline.vae.state_dict().items()}
+    whole = encoder(pipeline, tmp_path).dataset(found, data, seed=0)
+    half = Encoder(
+        FAMILY, pipeline, cache=tmp_path, accelerator=Accelerator(cpu=True), precision="bf16", say=print
+    ).dataset(found, data, seed=0)
+    for index in range(2):
+        one, other = whole.moments(index)[0], half.moments(index)[0]
+        assert other.dtype == torch.float32
+        assert not torch.equal(one, other)
+        assert (one - other).norm() < 0.1 * one.norm()
+    assert len(list((tmp_path / "latents").glob("*"))) == 4
+    assert all(torch.equal(before[name], value) for name, value in pipeline.vae.state_dict().items())
+
+
 def test_keys_follow_everything_a_latent_depends_on(pictures: Path, tmp_path: Path) -> None:
     """Id, pixels, size and the weights of the VAE each give a file of their own; a caption does not."""
     one = samples(pictures)[0]

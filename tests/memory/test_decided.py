@@ -25,6 +25,7 @@ DECIDED = Levers(
     offload=("down", "middle"),
     optimizer_in_backward=True,
     encode_on_host=True,
+    encode_precision="bf16",
     vae_tiling=True,
     class_batch=1,
 )
@@ -75,7 +76,12 @@ def test_every_key_is_marked() -> None:
 
 def test_what_changes_what_is_learned_stays_when_a_run_goes_on() -> None:
     kept = {f"memory.{name}" for name in MemoryConfig.model_fields} - set(free_on_resume())
-    assert kept == {"memory.precision", "memory.base_precision", "memory.optimizer_in_backward"}
+    assert kept == {
+        "memory.precision",
+        "memory.base_precision",
+        "memory.optimizer_in_backward",
+        "memory.encode_precision",
+    }
     assert all(f"memory.{name}" in kept for name, lever in levers().items() if not lever.exact)
 
 
@@ -103,11 +109,16 @@ def test_the_words_of_a_plan() -> None:
         "weights of 2 blocks in host memory",
         "optimizer in backward",
         "text encoders on the CPU",
+        "pictures encoded in bf16",
         "previews decoded in tiles",
         "class pictures drawn 1 at once",
         "adamw8bit",
     ]
-    assert plan(DECIDED, optimizer="adamw8bit").approximates == ["nf4 base", "8-bit optimizer state"]
+    assert plan(DECIDED, optimizer="adamw8bit").approximates == [
+        "nf4 base",
+        "pictures encoded in bf16",
+        "8-bit optimizer state",
+    ]
     bare = plan(Levers("bf16", micro_batch=4, class_batch=4).among(UNITS), accumulation=1)
     assert (bare.measures, bare.approximates) == ([], [])
     assert bare.words == "bf16, micro-batch 4, nothing checkpointed"

@@ -16,7 +16,7 @@ from tunekit.memory.advice import advice
 from tunekit.memory.job import Job
 from tunekit.memory.levers import Levers
 from tunekit.memory.plan import Plan, refuse
-from tunekit.memory.planner import Planner, cuts, divisors
+from tunekit.memory.planner import Planner, counts, cuts, divisors
 from tunekit.memory.room import Room, Speed, room_of
 from tunekit.memory.step import trace_step
 from tunekit.memory.trace import CPU, CUDA
@@ -265,6 +265,29 @@ def test_a_plan_comes_back_from_json(planner: Planner) -> None:
 def test_context_and_headroom_count(planner: Planner) -> None:
     bare, real = planner.plan("a", room(10**12)), planner.plan("b", room(10**12, context=2**29))
     assert real.device_bytes > bare.device_bytes + 2**29
+
+
+def test_pictures_are_encoded_in_bf16_where_the_whole_does_not_fit(traces: Kept, tiny: Sizes) -> None:
+    """The denoiser's step is small here, and the VAE's first layers are what a picture takes."""
+    job = Job(tiny, ADAPTER, precision="bf16", size=(512, 512))
+    planner = Planner(job, batch_size=1, cache=traces)
+    large = planner.plan("large", card(10**12))
+    assert (large.levers.encode_precision, large.approximates) == ("fp32", [])
+    narrow = card(round(large.phases["encode"]["least_bytes"] * 0.9))
+    on_host, precision, phase = planner._encode(narrow, large.levers)
+    assert (on_host, precision) == (False, "bf16")
+    assert phase["least_bytes"] < 0.7 * large.phases["encode"]["least_bytes"]
+    exact = replace(planner, memory=PLANNED.model_copy(update={"approximate": "never"}))
+    assert exact._encode(narrow, large.levers)[1] == "fp32"
+    old = replace(narrow, lacks=("bf16",))
+    assert planner._encode(old, large.levers)[1] == "fp32"
+
+
+def test_any_number_of_units_may_wait_on_the_host() -> None:
+    assert counts(57, 32) == list(range(1, 58, 2))
+    assert counts(5, 32) == [1, 2, 3, 4, 5]
+    assert counts(86, 32)[-1] == 86
+    assert len(counts(86, 32)) <= 32
 
 
 def test_a_batch_is_cut_into_parts_that_need_not_be_equal() -> None:

@@ -191,6 +191,20 @@ def test_previews_and_encoding(tiny: Sizes) -> None:
     assert "text encoders" not in trace_encode(job, CUDA, captions_on_host=True).categories.values()
 
 
+def test_pictures_are_encoded_in_half_the_memory_in_sixteen_bits(tiny: Sizes) -> None:
+    job = Job(tiny, ADAPTER, size=(256, 256))
+    half = Levers(encode_precision="bf16")
+    full, lowered = (
+        trace_encode(job, CUDA, levers, captions_on_host=True).peak("encode") for levers in (None, half)
+    )
+    print(lowered.ledger, full.ledger)
+    assert lowered.ledger["activations"] < 0.7 * full.ledger["activations"]
+    assert lowered.ledger["VAE"] < 0.6 * full.ledger["VAE"]
+    # On the CPU the VAE that decodes previews stays beside its copy.
+    whole, beside = (trace_encode(job, CPU, levers).peak("encode").ledger["VAE"] for levers in (None, half))
+    assert beside == pytest.approx(1.5 * whole, rel=0.05)
+
+
 def test_the_measuring_script(script: Any, tiny: Sizes) -> None:
     """The same on other rows: what scripts/measure_memory.py writes into benchmarks/."""
     row = script.compare(

@@ -25,6 +25,9 @@ def plan(
         str | None, typer.Option(help='a card such as rtx-3060, "all", or what answers here: auto, cuda:1')
     ] = None,
     budget: Annotated[str | None, typer.Option(help='memory that may be used: "8 GiB"')] = None,
+    display: Annotated[
+        bool, typer.Option("--display", help="a display is on the card: leave it 1 GiB")
+    ] = False,
     sweep: Annotated[
         list[str] | None, typer.Option(metavar="a.b=c,d", help="plan each of these values; repeatable")
     ] = None,
@@ -44,6 +47,7 @@ def plan(
             *varied,
             device=device,
             budget=budget,
+            display=display,
             say=lambda line: console.print(line, style="dim"),
         )
         plans.append((varied, found))

@@ -83,6 +83,10 @@ def _class_batch(value: int | None, scale: Scale) -> str:
     return f"class pictures drawn {value} at once" if value is not None and value < CLASS_BATCH else ""
 
 
+def _encoded(value: str, scale: Scale) -> str:
+    return f"pictures encoded in {value}" if value != "fp32" else ""
+
+
 def _if_so(text: str) -> Words:
     return lambda value, scale: text if value else ""
 
@@ -123,6 +127,11 @@ class MemoryConfig(Section):
     the planner."""
     encode_on_host: Annotated[bool | None, Lever(words=_if_so("text encoders on the CPU"))] = None
     """Run the text encoders on the CPU. null lets the planner decide, and is false without one."""
+    encode_precision: Annotated[
+        Literal["fp32", "bf16"] | None, Lever(words=_encoded, resumable=False, exact=False)
+    ] = None
+    """Arithmetic of the VAE while pictures are encoded. bf16 takes half the memory, and moves a latent by
+    less than the VAE's own uncertainty of it. null lets the planner decide, and is fp32 without one."""
     vae_tiling: Annotated[bool | None, Lever(words=_if_so("previews decoded in tiles"))] = None
     """Decode previews in tiles, which can show at their seams. null lets the planner decide."""
     class_batch: Annotated[BatchSize | None, Lever(words=_class_batch)] = None

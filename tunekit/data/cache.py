@@ -13,6 +13,7 @@ the same sample and cut, and comes with it.
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import itertools
@@ -21,7 +22,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -67,12 +68,13 @@ class Encoder:
         cache: folder of encoded files; shared by all runs.
         accelerator: processes share the work.
         captions_on_host: the text encoders stay on the CPU.
+        precision: of the VAE's arithmetic, where it is not to be the table's: "bf16".
         measured: gives a context that measures one encoding; `again` for the first of its kind.
         files: component -> files its weights were read from, so that they need not be hashed again.
         say: takes what is encoded, as a line (main process only).
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is a fact of its own
         self,
         family: Family,
         pipeline: Any,
@@ -80,6 +82,7 @@ class Encoder:
         cache: Path,
         accelerator: Accelerator,
         captions_on_host: bool = False,
+        precision: str = "fp32",
         measured: Callable[..., AbstractContextManager[None]] | None = None,
         files: Mapping[str, Sequence[Path]] | None = None,
         say: Callable[[str], None] = print,
@@ -101,6 +104,7 @@ class Encoder:
             return _hash_once(getattr(pipeline, name), known.get(name, ()))
 
         self._vae = hashed(family.facts.vae.name)
+        self._lower = DTYPES[precision] if precision != "fp32" else None
         self._text = _digest(
             *(hashed(part.name) for part in family.facts.encoders),
             *(_vocabulary(getattr(pipeline, part.tokenizer)) for part in family.facts.encoders),
@@ -136,7 +140,8 @@ class Encoder:
             for sample, transforms, paths in zip(samples, variants, files, strict=True)
             for transform, file in zip(transforms, paths, strict=True)
         ]
-        self._fill(jobs, "picture", [self.pipeline.vae])
+        with self._lowered() as vae:
+            self._fill(jobs, "picture", [vae])
         places = {sample.caption: sample.where for sample in samples}
         captions = self.prompts(["", *(sample.caption for sample in samples)], places)
         frames = [
@@ -187,9 +192,27 @@ class Encoder:
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    @contextmanager
+    def _lowered(self) -> Iterator[nn.Module]:
+        """The VAE as it encodes: itself, or a copy in 16 bits; what it decodes later stays as it was."""
+        whole = self.pipeline.vae
+        if self._lower is not None:
+            self.pipeline.vae = copy.deepcopy(whole).to(self._lower)
+        try:
+            yield self.pipeline.vae
+        finally:
+            self.pipeline.vae = whole
+
     def _latent_file(self, sample: Sample, transform: Transform, resolution: int) -> Path:
         key = _digest(
-            VERSION, self.family.name, self._vae, sample.id, sample.content, transform.key(), resolution
+            VERSION,
+            self.family.name,
+            self._vae,
+            sample.id,
+            sample.content,
+            transform.key(),
+            resolution,
+            *([str(self._lower)] if self._lower is not None else []),
         )
         return self.cache / "latents" / f"{key}.safetensors"
 

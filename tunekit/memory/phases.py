@@ -20,20 +20,25 @@ def trace_encode(
     On the CPU nothing leaves: the whole pipeline is there all the time, the denoiser as it was read.
 
     Args:
+        levers: the denoiser's on the CPU, and the precision of the VAE's arithmetic.
         captions_on_host: the text encoders run on the CPU.
     """
     family, everything = job.sizes.family, target.name == "cpu"
+    levers = levers or Levers(job.precision)
     pipeline = job.sizes.pipeline()
+    kept = pipeline.vae
+    if levers.encode_precision != "fp32":  # a copy, because previews are decoded in float32
+        pipeline.vae = job.sizes.vae.build().to(DTYPES[levers.encode_precision])
     encoders = [getattr(pipeline, part.name) for part in job.sizes.encoders]
     there: list[Tensor] = []
     if everything:
-        as_held(denoiser := family.denoiser(pipeline), job.adapter, levers or Levers(job.precision))
+        as_held(denoiser := family.denoiser(pipeline), job.adapter, levers)
         there = tensors(denoiser)
 
     def begin(tracer: Tracer, *, pictures: bool) -> None:
         tracer.label(there, WEIGHTS)
         if pictures or everything:
-            tracer.label(tensors(pipeline.vae), VAE)
+            tracer.label(tensors(*({kept, pipeline.vae} if everything else {pipeline.vae})), VAE)
         if not pictures or everything:
             tracer.label(tensors(*encoders), ENCODERS)
 

@@ -70,6 +70,11 @@ class Plan:
     moments: tuple[tuple[str, dict[str, int]], ...] = field(default=(), repr=False)
 
     @property
+    def margin(self) -> float:
+        """Share of what may be used that is left over."""
+        return 1 - self.device_bytes / self.budget_bytes
+
+    @property
     def peak_phase(self) -> str:
         """Phase that needs most."""
         return max(self.phases, key=lambda name: int(self.phases[name]["least_bytes"]))

@@ -15,8 +15,8 @@ the backward pass, weights in host memory. Only then come packed base weights an
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -40,8 +40,8 @@ from tunekit.units import format_bytes
 TRIES = 6
 LEAST_STEP = 32 * 2**20
 """Bytes by which the budget is tightened at least, when a plan did not fit; twice as many each time."""
-AWAY = (0.05, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
-"""Shares of the units whose weights may stay on the host."""
+AWAY = 32
+"""Numbers of units, evenly spread up to all, whose weights are tried on the host."""
 PATIENCE = 2.0
 """Weights in host memory come after approximations where they make a step longer than this."""
 REJECTED = 6
@@ -67,11 +67,11 @@ class Way:
 
 
 class _Pair(NamedTuple):
-    """What is searched over: a way, a micro-batch, and the share of units whose weights are on the host."""
+    """What is searched over: a way, a micro-batch, and how many units' weights are on the host."""
 
     way: Way
     micro_batch: int
-    away: float
+    away: int
 
 
 @dataclass(frozen=True)
@@ -186,11 +186,11 @@ class Planner:
             if search.tried and _hopeless(search.tried[-1]):
                 break
             pairs = [
-                _Pair(way, size, share)
+                _Pair(way, size, count)
                 for way in ways
-                for size in self._sizes(way)
-                for share in AWAY
                 if self._may_offload(room)
+                for size in self._sizes(way)
+                for count in counts(len(self._costs(room.target, way, self._levers(way, size)).units), AWAY)
             ]
             found = self._search(replace(search, rejected=[]), pairs)
             if found is not None:
@@ -267,12 +267,12 @@ class Planner:
         room = search.room
         budgets = dict.fromkeys(pairs, room.budget)
         tighter = dict.fromkeys(pairs, LEAST_STEP)
+        chosen: dict[_Pair, _Candidate | None] = {}
         for _ in range(TRIES * len(pairs)):
-            candidates = {
-                pair: found
-                for pair in pairs
-                if (found := self._choose(room, pair, budgets[pair])) is not None
-            }
+            for one in pairs:
+                if one not in chosen:
+                    chosen[one] = self._choose(room, one, budgets[one])
+            candidates = {one: found for one, found in chosen.items() if found is not None}
             if not candidates:
                 return None
             pair = min(
@@ -281,11 +281,12 @@ class Planner:
             best = candidates[pair]
             plan = self._check(search.name, room, best.way, best.levers, best.seconds / search.seconds)
             if plan.fits:
-                others = sorted(candidates.values(), key=lambda found: found.seconds)
+                kinds = {(pair.way, pair.micro_batch, pair.away > 0): best}
+                for one in sorted(candidates, key=lambda one: candidates[one].seconds):
+                    kinds.setdefault((one.way, one.micro_batch, one.away > 0), candidates[one])
                 search.rejected += [
                     self._slower(room, found, found.seconds / search.seconds)
-                    for found in others[:REJECTED]
-                    if found is not best
+                    for found in [*kinds.values()][1 : REJECTED + 1]
                 ]
                 return plan
             search.tried.append(plan)
@@ -295,8 +296,19 @@ class Planner:
             if _hopeless(plan):
                 return None
             if plan.peak_phase == "preview":
-                budgets[pair] = 0  # other checkpoints do not make it smaller; another base does
-            budgets[pair] -= max(round(over * 1.05), tighter[pair])
+                # Other checkpoints do not make it smaller; another base does, and more on the host.
+                same = (pair.way.base_precision, pair.way.optimizer)
+                for one in pairs:
+                    if (one.way.base_precision, one.way.optimizer) == same and one.away <= pair.away:
+                        budgets[one] = 0
+                        chosen.pop(one, None)
+            less = max(round(over * 1.05), tighter[pair])
+            # What the estimate missed here it misses in its neighbours too: as much of the host, or about.
+            for one in pairs:
+                near = abs(one.away - pair.away) <= pair.away // 8
+                if (one.way, one.micro_batch) == (pair.way, pair.micro_batch) and near:
+                    budgets[one] -= less
+                    chosen.pop(one, None)
             tighter[pair] *= 2
         return None
 
@@ -313,7 +325,7 @@ class Planner:
         free = self._levers(way, pair.micro_batch)
         keeping = self._costs(room.target, way, free)
         weights = [keeping.weights[unit] for unit in keeping.units]
-        away = math.ceil(len(weights) * pair.away)
+        away = pair.away
         moved = _spread(len(weights), away)
         hosted = sum(weights[index] for index in moved)
         if room.host_bytes is not None and hosted > room.host_bytes:
@@ -442,8 +454,9 @@ class Planner:
     def _around(self, room: Room, levers: Levers, whole: Costs) -> tuple[Levers, dict[str, Phase]]:
         """The phases beside the steps, and the levers with what was chosen for those."""
         phases = {"load": self._load(room, levers)}
-        on_host, phases["encode"] = self._encode(room, levers)
-        levers = replace(levers, encode_on_host=on_host, vae_tiling=bool(self.memory.vae_tiling))
+        on_host, precision, phases["encode"] = self._encode(room, levers)
+        levers = replace(levers, encode_on_host=on_host, encode_precision=precision)
+        levers = replace(levers, vae_tiling=bool(self.memory.vae_tiling))
         if self.job.class_pictures is not None:
             count, phases["class_pictures"] = self._class_pictures(room, on_host)
             levers = replace(levers, class_batch=count)
@@ -537,26 +550,31 @@ class Planner:
                 phases[after.phase] = found
         return phases
 
-    def _encode(self, room: Room, levers: Levers) -> tuple[bool, Phase]:
-        """Whether captions are encoded on the CPU, and the phase."""
+    def _encode(self, room: Room, levers: Levers) -> tuple[bool, str, Phase]:
+        """Whether captions are encoded on the CPU, in which precision pictures are, and the phase."""
+        memory, own_memory = self.memory, bool(room.context)
         plain = Levers(self.job.precision)
         if room.target.name == "cpu" and self.job.packs:  # elsewhere the denoiser is not there
             plain = replace(plain, base_precision=levers.base_precision)
+        hosts = [bool(memory.encode_on_host)]
+        if memory.encode_on_host is None and own_memory and room.has_host:
+            hosts.append(True)
+        precisions = [memory.encode_precision or "fp32"]
+        if memory.encode_precision is None and memory.approximate != "never" and "bf16" not in room.lacks:
+            precisions.append("bf16")
+        found: list[tuple[bool, str, Phase]] = []
+        for precision, captions in itertools.product(precisions, hosts):
+            used = replace(plain, encode_precision=precision)
 
-        def phase(on_host: bool) -> Phase:
-            def make() -> Phase:
-                traced = trace_encode(self.job, room.target, plain, captions_on_host=on_host)
+            def make(captions: bool = captions, used: Levers = used) -> Phase:
+                traced = trace_encode(self.job, room.target, used, captions_on_host=captions)
                 return phase_of(traced, ("encode",), room.target)
 
-            return self._made(["encode", asdict(room.target), asdict(plain), on_host], make, self.job)
-
-        pinned = self.memory.encode_on_host
-        if pinned is None and room.context:
-            found = phase(on_host=False)
-            if room.needed(found["least_bytes"]) <= room.total or not room.has_host:
-                return False, found
-        on_host = bool(pinned is None and room.context) or bool(pinned)
-        return on_host, phase(on_host)
+            phase = self._made(["encode", asdict(room.target), asdict(used), captions], make, self.job)
+            found.append((captions, precision, phase))
+            if room.needed(phase["least_bytes"]) <= room.total:
+                return found[-1]
+        return min(found, key=lambda one: int(one[2]["least_bytes"]))
 
     def _class_pictures(self, room: Room, on_host: bool) -> tuple[int, Phase]:
         """How many class pictures are drawn at once, and the phase."""
@@ -619,6 +637,12 @@ def cuts(number: int) -> list[int]:
         if size <= 0.8 * sizes[-1]:
             sizes.append(size)
     return sizes
+
+
+def counts(most: int, tried: int) -> list[int]:
+    """Whole numbers up to `most`, evenly spread: all, or about as many as are to be tried."""
+    step = -(-most // tried)
+    return list(range(most, 0, -step))[::-1]
 
 
 def learned_bytes(at_rest: Mapping[str, int]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from tunekit.hardware import DeviceFacts
+from tunekit.hardware import SHOWN, DeviceFacts
 from tunekit.memory.costs import Row
 from tunekit.memory.trace import CPU, CUDA, Target
 
@@ -95,7 +95,7 @@ def room_of(facts: DeviceFacts, *, budget: int | None = None, real: bool = False
     Args:
         real: `budget` is what a device offers, not a wish.
     """
-    own = round((facts.memory_bytes or 0) * 0.985)
+    own = round((facts.memory_bytes or 0) * SHOWN)
     speed = Speed(facts.half_flops, facts.float32_flops, facts.bandwidth_bytes_s or 50e9)
     if facts.kind == "cpu":
         return Room(facts.title, budget or own, 0, CPU, speed, has_host=False)

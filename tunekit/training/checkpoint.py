@@ -93,7 +93,11 @@ def identity(
         for key, value in flat.items()
         if not any(key == name or key.startswith(name + ".") for name in free)
     }
-    for key, usual in (("memory.base_precision", "same"), ("memory.optimizer_in_backward", False)):
+    for key, usual in (
+        ("memory.base_precision", "same"),
+        ("memory.optimizer_in_backward", False),
+        ("memory.encode_precision", "fp32"),
+    ):
         kept[key] = kept.get(key) or usual
         if kept[key] == usual:
             del kept[key]  # as in runs from before there was a choice
