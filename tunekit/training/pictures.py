@@ -26,27 +26,31 @@ class PicturesRecord(Record):
 
 
 def keep(folder: Path, groups: Groups) -> None:
-    """Write down the pictures of a run.
+    """Write down the pictures of a run, unless they are already.
 
     Raises:
         OutputError: it cannot be written.
     """
-    write_json(
-        folder / NAME, {"version": 1, "groups": {key: _hashes(found) for key, found in groups.items()}}
-    )
+    found = {key: _hashes(samples) for key, samples in groups.items()}
+    if _kept(folder) != found:
+        write_json(folder / NAME, {"version": 1, "groups": found})
 
 
 def changes(folder: Path, groups: Groups) -> dict[str, str]:
     """What has changed since, in words, by part of an identity; nothing where nobody knows how it was."""
-    try:
-        before = read(folder / NAME, PicturesRecord).groups
-    except (ArtifactError, FileNotFoundError):
-        return {}
+    before = _kept(folder)
     return {
         key: words
         for key, found in groups.items()
         if key in before and (words := _difference(before[key], _hashes(found)))
     }
+
+
+def _kept(folder: Path) -> dict[str, dict[str, list[str]]]:
+    try:
+        return read(folder / NAME, PicturesRecord).groups
+    except (ArtifactError, FileNotFoundError):
+        return {}
 
 
 def _hashes(samples: Sequence[Sample]) -> dict[str, list[str]]:
