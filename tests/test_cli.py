@@ -129,7 +129,7 @@ def test_ls_lists_everything_there_is(finished: RunFolder, tunekit_command: Comm
     assert list(found["families"]) == FAMILIES.names()
     assert list(found["passes"]) == PASSES.names()
     assert list(found["builtin"]) == builtin_names()
-    assert found["runs"] == [{"run": "runs/fox", "state": "2 passes done", "final": "02-benchmark-00000000"}]
+    assert found["runs"] == [{"run": "runs/fox", "state": "2 passes done", "final": "01-merge-00000000"}]
     assert all(
         about for kind in ("configs", "recipes", "families", "passes") for about in found[kind].values()
     )
@@ -410,7 +410,7 @@ def test_report(finished: RunFolder, tunekit_command: Command):
     assert printed == json.loads((finished.path / "report.json").read_text())
     assert printed["version"] == 1
     assert [step["kind"] for step in printed["steps"]] == ["merge", "benchmark"]
-    assert printed["final"] == "02-benchmark-00000000"
+    assert printed["final"] == "01-merge-00000000"
 
 
 # run, generate, bench -------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ def ls(runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     found = workspace.inventory()
     states = workspace.runs(runs)
     if as_json:
-        screen.print_json({**found, "runs": [asdict(state) for state in states]})
+        known = [{key: value for key, value in asdict(state).items() if value != ""} for state in states]
+        screen.print_json({**found, "runs": known})
         return
     console = screen.console()
     for title, entries in found.items():
@@ -36,7 +37,7 @@ def ls(runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
         console.print(" none")
     for state in states:
         if state.problem:
-            console.print(f" {state.problem}", style="red", highlight=False, markup=False)
+            screen.say(console, f" {state.problem}", "red")
 
 
 def show(
