@@ -319,7 +319,7 @@ class _Training:
         note = f"loss {self._mean():.4f}  {pace(seconds, self.batches.batch_size)}  {rest}".rstrip()
         self.phase.update(step, note)
         crossed = step // every > self.told // every
-        if not self.progress.moves and (crossed or step == total):
+        if step == total or (crossed and not self.progress.moves):
             self._say(f"step {step}/{total}  {note}")
             self.told = step
 
