@@ -213,9 +213,8 @@ def test_an_adapter_a_run_and_a_base_with_an_adapter_draw_alike(
         (tiny_source, {"adapter": adapter}),
         (tiny_source, {"adapter": adapter / "style.kohya.safetensors"}),
     ):
-        assert torch.equal(
-            generate_pixels(open_runtime(source, **options, **CPU), PROMPTS, FEW, seeds=SEEDS), wanted
-        )
+        drawn = generate_pixels(open_runtime(source, **options, **CPU), PROMPTS, FEW, seeds=SEEDS)
+        assert torch.allclose(drawn, wanted, rtol=0, atol=1e-5)  # alpha / rank is in the file's weights
 
 
 def test_an_adapter_that_names_no_base(adapter: Path) -> None:

@@ -270,7 +270,8 @@ class Artifact:
             return 0
         if self.model_path.is_file():
             return self.model_path.stat().st_size
-        return sum(path.stat().st_size for path in model_files(self.model_path).values())
+        found = model_files(self.model_path, own=self.model_path == self.path)
+        return sum(path.stat().st_size for path in found.values())
 
     @property
     def step(self) -> Step | None:
