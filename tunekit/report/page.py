@@ -227,7 +227,7 @@ def _validation_tiles(training: Mapping[str, Any]) -> list[dict[str, str]]:
     title = "loss on held-out pictures" + (f", step {step}" if best_step != last_step else "")
     tiles = [_tile(title, f"{change:+.1%}", f"{first:.4f} -> {kept:.4f}", tone)]
     if best_step != last_step:
-        worse = last > NEAR_BEST * best
+        worse = kept > NEAR_BEST * best
         note = f"{best:.4f} there; {last:.4f} at the last step, {last_step}" + (
             f": {last / best - 1:+.0%}" if best > 0 else ""
         )
@@ -370,11 +370,16 @@ def _spread(items: Sequence[Any], count: int) -> list[Any]:
 def _before_after(
     material: Material, album: Album, previews: Sequence[tuple[int, Path]]
 ) -> dict[str, dict[str, Any] | None]:
-    """First and last previews and two between; and all others behind them."""
+    """First and last previews and two between, one of them of the result's step; all others behind them."""
     if not previews:
         return {"before_after": None, "between": None}
     told = _spread(previews, MOST_STEPS)
     first = _spread(told, 4)
+    training = material.training()
+    taken = training["taken"] if training else None
+    result = [item for item in told if item[0] == taken and item not in first]
+    if result:
+        first = sorted([first[0], *result, *first[2:]])
     names = sorted({file.name for _, folder in told for file in folder.glob("*.png")})[:MOST_PROMPTS]
     prompts = material.prompts
     heads = [shown(prompts[index]) if index < len(prompts) else name for index, name in enumerate(names)]
@@ -383,7 +388,12 @@ def _before_after(
     def grid(chosen: Sequence[tuple[int, Path]]) -> dict[str, Any]:
         rows = []
         for step, folder in chosen:
-            label = "before" if step == 0 else "after" if folder == previews[-1][1] else "on the way"
+            is_last = folder == previews[-1][1]
+            label = "before" if step == 0 else "after" if is_last else "on the way"
+            if step == taken and step:
+                label = "after" if is_last else "the result"
+            elif is_last and taken and taken < step:
+                label = "the last step"
             images = [album.show(folder / name) for name in names]
             rows.append({"label": label, "note": f"step {step}", "images": images})
         return {"heads": heads, "rows": rows, "note": note}
