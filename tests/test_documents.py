@@ -287,8 +287,7 @@ def test_scripts(words: list[str]) -> None:
     script = ROOT / name
     known = script.read_text(encoding="utf-8")
     if script.suffix == ".py":
-        asked = [sys.executable, str(script), "--help"]
-        known = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+        known = help_of(script)
     else:
         assert os.access(script, os.X_OK)
     for option in arguments:
