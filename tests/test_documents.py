@@ -20,6 +20,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,12 @@ def test_tunekit(
     for option in ("--out", "--picture"):
         if option in arguments:
             assert (desk / arguments[arguments.index(option) + 1]).exists()
+
+
+@cache
+def help_of(script: Path) -> str:
+    asked = [sys.executable, str(script), "--help"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("words", [*lines_of("scripts/"), *lines_of("py"), *lines_of(".venv/bin/python")])
