@@ -69,6 +69,7 @@ def test_run_folder(straight: Path, lora_tree: dict[str, Any]) -> None:
     with Image.open(straight / "previews" / "step-000012" / "00-a-disc.png") as picture:
         assert picture.size == (32, 32)
     assert sorted(path.name for path in (straight / "adapter").iterdir()) == [
+        "README.md",
         "artifact.json",
         "pytorch_lora_weights.safetensors",
         "run.kohya.safetensors",
