@@ -106,38 +106,34 @@ def _use(artifact: Artifact, facts: FamilyFacts, base: str | None, trigger: str 
     if artifact.format == "adapter":
         there = shown(base) if base else facts.default_source
         kohya = sorted(path.name for path in (artifact.path or Path()).glob("*.kohya.safetensors"))
-        lines = [
-            "With diffusers:",
-            "",
-            "```python",
-            f"from diffusers import {facts.pipeline_class}",
-            "",
-            f"pipe = {facts.pipeline_class}.from_pretrained({json.dumps(there, ensure_ascii=False)})",
-            f'pipe.load_lora_weights("{folder}", weight_name="{ADAPTER_FILE}")',
-            f'pipe({prompt}).images[0].save("picture.png")',
-            "```",
-            "",
-        ]
+        adapter = f'pipe.load_lora_weights("{folder}", weight_name="{ADAPTER_FILE}")'
+        lines = _with_diffusers(facts, json.dumps(there, ensure_ascii=False), [adapter], prompt)
         if kohya:
             lines += [
                 f"With ComfyUI: put {_code(kohya[0])} into `models/loras` and add a *Load LoRA* node.",
                 "",
             ]
     elif artifact.format == "torch":
-        lines = [
-            "With diffusers:",
-            "",
-            "```python",
-            f"from diffusers import {facts.pipeline_class}",
-            "",
-            f'pipe = {facts.pipeline_class}.from_pretrained("{folder}")',
-            f'pipe({prompt}).images[0].save("picture.png")',
-            "```",
-            "",
-        ]
+        lines = _with_diffusers(facts, f'"{folder}"', [], prompt)
     else:
         lines = []
     return [*lines, "With tunekit:", "", "```", f"tunekit generate {folder} --prompt {prompt}", "```"]
+
+
+def _with_diffusers(facts: FamilyFacts, opened: str, then: list[str], prompt: str) -> list[str]:
+    """The few lines that draw a picture there; what is opened and the prompt are quoted already."""
+    return [
+        "With diffusers:",
+        "",
+        "```python",
+        f"from diffusers import {facts.pipeline_class}",
+        "",
+        f"pipe = {facts.pipeline_class}.from_pretrained({opened})",
+        *then,
+        f'pipe({prompt}).images[0].save("picture.png")',
+        "```",
+        "",
+    ]
 
 
 def _training(step: Step) -> list[str]:

@@ -21,6 +21,8 @@ class Masks:
     def __init__(self) -> None:
         self.rows: Tensor | None = None
         """[B] int32, a seed for each row."""
+        self.wanted = False
+        """Whether a module draws from them; without one a step copies nothing to the device for them."""
 
     def draw(self, seed: int, step: int, ids: Sequence[str], device: torch.device | str) -> None:
         """Take the masks of these samples from here on.
@@ -31,6 +33,8 @@ class Masks:
             ids: of the samples, in the order of the rows.
             device: where they are computed.
         """
+        if not self.wanted:
+            return
         seeds = [_signed(stable_seed(seed, step, name, "dropout")) for name in ids]
         self.rows = torch.tensor(seeds, dtype=torch.int32, device=device)
 
@@ -48,6 +52,7 @@ class SampleDropout(nn.Module):
         super().__init__()
         self.p = p
         self.masks = masks
+        masks.wanted = True
         self.own = _signed(stable_seed(name))
 
     def forward(self, values: Tensor) -> Tensor:
