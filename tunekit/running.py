@@ -43,7 +43,7 @@ from tunekit.data.images import Sample, Scan
 from tunekit.diffusion.objectives import Objective, configured, scheduler_changes
 from tunekit.errors import AdapterError, ArtifactError
 from tunekit.families.family import DTYPES, Conditioning, Family, FamilyFacts, Pipeline
-from tunekit.families.loading import PICKLES, source_files, variant_taken, weight_files
+from tunekit.families.loading import source_files, variant_taken
 from tunekit.memory.levers import Fitted, Levers, fit
 from tunekit.memory.measure import Meter
 from tunekit.memory.picture import draw
@@ -607,13 +607,7 @@ def weights_of(source: Source, facts: FamilyFacts) -> list[Path]:
         path = Path(index).parent if isinstance(index, str) else None
     if path is None or path.is_file():
         return [path] if path else []
-    files: list[Path] = []
-    for part in facts.components:
-        folder = path / part.name
-        files += weight_files(folder, source.variant) or sorted(
-            file for file in folder.glob("*") if file.suffix in (".safetensors", *PICKLES)
-        )
-    return [file for file in files if file.is_file()]
+    return [file for files in source_files(replace(source, name=str(path)), facts).values() for file in files]
 
 
 def initial_file(source: str) -> Path:
