@@ -432,6 +432,9 @@ def describe_onto(denoiser: nn.Module, folder: Path) -> None:
 def read_weights(network: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> nn.Module:
     """Fills a network on the meta device tensor by tensor, so that no more than one is there twice.
 
+    Weights that stay as they are stored stay in their mapped file; beside packed ones, for which the file is
+    closed again, they are copied.
+
     Args:
         network: its packed layers pack their weights while they are read.
         tensors: names, as those of the network (of a packed layer: those of its floats too), and values.
@@ -480,9 +483,9 @@ def _read_weights(network: nn.Module, tensors: Iterable[tuple[str, Tensor]], dty
             put(f"{layer}.packed", made)
             put(f"{layer}.scale", scale)
         elif name in packed or not tensor.is_floating_point():
-            put(name, tensor.clone())
+            put(name, tensor.clone() if packed else tensor)
         else:
-            put(name, tensor.to(dtype, copy=True))
+            put(name, tensor.to(dtype, copy=bool(packed)))
     if missing:
         raise ValueError(f"missing {', '.join(sorted(missing)[:3])}")
 

@@ -57,7 +57,7 @@ def _environment() -> Path:
     if not python.exists():
         venv.create(FOLDER, with_pip=True)
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", CONSTRAINTS]
-    install += [f"torch=={pin}", "-e", f"{ROOT}[optimum]", "pytest", "--prefer-binary"]
+    install += [f"torch=={pin}", "-e", f"{ROOT}[optimum]", "pytest", "hypothesis", "--prefer-binary"]
     elsewhere = ["--extra-index-url", CPU_BUILDS] if pin.endswith("+cpu") else []
     for options in ([], elsewhere):
         done = subprocess.run([*install, *options], cwd=ROOT, capture_output=True, text=True, check=False)
