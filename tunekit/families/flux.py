@@ -11,7 +11,7 @@ from tunekit.config import ObjectiveConfig
 from tunekit.diffusion.objectives import FlowMatching, Objective
 from tunekit.diffusion.sampling import SamplingConfig
 from tunekit.families import family as answers
-from tunekit.families import sizes, unet
+from tunekit.families import sizes, vae
 from tunekit.families.family import Component, Conditioning, FamilyFacts, Pipeline, Tokens
 
 PATCH = 2
@@ -74,12 +74,12 @@ class Flux:
         return FlowMatching.from_scheduler(pipeline.scheduler, config)
 
     def resolution_multiple(self, pipeline: Pipeline) -> int:
-        return unet.vae_factor(pipeline) * PATCH
+        return vae.vae_factor(pipeline) * PATCH
 
     def latent_shape(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, int, int]:
         channels = int(pipeline.transformer.config.in_channels) // PATCH**2
         multiple = self.resolution_multiple(pipeline)
-        return unet.latent_shape(channels, unet.vae_factor(pipeline), multiple, height, width)
+        return vae.latent_shape(channels, vae.vae_factor(pipeline), multiple, height, width)
 
     @torch.no_grad()
     def encode_tokens(self, pipeline: Pipeline, tokens: Tokens) -> Conditioning:
@@ -89,10 +89,10 @@ class Flux:
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
     def encode_image(self, pipeline: Pipeline, pixels: Tensor) -> Tensor:
-        return unet.encode_image(pipeline, pixels)
+        return vae.encode_image(pipeline, pixels)
 
     def decode(self, pipeline: Pipeline, latents: Tensor) -> Tensor:
-        return unet.decode(pipeline, latents)
+        return vae.decode(pipeline, latents)
 
     def conditioning(
         self, encoded: Conditioning, frame: Tensor, guidance: float | None = None

@@ -13,7 +13,7 @@ from tunekit.config import ObjectiveConfig
 from tunekit.diffusion.objectives import Discrete, Objective
 from tunekit.errors import ModelError
 from tunekit.families import family as answers
-from tunekit.families import loading, sizes, tiny, unet
+from tunekit.families import graphs, loading, sizes, tiny, unet, vae
 from tunekit.families.family import (
     Component,
     Conditioning,
@@ -130,7 +130,7 @@ class SD15:
             seed,
             "unet",
         )
-        vae = tiny.randomized(
+        autoencoder = tiny.randomized(
             lambda: AutoencoderKL(
                 sample_size=64,
                 block_out_channels=(16, 16, 32),
@@ -143,7 +143,7 @@ class SD15:
             "vae",
         )
         return StableDiffusionPipeline(
-            vae=vae,
+            vae=autoencoder,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             unet=network,
@@ -165,11 +165,11 @@ class SD15:
         return unet.default_size(pipeline)
 
     def resolution_multiple(self, pipeline: Pipeline) -> int:
-        return unet.vae_factor(pipeline) * unet.unet_factor(pipeline)
+        return vae.vae_factor(pipeline) * unet.unet_factor(pipeline)
 
     def latent_shape(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, int, int]:
         channels, multiple = pipeline.unet.config.in_channels, self.resolution_multiple(pipeline)
-        return unet.latent_shape(channels, unet.vae_factor(pipeline), multiple, height, width)
+        return vae.latent_shape(channels, vae.vae_factor(pipeline), multiple, height, width)
 
     def tokenize(self, pipeline: Pipeline, prompts: list[str]) -> Tokens:
         tokenizer = pipeline.tokenizer
@@ -197,10 +197,10 @@ class SD15:
         return self.encode_tokens(pipeline, self.tokenize(pipeline, prompts))
 
     def encode_image(self, pipeline: Pipeline, pixels: Tensor) -> Tensor:
-        return unet.encode_image(pipeline, pixels)
+        return vae.encode_image(pipeline, pixels)
 
     def decode(self, pipeline: Pipeline, latents: Tensor) -> Tensor:
-        return unet.decode(pipeline, latents)
+        return vae.decode(pipeline, latents)
 
     def conditioning(
         self, encoded: Conditioning, frame: Tensor, guidance: float | None = None
@@ -234,7 +234,7 @@ class SD15:
         length = pipeline.tokenizer.model_max_length
         channels, height, width = self.latent_shape(pipeline, *self.default_size(pipeline))
         multiple = unet.unet_factor(pipeline)
-        ids = unet.token_ids(length)
+        ids = graphs.token_ids(length)
         words = {"input_ids": ids}
         if getattr(encoder.config, "use_attention_mask", False):  # as `tokenize` has it
             words["attention_mask"] = torch.ones_like(ids, dtype=torch.int64)
@@ -246,29 +246,29 @@ class SD15:
                 inputs=words,
                 dynamic={name: {0: "batch", 1: "sequence"} for name in words},
                 outputs=["last_hidden_state", "pooler_output"],
-                config=unet.model_config(encoder),
+                config=graphs.model_config(encoder),
             ),
             ExportComponent(
                 name="unet",
                 component="unet",
                 module=_UNet(network),
                 inputs={
-                    "sample": unet.example(2, channels, height, width, like=network),
+                    "sample": graphs.example(2, channels, height, width, like=network),
                     # One for the whole batch, of rank 1; float because some samplers step between integers.
                     "timestep": torch.tensor([10.0]),
-                    "encoder_hidden_states": unet.example(
+                    "encoder_hidden_states": graphs.example(
                         2, length, network.config.cross_attention_dim, like=network
                     ),
                 },
                 dynamic={
-                    "sample": unet.PICTURE_AXES,
+                    "sample": graphs.PICTURE_AXES,
                     "encoder_hidden_states": {0: "batch", 1: "sequence"},
                 },
                 outputs=["out_sample"],
-                config={"time_cond_proj_dim": None, **unet.model_config(network)},
+                config={"time_cond_proj_dim": None, **graphs.model_config(network)},
                 multiples={"height": multiple, "width": multiple},
             ),
-            *unet.export_vae(pipeline),
+            *vae.export_vae(pipeline, self.default_size(pipeline)),
         ]
 
 

@@ -12,7 +12,7 @@ from tunekit.config import ObjectiveConfig
 from tunekit.diffusion.objectives import FlowMatching, Objective
 from tunekit.diffusion.sampling import SamplingConfig
 from tunekit.families import family as answers
-from tunekit.families import sizes, unet
+from tunekit.families import sizes, vae
 from tunekit.families.family import Component, Conditioning, FamilyFacts, Pipeline, Tokens
 
 
@@ -86,11 +86,11 @@ class SD3:
         return FlowMatching.from_scheduler(pipeline.scheduler, config)
 
     def resolution_multiple(self, pipeline: Pipeline) -> int:
-        return unet.vae_factor(pipeline) * int(pipeline.transformer.config.patch_size)
+        return vae.vae_factor(pipeline) * int(pipeline.transformer.config.patch_size)
 
     def latent_shape(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, int, int]:
         channels, multiple = pipeline.transformer.config.in_channels, self.resolution_multiple(pipeline)
-        return unet.latent_shape(channels, unet.vae_factor(pipeline), multiple, height, width)
+        return vae.latent_shape(channels, vae.vae_factor(pipeline), multiple, height, width)
 
     @torch.no_grad()
     def encode_tokens(self, pipeline: Pipeline, tokens: Tokens) -> Conditioning:
@@ -111,10 +111,10 @@ class SD3:
         }
 
     def encode_image(self, pipeline: Pipeline, pixels: Tensor) -> Tensor:
-        return unet.encode_image(pipeline, pixels)
+        return vae.encode_image(pipeline, pixels)
 
     def decode(self, pipeline: Pipeline, latents: Tensor) -> Tensor:
-        return unet.decode(pipeline, latents)
+        return vae.decode(pipeline, latents)
 
     def conditioning(
         self, encoded: Conditioning, frame: Tensor, guidance: float | None = None

@@ -14,7 +14,7 @@ from tunekit.diffusion.objectives import Discrete, Objective
 from tunekit.diffusion.sampling import SamplingConfig
 from tunekit.errors import ModelError
 from tunekit.families import family as answers
-from tunekit.families import loading, sizes, tiny, unet
+from tunekit.families import graphs, loading, sizes, tiny, unet, vae
 from tunekit.families.family import (
     Component,
     Conditioning,
@@ -148,7 +148,7 @@ class SDXL:
             seed,
             "unet",
         )
-        vae = tiny.randomized(
+        autoencoder = tiny.randomized(
             lambda: AutoencoderKL(
                 sample_size=64,
                 block_out_channels=(16, 16, 32),
@@ -161,7 +161,7 @@ class SDXL:
             "vae",
         )
         return StableDiffusionXLPipeline(
-            vae=vae,
+            vae=autoencoder,
             text_encoder=encoders[0],
             text_encoder_2=encoders[1],
             tokenizer=tokenizers[0],
@@ -186,11 +186,11 @@ class SDXL:
         return unet.default_size(pipeline)
 
     def resolution_multiple(self, pipeline: Pipeline) -> int:
-        return unet.vae_factor(pipeline) * unet.unet_factor(pipeline)
+        return vae.vae_factor(pipeline) * unet.unet_factor(pipeline)
 
     def latent_shape(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, int, int]:
         channels, multiple = pipeline.unet.config.in_channels, self.resolution_multiple(pipeline)
-        return unet.latent_shape(channels, unet.vae_factor(pipeline), multiple, height, width)
+        return vae.latent_shape(channels, vae.vae_factor(pipeline), multiple, height, width)
 
     def tokenize(self, pipeline: Pipeline, prompts: list[str]) -> Tokens:
         return {
@@ -228,10 +228,10 @@ class SDXL:
         return encoded
 
     def encode_image(self, pipeline: Pipeline, pixels: Tensor) -> Tensor:
-        return unet.encode_image(pipeline, pixels)
+        return vae.encode_image(pipeline, pixels)
 
     def decode(self, pipeline: Pipeline, latents: Tensor) -> Tensor:
-        return unet.decode(pipeline, latents)
+        return vae.decode(pipeline, latents)
 
     def conditioning(
         self, encoded: Conditioning, frame: Tensor, guidance: float | None = None
@@ -273,7 +273,7 @@ class SDXL:
         multiple = unet.unet_factor(pipeline)
         length = pipeline.tokenizer.model_max_length
         pooled = pipeline.text_encoder_2.config.projection_dim
-        graphs = []
+        exported = []
         for row in self.facts.encoders:
             encoder = getattr(pipeline, row.name)
             first = (
@@ -282,44 +282,44 @@ class SDXL:
                 else ["text_embeds", "last_hidden_state"]
             )
             states = [f"hidden_states.{i}" for i in range(encoder.config.num_hidden_layers + 1)]
-            graphs.append(
+            exported.append(
                 ExportComponent(
                     name=row.name,
                     component=row.name,
                     module=_TextEncoder(encoder, first),
-                    inputs={"input_ids": unet.token_ids(getattr(pipeline, row.tokenizer).model_max_length)},
+                    inputs={"input_ids": graphs.token_ids(getattr(pipeline, row.tokenizer).model_max_length)},
                     dynamic={"input_ids": {0: "batch", 1: "sequence"}},
                     outputs=[*first, *states],
-                    config=unet.model_config(encoder),
+                    config=graphs.model_config(encoder),
                 )
             )
         return [
-            *graphs,
+            *exported,
             ExportComponent(
                 name="unet",
                 component="unet",
                 module=_UNet(network),
                 inputs={
-                    "sample": unet.example(2, channels, height, width, like=network),
+                    "sample": graphs.example(2, channels, height, width, like=network),
                     "timestep": torch.tensor([10.0]),
-                    "encoder_hidden_states": unet.example(
+                    "encoder_hidden_states": graphs.example(
                         2, length, network.config.cross_attention_dim, like=network
                     ),
-                    "text_embeds": unet.example(2, pooled, like=network),
+                    "text_embeds": graphs.example(2, pooled, like=network),
                     # Of the network's type, as other programs feed it; float16 has every size up to 2048.
-                    "time_ids": unet.example(2, 6, like=network),
+                    "time_ids": graphs.example(2, 6, like=network),
                 },
                 dynamic={
-                    "sample": unet.PICTURE_AXES,
+                    "sample": graphs.PICTURE_AXES,
                     "encoder_hidden_states": {0: "batch", 1: "sequence"},
                     "text_embeds": {0: "batch"},
                     "time_ids": {0: "batch"},
                 },
                 outputs=["out_sample"],
-                config={"time_cond_proj_dim": None, **unet.model_config(network)},
+                config={"time_cond_proj_dim": None, **graphs.model_config(network)},
                 multiples={"height": multiple, "width": multiple},
             ),
-            *unet.export_vae(pipeline),
+            *vae.export_vae(pipeline, self.default_size(pipeline)),
         ]
 
 

@@ -1,22 +1,18 @@
-"""What the families with a U-Net and an autoencoder share: sizes, coding, graphs, names of modules."""
+"""What the families with a U-Net share: sizes, blocks, names of modules."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tunekit.diffusion.objectives import Discrete
-from tunekit.errors import ConfigError, TunekitError
-from tunekit.families.family import ExportComponent, Pipeline
+from tunekit.errors import TunekitError
+from tunekit.families.family import Pipeline
+from tunekit.families.vae import vae_factor
 from tunekit.families.weights import Entry
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0"),  # both attentions
@@ -90,11 +86,6 @@ def _is_count(number: object) -> bool:
 # Sizes ------------------------------------------------------------------------------------------------------
 
 
-def vae_factor(pipeline: Pipeline) -> int:
-    """Pixels per latent, along one side."""
-    return int(2 ** (len(pipeline.vae.config.block_out_channels) - 1))
-
-
 def unet_factor(pipeline: Pipeline) -> int:
     """The number that both sides of the latents have to be divisible by."""
     return int(2 ** (len(pipeline.unet.config.block_out_channels) - 1))
@@ -105,57 +96,6 @@ def default_size(pipeline: Pipeline) -> tuple[int, int]:
     size = pipeline.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return height * vae_factor(pipeline), width * vae_factor(pipeline)
-
-
-def latent_shape(channels: int, factor: int, multiple: int, height: int, width: int) -> tuple[int, int, int]:
-    """[C, h, w] of a picture's latents.
-
-    Args:
-        channels: C.
-        factor: pixels per latent, along one side.
-        multiple: what both sides in pixels have to be divisible by.
-
-    Raises:
-        ConfigError: they are not.
-    """
-    for size in (height, width):
-        if size <= 0 or size % multiple:
-            nearest = max(1, round(size / multiple)) * multiple
-            raise ConfigError(
-                f"{size} px is not a multiple of {multiple}, which this model needs",
-                hint=f"try {nearest}",
-            )
-    return channels, height // factor, width // factor
-
-
-# Coding -----------------------------------------------------------------------------------------------------
-
-
-def latent_scaling(pipeline: Pipeline) -> tuple[float, float]:
-    """Shift and scale of latents."""
-    config = pipeline.vae.config
-    return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
-
-
-@torch.no_grad()
-def encode_image(pipeline: Pipeline, pixels: Tensor) -> Tensor:
-    """See `Family.encode_image`."""
-    vae = pipeline.vae
-    distribution = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    mean, std = distribution.mean.float(), distribution.std.float()
-    shift, scale = latent_scaling(pipeline)
-    return torch.cat([(mean - shift) * scale, std * scale], dim=1)
-
-
-@torch.no_grad()
-def decode(pipeline: Pipeline, latents: Tensor) -> Tensor:
-    """See `Family.decode`."""
-    vae = pipeline.vae
-    shift, scale = latent_scaling(pipeline)
-    pixels: Tensor = vae.decode((latents / scale + shift).to(vae.device, vae.dtype)).sample
-    pixels = pixels.float()
-    # What is not a number must not look like white.
-    return (pixels / 2 + 0.5).clamp(0, 1).masked_fill_(~pixels.isfinite(), torch.nan)
 
 
 # The network ------------------------------------------------------------------------------------------------
@@ -252,74 +192,3 @@ def _published(path: str, down: int, up: int, attended: Collection[str]) -> str:
         for ours, theirs in _INSIDE:
             name = name.replace(ours, theirs)
     return name
-
-
-# Graphs -----------------------------------------------------------------------------------------------------
-
-PICTURE_AXES = {0: "batch", 2: "height", 3: "width"}
-
-
-def model_config(model: Any) -> dict[str, Any]:
-    """The content of the model's config.json, without the path it was loaded from."""
-    text = model.to_json_string() if hasattr(model, "to_json_string") else model.config.to_json_string()
-    return {key: value for key, value in json.loads(text).items() if key != "_name_or_path"}
-
-
-def example(*shape: int, like: nn.Module) -> Tensor:
-    """An input, in the floating type of a module."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return values.to(next(p.dtype for p in like.parameters() if p.is_floating_point()))
-
-
-def token_ids(length: int) -> Tensor:
-    """An input of text encoders; int32 is what Optimum and diffusers' ONNX pipeline feed without a cast."""
-    return torch.arange(2 * length, dtype=torch.int32).reshape(2, length) % 100
-
-
-def export_vae(pipeline: Pipeline) -> list[ExportComponent]:
-    """The two graphs of the autoencoder."""
-    vae = pipeline.vae
-    factor = vae_factor(pipeline)
-    height, width = default_size(pipeline)
-    latents = (vae.config.latent_channels, height // factor, width // factor)
-    return [
-        ExportComponent(
-            name="vae_encoder",
-            component="vae",
-            module=_VaeEncoder(vae),
-            inputs={"sample": example(2, vae.config.in_channels, height, width, like=vae)},
-            dynamic={"sample": PICTURE_AXES},
-            outputs=["latent_parameters"],
-            config=model_config(vae),
-            multiples={"height": factor, "width": factor},
-        ),
-        ExportComponent(
-            name="vae_decoder",
-            component="vae",
-            module=_VaeDecoder(vae),
-            inputs={"latent_sample": example(2, *latents, like=vae)},
-            dynamic={"latent_sample": PICTURE_AXES},
-            outputs=["sample"],
-            config=model_config(vae),
-        ),
-    ]
-
-
-class _VaeEncoder(nn.Module):
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, sample: Tensor) -> Tensor:
-        moments: Tensor = self.vae.encode(sample, return_dict=False)[0].parameters
-        return moments
-
-
-class _VaeDecoder(nn.Module):
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latent_sample: Tensor) -> Tensor:
-        pixels: Tensor = self.vae.decode(latent_sample, return_dict=False)[0]
-        return pixels
