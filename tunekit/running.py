@@ -322,7 +322,8 @@ class Run:
             for encoder in encoders:
                 encoder.to("cpu" if memory.encode_on_host else device)
             told = runtime.conditioning([prompt], whole)
-            negative = runtime.conditioning([whole.negative_prompt or ""], whole) if whole.guided else None
+            guided = runtime.cfg_scale(whole) is not None
+            negative = runtime.conditioning([whole.negative_prompt or ""], whole) if guided else None
             for encoder in encoders:
                 encoder.to("cpu")
         hardware.forget()  # what the encoders held

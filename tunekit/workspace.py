@@ -728,7 +728,7 @@ def draw(
     drawer.tiled = tiled
     whole = (sampling or SamplingConfig()).over(drawer.sampling)
     facts = {
-        "negative_prompt": (whole.negative_prompt or "") if whole.guided else "",
+        "negative_prompt": (whole.negative_prompt or "") if drawer.cfg_scale(whole) is not None else "",
         "steps": str(whole.steps),
         "guidance": f"{whole.guidance:g}",
         "source": shown(source),

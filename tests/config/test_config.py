@@ -307,12 +307,6 @@ def test_what_is_left_open_is_taken_from_another():
         steps=4, guidance=3.0, negative_prompt="", height=64, scheduler={"class": "X"}
     )
     assert run.over(None) is run
-    assert [SamplingConfig(guidance=value).guided for value in (None, 0.0, 1.0, 1.5)] == [
-        False,
-        False,
-        False,
-        True,
-    ]
 
 
 @pytest.mark.parametrize("key", ["betas=[0.8, 0.9]", "eps=1e-6"])

@@ -45,14 +45,18 @@ def use(pipeline: Any, scheduler: str, **settings: Any) -> None:
 
 def arguments(pipeline: Any, prompts: list[str], seeds: list[int], **options: Any) -> dict[str, Any]:
     shape = FAMILY.latent_shape(pipeline, SIZE["height"], SIZE["width"])
+    sampling = SamplingConfig(**{"steps": 4, "guidance": 5.0, **options})
+    scale = FAMILY.cfg_scale(pipeline, sampling.guidance or 0.0)
+    negative = FAMILY.encode_prompt(pipeline, ["a blue dog"] * len(prompts))
     return {
         "denoise": lambda latents, t, conditioning: FAMILY.denoise(pipeline.unet, latents, t, conditioning),
         "scheduler": pipeline.scheduler,
         "latents": initial_latents(seeds, shape),
         "conditioning": FAMILY.encode_prompt(pipeline, prompts),
-        "negative": FAMILY.encode_prompt(pipeline, ["a blue dog"] * len(prompts)),
-        "sampling": SamplingConfig(**{"steps": 4, "guidance": 5.0, **options}),
+        "negative": None if scale is None else negative,
+        "sampling": sampling,
         "begin": FAMILY.begin,
+        "scale": scale,
         "seeds": seeds,
     }
 
@@ -210,10 +214,12 @@ def test_without_a_negative_prompt_the_denoiser_sees_each_picture_once(pipeline:
 
     conditioning = {"encoder_hidden_states": torch.zeros(2, 3, 4)}
     noise = initial_latents(SEEDS, (4, 8, 8))
-    guided, plain = (SamplingConfig(steps=2, guidance=guidance) for guidance in (7.5, 1.0))
-    for negative, how in ((None, guided), (conditioning, guided), (conditioning, plain)):
-        sample(denoise, pipeline.scheduler, noise, conditioning, negative, how, begin=FAMILY.begin)
-    assert rows == [2, 2, 4, 4, 2, 2]
+    how = SamplingConfig(steps=2)
+    for negative, scale in ((None, None), (conditioning, 7.5)):
+        sample(
+            denoise, pipeline.scheduler, noise, conditioning, negative, how, begin=FAMILY.begin, scale=scale
+        )
+    assert rows == [2, 2, 4, 4]
 
 
 def test_timesteps_are_float32_rows(pipeline: Any) -> None:
@@ -227,7 +233,7 @@ def test_timesteps_are_float32_rows(pipeline: Any) -> None:
 
     conditioning = {"encoder_hidden_states": torch.zeros(2, 3, 4)}
     noise = initial_latents(SEEDS, (4, 8, 8))
-    how = SamplingConfig(steps=5, guidance=1.0)
-    sample(denoise, pipeline.scheduler, noise, conditioning, None, how, begin=FAMILY.begin)
+    how = SamplingConfig(steps=5)
+    sample(denoise, pipeline.scheduler, noise, conditioning, None, how, begin=FAMILY.begin, scale=None)
     assert all(times.dtype == torch.float32 and times.shape == (2,) for times in seen)
     assert [float(times[0]) for times in seen] == [999.0, 749.25, 499.5, 249.75, 0.0]

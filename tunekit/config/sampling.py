@@ -15,7 +15,7 @@ class SamplingConfig(Section):
     steps: SamplingSteps | None = None
     """Sampling steps."""
     guidance: Annotated[float, Field(ge=0, le=1000)] | None = None
-    """Classifier-free guidance; up to 1 is none."""
+    """Guidance scale as the family counts it; of classifier-free guidance, up to 1 is none in most."""
     negative_prompt: Text | None = None
     """What the pictures should not show."""
     height: Multiple | None = None
@@ -33,8 +33,3 @@ class SamplingConfig(Section):
         return SamplingConfig(
             **{name: getattr(other, name) if value is None else value for name, value in known.items()}
         )
-
-    @property
-    def guided(self) -> bool:
-        """Whether the denoiser runs with and without the prompt."""
-        return self.guidance is not None and self.guidance > 1

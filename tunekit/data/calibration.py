@@ -158,6 +158,10 @@ class Drawer(Protocol):
         """What the denoiser is told for these prompts."""
         ...
 
+    def cfg_scale(self, sampling: SamplingConfig) -> float | None:
+        """See `Family.cfg_scale`."""
+        ...
+
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Run the denoiser."""
         ...
@@ -171,6 +175,7 @@ def calls(model: Drawer, material: Material) -> list[Call]:
     """
     sampling, seed, texts = material.sampling, material.seed, _texts(material)
     shape = model.latent_shape(*material.size)
+    scale = model.cfg_scale(sampling)
     recorded: list[Call] = []
 
     def denoise(rows: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
@@ -187,9 +192,10 @@ def calls(model: Drawer, material: Material) -> list[Call]:
             model.scheduler,
             initial_latents(seeds, shape),
             model.conditioning(prompts, sampling),
-            model.conditioning(negative, sampling) if sampling.guided else None,
+            model.conditioning(negative, sampling) if scale is not None else None,
             sampling,
             begin=model.family.begin,
+            scale=scale,
             seeds=seeds,
         )
         drawn += DRAWN_TOGETHER
@@ -218,6 +224,7 @@ def _drawn(
     prompts = [material.prompts[index % len(material.prompts)] for index in range(count)]
     shape, frame = family.latent_shape(pipeline, height, width), Frame.whole(height, width)
     guidance = material.sampling.guidance
+    assert guidance is not None
     settings = f"{material.model_hash} {shape} {guidance} {DRAWING_STEPS}"
     if material.sampling.scheduler:
         settings += f" {json.dumps(material.sampling.scheduler, sort_keys=True)}"
@@ -237,6 +244,7 @@ def _drawn(
         joined = {key: torch.stack([row[key] for row in rows]).to(device) for key in rows[0]}
         return family.conditioning(joined, frame.rows(len(names)).to(device), guidance)
 
+    scale = family.cfg_scale(pipeline, guidance)
     for start in range(0, len(missing), DRAWN_TOGETHER):
         part = missing[start : start + DRAWN_TOGETHER]
         latents = sample(
@@ -244,9 +252,10 @@ def _drawn(
             pipeline.scheduler,
             initial_latents([seed + index for index in part], shape).to(device),
             conditioning([prompts[index] for index in part]),
-            conditioning([""] * len(part)),
+            conditioning([""] * len(part)) if scale is not None else None,
             material.sampling.model_copy(update={"steps": DRAWING_STEPS}),
             begin=family.begin,
+            scale=scale,
             seeds=[seed + index for index in part],
         )
         for index, row in zip(part, latents.float().cpu(), strict=True):

@@ -104,6 +104,7 @@ def sample(
     sampling: SamplingConfig,
     *,
     begin: Begin,
+    scale: float | None,
     seeds: Sequence[int] | None = None,
 ) -> Tensor:
     """Denoise unit noise to scaled latents, step for step as diffusers' pipelines do.
@@ -113,14 +114,15 @@ def sample(
         scheduler: a configured diffusers scheduler; a fresh copy is used, so it keeps no state between calls.
         latents: [B, C, h, w] from `initial_latents`.
         conditioning: of the prompts, dim 0 is B.
-        negative: of the negative prompts; None, or guidance <= 1, means no classifier-free guidance.
-        sampling: reads steps, guidance and scheduler; nothing of these is None.
+        negative: of the negative prompts; None where `scale` is.
+        sampling: reads steps and scheduler; steps are not None.
         begin: sets the sampler's timesteps, see `Family.begin`.
+        scale: of classifier-free guidance, see `Family.cfg_scale`; None means none.
         seeds: of the pictures. A sampler that adds noise while it runs draws each picture's from its own
             seed, going on after `initial_latents`; without seeds it is taken from the global random state.
     """
     taken = sample_steps(
-        denoise, scheduler, latents, conditioning, negative, sampling, begin=begin, seeds=seeds
+        denoise, scheduler, latents, conditioning, negative, sampling, begin=begin, scale=scale, seeds=seeds
     )
     for step in taken:
         latents = step.latents
@@ -148,6 +150,7 @@ def sample_steps(
     sampling: SamplingConfig,
     *,
     begin: Begin,
+    scale: float | None,
     seeds: Sequence[int] | None = None,
 ) -> Iterator[Step]:
     """`sample`, one step at a time."""
@@ -155,8 +158,8 @@ def sample_steps(
     scheduler = sampler(scheduler, sampling)
     options = _step_options(scheduler, latents, seeds)
     latents = begin(scheduler, sampling.steps, latents)
-    scale = sampling.guidance if negative is not None and sampling.guided else None
-    if negative is not None and scale is not None:
+    assert (negative is None) == (scale is None)
+    if negative is not None:
         conditioning = {key: torch.cat([negative[key], value]) for key, value in conditioning.items()}
     for i, timestep in enumerate(scheduler.timesteps):
         rows = torch.cat([latents, latents]) if scale is not None else latents

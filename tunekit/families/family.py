@@ -308,6 +308,13 @@ class Planned(Protocol):
         """
         ...
 
+    def cfg_scale(self, pipeline: Pipeline, guidance: float) -> float | None:
+        """Return the scale of classifier-free guidance: without + scale * (with - without).
+
+        None where the denoiser runs with the prompt alone: there is no guidance, or the network is told it.
+        """
+        ...
+
     def denoise(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
@@ -396,6 +403,11 @@ class Family(Planned, Protocol):
 
 
 # What most families answer. A family calls these; it may answer otherwise.
+
+
+def cfg_scale(guidance: float) -> float | None:
+    """`Family.cfg_scale` where guidance is counted from 1, as in Ho and Salimans 2022, arXiv:2207.12598."""
+    return guidance if guidance > 1 else None
 
 
 def begin(scheduler: Any, steps: int, latents: Tensor) -> Tensor:

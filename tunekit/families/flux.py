@@ -101,6 +101,9 @@ class Flux:
         rows = frame.new_full((len(frame),), 1.0 if guidance is None else guidance)
         return {**encoded, "guidance": rows}
 
+    def cfg_scale(self, pipeline: Pipeline, guidance: float) -> float | None:
+        return None  # dev is told the number; schnell was distilled without
+
     def denoise(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:

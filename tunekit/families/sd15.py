@@ -207,6 +207,9 @@ class SD15:
     ) -> Conditioning:
         return encoded
 
+    def cfg_scale(self, pipeline: Pipeline, guidance: float) -> float | None:
+        return answers.cfg_scale(guidance)
+
     def denoise(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:

@@ -121,6 +121,9 @@ class SD3:
     ) -> Conditioning:
         return encoded
 
+    def cfg_scale(self, pipeline: Pipeline, guidance: float) -> float | None:
+        return answers.cfg_scale(guidance)
+
     def denoise(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:

@@ -238,6 +238,9 @@ class SDXL:
     ) -> Conditioning:
         return {**encoded, "time_ids": frame}
 
+    def cfg_scale(self, pipeline: Pipeline, guidance: float) -> float | None:
+        return answers.cfg_scale(guidance)
+
     def denoise(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:

@@ -178,7 +178,7 @@ def job_of(config: TrainingRunConfig, data: DataConfig | DreamboothData, precisi
         config.train.max_grad_norm,
         config.objective,
         (sampling.height, sampling.width) if config.preview.prompts else None,
-        sampling.guided,
+        sizes.family.cfg_scale(sizes.configs, sampling.guidance or 0.0) is not None,
         drawn if getattr(data, "class_prompt", None) else None,
         mixed=getattr(data, "buckets", False),
         stored=stored(sizes, config.model.opened),

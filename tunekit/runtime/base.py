@@ -78,6 +78,11 @@ class Runtime:
         frames = Frame.whole(*self.size(sampling)).rows(len(prompts))
         return self.family.conditioning(encoded, frames, sampling.guidance)
 
+    def cfg_scale(self, sampling: SamplingConfig) -> float | None:
+        """See `Family.cfg_scale`."""
+        assert sampling.guidance is not None
+        return self.family.cfg_scale(self.pipeline, sampling.guidance)
+
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Encode pixels [B, 3, H, W] in [-1, 1] to scaled mean and std, [B, 2C, h, w]."""
         with self._running():

@@ -38,6 +38,7 @@ def sample_pixels(
         negative,
         sampling,
         begin=runtime.family.begin,
+        scale=runtime.cfg_scale(sampling),
         seeds=seeds,
     )
     for done, total, latents in steps:
@@ -77,7 +78,7 @@ def generate_pixels(
             sample_pixels(
                 runtime,
                 runtime.conditioning(part, whole),
-                runtime.conditioning(negative, whole) if whole.guided else None,
+                runtime.conditioning(negative, whole) if runtime.cfg_scale(whole) is not None else None,
                 whole,
                 seeds=seeds[start : start + size],
                 on_step=on_step,
@@ -133,13 +134,17 @@ def remarks(runtime: Runtime, prompts: Sequence[str], sampling: SamplingConfig) 
     """What a user should know of these prompts: what of them is not read, and what has no effect."""
     whole = sampling.over(runtime.sampling)
     said = []
-    for prompt in dict.fromkeys([*prompts, (whole.negative_prompt or "") if whole.guided else ""]):
+    guided = runtime.cfg_scale(whole) is not None
+    for prompt in dict.fromkeys([*prompts, (whole.negative_prompt or "") if guided else ""]):
         if lost := runtime.unread(prompt):
             start = prompt if len(prompt) <= 40 else f"{prompt[:37]}..."
             said.append(f'the prompt "{start}" is longer than the text encoder reads; left out: "{lost}"')
-    if whole.negative_prompt and not whole.guided:
+    if whole.negative_prompt and not guided:
+        more = whole.model_copy(update={"guidance": 10.0})
         said.append(
-            f"the negative prompt has no effect with guidance {whole.guidance:g}: it needs more than 1"
+            f"the negative prompt has no effect with guidance {whole.guidance:g}: it needs more than that"
+            if runtime.cfg_scale(more) is not None
+            else "the negative prompt has no effect: this model is drawn without one"
         )
     return said
 

@@ -100,6 +100,8 @@ class Previewer:
         device = next(model.parameters()).device
         assert sampling.height is not None
         assert sampling.width is not None
+        assert sampling.guidance is not None
+        scale = self.family.cfg_scale(pipeline, sampling.guidance)
         if self.tiled:
             tile_vae(pipeline.vae, factor=2 ** (len(pipeline.vae.config.block_out_channels) - 1))
         shape = self.family.latent_shape(pipeline, sampling.height, sampling.width)
@@ -128,9 +130,10 @@ class Previewer:
                         pipeline.scheduler,
                         initial_latents(seeds, shape).to(device),
                         told(prompt),
-                        told(sampling.negative_prompt or "") if sampling.guided else None,
+                        told(sampling.negative_prompt or "") if scale is not None else None,
                         sampling,
                         begin=self.family.begin,
+                        scale=scale,
                         seeds=seeds,
                     )
                     pixels = self.family.decode(pipeline, latents)
