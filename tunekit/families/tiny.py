@@ -40,6 +40,33 @@ def clip_tokenizer(max_length: int) -> Any:
         return CLIPTokenizer.from_pretrained(folder)
 
 
+def t5_tokenizer(max_length: int) -> Any:
+    """Build a T5 tokenizer of the printable ASCII letters: one token per letter, one more before each word.
+
+    Args:
+        max_length: the longest prompt in tokens, the closing one among them.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import T5TokenizerFast
+
+    end, space = "</s>", "\N{LOWER ONE EIGHTH BLOCK}"
+    pieces = [("<pad>", 0.0), (end, 0.0), ("<unk>", 0.0), (space, -2.0)]
+    tokenizer = Tokenizer(models.Unigram([*pieces, *((chr(i), -3.0) for i in range(33, 127))], unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(space, "always")]
+    )
+    tokenizer.decoder = decoders.Metaspace(space, "always")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, 1)]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(str(Path(folder, "tokenizer.json")))
+        special = {"eos_token": end, "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0}
+        config = {"tokenizer_class": "T5Tokenizer", "model_max_length": max_length, **special}
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        return T5TokenizerFast.from_pretrained(folder)
+
+
 def clip_text_encoder(
     tokenizer: Any,
     *,
@@ -73,6 +100,41 @@ def clip_text_encoder(
     )
     kind = CLIPTextModelWithProjection if projection else CLIPTextModel
     return randomized(lambda: kind(config), seed, name)
+
+
+def t5_text_encoder(
+    tokenizer: Any,
+    *,
+    width: int,
+    layers: int = 2,
+    heads: int = 2,
+    seed: int = 0,
+    name: str = "text_encoder_2",
+) -> Any:
+    """Build a small T5EncoderModel for `tokenizer`, of the kind (gated GELU) that image models read with.
+
+    Args:
+        name: of the component; its weights are drawn from it and `seed`.
+    """
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=width // heads,
+        d_ff=2 * width,
+        num_layers=layers,
+        num_heads=heads,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=16,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    return randomized(lambda: T5EncoderModel(config), seed, name)
 
 
 def randomized(build: Callable[[], M], seed: int, name: str) -> M:
