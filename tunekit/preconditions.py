@@ -197,11 +197,24 @@ def _targets(found: Found) -> None:
     if not adapter or not adapter.targets or opened is None:
         return
     from tunekit import families
-    from tunekit.adapters.attach import check_targets
+    from tunekit.adapters.attach import check_targets, targets_of
 
     with found.about("adapter.targets"):
         sizes = families.sizes_of(found.section("model").family, found.section("model").opened)
-        check_targets(sizes.denoiser.build(), adapter.targets)
+        denoiser, facts = sizes.denoiser.build(), sizes.family.facts
+        check_targets(denoiser, targets_of(denoiser, adapter, facts.lora_targets, facts.presets))
+
+
+def _distilled(found: Found) -> None:
+    """Whether the base is one that training spoils."""
+    if not found.is_trained or found.model is None:
+        return
+    from tunekit import families
+
+    with found.about("model.source"):
+        sizes = families.sizes_of(found.section("model").family, found.section("model").opened)
+        if said := families.distilled(sizes, found.section("model").source):
+            found.notes.append(f"{found.model.source}: {said}")
 
 
 LONGEST = len(".tmp-4194304") + len(".kohya.safetensors")
@@ -339,6 +352,7 @@ CHECKS: tuple[Callable[[Found], None], ...] = (
     _chain,
     _machine,
     _targets,
+    _distilled,
     _folders,
     _resolution,
     _pictures,

@@ -322,8 +322,7 @@ class Run:
             for encoder in encoders:
                 encoder.to("cpu" if memory.encode_on_host else device)
             told = runtime.conditioning([prompt], whole)
-            guided = runtime.cfg_scale(whole) is not None
-            negative = runtime.conditioning([whole.negative_prompt or ""], whole) if guided else None
+            guided = runtime.guided(1, whole)
             for encoder in encoders:
                 encoder.to("cpu")
         hardware.forget()  # what the encoders held
@@ -342,7 +341,7 @@ class Run:
                     pixels = sample_pixels(
                         runtime,
                         repeated(told, len(part)),
-                        repeated(negative, len(part)) if negative else None,
+                        guided and guided._replace(negative=repeated(guided.negative, len(part))),
                         whole,
                         seeds=part,
                     )

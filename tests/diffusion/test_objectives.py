@@ -27,6 +27,9 @@ STABLE_DIFFUSION = {
 MIN_SNR = ObjectiveConfig(snr_gamma=5.0)
 
 
+LATENTS = (4, 8, 8)
+
+
 def scheduler(name: str = "DDPMScheduler", **settings: Any) -> Any:
     import diffusers
 
@@ -123,7 +126,9 @@ def test_timesteps_are_drawn_evenly_and_repeatably() -> None:
     objective = Discrete.from_scheduler(scheduler(**STABLE_DIFFUSION))
 
     def draw(count: int) -> Tensor:
-        return torch.stack([objective.draw(sample_generator(0, 0, str(i), "timestep")) for i in range(count)])
+        return torch.stack(
+            [objective.draw(sample_generator(0, 0, str(i), "timestep"), LATENTS) for i in range(count)]
+        )
 
     draws = draw(4000)
     assert torch.equal(draws[:20], draw(20))
@@ -138,7 +143,7 @@ def test_timesteps_are_those_that_were_drawn_before_they_became_floats() -> None
     objective = Discrete.from_scheduler(scheduler(**STABLE_DIFFUSION))
     for name in ("a", "b", "c"):
         expected = int(torch.randint(1000, (), generator=sample_generator(0, 0, name, "timestep")))
-        assert float(objective.draw(sample_generator(0, 0, name, "timestep"))) == expected
+        assert float(objective.draw(sample_generator(0, 0, name, "timestep"), LATENTS)) == expected
 
 
 def test_an_unknown_prediction_type_is_named() -> None:
@@ -206,7 +211,7 @@ def test_times_are_drawn_as_diffusers_draws_them(timesteps: str) -> None:
     expected = training_utils.compute_density_for_timestep_sampling(
         timesteps, 512, logit_mean=0.0, logit_std=1.0, generator=torch.Generator().manual_seed(0)
     )
-    drawn = objective.draw(torch.Generator().manual_seed(0), (512,))
+    drawn = objective.draw(torch.Generator().manual_seed(0), LATENTS, (512,))
     assert drawn.dtype == torch.float32
     torch.testing.assert_close(drawn, 1000 * expected)
 
@@ -220,7 +225,7 @@ def test_the_shift_is_that_of_diffusers(shift: float) -> None:
         FlowMatching.from_scheduler(shifted),
         FlowMatching(config=ObjectiveConfig(shift=shift)),
     ):
-        torch.testing.assert_close(1000 * objective._shifted(shares), shifted.timesteps)
+        torch.testing.assert_close(1000 * objective._shifted(shares, LATENTS), shifted.timesteps)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -229,11 +234,34 @@ def test_the_shift_of_the_base_is_the_schedulers_unless_told(dynamic: bool) -> N
     made = scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0, use_dynamic_shifting=dynamic)
     shares = scheduler("FlowMatchEulerDiscreteScheduler").timesteps / 1000
     own = FlowMatching.from_scheduler(made)
-    torch.testing.assert_close(1000 * own._shifted(shares), made.timesteps)
+    torch.testing.assert_close(1000 * own._shifted(shares, LATENTS), made.timesteps)
     told = FlowMatching.from_scheduler(made, ObjectiveConfig(shift=2.0))
     generator = torch.Generator().manual_seed(0)
     share = torch.randn(64, generator=torch.Generator().manual_seed(0)).sigmoid()
-    torch.testing.assert_close(told.draw(generator, (64,)), 1000 * 2 * share / (1 + share))
+    torch.testing.assert_close(told.draw(generator, LATENTS, (64,)), 1000 * 2 * share / (1 + share))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (64, 48), (160, 128)])
+def test_a_shift_that_follows_the_size_is_that_of_diffusers(size: tuple[int, int]) -> None:
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    made = scheduler("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True, base_shift=0.4)
+    made.set_timesteps(sigmas=[0.9, 0.5, 0.1], mu=calculate_shift(size[0] * size[1] // 4, base_shift=0.4))
+    shares = torch.tensor([0.9, 0.5, 0.1])
+    plain = FlowMatching.from_scheduler(made, patch=2)
+    told = FlowMatching.from_scheduler(made, ObjectiveConfig(shift="resolution"), patch=2, shift=3.0)
+    for objective in (plain, told):
+        torch.testing.assert_close(1000 * objective._shifted(shares, (16, *size)), made.timesteps)
+    own = FlowMatching.from_scheduler(made, patch=2, shift=3.0)
+    torch.testing.assert_close(own._shifted(shares, (16, *size)), 3 * shares / (1 + 2 * shares))
+
+
+def test_a_shift_by_size_is_refused_where_it_means_nothing() -> None:
+    made = scheduler("FlowMatchEulerDiscreteScheduler")
+    with pytest.raises(ConfigError, match="resolution is for families"):
+        FlowMatching.from_scheduler(made, ObjectiveConfig(shift="resolution"))
+    with pytest.raises(ConfigError, match=r"objective\.shift has no effect"):
+        Discrete.from_scheduler(scheduler(), ObjectiveConfig(shift="resolution"))
 
 
 def test_levels_are_spread_over_the_whole_schedule(make: Any) -> None:

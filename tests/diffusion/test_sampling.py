@@ -11,7 +11,7 @@ from torch import Tensor
 from tunekit import families
 from tunekit.config import SamplingConfig
 from tunekit.diffusion.metrics import relative_error
-from tunekit.diffusion.sampling import Step, initial_latents, sample, sample_steps, sampler
+from tunekit.diffusion.sampling import Guided, Step, initial_latents, sample, sample_steps, sampler
 from tunekit.errors import ConfigError
 
 PROMPTS = ["a red cat", "the moon"]
@@ -53,10 +53,9 @@ def arguments(pipeline: Any, prompts: list[str], seeds: list[int], **options: An
         "scheduler": pipeline.scheduler,
         "latents": initial_latents(seeds, shape),
         "conditioning": FAMILY.encode_prompt(pipeline, prompts),
-        "negative": None if scale is None else negative,
+        "guided": None if scale is None else Guided(negative, scale),
         "sampling": sampling,
         "begin": FAMILY.begin,
-        "scale": scale,
         "seeds": seeds,
     }
 
@@ -215,10 +214,8 @@ def test_without_a_negative_prompt_the_denoiser_sees_each_picture_once(pipeline:
     conditioning = {"encoder_hidden_states": torch.zeros(2, 3, 4)}
     noise = initial_latents(SEEDS, (4, 8, 8))
     how = SamplingConfig(steps=2)
-    for negative, scale in ((None, None), (conditioning, 7.5)):
-        sample(
-            denoise, pipeline.scheduler, noise, conditioning, negative, how, begin=FAMILY.begin, scale=scale
-        )
+    for guided in (None, Guided(conditioning, 7.5)):
+        sample(denoise, pipeline.scheduler, noise, conditioning, guided, how, begin=FAMILY.begin)
     assert rows == [2, 2, 4, 4]
 
 
@@ -234,6 +231,6 @@ def test_timesteps_are_float32_rows(pipeline: Any) -> None:
     conditioning = {"encoder_hidden_states": torch.zeros(2, 3, 4)}
     noise = initial_latents(SEEDS, (4, 8, 8))
     how = SamplingConfig(steps=5)
-    sample(denoise, pipeline.scheduler, noise, conditioning, None, how, begin=FAMILY.begin, scale=None)
+    sample(denoise, pipeline.scheduler, noise, conditioning, None, how, begin=FAMILY.begin)
     assert all(times.dtype == torch.float32 and times.shape == (2,) for times in seen)
     assert [float(times[0]) for times in seen] == [999.0, 749.25, 499.5, 249.75, 0.0]

@@ -41,7 +41,12 @@ FIXED = "tunekit_fixed"
 
 
 def add_adapter(
-    denoiser: nn.Module, config: AdapterConfig, default_targets: Sequence[str], *, seed: int = 0
+    denoiser: nn.Module,
+    config: AdapterConfig,
+    default_targets: Sequence[str],
+    *,
+    presets: Mapping[str, Sequence[str]] | None = None,
+    seed: int = 0,
 ) -> list[tuple[str, nn.Parameter]]:
     """Put a new adapter into `denoiser` and freeze everything else.
 
@@ -49,6 +54,7 @@ def add_adapter(
         denoiser: a diffusers model, in any dtype.
         config: kind, rank, alpha, dropout and target modules.
         default_targets: the family's targets, for a config that names none.
+        presets: the family's, see `FamilyFacts`.
         seed: of the initial weights; they depend on it and on the module's path alone.
 
     Returns:
@@ -57,7 +63,7 @@ def add_adapter(
     Raises:
         AdapterError: a target that matches no Linear or Conv2d.
     """
-    targets = list(config.targets or default_targets)
+    targets = targets_of(denoiser, config, default_targets, presets or {})
     check_targets(denoiser, targets)
     denoiser.requires_grad_(False)
     kind = KINDS[config.kind]
@@ -65,6 +71,30 @@ def add_adapter(
     for path, layer in adapted(denoiser):
         kind.draw(layer, torch.Generator().manual_seed(stable_seed(seed, "adapter", path)))
     return [(name, p) for name, p in denoiser.named_parameters() if p.requires_grad]
+
+
+def targets_of(
+    denoiser: nn.Module,
+    config: AdapterConfig,
+    default_targets: Sequence[str],
+    presets: Mapping[str, Sequence[str]],
+) -> list[str]:
+    """Ends of the paths of the modules that a config asks for; arguments as of `add_adapter`.
+
+    Raises:
+        AdapterError: a preset that the family does not have.
+    """
+    wanted = config.targets
+    if not isinstance(wanted, str):
+        return list(wanted or default_targets)
+    if wanted == "all_linear":
+        return [path for path, layer in modules_of(denoiser).items() if isinstance(layer, nn.Linear)]
+    if wanted not in presets:
+        raise AdapterError(
+            f'this family has no preset "{wanted}" of adapter targets',
+            hint=f"there are: {', '.join([*presets, 'all_linear'])}; or name modules",
+        )
+    return list(presets[wanted])
 
 
 def check_targets(denoiser: nn.Module, targets: Sequence[str]) -> None:

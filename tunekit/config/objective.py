@@ -14,8 +14,9 @@ class ObjectiveConfig(Section):
 
     timesteps: Literal["uniform", "logit_normal"] | None = None
     """How noise levels are drawn; null is uniform, or what a family of flow matching was trained with."""
-    shift: Annotated[float, Field(gt=0, le=1000)] | None = None
-    """Of flow matching: more than 1 draws more noise, as larger pictures need."""
+    shift: Annotated[float, Field(gt=0, le=1000)] | Literal["resolution"] | None = None
+    """Of flow matching: more than 1 draws more noise, as larger pictures need; "resolution" follows their
+    size, in families that do so."""
     prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the base predicts, for a base whose scheduler does not say it, such as a merge in one file."""
     zero_terminal_snr: bool | None = None

@@ -341,7 +341,7 @@ class CachedDataset:
         rows = {
             "latents": mean + std * torch.randn(mean.shape, generator=draw("latent")),
             "noise": objective.noise(draw("noise"), tuple(mean.shape)),
-            "timesteps": objective.draw(draw("timestep")),
+            "timesteps": objective.draw(draw("timestep"), tuple(mean.shape)),
             "weight": torch.tensor(weight),
             **self.beside(index, variant),
         }

@@ -21,7 +21,7 @@ from tunekit.data.images import Sample, scan_data
 from tunekit.diffusion.batch import Batch
 from tunekit.diffusion.noise import stable_seed
 from tunekit.diffusion.objectives import Objective
-from tunekit.diffusion.sampling import initial_latents, sample
+from tunekit.diffusion.sampling import Guided, initial_latents, sample
 from tunekit.errors import ConfigError
 from tunekit.families.family import Conditioning, Family, Frame, Pipeline
 
@@ -158,8 +158,8 @@ class Drawer(Protocol):
         """What the denoiser is told for these prompts."""
         ...
 
-    def cfg_scale(self, sampling: SamplingConfig) -> float | None:
-        """See `Family.cfg_scale`."""
+    def guided(self, prompts: int, sampling: SamplingConfig) -> Guided | None:
+        """Classifier-free guidance for as many prompts."""
         ...
 
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
@@ -175,7 +175,6 @@ def calls(model: Drawer, material: Material) -> list[Call]:
     """
     sampling, seed, texts = material.sampling, material.seed, _texts(material)
     shape = model.latent_shape(*material.size)
-    scale = model.cfg_scale(sampling)
     recorded: list[Call] = []
 
     def denoise(rows: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
@@ -186,16 +185,14 @@ def calls(model: Drawer, material: Material) -> list[Call]:
     while len(recorded) < material.count:
         prompts = [texts[(drawn + index) % len(texts)] for index in range(DRAWN_TOGETHER)]
         seeds = [seed + drawn + index for index in range(DRAWN_TOGETHER)]
-        negative = [sampling.negative_prompt or ""] * DRAWN_TOGETHER
         sample(
             denoise,
             model.scheduler,
             initial_latents(seeds, shape),
             model.conditioning(prompts, sampling),
-            model.conditioning(negative, sampling) if scale is not None else None,
+            model.guided(DRAWN_TOGETHER, sampling),
             sampling,
             begin=model.family.begin,
-            scale=scale,
             seeds=seeds,
         )
         drawn += DRAWN_TOGETHER
@@ -252,10 +249,9 @@ def _drawn(
             pipeline.scheduler,
             initial_latents([seed + index for index in part], shape).to(device),
             conditioning([prompts[index] for index in part]),
-            conditioning([""] * len(part)) if scale is not None else None,
+            None if scale is None else Guided(conditioning([""] * len(part)), scale),
             material.sampling.model_copy(update={"steps": DRAWING_STEPS}),
             begin=family.begin,
-            scale=scale,
             seeds=[seed + index for index in part],
         )
         for index, row in zip(part, latents.float().cpu(), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tunekit.config import ObjectiveConfig, SamplingConfig
-from tunekit.diffusion.sampling import sampler
+from tunekit.diffusion.sampling import is_flow, sampler
 from tunekit.errors import ConfigError, ModelError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -38,8 +39,15 @@ class Objective(Protocol):
         """Length of the noise schedule, in timesteps."""
         ...
 
-    def draw(self, generator: torch.Generator, shape: tuple[int, ...] = ()) -> Tensor:
-        """Draw timesteps, float32 in [0, num_train_timesteps)."""
+    def draw(
+        self, generator: torch.Generator, latents: tuple[int, ...], shape: tuple[int, ...] = ()
+    ) -> Tensor:
+        """Draw timesteps, float32 in [0, num_train_timesteps).
+
+        Args:
+            latents: [C, h, w] of the sample that they are for.
+            shape: of what is drawn.
+        """
         ...
 
     def level(self, share: float) -> float:
@@ -126,7 +134,9 @@ class Discrete:
         """Length of the noise schedule."""
         return len(self.alphas_cumprod)
 
-    def draw(self, generator: torch.Generator, shape: tuple[int, ...] = ()) -> Tensor:
+    def draw(
+        self, generator: torch.Generator, latents: tuple[int, ...], shape: tuple[int, ...] = ()
+    ) -> Tensor:
         """Uniform whole numbers in [0, num_train_timesteps), float32."""
         return torch.randint(self.num_train_timesteps, shape, generator=generator).float()
 
@@ -181,6 +191,41 @@ class Discrete:
 
 
 @dataclass(frozen=True)
+class ShiftByTokens:
+    """A shift that follows the size of a picture: its logarithm is linear in the number of tokens.
+
+    Attributes:
+        patch: latents along one side of a token.
+        tokens: few and many.
+        mus: the shift's logarithm at so many; beyond them the line goes on.
+    """
+
+    patch: int
+    tokens: tuple[int, int] = (256, 4096)
+    mus: tuple[float, float] = (0.5, 1.15)
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any, patch: int) -> ShiftByTokens:
+        """As a scheduler of diffusers is configured, which draws pictures with it."""
+        config: Mapping[str, Any] = dict(scheduler.config)
+        few, many = (config.get(f"{end}_image_seq_len") for end in ("base", "max"))
+        low, high = (config.get(f"{end}_shift") for end in ("base", "max"))
+        usual = cls(patch)
+        return cls(
+            patch,
+            (few or usual.tokens[0], many or usual.tokens[1]),
+            (usual.mus[0] if low is None else low, usual.mus[1] if high is None else high),
+        )
+
+    def mu(self, latents: tuple[int, ...]) -> float:
+        """The shift's logarithm for latents [..., h, w]."""
+        count = latents[-2] * latents[-1] / self.patch**2
+        (few, many), (low, high) = self.tokens, self.mus
+        slope = (high - low) / (many - few)
+        return slope * count + (low - slope * few)
+
+
+@dataclass(frozen=True)
 class FlowMatching:
     """The straight path from latents to noise (rectified flow; Liu et al. 2022, arXiv:2209.03003).
 
@@ -188,13 +233,15 @@ class FlowMatching:
     drawn as in Esser et al. 2024 (arXiv:2403.03206, section 3.1), then shifted (5.3.2).
 
     Attributes:
-        shift: s becomes shift s / (1 + (shift - 1) s).
+        shift: s becomes shift s / (1 + (shift - 1) s); None follows the size of the picture.
+        by_tokens: how it follows it, in families that do.
         timesteps: "uniform" or "logit_normal", where the config does not say.
         config: reads timesteps, shift, noise_offset and the kind of loss.
         num_train_timesteps: what s = 1 is as a timestep.
     """
 
-    shift: float = 1.0
+    shift: float | None = 1.0
+    by_tokens: ShiftByTokens | None = None
     timesteps: str = "logit_normal"
     config: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     num_train_timesteps: int = 1000
@@ -206,37 +253,61 @@ class FlowMatching:
                     f"objective.{key} has no effect: this model family learns by flow matching",
                     hint="it is for families with a discrete noise schedule",
                 )
+        if self.config.shift == "resolution" and self.by_tokens is None:
+            raise ConfigError(
+                "objective.shift: resolution is for families whose shift follows the size of a picture",
+                hint="give a number, or leave it out",
+            )
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any, config: ObjectiveConfig | None = None) -> FlowMatching:
+    def from_scheduler(
+        cls,
+        scheduler: Any,
+        config: ObjectiveConfig | None = None,
+        *,
+        patch: int | None = None,
+        shift: float | None = None,
+        timesteps: str = "logit_normal",
+    ) -> FlowMatching:
         """Check that a diffusers scheduler is one for flow matching, and read its shift.
 
-        A shift that follows the size of a picture (`use_dynamic_shifting`) belongs to sampling alone.
+        Args:
+            patch: latents along one side of a token, in families whose shift may follow a picture's size;
+                it does where the scheduler says `use_dynamic_shifting` and nobody says otherwise.
+            shift: of the family's own training, where that is not the scheduler's.
+            timesteps: "uniform" or "logit_normal", as the family was trained.
 
         Raises:
             ModelError: it is not.
         """
         settings: Mapping[str, Any] = dict(scheduler.config)
         name = type(scheduler).__name__
-        if not (name.startswith("FlowMatch") or settings.get("use_flow_sigmas")):
+        if not is_flow(scheduler):
             raise ModelError(
                 f"its scheduler is {name}, and this family learns by flow matching",
                 hint="a model of discrete diffusion belongs to another family: check model.family",
             )
-        shift = settings.get("shift" if name.startswith("FlowMatch") else "flow_shift")
+        own = settings.get("shift" if name.startswith("FlowMatch") else "flow_shift")
+        dynamic = bool(settings.get("use_dynamic_shifting"))
+        if shift is None and not (dynamic and patch):
+            shift = 1.0 if dynamic else float(own or 1.0)
         return cls(
-            1.0 if settings.get("use_dynamic_shifting") else float(shift or 1.0),
+            shift,
+            ShiftByTokens.from_scheduler(scheduler, patch) if patch else None,
+            timesteps,
             config=config or ObjectiveConfig(),
             num_train_timesteps=int(settings.get("num_train_timesteps", 1000)),
         )
 
-    def draw(self, generator: torch.Generator, shape: tuple[int, ...] = ()) -> Tensor:
+    def draw(
+        self, generator: torch.Generator, latents: tuple[int, ...], shape: tuple[int, ...] = ()
+    ) -> Tensor:
         """See `Objective.draw`; any real number."""
         if (self.config.timesteps or self.timesteps) == "uniform":
             share = torch.rand(shape, generator=generator)
         else:
             share = torch.randn(shape, generator=generator).sigmoid()
-        return self._shifted(share) * self.num_train_timesteps
+        return self._shifted(share, latents) * self.num_train_timesteps
 
     def level(self, share: float) -> float:
         """See `Objective.level`."""
@@ -261,9 +332,12 @@ class FlowMatching:
         """See `Objective.plain`."""
         return replace(self, config=ObjectiveConfig())
 
-    def _shifted(self, share: Tensor) -> Tensor:
-        shift = self.config.shift or self.shift
-        return shift * share / (1 + (shift - 1) * share)
+    def _shifted(self, share: Tensor, latents: tuple[int, ...]) -> Tensor:
+        wanted = self.config.shift or self.shift or "resolution"
+        if wanted == "resolution":
+            assert self.by_tokens is not None
+            wanted = math.exp(self.by_tokens.mu(latents))
+        return wanted * share / (1 + (wanted - 1) * share)
 
 
 def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from tunekit.errors import ConfigError, MissingPackageError, did_you_mean
 __all__ = [
     "Begin",
     "Denoise",
+    "Guided",
     "SamplingConfig",
     "Step",
     "initial_latents",
@@ -31,6 +32,17 @@ Denoise = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(latents [B, C, h, w], timesteps [B], conditioning) -> prediction [B, C, h, w]."""
 Begin = Callable[[Any, int, Tensor], Tensor]
 """(fresh scheduler, steps, unit noise) -> the latents it starts from; see `Family.begin`."""
+
+
+class Guided(NamedTuple):
+    """Classifier-free guidance: without + scale * (with the prompt - without)."""
+
+    negative: Conditioning
+    """Of the negative prompts, dim 0 of all tensors is the batch."""
+    scale: float
+    """See `Family.cfg_scale`."""
+
+
 ZERO_SNR = "rescale_betas_zero_snr"
 """Key of the schedulers that can end in noise alone."""
 
@@ -78,6 +90,8 @@ def sampler(scheduler: Any, sampling: SamplingConfig) -> Any:
     if name := changes.pop("class", None):
         made = scheduler_class(str(name))
     known = inspect.signature(made.__init__).parameters
+    if name:
+        changes = {**_flow_keys(scheduler, made), **changes}
     if ZERO_SNR not in known and ZERO_SNR in changes:
         if not changes[ZERO_SNR]:
             del changes[ZERO_SNR]  # it has no such schedule anyway
@@ -95,16 +109,43 @@ def sampler(scheduler: Any, sampling: SamplingConfig) -> Any:
     return made.from_config(scheduler.config, **changes)
 
 
+def is_flow(scheduler: Any) -> bool:
+    """Whether a sampler is one for flow matching, or configured for it."""
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def _flow_keys(scheduler: Any, made: Any) -> dict[str, Any]:
+    """What another class of sampler has to be told, so that it draws what flow matching has learned.
+
+    Raises:
+        ConfigError: it is for the other kind of diffusion.
+    """
+    own, needed = made.__name__.startswith("FlowMatch"), is_flow(scheduler)
+    if needed and not own:
+        if "use_flow_sigmas" not in inspect.signature(made.__init__).parameters:
+            raise ConfigError(
+                f"{made.__name__} is no sampler of flow matching, which this model was trained with",
+                hint="such as FlowMatchEulerDiscreteScheduler or DPMSolverMultistepScheduler",
+            )
+        shift = scheduler.config.get("shift") or scheduler.config.get("flow_shift") or 1.0
+        return {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+    if own and not needed:
+        raise ConfigError(
+            f"{made.__name__} is a sampler of flow matching, and this model was not trained with it",
+            hint="such as EulerDiscreteScheduler or DPMSolverMultistepScheduler",
+        )
+    return {}
+
+
 def sample(
     denoise: Denoise,
     scheduler: Any,
     latents: Tensor,
     conditioning: Conditioning,
-    negative: Conditioning | None,
+    guided: Guided | None,
     sampling: SamplingConfig,
     *,
     begin: Begin,
-    scale: float | None,
     seeds: Sequence[int] | None = None,
 ) -> Tensor:
     """Denoise unit noise to scaled latents, step for step as diffusers' pipelines do.
@@ -114,15 +155,14 @@ def sample(
         scheduler: a configured diffusers scheduler; a fresh copy is used, so it keeps no state between calls.
         latents: [B, C, h, w] from `initial_latents`.
         conditioning: of the prompts, dim 0 is B.
-        negative: of the negative prompts; None where `scale` is.
+        guided: classifier-free guidance, dim 0 of its conditioning is B too; None means none.
         sampling: reads steps and scheduler; steps are not None.
         begin: sets the sampler's timesteps, see `Family.begin`.
-        scale: of classifier-free guidance, see `Family.cfg_scale`; None means none.
         seeds: of the pictures. A sampler that adds noise while it runs draws each picture's from its own
             seed, going on after `initial_latents`; without seeds it is taken from the global random state.
     """
     taken = sample_steps(
-        denoise, scheduler, latents, conditioning, negative, sampling, begin=begin, scale=scale, seeds=seeds
+        denoise, scheduler, latents, conditioning, guided, sampling, begin=begin, seeds=seeds
     )
     for step in taken:
         latents = step.latents
@@ -146,11 +186,10 @@ def sample_steps(
     scheduler: Any,
     latents: Tensor,
     conditioning: Conditioning,
-    negative: Conditioning | None,
+    guided: Guided | None,
     sampling: SamplingConfig,
     *,
     begin: Begin,
-    scale: float | None,
     seeds: Sequence[int] | None = None,
 ) -> Iterator[Step]:
     """`sample`, one step at a time."""
@@ -158,17 +197,16 @@ def sample_steps(
     scheduler = sampler(scheduler, sampling)
     options = _step_options(scheduler, latents, seeds)
     latents = begin(scheduler, sampling.steps, latents)
-    assert (negative is None) == (scale is None)
-    if negative is not None:
-        conditioning = {key: torch.cat([negative[key], value]) for key, value in conditioning.items()}
+    if guided is not None:
+        conditioning = {key: torch.cat([guided.negative[key], value]) for key, value in conditioning.items()}
     for i, timestep in enumerate(scheduler.timesteps):
-        rows = torch.cat([latents, latents]) if scale is not None else latents
+        rows = torch.cat([latents, latents]) if guided is not None else latents
         if hasattr(scheduler, "scale_model_input"):  # those for flow matching have none
             rows = scheduler.scale_model_input(rows, timestep)
         prediction = denoise(rows, timestep.float().expand(len(rows)), conditioning)
-        if scale is not None:
+        if guided is not None:
             without, with_prompt = prediction.chunk(2)
-            prediction = without + scale * (with_prompt - without)
+            prediction = without + guided.scale * (with_prompt - without)
         latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
         yield Step(i + 1, len(scheduler.timesteps), latents)
 

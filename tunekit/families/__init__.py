@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from tunekit import registry
@@ -33,6 +35,7 @@ __all__ = [
     "Planned",
     "Sizes",
     "detect",
+    "distilled",
     "get",
     "planned",
     "runnable",
@@ -81,6 +84,26 @@ def sizes_of(name: str, source: Source | str) -> Sizes:
     """
     source = Source.of(source)
     return _tiny_sizes(name) if source.name == "tiny" else sizes.sized(planned(name), source)
+
+
+def distilled(sizes: Sizes, source: str) -> str:
+    """Say what comes of training a base that was distilled to few steps, and which to train instead.
+
+    Of other bases, "" is said.
+
+    Args:
+        source: what the base is called, where its configurations are not here.
+    """
+    facts = sizes.family.facts
+    called = Path(source).name or source
+    if not (facts.distilled and re.search(facts.distilled, called, re.IGNORECASE)) and not (
+        sizes.family.is_distilled(sizes.configs)
+    ):
+        return ""
+    return (
+        "this base was distilled to draw in few steps: trained, it comes to give grey or blurred pictures in"
+        f" so few; train {facts.default_source} and draw with either"
+    )
 
 
 def multiple_of(name: str, source: Source | str) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -139,6 +140,7 @@ class FamilyFacts:
             it makes.
         components: the table, at the size of `default_source`.
         lora_targets: modules that an adapter goes on where the user names none.
+        presets: "attention" and "attention_feed_forward" -> modules, for a user who names one of these.
         sampling: how its pictures are drawn where neither the user nor the model says.
         ss_base_model_version: what kohya's tools write for this base, e.g. "sd_v1".
         modelspec_architecture: of modelspec 1.0.1, without "/lora", e.g. "stable-diffusion-v1".
@@ -146,6 +148,8 @@ class FamilyFacts:
         licence: of the usual base, as the hub writes it.
         base_title: the usual base for people, where it is not `title`.
         ss_v2: kohya's name for SD 2.x.
+        distilled: regular expression of what names of its published bases that were distilled to few steps
+            have in them, or "".
         adapter_marks: regular expression of what this family's adapters alone have in their keys, or "".
         runs: False for a family that can be planned only.
     """
@@ -157,10 +161,12 @@ class FamilyFacts:
     ss_base_model_version: str
     modelspec_architecture: str
     default_source: str
+    presets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=30, guidance=7.5))
     licence: str = ""
     base_title: str = ""
     ss_v2: bool = False
+    distilled: str = ""
     adapter_marks: str = ""
     runs: bool = True
 
@@ -270,6 +276,10 @@ class Planned(Protocol):
             ModelError: a scheduler of another kind, such as one for flow matching.
             ConfigError: an option that this family's objective does not have.
         """
+        ...
+
+    def is_distilled(self, pipeline: Pipeline) -> bool:
+        """Whether configurations say that the base was distilled to few steps, which training spoils."""
         ...
 
     def latent_shape(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, ...]:
@@ -414,6 +424,23 @@ def begin(scheduler: Any, steps: int, latents: Tensor) -> Tensor:
     """`Family.begin` of samplers that start from scaled noise; those for flow matching do not scale it."""
     scheduler.set_timesteps(steps, device=latents.device)
     return latents * getattr(scheduler, "init_noise_sigma", 1.0)
+
+
+def begin_flow(scheduler: Any, steps: int, latents: Tensor, mu: float | None = None) -> Tensor:
+    """`Family.begin` of flow matching: from s = 1 to 1 / steps evenly, then shifted by the sampler.
+
+    Args:
+        mu: the shift's logarithm, for samplers with `use_dynamic_shifting`.
+    """
+    known = inspect.signature(scheduler.set_timesteps).parameters
+    options: dict[str, Any] = {"mu": mu} if mu is not None and "mu" in known else {}
+    # Those with flow sigmas of their own make them; the others would go to the scheduler's least sigma.
+    if "sigmas" in known and not scheduler.config.get("use_flow_sigmas"):
+        options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+    else:
+        options["num_inference_steps"] = steps
+    scheduler.set_timesteps(device=latents.device, **options)
+    return latents
 
 
 def first_state(output: Any) -> Tensor | None:

@@ -79,6 +79,7 @@ class SD15:
             sizes.scheduler("PNDMScheduler", **sizes.STABLE_DIFFUSION, skip_prk_steps=True, steps_offset=1),
         ),
         lora_targets=unet.TARGETS,
+        presets=unet.PRESETS,
         ss_base_model_version="sd_v1",
         modelspec_architecture="stable-diffusion-v1",
         default_source="stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -166,6 +167,9 @@ class SD15:
 
     def resolution_multiple(self, pipeline: Pipeline) -> int:
         return vae.vae_factor(pipeline) * unet.unet_factor(pipeline)
+
+    def is_distilled(self, pipeline: Pipeline) -> bool:
+        return False  # they do not tell
 
     def latent_shape(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, int, int]:
         channels, multiple = pipeline.unet.config.in_channels, self.resolution_multiple(pipeline)

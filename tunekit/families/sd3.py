@@ -88,6 +88,9 @@ class SD3:
     def resolution_multiple(self, pipeline: Pipeline) -> int:
         return vae.vae_factor(pipeline) * int(pipeline.transformer.config.patch_size)
 
+    def is_distilled(self, pipeline: Pipeline) -> bool:
+        return False  # they do not tell
+
     def latent_shape(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, int, int]:
         channels, multiple = pipeline.transformer.config.in_channels, self.resolution_multiple(pipeline)
         return vae.latent_shape(channels, vae.vae_factor(pipeline), multiple, height, width)

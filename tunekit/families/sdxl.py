@@ -96,6 +96,7 @@ class SDXL:
             sizes.scheduler("EulerDiscreteScheduler", **sizes.STABLE_DIFFUSION, steps_offset=1),
         ),
         lora_targets=unet.TARGETS,
+        presets=unet.PRESETS,
         ss_base_model_version="sdxl_base_v1-0",
         modelspec_architecture="stable-diffusion-xl-v1-base",
         adapter_marks=r"(^|_)te2_|text_encoder_2|label_emb|add_embedding",
@@ -187,6 +188,9 @@ class SDXL:
 
     def resolution_multiple(self, pipeline: Pipeline) -> int:
         return vae.vae_factor(pipeline) * unet.unet_factor(pipeline)
+
+    def is_distilled(self, pipeline: Pipeline) -> bool:
+        return False  # they do not tell
 
     def latent_shape(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, int, int]:
         channels, multiple = pipeline.unet.config.in_channels, self.resolution_multiple(pipeline)

@@ -19,6 +19,8 @@ TARGETS = (
     *("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
 )
 """Adapter targets: all that is linear in the transformer blocks."""
+PRESETS = {"attention": TARGETS[:4], "attention_feed_forward": TARGETS[:6]}
+"""See `FamilyFacts.presets`."""
 
 
 # Whether components make up a model ------------------------------------------------------------------------
@@ -65,6 +67,9 @@ def misfits(parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]
     if getattr(vae, "latents_mean", None) or getattr(vae, "latents_std", None):
         found.append("its VAE scales each channel of the latents by itself (latents_mean, latents_std)")
     encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
+    for encoder in encoders:
+        if not isinstance(end := getattr(encoder.config, "eos_token_id", None), int):
+            found.append(f"a text encoder has eos_token_id {end!r}: a whole number is needed")
     width = sum(encoder.config.hidden_size for encoder in encoders)
     wanted = unet.cross_attention_dim
     if isinstance(wanted, int) and wanted != width:

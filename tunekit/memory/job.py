@@ -144,6 +144,7 @@ class Job:
             self.sizes.family.name,
             parts,
             list(self.sizes.family.facts.lora_targets),
+            {name: list(paths) for name, paths in self.sizes.family.facts.presets.items()},
             self.adapter.model_dump(mode="json") if self.adapter else None,
             self.objective.model_dump(mode="json"),
             {name: asdict(known) for name, known in self.stored.items()},

@@ -203,7 +203,7 @@ def fit(
         )
     as_held(denoiser, adapter, levers)
     if adapter is not None:
-        add_adapter(denoiser, adapter, list(facts.lora_targets), seed=seed)
+        add_adapter(denoiser, adapter, facts.lora_targets, presets=facts.presets, seed=seed)
         if initial is not None:
             initial(denoiser)
     masks = with_masks(denoiser)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tunekit.artifacts import Artifact
 from tunekit.config import SamplingConfig
+from tunekit.diffusion.sampling import Guided
 from tunekit.families.family import DTYPES, Conditioning, Family, Frame, Pipeline
 from tunekit.families.prompts import cuts, tokenizers
 from tunekit.runtime.tiles import decode_in_tiles
@@ -82,6 +83,13 @@ class Runtime:
         """See `Family.cfg_scale`."""
         assert sampling.guidance is not None
         return self.family.cfg_scale(self.pipeline, sampling.guidance)
+
+    def guided(self, prompts: int, sampling: SamplingConfig) -> Guided | None:
+        """Guidance of as many prompts with the negative prompt, as `sampling` says, of which none is None."""
+        scale = self.cfg_scale(sampling)
+        if scale is None:
+            return None
+        return Guided(self.conditioning([sampling.negative_prompt or ""] * prompts, sampling), scale)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Encode pixels [B, 3, H, W] in [-1, 1] to scaled mean and std, [B, 2C, h, w]."""

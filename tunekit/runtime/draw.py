@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from tunekit.config import SamplingConfig
-from tunekit.diffusion.sampling import initial_latents, sample_steps
+from tunekit.diffusion.sampling import Guided, initial_latents, sample_steps
 from tunekit.errors import ConfigError, NonFiniteError
 from tunekit.families.family import Conditioning
 from tunekit.runtime.base import Runtime
@@ -21,7 +21,7 @@ OnStep = Callable[[int, int, Tensor], None]
 def sample_pixels(
     runtime: Runtime,
     conditioning: Conditioning,
-    negative: Conditioning | None,
+    guided: Guided | None,
     sampling: SamplingConfig,
     *,
     seeds: Sequence[int],
@@ -35,10 +35,9 @@ def sample_pixels(
         runtime.scheduler,
         latents,
         conditioning,
-        negative,
+        guided,
         sampling,
         begin=runtime.family.begin,
-        scale=runtime.cfg_scale(sampling),
         seeds=seeds,
     )
     for done, total, latents in steps:
@@ -73,12 +72,11 @@ def generate_pixels(
     pixels = []
     for start in range(0, len(prompts), size):
         part = list(prompts[start : start + size])
-        negative = [whole.negative_prompt or ""] * len(part)
         pixels.append(
             sample_pixels(
                 runtime,
                 runtime.conditioning(part, whole),
-                runtime.conditioning(negative, whole) if runtime.cfg_scale(whole) is not None else None,
+                runtime.guided(len(part), whole),
                 whole,
                 seeds=seeds[start : start + size],
                 on_step=on_step,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tunekit.artifacts import atomic_folder
 from tunekit.config import PreviewConfig, SamplingConfig
 from tunekit.data.cache import CachedDataset
-from tunekit.diffusion.sampling import initial_latents, sample
+from tunekit.diffusion.sampling import Guided, initial_latents, sample
 from tunekit.families.family import Conditioning, Family, Frame, Pipeline
 from tunekit.memory.levers import tile_vae
 from tunekit.memory.measure import Meter
@@ -130,10 +130,9 @@ class Previewer:
                         pipeline.scheduler,
                         initial_latents(seeds, shape).to(device),
                         told(prompt),
-                        told(sampling.negative_prompt or "") if scale is not None else None,
+                        None if scale is None else Guided(told(sampling.negative_prompt or ""), scale),
                         sampling,
                         begin=self.family.begin,
-                        scale=scale,
                         seeds=seeds,
                     )
                     pixels = self.family.decode(pipeline, latents)
