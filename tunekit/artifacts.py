@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ADAPTER_FILE",
     "CARD",
+    "COMFYUI_ENDINGS",
     "PICTURES",
     "RECORD",
     "VERSION",
@@ -54,6 +55,8 @@ VERSION = 2
 CHAIN_VERSION = 1
 RECORD = "artifact.json"
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+COMFYUI_ENDINGS = (".kohya.safetensors", ".comfyui.safetensors")
+"""How the adapter's second file ends, for ComfyUI and others: in kohya's names, and in names with dots."""
 PICTURES = "pictures"
 """Folder inside an artifact for the pictures of its step; no part of the model, so not hashed."""
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tunekit.artifacts import ADAPTER_FILE, CARD, Artifact, Step
+from tunekit.artifacts import ADAPTER_FILE, CARD, COMFYUI_ENDINGS, Artifact, Step
 from tunekit.errors import ArtifactError
 from tunekit.families.family import FamilyFacts
 from tunekit.files import write_text
@@ -105,12 +105,13 @@ def _use(artifact: Artifact, facts: FamilyFacts, base: str | None, trigger: str 
     folder = "path/to/this-folder"
     if artifact.format == "adapter":
         there = shown(base) if base else facts.default_source
-        kohya = sorted(path.name for path in (artifact.path or Path()).glob("*.kohya.safetensors"))
+        here = sorted(path.name for path in (artifact.path or Path()).glob("*.safetensors"))
+        comfyui = [name for name in here if name.endswith(COMFYUI_ENDINGS)]
         adapter = f'pipe.load_lora_weights("{folder}", weight_name="{ADAPTER_FILE}")'
         lines = _with_diffusers(facts, json.dumps(there, ensure_ascii=False), [adapter], prompt)
-        if kohya:
+        if comfyui:
             lines += [
-                f"With ComfyUI: put {_code(kohya[0])} into `models/loras` and add a *Load LoRA* node.",
+                f"With ComfyUI: put {_code(comfyui[0])} into `models/loras` and add a *Load LoRA* node.",
                 "",
             ]
     elif artifact.format == "torch":

@@ -217,7 +217,7 @@ def _distilled(found: Found) -> None:
             found.notes.append(f"{found.model.source}: {said}")
 
 
-LONGEST = len(".tmp-4194304") + len(".kohya.safetensors")
+LONGEST = len(".tmp-4194304") + len(".comfyui.safetensors")
 """What is put around the name of a run in names of files."""
 
 

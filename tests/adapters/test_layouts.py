@@ -31,7 +31,7 @@ from tunekit.adapters import (
     to_peft,
 )
 from tunekit.adapters.delta import changeable, deltas_of, modules_of
-from tunekit.adapters.names import places_of
+from tunekit.adapters.names import Place, places_of, written_layers
 from tunekit.config import AdapterConfig, SamplingConfig
 from tunekit.diffusion.metrics import relative_error
 from tunekit.families import Family
@@ -43,8 +43,8 @@ Save = Callable[..., tuple[Path, Path]]
 Predict = Callable[[Family, Any], Tensor]
 Load = Callable[[Any, Path], None]
 State = dict[str, Tensor]
-Place = tuple[str, str]
-Updates = dict[Place, Tensor]
+Layer = tuple[str, str]
+Updates = dict[Layer, Tensor]
 """Component and module path -> what is added to the weight."""
 
 PEFT = "pytorch_lora_weights.safetensors"
@@ -193,7 +193,7 @@ def kohya_names_of_encoder(encoder: nn.Module, prefix: str) -> dict[str, str]:
     }
 
 
-def kohya_names(pipeline: Any) -> dict[str, Place]:
+def kohya_names(pipeline: Any) -> dict[str, Layer]:
     """Of a diffusers pipeline without adapters."""
     names = {name: ("unet", path) for name, path in kohya_names_of_unet(pipeline.unet).items()}
     encoders = [name for name in ("text_encoder", "text_encoder_2") if hasattr(pipeline, name)]
@@ -384,18 +384,22 @@ def test_names_at_full_size(name: str, adapted: dict[str, int]) -> None:
     family = families.get(name)
     parts = {component: family.facts.component(component).build() for component in adapted}
     assert parts.keys() == family.facts.kohya_prefixes.keys()
-    expected: dict[str, Place] = kohya_names(SimpleNamespace(**parts))
+    expected: dict[str, Layer] = kohya_names(SimpleNamespace(**parts))
     every: list[str] = []
     for component, part in parts.items():
         prefixes = family.facts.kohya_prefixes[component]
-        names = family.adapter_names(component, list(modules_of(part)))
-        assert names.keys() == linear_layers(part).keys()
-        every += [f"{prefix}_{known}" for prefix in prefixes for path in names for known in names[path]]
-        written = {f"{prefixes[0]}_{known[0]}": (component, path) for path, known in names.items()}
+        modules = modules_of(part)
+        layers = written_layers(component, {component: modules}, family)
+        assert [layer.parts for layer in layers] == [(path,) for path in linear_layers(part)]
+        known = {layer.name.replace(".", "_") for layer in family.adapter_names(component, list(modules))}
+        every += [f"{prefix}_{name}" for prefix in prefixes for name in known]
+        written = {
+            f"{prefixes[0]}_{layer.name}".replace(".", "_"): (component, layer.parts[0]) for layer in layers
+        }
         wanted = {key: place for key, place in expected.items() if place[0] == component}
         assert wanted.items() <= written.items()
         ends = tuple(f".{end}" for end in (*family.facts.lora_targets, *IN_ENCODERS))
-        assert sum(path.endswith(ends) for path in names) == adapted[component]
+        assert sum(path.endswith(ends) for path in modules) == adapted[component]
     assert len(set(every)) == len(every)  # no name could be two modules
 
 
@@ -408,13 +412,15 @@ def test_names_that_networks_were_published_with_are_read(name: str) -> None:
     names = published_names_of_unet(unet)
     assert len(names) > 250
     for key, path in names.items():
-        assert places[key] == places[key.replace("lora_unet", "diffusion_model")] == ("unet", path)
+        place = Place("unet", (path,))
+        assert places[key] == places[key.replace("lora_unet", "diffusion_model")] == place
 
 
 def test_names_of_sdxl() -> None:
     """Some of a file of kohya's, with what they are in diffusers."""
     unet = families.get("sdxl").facts.denoiser.build()
-    names = families.get("sdxl").adapter_names("unet", list(modules_of(unet)))
+    layers = written_layers("unet", {"unet": modules_of(unet)}, families.get("sdxl"))
+    names = {path: layer.name.replace(".", "_") for layer in layers for path in layer.parts}
     for name, path in {
         "input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1",
         "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
@@ -430,7 +436,7 @@ def test_names_of_sdxl() -> None:
         "output_blocks_5_0_skip_connection": "up_blocks.1.resnets.2.conv_shortcut",
         "output_blocks_8_0_emb_layers_1": "up_blocks.2.resnets.2.time_emb_proj",
     }.items():
-        assert names[path][0] == name
+        assert names[path] == name
 
 
 def test_names_of_diffusers_are_read_too(

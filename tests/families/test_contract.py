@@ -326,15 +326,15 @@ def test_module_names_of_kohya_files_are_unique(family: Family, pipeline: Any) -
             for path, module in network.named_modules()
             if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
         ]
-        names = family.adapter_names(name, paths)
-        assert set(names) == set(paths) and prefixes
-        written = [known[0] for known in names.values()]
-        assert len(set(written)) == len(paths)
-        assert not any("." in part for known in names.values() for part in known)
-        owners: dict[str, str] = {}
-        for path, known in names.items():
-            for part in known:
-                assert owners.setdefault(part, path) == path
+        assert prefixes
+        owners: dict[str, tuple[str, ...]] = {}
+        written: set[str] = set()
+        for layer in family.adapter_names(name, paths):
+            assert set(layer.parts) <= set(paths)
+            assert owners.setdefault(layer.name.replace(".", "_"), layer.parts) == layer.parts
+            if written.isdisjoint(layer.parts):  # else a name that is only read
+                written.update(layer.parts)
+        assert written == set(paths)
 
 
 def test_every_lora_target_names_layers(family: Family, pipeline: Any) -> None:

@@ -18,6 +18,8 @@ from torch import Generator, Tensor, nn
 NAME = "default"  # of the adapter inside the model
 SHOWN = 3  # keys named in a message
 
+_IN_DOTTED = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+
 State = dict[str, Tensor]
 
 
@@ -27,8 +29,10 @@ class Delta(ABC):
 
     Attributes:
         bias: [out], what is added to the layer's bias.
+        by_row: fields with an entry for each row of the layer's weight.
     """
 
+    by_row: ClassVar[tuple[str, ...]] = ("bias",)
     bias: Tensor | None = field(default=None, kw_only=True)
 
     @abstractmethod
@@ -44,6 +48,17 @@ class Delta(ABC):
         """No entry of what is added, before any scaling to a length, is larger than this."""
         return 0.0
 
+    def rows(self, index: Tensor) -> Self:
+        """Return the update of these rows of the layer's weight, [n] int64, in that order."""
+        fields = {name: getattr(self, name) for name in self.by_row}
+        return dataclasses.replace(
+            self, **{name: None if tensor is None else tensor[index] for name, tensor in fields.items()}
+        )
+
+    def split(self, sizes: Sequence[int]) -> list[Self]:
+        """Return the updates of the layers that this one's rows stack, `sizes` rows each."""
+        return [self.rows(index) for index in torch.split(torch.arange(sum(sizes)), list(sizes))]
+
 
 @dataclass(frozen=True)
 class Full(Delta):
@@ -53,6 +68,7 @@ class Full(Delta):
         weight: in the layer's own shape; None where it is its bias alone that changes.
     """
 
+    by_row: ClassVar[tuple[str, ...]] = ("bias", "weight")
     weight: Tensor | None
 
     def apply(self, weight: Tensor) -> Tensor:
@@ -99,6 +115,15 @@ class Kind(Delta):
         """Its tensors as kohya's tools lay them out, by ending, without alpha."""
         return {ending: getattr(self, field) for field, ending in self.kohya_names.items()}
 
+    def dotted(self) -> State:
+        """Its tensors where names have dots and others than peft read them, by ending, without alpha."""
+        return {_IN_DOTTED.get(ending, ending): tensor for ending, tensor in self.kohya().items()}
+
+    @classmethod
+    @abstractmethod
+    def stack(cls, parts: Sequence[Self | None], layers: Sequence[Any]) -> Self:
+        """Return the update of one layer that has the rows of `layers`; None changes nothing in its rows."""
+
     @classmethod
     @abstractmethod
     def read(cls, tensors: State, alpha: float | None) -> Self:
@@ -136,6 +161,7 @@ class Lora(Kind):
 
     kind: ClassVar[str] = "lora"
     config: ClassVar[type] = LoraConfig
+    by_row: ClassVar[tuple[str, ...]] = ("bias", "up")
     peft_names: ClassVar[Mapping[str, str]] = {"down": "lora_A.weight", "up": "lora_B.weight"}
     kohya_names: ClassVar[Mapping[str, str]] = {"down": "lora_down.weight", "up": "lora_up.weight"}
     down: Tensor
@@ -163,6 +189,45 @@ class Lora(Kind):
 
     def apply(self, weight: Tensor) -> Tensor:
         return self.updated(weight).to(weight.dtype)
+
+    def split(self, sizes: Sequence[int]) -> list[Self]:
+        """As for any; a rank that changes nothing in a layer's rows is left out there.
+
+        What was stacked is thus given back as it was; a layer whose rows no rank changes keeps one of zeros.
+        """
+        found = []
+        parts = super().split(sizes)
+        for part, ranks in zip(parts, _own_ranks([part.up for part in parts]), strict=True):
+            scale = part.alpha / part.rank
+            down, up = part.down[ranks], part.up[:, ranks]
+            found.append(dataclasses.replace(part, down=down, up=up, alpha=scale * len(down)))
+        return found
+
+    @classmethod
+    def stack(cls, parts: Sequence[Self | None], layers: Sequence[Any]) -> Self:
+        return cls(**cls._stacked(parts, layers))
+
+    @classmethod
+    def _stacked(cls, parts: Sequence[Self | None], layers: Sequence[Any]) -> dict[str, Any]:
+        """The downs one above the other, the ups in blocks along the diagonal, and alpha.
+
+        The ups stay as they are where all have one scale, and have theirs folded in where not.
+        """
+        there = [part for part in parts if part is not None]
+        scales = [part.alpha / part.rank for part in there]
+        one = all(math.isclose(scale, scales[0], rel_tol=1e-12) for scale in scales)
+        rows = [weight_shape(layer)[0] for layer in layers]
+        rank = sum(part.rank for part in there)
+        up = there[0].up.new_zeros(sum(rows), rank, *there[0].up.shape[2:])
+        row, column = 0, 0
+        for part, count in zip(parts, rows, strict=True):
+            if part is not None:
+                own = part.up if one else part.up * (part.alpha / part.rank)
+                up[row : row + count, column : column + part.rank] = own
+                column += part.rank
+            row += count
+        scale = scales[0] if one else 1.0
+        return {"down": torch.cat([part.down for part in there]), "up": up, "alpha": scale * rank}
 
     def shapes(self, layer: Any) -> dict[str, tuple[int, ...]]:
         out, *inside = weight_shape(layer)
@@ -216,6 +281,7 @@ class Dora(Lora):
     kind: ClassVar[str] = "dora"
     peft_names: ClassVar[Mapping[str, str]] = {**Lora.peft_names, "magnitude": "lora_magnitude_vector"}
     kohya_names: ClassVar[Mapping[str, str]] = {**Lora.kohya_names, "magnitude": "dora_scale"}
+    by_row: ClassVar[tuple[str, ...]] = (*Lora.by_row, "magnitude")
     axis: ClassVar[int] = 0
     magnitude: Tensor
 
@@ -239,6 +305,15 @@ class Dora(Lora):
     @classmethod
     def read(cls, tensors: State, alpha: float | None) -> Self:
         return super().read({**tensors, "magnitude": tensors["magnitude"].flatten()}, alpha)
+
+    @classmethod
+    def stack(cls, parts: Sequence[Self | None], layers: Sequence[Any]) -> Self:
+        known = next(part for part in parts if part is not None).magnitude
+        lengths = [
+            lengths_of(layer).to(known) if part is None else part.magnitude
+            for part, layer in zip(parts, layers, strict=True)
+        ]
+        return cls(**cls._stacked(parts, layers), magnitude=torch.cat(lengths))
 
     @classmethod
     def of_lora(cls, lora: Lora, weight: Tensor) -> Dora:
@@ -267,11 +342,37 @@ class ColumnDora(Dora):
         magnitude: [in], the norms of the weight's columns.
     """
 
+    by_row: ClassVar[tuple[str, ...]] = Lora.by_row
     axis: ClassVar[int] = 1
 
     def shapes(self, layer: Any) -> dict[str, tuple[int, ...]]:
         needed = super().shapes(layer)
         return {**needed, "magnitude": needed["down"][1:2]}
+
+
+def lengths_of(layer: Any) -> Tensor:
+    """The norms of the rows of a layer's weight, [out], which DoRA keeps where it changes nothing."""
+    return _lengths(layer.weight.detach().float(), 0)
+
+
+def _own_ranks(ups: Sequence[Tensor]) -> list[Tensor]:
+    """Of updates that share their `down`: which ranks each has to itself, [r] bool.
+
+    A rank of zeros goes with the one before it, since it says nothing; a part without any keeps the first.
+    """
+    used = torch.stack([up.flatten(1).ne(0).any(dim=0) for up in ups]).cpu()
+    if not used.any():
+        return list(torch.ones_like(used))
+    if int(used.sum(dim=0).max()) == 1:
+        owner = used.int().argmax(dim=0)
+        known = used.any(dim=0)
+        for rank in range(1, len(owner)):
+            owner[rank] = owner[rank] if known[rank] else owner[rank - 1]
+        first = int(known.int().argmax())
+        owner[:first] = owner[first]
+        used = torch.stack([owner == part for part in range(len(ups))])
+    used[~used.any(dim=1), 0] = True
+    return list(used)
 
 
 def _lengths(weight: Tensor, axis: int) -> Tensor:

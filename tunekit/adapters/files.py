@@ -16,9 +16,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from tunekit.adapters.delta import Deltas, Dora, Lora, State, changeable, deltas_of, some
+from tunekit.adapters.delta import Delta, Deltas, Dora, Lora, State, changeable, deltas_of, some
 from tunekit.adapters.layouts import HEADER_KEY, parse, to_kohya, to_peft
-from tunekit.artifacts import ADAPTER_FILE, what_it_is
+from tunekit.artifacts import ADAPTER_FILE, COMFYUI_ENDINGS, what_it_is
 from tunekit.config import AdapterConfig
 from tunekit.errors import AdapterError, output_errors
 from tunekit.families.family import Family, Pipeline
@@ -27,6 +27,8 @@ from tunekit.quiet import report_warnings
 
 ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.safetensors")
 """What the adapter in a folder is called, by diffusers and by peft."""
+SAME = 1e-6
+"""By how much of its largest entry an update may differ that was stacked with others and cut out again."""
 CONFIG = "adapter_config.json"
 CONFIG_BYTES = 1_000_000  # of text; peft writes two thousand
 DORA_NOTE = (
@@ -53,13 +55,14 @@ def save_adapter(
     alpha / rank within its weights and says alpha = rank, so that a reader which knows no alpha is right too.
 
     Args:
-        folder: receives `pytorch_lora_weights.safetensors` and `<name>.kohya.safetensors`.
+        folder: receives `pytorch_lora_weights.safetensors` and `<name>.kohya.safetensors`, or
+            `<name>.comfyui.safetensors` of a family whose layers have dotted names there.
         denoiser: holds the adapter; not wrapped (unwrap DDP and compiled modules first).
         config: what `add_adapter` was given.
-        name: of the kohya file.
+        name: of the second file.
         title: for people, in the header.
         base_source: what the adapter was trained on.
-        facts: of the training, for the kohya file's header: "ss_learning_rate" and so on.
+        facts: of the training, for the second file's header: "ss_learning_rate" and so on.
 
     Raises:
         AdapterError: a key that no module answers to, before or after writing.
@@ -74,7 +77,8 @@ def save_adapter(
     folded = {component: {path: d.with_alpha(d.rank) for path, d in trained[component].items()}}
     peft = to_peft(trained)
     settings = first.settings(first.rank, first.rank, sorted(trained[component]), config.dropout)
-    kohya = to_kohya(trained, modules, family)
+    others = to_kohya(trained, modules, family)
+    dotted = bool(family.facts.denoiser.dotted)
     dora = first.kind == "dora"
     files: dict[Path, tuple[State, dict[str, str], Deltas]] = {
         folder / ADAPTER_FILE: (
@@ -86,22 +90,22 @@ def save_adapter(
             },
             {component: dict(folded[component])},
         ),
-        folder / f"{name}.kohya.safetensors": (
-            kohya,
+        folder / f"{name}{COMFYUI_ENDINGS[dotted]}": (
+            others,
             {
                 "format": "pt",
                 **(facts or {}),
                 "ss_base_model_version": family.facts.ss_base_model_version,
                 "ss_network_module": "lycoris.kohya" if dora else "networks.lora",
                 "ss_network_dim": str(first.rank),
-                "ss_network_alpha": str(first.alpha),
+                "ss_network_alpha": str(float(first.rank) if dotted else first.alpha),
                 **_network_args(trained[component]),
                 "ss_v2": str(family.facts.ss_v2),
                 "ss_output_name": name,
-                **_modelspec(kohya, family, title, base_source),
+                **_modelspec(others, family, title, base_source),
                 **({"modelspec.usage_hint": DORA_NOTE} if dora else {}),
             },
-            {component: dict(trained[component])},
+            {component: dict(folded[component] if dotted else trained[component])},
         ),
     }
     with output_errors(folder):
@@ -115,10 +119,10 @@ def save_adapter(
                 aside.replace(path)
             finally:
                 aside.unlink(missing_ok=True)
-    peft_file, kohya_file = files
+    peft_file, other_file = files
     if dora:
-        _say_once(f"{kohya_file.name}: {DORA_NOTE}")
-    return peft_file, kohya_file
+        _say_once(f"{other_file.name}: {DORA_NOTE}")
+    return peft_file, other_file
 
 
 @cache
@@ -211,23 +215,53 @@ def _config_beside(path: Path) -> dict[str, Any] | None:
 def _check_same(path: Path, wanted: Deltas, read: Deltas) -> None:
     """Raise unless the file that was just written says what was meant."""
     for component, updates in wanted.items():
-        if read.get(component, {}).keys() != updates.keys():
+        found = read.get(component, {})
+        # A file that stacks modules cannot tell one that has learned nothing from one that is not adapted.
+        odd = [
+            name for name in found.keys() ^ updates.keys() if not _zero(found.get(name, updates.get(name)))
+        ]
+        if odd:
             raise AdapterError(
-                "the file just written names other modules than the adapter has", where=str(path)
+                f"the file just written names other modules than the adapter has: {some(sorted(odd))}",
+                where=str(path),
             )
-        for name, delta in updates.items():
-            other = read[component][name]
-            if type(other) is not type(delta) or not all(
-                torch.equal(found.cpu(), meant.cpu())
-                if isinstance(meant, Tensor)
-                else found is meant or math.isclose(found, meant, rel_tol=1e-6)
-                for found, meant in (
-                    (getattr(other, field.name), getattr(delta, field.name)) for field in fields(delta)
-                )
-            ):
+        for name in found.keys() & updates.keys():
+            if not _same(found[name], updates[name]):
                 raise AdapterError(
                     f"the file just written differs from the adapter in {name}", where=str(path)
                 )
+
+
+def _zero(delta: Delta | None) -> bool:
+    return type(delta) is Lora and not delta.up.any()
+
+
+def _same(found: Delta, meant: Delta) -> bool:
+    """Whether two updates are one: field by field, or in what they do, where one was rows of a stack."""
+    if type(found) is not type(meant):
+        return False
+    pairs = [(getattr(found, field.name), getattr(meant, field.name)) for field in fields(meant)]
+    if all(
+        a.shape == b.shape and torch.equal(a.cpu(), b.cpu())
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+        else a is b or (a is not None and b is not None and math.isclose(a, b, rel_tol=1e-6))
+        for a, b in pairs
+    ):
+        return True
+    if not isinstance(found, Lora) or not isinstance(meant, Lora):
+        return False
+    if isinstance(meant, Dora) and not torch.equal(found.magnitude.cpu(), meant.magnitude.cpu()):  # type: ignore[attr-defined]
+        return False
+    draw = torch.Generator().manual_seed(0)
+    probe = torch.randn(meant.down[0].numel(), 4, generator=draw, dtype=torch.float64)
+    did, wanted = (
+        delta.alpha
+        / delta.rank
+        * delta.up.cpu().double().flatten(1)
+        @ (delta.down.cpu().double().flatten(1) @ probe)
+        for delta in (found, meant)
+    )
+    return bool((did - wanted).abs().max() <= SAME * wanted.abs().max())
 
 
 def _read_tensors(path: Path, allow_pickle: bool) -> tuple[State, dict[str, str]]:

@@ -1,7 +1,8 @@
 """The layouts of adapter files: updates by module to tensors by key, and back.
 
-Two are written, PEFT's and kohya's. One reader takes these and every other that is found: names, shapes and
-scales first become those of an update, then every key is checked.
+Two are written: PEFT's, and the one that ComfyUI and kohya's tools read, which names layers as their network
+was published; several modules here may be one there. One reader takes these and every other that is found:
+names, shapes and scales first become those of an update, then every key is checked.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ from tunekit.adapters.delta import (
     Kind,
     Lora,
     State,
+    lengths_of,
     peft_state,
     some,
     weight_shape,
@@ -36,16 +38,16 @@ from tunekit.adapters.delta import (
 from tunekit.adapters.names import (
     Modules,
     Place,
-    kohya_names,
     looks_like,
     made_for,
     places_of,
     plain,
     read_key,
+    written_layers,
 )
 from tunekit.artifacts import what_it_is
 from tunekit.errors import AdapterError
-from tunekit.families.family import Family
+from tunekit.families.family import Family, Published
 from tunekit.quiet import report_warnings
 
 HEADER_KEY = "lora_adapter_metadata"  # where diffusers keeps alpha, as JSON
@@ -70,21 +72,49 @@ def to_peft(deltas: Trained) -> State:
 
 
 def to_kohya(deltas: Trained, modules: Modules, family: Family) -> State:
-    """Lay updates out as kohya's tools do: their names of the modules, alpha and DoRA scale as tensors.
+    """Lay updates out as ComfyUI and kohya's tools read them, under the names that the family says.
+
+    Modules that are rows of one layer there are stacked, and what is not trained of it is left as it is.
+    Kohya's keys have alpha and DoRA scale as tensors; those with dots have alpha / rank within `lora_B`.
 
     Raises:
-        AdapterError: two modules whose names become equal.
+        AdapterError: two layers whose names become equal; a LoRA and a DoRA in one layer.
     """
-    names = kohya_names(modules, family)
     state: State = {}
     for component, updates in deltas.items():
-        for path, delta in updates.items():
-            name = names[component, path]
-            if f"{name}.alpha" in state:
-                raise AdapterError(f"two modules have the kohya name {name}")
-            state |= {f"{name}.{ending}": tensor for ending, tensor in delta.kohya().items()}
-            state[f"{name}.alpha"] = torch.tensor(float(delta.alpha))
+        part = family.facts.component(component)
+        for layer in written_layers(component, modules, family):
+            parts = [updates.get(path) for path in layer.parts]
+            if all(delta is None for delta in parts):
+                continue
+            delta = _stacked(layer, parts, [modules[component][path] for path in layer.parts])
+            if part.dotted:
+                name = f"{part.dotted}.{layer.name}"
+                tensors = delta.with_alpha(delta.rank).dotted()
+            else:
+                name = f"{part.kohya[0]}_{layer.name}".replace(".", "_")
+                tensors = {**delta.kohya(), "alpha": torch.tensor(float(delta.alpha))}
+            keys = {f"{name}.{ending}": tensor for ending, tensor in tensors.items()}
+            if not state.keys().isdisjoint(keys):
+                raise AdapterError(f"two layers have the name {name} in files for other programs")
+            state |= keys
     return state
+
+
+def _stacked(layer: Published, parts: list[Kind | None], layers: list[nn.Module]) -> Kind:
+    """One update of a published layer, made of those of its modules here."""
+    kinds = {type(delta) for delta in parts if delta is not None}
+    if len(kinds) > 1:
+        raise AdapterError(f"{layer.name} cannot be part LoRA and part DoRA: adapt all of it alike")
+    delta = parts[0]
+    if delta is None or len(parts) > 1:
+        delta = kinds.pop().stack(parts, layers)
+    return delta.rows(_halves_swapped(layers[0])) if layer.swapped else delta
+
+
+def _halves_swapped(layer: nn.Module) -> Tensor:
+    """The rows of a layer, the second half before the first."""
+    return torch.cat(list(reversed(torch.arange(weight_shape(layer)[0]).chunk(2))))
 
 
 # Read -------------------------------------------------------------------------------------------------------
@@ -92,8 +122,10 @@ def to_kohya(deltas: Trained, modules: Modules, family: Family) -> State:
 
 @dataclass
 class _Group:
-    """What a file holds for one module: field -> tensor, and the keys they stand under."""
+    """What a file holds for one layer: field -> tensor, and the keys they stand under."""
 
+    module: str
+    """As the first of its keys spells it."""
     tensors: State = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
 
@@ -152,15 +184,21 @@ def _parse(
     settings = _Settings.read(header, config, list(modules))
     found: Deltas = {}
     zeros = []
-    for (component, path), group in groups.items():
-        layer = modules[component][path]
-        where = f"{component}.{path}"
-        alpha = settings.alpha(component, path, group)
+    for place, group in groups.items():
+        own = modules[place.component]
+        layers = [own[path] for path in place.parts]
+        alpha = settings.alpha(place.component, group.module if len(layers) > 1 else place.parts[0], group)
         if alpha == 0:
             zeros.append(group.keys["alpha"])
-        delta = _delta(where, group, layer, alpha or None)
-        if delta is not None:
-            found.setdefault(component, {})[path] = delta
+        delta = _delta(str(place), group, _as_filed(layers), alpha or None)
+        updates = found.setdefault(place.component, {})
+        for path, part in _parts(place, layers, delta):
+            if path in updates:
+                raise AdapterError(
+                    f"{place.component}.{path} has an update of its own and one within {group.module}"
+                )
+            updates[path] = part
+    found = {component: updates for component, updates in found.items() if updates}
     for component, updates in found.items():
         settings.check_kinds(component, updates)
     if not found:
@@ -181,7 +219,7 @@ def _described(state: Mapping[str, Any]) -> str:
 def _grouped(
     state: Mapping[str, Tensor], modules: Modules, family: Family
 ) -> tuple[dict[Place, _Group], list[str]]:
-    """Sort tensors by the module they name; the second are the keys that name none."""
+    """Sort tensors by the layer they name; the second are the keys that name none."""
     places = places_of(modules, family)
     groups: dict[Place, _Group] = {}
     unread, labels = [], set()
@@ -193,11 +231,11 @@ def _grouped(
             continue
         if said.label:
             labels.add(said.label)
-        group = groups.setdefault(place, _Group())
+        group = groups.setdefault(place, _Group(said.module))
         if said.field in group.tensors:
             if len(labels) > 1:
                 break
-            raise AdapterError(f"{group.keys[said.field]} and {key} are the same tensor of {'.'.join(place)}")
+            raise AdapterError(f"{group.keys[said.field]} and {key} are the same tensor of {place}")
         group.tensors[said.field] = tensor
         group.keys[said.field] = key
     if len(labels) > 1:
@@ -241,7 +279,48 @@ def _refuse_or_tell(
     report_warnings([f"{len(unread)} of the adapter's keys are left out{what}: {some(unread)}"])
 
 
-# One module -------------------------------------------------------------------------------------------------
+# One layer --------------------------------------------------------------------------------------------------
+
+
+def _as_filed(layers: Sequence[nn.Module]) -> nn.Module:
+    """The layer that a file's tensors have to fit: a module, or without data one of the rows of several."""
+    if len(layers) == 1:
+        return layers[0]
+    rows, inside = sum(weight_shape(layer)[0] for layer in layers), weight_shape(layers[0])[1]
+    return nn.Linear(inside, rows, bias=getattr(layers[0], "bias", None) is not None, device="meta")
+
+
+def _parts(place: Place, layers: Sequence[nn.Module], delta: Delta | None) -> list[tuple[str, Delta]]:
+    """What an update changes in each module that its layer is made of, but for those that stay as they are.
+
+    Where all would, each has an update that does nothing.
+    """
+    if delta is None:
+        return []
+    if place.swapped:
+        delta = delta.rows(_halves_swapped(layers[0]))
+    if len(layers) == 1:
+        return [(place.parts[0], delta)]
+    if isinstance(delta, ColumnDora):
+        raise AdapterError(
+            f"{place}: its DoRA has the lengths of columns, of rows that are several modules here",
+            hint="such a file cannot be split: merge it into the model in the program that made it",
+        )
+    parts = delta.split([weight_shape(layer)[0] for layer in layers])
+    kept = [
+        (path, part)
+        for path, layer, part in zip(place.parts, layers, parts, strict=True)
+        if not _does_nothing(part, layer)
+    ]
+    return kept or list(zip(place.parts, parts, strict=True))
+
+
+def _does_nothing(delta: Delta, layer: nn.Module) -> bool:
+    if not isinstance(delta, Lora) or delta.up.any() or delta.bias is not None:
+        return False
+    return not isinstance(delta, Dora) or torch.allclose(
+        delta.magnitude.float(), lengths_of(layer).to(delta.magnitude.device), rtol=1e-5
+    )
 
 
 def _delta(where: str, group: _Group, layer: nn.Module, alpha: float | None) -> Delta | None:

@@ -17,13 +17,34 @@ from tunekit.families import FAMILIES
 if TYPE_CHECKING:
     from torch import nn
 
-    from tunekit.families.family import Family, FamilyFacts
+    from tunekit.families.family import Family, FamilyFacts, Published
 
 Modules = Mapping[str, Mapping[str, "nn.Module"]]
 """Component -> module path -> layer that can be changed; all of them, see `changeable`."""
 
-Place = tuple[str, str]
-"""Component and module path."""
+
+@dataclass(frozen=True)
+class Place:
+    """What a name stands for: a module of the model, or several whose rows are one layer in the file.
+
+    Attributes:
+        component: of the pipeline.
+        parts: paths of the modules, in the order of the layer's rows.
+        swapped: the two halves of its rows stand in the other order there.
+    """
+
+    component: str
+    parts: tuple[str, ...]
+    swapped: bool = False
+
+    def __str__(self) -> str:
+        first, *others = self.parts
+        return ", ".join([f"{self.component}.{first}", *(path.rpartition(".")[2] for path in others)])
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is one module as it stands here."""
+        return len(self.parts) == 1 and not self.swapped
 
 
 @dataclass(frozen=True)
@@ -80,7 +101,7 @@ def plain(module: str) -> str:
 
 
 def places_of(modules: Modules, family: Family) -> dict[str, Place]:
-    """Every name that a module may have in a file, as `plain` gives it -> what it is."""
+    """Every name that a layer may have in a file, as `plain` gives it -> what it is."""
     encoders = [part.name for part in family.facts.encoders if part.name in modules]
     places: dict[str, Place] = {}
     for component, paths in modules.items():
@@ -89,24 +110,35 @@ def places_of(modules: Modules, family: Family) -> dict[str, Place]:
             prefixes += ["diffusion_model", "model_diffusion_model", "lycoris_unet", "lycoris", ""]
         elif encoders == [component]:
             prefixes.append("")
-        for path, names in family.adapter_names(component, list(paths)).items():
-            short = path.removeprefix("text_model.")  # transformers 5 dropped this level, which files name
-            spellings = {*names, path, short, f"text_model.{short}"}
-            for now, former in _FORMER:
-                spellings |= {name.removesuffix(now) + former for name in spellings if name.endswith(now)}
+        for place, names in _spellings_of(component, paths, family):
             for prefix in prefixes:
-                for name in spellings:
-                    places.setdefault(f"{prefix}_{name}".replace(".", "_").lstrip("_"), (component, path))
+                for name in names:
+                    places.setdefault(f"{prefix}_{name}".replace(".", "_").lstrip("_"), place)
     return places
 
 
-def kohya_names(modules: Modules, family: Family) -> dict[Place, str]:
-    """What modules are called where kohya's layout is written."""
-    return {
-        (component, path): f"{prefixes[0]}_{names[0]}"
-        for component, prefixes in family.facts.kohya_prefixes.items()
-        for path, names in family.adapter_names(component, list(modules.get(component, ()))).items()
-    }
+def _spellings_of(
+    component: str, modules: Mapping[str, nn.Module], family: Family
+) -> Iterator[tuple[Place, set[str]]]:
+    """The names of layers: those that the family says, then the paths of the modules themselves."""
+    for layer in family.adapter_names(component, list(modules)):
+        yield Place(component, layer.parts, layer.swapped), {layer.name}
+    for path in modules:
+        short = path.removeprefix("text_model.")  # transformers 5 dropped this level, which files name
+        spellings = {path, short, f"text_model.{short}"}
+        for now, former in _FORMER:
+            spellings |= {name.removesuffix(now) + former for name in spellings if name.endswith(now)}
+        yield Place(component, (path,)), spellings
+
+
+def written_layers(component: str, modules: Modules, family: Family) -> list[Published]:
+    """The layers that a component's updates are written as, for other programs: each module is in one."""
+    layers, taken = [], set[str]()
+    for layer in family.adapter_names(component, list(modules.get(component, ()))):
+        if taken.isdisjoint(layer.parts):
+            layers.append(layer)
+            taken.update(layer.parts)
+    return layers
 
 
 _FORMER = (

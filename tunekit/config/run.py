@@ -18,7 +18,7 @@ from tunekit.config.yaml import Key
 from tunekit.resources import expand
 
 LONGEST_NAME = 150
-"""Bytes of a run's name: a file system takes 255, and `.<name>.kohya.safetensors.tmp-<pid>` is made of it."""
+"""Bytes of a run's name: a file system takes 255, and there is `.<name>.comfyui.safetensors.tmp-<pid>`."""
 
 
 class RunConfig(Section):

@@ -51,6 +51,8 @@ class Component:
         tokenizer: attribute of the tokenizer that a text encoder reads.
         tokens: longest prompt of a text encoder, in tokens.
         kohya: prefixes of its keys in kohya files; the first is written, all are read. Empty: not adapted.
+        dotted: prefix of its layers in the adapter file for ComfyUI, where that names them with dots, as
+            "diffusion_model"; empty: kohya's names are written.
         published: prefix of its tensors in a single file of the whole model, see `single_file`; empty: the
             family was not published so.
         dtype: what it computes in while pictures and captions are encoded; None: what the run says.
@@ -66,6 +68,7 @@ class Component:
     tokenizer: str = ""
     tokens: int = 0
     kohya: tuple[str, ...] = ()
+    dotted: str = ""
     published: str = ""
     dtype: str | None = "fp32"
     fp16: bool = True
@@ -99,6 +102,21 @@ class Component:
                 f"the configuration of {self.name} does not describe a {made.__name__}: {error}"
             ) from error
         return module.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Published:
+    """One layer of a network under a name that adapter files use, and the modules here that it is made of.
+
+    Attributes:
+        name: path in that network, with dots: "double_blocks.0.img_attn.qkv".
+        parts: paths of the modules here whose rows it has, in their order there.
+        swapped: the halves of its rows stand in the other order there, as (shift, scale) of a modulation.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    swapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -395,15 +413,20 @@ class Family(Planned, Protocol):
         """Set a fresh scheduler's timesteps; return unit noise [B, C, h, w] as the sampler starts from it."""
         ...
 
-    def adapter_names(self, component: str, paths: Collection[str]) -> dict[str, tuple[str, ...]]:
-        """What modules are called in kohya files, after the prefix; the first is written, all are read.
+    def adapter_names(self, component: str, paths: Collection[str]) -> list[Published]:
+        """What layers are called in adapter files of other programs, after the component's prefix.
+
+        A module that has the same name here as there is said by `underscored`; a network that was published
+        with other layers, some of them several modules here, states a table for `published`. How many rows a
+        part has is read from its module.
 
         Args:
             component: its name in the table.
             paths: of all its modules that can carry an adapter.
 
         Returns:
-            Path -> names, with underscores.
+            Every path is part of a layer at least. Of several that have it the first is written, and all are
+            read; the path itself is read anyway.
         """
         ...
 
@@ -455,6 +478,48 @@ def last_state(output: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def underscored(paths: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """`Family.adapter_names` where kohya's tools use the names of diffusers."""
-    return {path: (path.replace(".", "_"),) for path in paths}
+def underscored(paths: Collection[str]) -> list[Published]:
+    """`Family.adapter_names` where other programs use the names of diffusers."""
+    return [Published(path, (path,)) for path in paths]
+
+
+NUMBER = "{}"
+"""Stands for the numbers of blocks in a table for `published`."""
+
+
+def published(
+    table: Mapping[str, str | tuple[str, ...]], paths: Collection[str], *, swapped: Collection[str] = ()
+) -> list[Published]:
+    """`Family.adapter_names` of a network that was published with other layers.
+
+    Args:
+        table: a layer's name there -> the module here, or the modules that it stacks, in the order of its
+            rows; "{}" in both is the number of a block. Rows of modules that are not among `paths` are passed
+            over; modules that no row has keep their own names.
+        paths: of all modules that can be asked for.
+        swapped: names, as in the table or of one layer, whose halves stand in the other order there.
+    """
+    there = set(paths)
+    layers: list[Published] = []
+    for name, modules in table.items():
+        parts = (modules,) if isinstance(modules, str) else modules
+        for number in _numbers(parts[0], there):
+            filled = tuple(part.replace(NUMBER, number) for part in parts)
+            if there.issuperset(filled):
+                own = name.replace(NUMBER, number)
+                layers.append(Published(own, filled, swapped=name in swapped or own in swapped))
+    named = {part for layer in layers for part in layer.parts}
+    return layers + underscored([path for path in paths if path not in named])
+
+
+def _numbers(pattern: str, paths: Collection[str]) -> list[str]:
+    """The numbers that a path with `NUMBER` in it has among `paths`, in order."""
+    if NUMBER not in pattern:
+        return [""]
+    first, last = pattern.split(NUMBER)
+    found = {
+        path[len(first) : len(path) - len(last)]
+        for path in paths
+        if path.startswith(first) and path.endswith(last)
+    }
+    return sorted((number for number in found if number.isdigit()), key=int)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -11,11 +12,45 @@ from tunekit.config import ObjectiveConfig
 from tunekit.diffusion.objectives import FlowMatching, Objective
 from tunekit.diffusion.sampling import SamplingConfig
 from tunekit.families import family as answers
-from tunekit.families import sizes, vae
-from tunekit.families.family import Component, Conditioning, FamilyFacts, Pipeline, Tokens
+from tunekit.families import sizes, unet, vae
+from tunekit.families.family import Component, Conditioning, FamilyFacts, Pipeline, Published, Tokens
 
 PATCH = 2
 """The transformer takes 2 x 2 latents as one token."""
+
+_DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
+# https://github.com/black-forest-labs/flux/blob/main/src/flux/model.py and modules/layers.py there
+PUBLISHED: dict[str, str | tuple[str, ...]] = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "double_blocks.{}.img_mod.lin": f"{_DOUBLE}.norm1.linear",
+    "double_blocks.{}.img_attn.qkv": tuple(f"{_DOUBLE}.attn.to_{part}" for part in "qkv"),
+    "double_blocks.{}.img_attn.proj": f"{_DOUBLE}.attn.to_out.0",
+    "double_blocks.{}.img_mlp.0": f"{_DOUBLE}.ff.net.0.proj",
+    "double_blocks.{}.img_mlp.2": f"{_DOUBLE}.ff.net.2",
+    "double_blocks.{}.txt_mod.lin": f"{_DOUBLE}.norm1_context.linear",
+    "double_blocks.{}.txt_attn.qkv": tuple(f"{_DOUBLE}.attn.add_{part}_proj" for part in "qkv"),
+    "double_blocks.{}.txt_attn.proj": f"{_DOUBLE}.attn.to_add_out",
+    "double_blocks.{}.txt_mlp.0": f"{_DOUBLE}.ff_context.net.0.proj",
+    "double_blocks.{}.txt_mlp.2": f"{_DOUBLE}.ff_context.net.2",
+    "single_blocks.{}.modulation.lin": f"{_SINGLE}.norm.linear",
+    "single_blocks.{}.linear1": (
+        *(f"{_SINGLE}.attn.to_{part}" for part in "qkv"),
+        f"{_SINGLE}.proj_mlp",
+    ),
+    "single_blocks.{}.linear2": f"{_SINGLE}.proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+"""Layers of the transformer as it was published -> modules here; of several the rows are stacked there."""
+SWAPPED = ("final_layer.adaLN_modulation.1",)
+"""(shift, scale) there, (scale, shift) here."""
 
 
 class Flux:
@@ -132,6 +167,12 @@ class Flux:
 
     def picture_state(self, output: Any) -> Tensor | None:
         return answers.last_state(output)  # the text comes first
+
+    def adapter_names(self, component: str, paths: Collection[str]) -> list[Published]:
+        """The transformer as it was published, CLIP's names as kohya's tools keep them, T5's own."""
+        if component == "transformer":
+            return answers.published(PUBLISHED, paths, swapped=SWAPPED)
+        return unet.encoder_names(paths) if component == "text_encoder" else answers.underscored(paths)
 
 
 def _bare(denoiser: nn.Module) -> Any:

@@ -22,6 +22,7 @@ from tunekit.families.family import (
     FamilyFacts,
     Packing,
     Pipeline,
+    Published,
     Tokens,
 )
 from tunekit.resources import Source
@@ -229,12 +230,11 @@ class SD15:
     def picture_state(self, output: Any) -> Tensor | None:
         return answers.first_state(output)  # a down block also gives what it hands across
 
-    def adapter_names(self, component: str, paths: Collection[str]) -> dict[str, tuple[str, ...]]:
+    def adapter_names(self, component: str, paths: Collection[str]) -> list[Published]:
         """Kohya's tools use diffusers' names; those of the U-Net as it was published occur, and are read."""
         if component != "unet":
             return unet.encoder_names(paths)
-        published = unet.published_names(paths)
-        return {path: (path.replace(".", "_"), published[path].replace(".", "_")) for path in paths}
+        return answers.underscored(paths) + unet.published_layers(paths)
 
     def export_components(self, pipeline: Pipeline) -> list[ExportComponent]:
         network, encoder = pipeline.unet, pipeline.text_encoder

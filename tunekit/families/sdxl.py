@@ -23,6 +23,7 @@ from tunekit.families.family import (
     FamilyFacts,
     Packing,
     Pipeline,
+    Published,
     Tokens,
 )
 from tunekit.resources import Source
@@ -267,12 +268,11 @@ class SDXL:
     def picture_state(self, output: Any) -> Tensor | None:
         return answers.first_state(output)
 
-    def adapter_names(self, component: str, paths: Collection[str]) -> dict[str, tuple[str, ...]]:
+    def adapter_names(self, component: str, paths: Collection[str]) -> list[Published]:
         """Kohya's tools train the U-Net as it was published; diffusers' names occur too, and are read."""
         if component != "unet":
             return unet.encoder_names(paths)
-        published = unet.published_names(paths)
-        return {path: (published[path].replace(".", "_"), path.replace(".", "_")) for path in paths}
+        return unet.published_layers(paths)
 
     def export_components(self, pipeline: Pipeline) -> list[ExportComponent]:
         network = pipeline.unet

@@ -10,7 +10,7 @@ from torch import nn
 
 from tunekit.diffusion.objectives import Discrete
 from tunekit.errors import TunekitError
-from tunekit.families.family import Pipeline
+from tunekit.families.family import Pipeline, Published
 from tunekit.families.vae import vae_factor
 from tunekit.families.weights import Entry
 
@@ -153,16 +153,21 @@ def published_names(paths: Collection[str]) -> dict[str, str]:
     return {path: _published(path, down, up, attended) for path in paths}
 
 
-def encoder_names(paths: Collection[str]) -> dict[str, tuple[str, ...]]:
+def published_layers(paths: Collection[str]) -> list[Published]:
+    """`Family.adapter_names` of a U-Net under the names that it was published with."""
+    return [Published(name, (path,)) for path, name in published_names(paths).items()]
+
+
+def encoder_names(paths: Collection[str]) -> list[Published]:
     """`Family.adapter_names` of a CLIP text encoder.
 
     transformers 5 dropped the level `text_model` of encoders without a projection; kohya's files keep it.
     """
-    names = {}
+    names = []
     for path in paths:
         short = path.removeprefix("text_model.")
         inside = short if short.startswith("text_projection") else f"text_model.{short}"
-        names[path] = tuple(name.replace(".", "_") for name in dict.fromkeys((inside, short)))
+        names += [Published(name, (path,)) for name in dict.fromkeys((inside, short))]
     return names
 
 
