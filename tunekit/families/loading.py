@@ -324,6 +324,9 @@ def _built(part: Component, config: Mapping[str, Any] | None, where: str, count:
             hint="it is damaged, or of another model: take it from the original one",
         ) from error
     assert isinstance(network, nn.Module)
+    tie = getattr(network, "tie_weights", None)
+    if tie is not None:  # T5's embeddings are there twice by name; on the meta device each became its own
+        tie()
     return network
 
 

@@ -177,7 +177,11 @@ def sized(family: Planned, source: Source) -> Sizes:
         if part.role == "scheduler" and not path.exists():
             return part
         try:
-            return with_config(part, read_json(path))
+            made = with_config(part, read_json(path))
+            reads = folder / part.tokenizer / "tokenizer_config.json"
+            length = read_json(reads).get("model_max_length") if part.tokenizer and reads.is_file() else None
+            # As loading has it: the shorter of what its words and what its positions are made for.
+            return replace(made, tokens=min(int(length), made.tokens)) if length else made
         except (ModelError, TypeError, ValueError) as error:
             needed = ", ".join(other.name for other in facts.components)
             raise ModelError(
