@@ -13,6 +13,7 @@ from torch import Tensor
 from tunekit import families
 from tunekit.config import ObjectiveConfig
 from tunekit.diffusion.metrics import relative_error
+from tunekit.diffusion.objectives import FlowMatching
 from tunekit.errors import ConfigError, ModelError
 from tunekit.families import Family, Frame
 
@@ -124,12 +125,13 @@ def test_sensitive_parts_and_inputs_exist(family: Family, pipeline: Any) -> None
 
 
 def test_each_part_has_a_type_of_its_own(family: Family) -> None:
-    """VAE and text encoders stay float32 while the denoiser computes in 16 bits."""
-    made = family.load("tiny", family.facts.dtypes(torch.bfloat16))
+    """The VAE stays float32 while the denoiser computes in 16 bits, and text encoders have what they need."""
+    wanted = family.facts.dtypes(torch.bfloat16)
+    made = family.load("tiny", wanted)
+    assert wanted[family.facts.denoiser_name] == torch.bfloat16 and wanted["vae"] == torch.float32
     for part in family.facts.components:
         if part.role != "scheduler":
-            wanted = torch.bfloat16 if part.role == "denoiser" else torch.float32
-            assert {t.dtype for t in getattr(made, part.name).parameters()} == {wanted}, part.name
+            assert {t.dtype for t in getattr(made, part.name).parameters()} == {wanted[part.name]}, part.name
     half = family.facts.drawing_dtypes(torch.float16)
     assert {name for name, kind in half.items() if kind == torch.float32} == set(family.facts.overflowing)
 
@@ -244,33 +246,53 @@ def test_the_denoiser_listens_to_everything(family: Family, pipeline: Any) -> No
     torch.testing.assert_close(alone, prediction[1:], atol=1e-5, rtol=1e-4)
 
 
+def learns_by_flow(family: Family, pipeline: Any) -> bool:
+    return isinstance(family.objective(pipeline), FlowMatching)
+
+
 def test_the_objective_belongs_to_the_scheduler(family: Family, pipeline: Any) -> None:
-    objective = family.objective(pipeline, ObjectiveConfig(snr_gamma=5.0))
-    config = pipeline.scheduler.config
-    assert objective.num_train_timesteps == config.num_train_timesteps
-    assert objective.prediction_type == config.prediction_type  # type: ignore[attr-defined]
     noisy, timestep, _ = inputs(family, pipeline)
-    again, times, target, weight = objective.sample(noisy, noisy, timestep)
-    assert again.shape == target.shape == noisy.shape and weight.shape == timestep.shape
-    assert torch.equal(times, timestep)
-    plain = family.objective(pipeline).sample(noisy, noisy, timestep)
-    assert not torch.equal(weight, plain.weight) and plain.weight.tolist() == [1.0, 1.0]
+    config = pipeline.scheduler.config
+    if learns_by_flow(family, pipeline):
+        with pytest.raises(ConfigError, match="snr_gamma has no effect"):
+            family.objective(pipeline, ObjectiveConfig(snr_gamma=5.0))
+        objective = family.objective(pipeline, ObjectiveConfig(noise_offset=0.1))
+    else:
+        objective = family.objective(pipeline, ObjectiveConfig(snr_gamma=5.0))
+        assert objective.prediction_type == config.prediction_type  # type: ignore[attr-defined]
+        weight = objective.sample(noisy, noisy, timestep).weight
+        assert not torch.equal(weight, family.objective(pipeline).sample(noisy, noisy, timestep).weight)
+    assert objective.num_train_timesteps == config.num_train_timesteps
+    again, times, target, _ = objective.sample(noisy, noisy, timestep)
+    assert again.shape == target.shape == noisy.shape and torch.equal(times, timestep)
+    assert family.objective(pipeline).sample(noisy, noisy, timestep).weight.tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
-        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
-    ],
+DISCRETE = (
+    ("DDPMScheduler", {}),
+    ("PNDMScheduler", {}),
+    ("EulerDiscreteScheduler", {}),
+    ("DPMSolverMultistepScheduler", {}),
 )
-def test_a_scheduler_of_flow_matching_is_refused(family: Family, name: str, settings: dict[str, Any]) -> None:
-    """Its betas, where it has some, are those of another model: training on them would teach noise."""
+OF_FLOW = (
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
+)
+
+
+@pytest.mark.parametrize("kind", [DISCRETE, OF_FLOW], ids=["discrete", "flow"])
+def test_a_scheduler_of_the_other_kind_is_refused(family: Family, pipeline: Any, kind: Any) -> None:
+    """Its noise levels are those of another model: training on them would teach noise."""
     import diffusers
 
-    pipeline = SimpleNamespace(scheduler=getattr(diffusers, name)(**settings))
-    with pytest.raises(ModelError, match=f"its scheduler is {name}"):
-        family.objective(pipeline)
+    own = OF_FLOW if learns_by_flow(family, pipeline) else DISCRETE
+    for name, settings in kind:
+        there = SimpleNamespace(**{**pipeline.components, "scheduler": getattr(diffusers, name)(**settings)})
+        if kind is own:
+            assert family.objective(there).num_train_timesteps == 1000
+        else:
+            with pytest.raises(ModelError, match=f"its scheduler is {name}"):
+                family.objective(there)
 
 
 def test_blocks_are_parts_of_the_denoiser(family: Family, pipeline: Any) -> None:
