@@ -634,4 +634,6 @@ def _prompt_options(pipeline: Any) -> list[Any]:
 
 
 def _vocabulary(tokenizer: Any) -> str:
-    return _digest(sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length)
+    template = getattr(tokenizer, "chat_template", None)
+    known = [sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length]
+    return _digest(*known, *([template] if template else []))

@@ -23,10 +23,15 @@ Conditioning = dict[str, Tensor]
 """What the denoiser is told besides latents and time, keyed by its own keyword names; batched along dim 0."""
 
 Tokens = dict[str, Tensor]
-"""What each text encoder reads: its component's name -> token ids [B, tokens], int64."""
+"""What each text encoder reads: its component's name -> token ids [B, tokens], int64; of those that are told
+where a prompt ends, its name + `MASK` -> [B, tokens], bool. Without a mask, all is read."""
+
+MASK = ".mask"
 
 Pipeline = Any
 """A diffusers pipeline, or anything with its components as attributes (the ONNX runtime makes such)."""
+
+POSITIONS = "max_position_embeddings"
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,7 +54,10 @@ class Component:
         classes: "diffusers:UNet2DConditionModel"; a transformers model is made from its config class.
         config: what the config.json of the usual base says, as far as it differs from the class's defaults.
         tokenizer: attribute of the tokenizer that a text encoder reads.
-        tokens: longest prompt of a text encoder, in tokens.
+        tokens: longest prompt of a text encoder, in tokens. Where `config` says how many positions there are,
+            prompts are kept shorter than that; otherwise they are as long.
+        chat: of a text encoder that is a chat model, whether it thinks first: prompts are written into the
+            chat template of its tokenizer, see `chat`.
         kohya: prefixes of its keys in kohya files; the first is written, all are read. Empty: not adapted.
         dotted: prefix of its layers in the adapter file for ComfyUI, where that names them with dots, as
             "diffusion_model"; empty: kohya's names are written.
@@ -67,6 +75,7 @@ class Component:
     config: Mapping[str, Any]
     tokenizer: str = ""
     tokens: int = 0
+    chat: bool | None = None
     kohya: tuple[str, ...] = ()
     dotted: str = ""
     published: str = ""
@@ -80,6 +89,13 @@ class Component:
         """The class."""
         module, name = self.classes.split(":")
         return getattr(importlib.import_module(module), name)
+
+    def reads(self, config: Mapping[str, Any]) -> int:
+        """The longest prompt of a base whose text encoder has that configuration, in tokens."""
+        positions = config.get(POSITIONS)
+        if not isinstance(positions, int):
+            return self.tokens
+        return min(positions, self.tokens) if POSITIONS in self.config else positions
 
     def build(self, device: str = "meta") -> Any:
         """Makes the network: on the meta device without data, elsewhere with random weights.

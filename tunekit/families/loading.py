@@ -27,6 +27,8 @@ from tunekit.artifacts import FILES
 from tunekit.diffusion.sampling import scheduler_class
 from tunekit.errors import ModelError, TunekitError, output_errors
 from tunekit.families import single_file, weights
+from tunekit.families.chat import Chat
+from tunekit.families.family import POSITIONS
 from tunekit.families.weights import (
     PICKLE_HINT,
     PICKLE_REFUSED,
@@ -308,9 +310,9 @@ def _built(part: Component, config: Mapping[str, Any] | None, where: str, count:
         numbers = value if isinstance(value, list | tuple) else [value]
         if count is not None and any(isinstance(number, int) and number > count for number in numbers):
             raise ModelError(f"{key} is {value}, and the weights are {count} tensors", where=where)
-    tokens = settings.get("max_position_embeddings")
-    if isinstance(tokens, int) and tokens > MAX_TOKENS:
-        raise ModelError(f"max_position_embeddings is {tokens}; {MAX_TOKENS} at most", where=where)
+    tokens, most = settings.get(POSITIONS), max(MAX_TOKENS, part.config.get(POSITIONS, 0))
+    if isinstance(tokens, int) and tokens > most:
+        raise ModelError(f"{POSITIONS} is {tokens}; {most} at most", where=where)
     try:
         with init_empty_weights(include_buffers=False):
             if part.classes.startswith("transformers:"):
@@ -387,7 +389,7 @@ def _tokenizer(path: Path, index: Mapping[str, Any], part: Component) -> Any:
 def _check_tokenizer(tokenizer: Any, part: Component, encoder: Any, path: Path) -> None:
     """Its words must be the encoder's; where it does not say how many it reads, the encoder does."""
     config = getattr(encoder, "config", None)
-    most = getattr(config, "max_position_embeddings", None) or part.tokens
+    most = part.reads({POSITIONS: getattr(config, POSITIONS, None)})
     length = tokenizer.model_max_length
     where = str(path / part.tokenizer)
     if not isinstance(length, int | float) or isinstance(length, bool) or length < 2:
@@ -404,26 +406,32 @@ def _check_tokenizer(tokenizer: Any, part: Component, encoder: Any, path: Path) 
         ids = tokenizer(["a"], padding="max_length", max_length=int(tokenizer.model_max_length)).input_ids
         if words is not None and max(ids[0]) >= words:
             raise ValueError(f"token {max(ids[0])} of {words}")
+        if part.chat is not None:
+            Chat(tokenizer, part.chat).read(["a"])
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(f"cannot make tokens of a text: {_reason(error)}", where=where) from error
 
 
-def tokenizers(source: Source, facts: FamilyFacts) -> list[Any]:
-    """The tokenizers of a source that is on this machine; none where they cannot be opened."""
+def tokenizers(source: Source, facts: FamilyFacts) -> dict[str, Any]:
+    """The tokenizers of a source that is on this machine, by name; none where they cannot be opened."""
     path = source.path
     if path is not None and path.is_file():
         beside = path.with_suffix("")
         if not (beside / MODEL_INDEX).is_file():
-            return [single_file.clip_tokenizer(part) for part in facts.encoders]
+            return {part.tokenizer: single_file.clip_tokenizer(part) for part in facts.encoders}
         path = beside
     if path is None:
-        return []
+        return {}
     found = _Found()
     with _quiet(), found.noting():
         _find_rest(found, path, _index(Source(str(path))), facts)
-    return [found.parts[part.tokenizer] for part in facts.encoders if part.tokenizer in found.parts]
+    return {
+        part.tokenizer: found.parts[part.tokenizer]
+        for part in facts.encoders
+        if part.tokenizer in found.parts
+    }
 
 
 def _find_in_file(found: _Found, path: Path, source: Source, facts: FamilyFacts, headers: bool) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from tunekit.families import loading
+from tunekit.families.chat import Chat
 from tunekit.families.family import Family, FamilyFacts
 from tunekit.resources import Source
 
@@ -18,7 +20,7 @@ class Cut:
     """A prompt that is longer than what is read of it.
 
     Attributes:
-        tokens: of the whole prompt, its marks of begin and end among them.
+        tokens: of the whole prompt, what stands before and behind it among them.
         limit: how many are read.
         lost: the text that is not read.
     """
@@ -33,11 +35,17 @@ def cuts(tokenizers: Sequence[Any], prompts: Iterable[str]) -> list[Cut]:
     """Which prompts are cut, the longest first.
 
     Args:
-        tokenizers: of the text encoders; the first that cuts a prompt tells of it.
+        tokenizers: of the text encoders, or `Chat`s; the first that cuts a prompt tells of it.
     """
     found = []
     for prompt in dict.fromkeys(prompts):
         for tokenizer in tokenizers:
+            if isinstance(tokenizer, Chat):
+                count, lost = tokenizer.lost(prompt)
+                if lost:
+                    found.append(Cut(prompt, count, tokenizer.limit, lost))
+                    break
+                continue
             limit = tokenizer.model_max_length
             if len(prompt.encode()) + 2 <= limit:  # a token is a byte or more
                 continue
@@ -58,16 +66,20 @@ def _lost(tokenizer: Any, prompt: str, ids: Sequence[int]) -> str:
 
 
 def tokenizers(facts: FamilyFacts, pipeline: Any) -> list[Any]:
-    """Of a pipeline, or of whatever has its tokenizers as attributes."""
-    names = [part.tokenizer for part in facts.encoders if part.tokenizer]
-    return [found for name in names if (found := getattr(pipeline, name, None)) is not None]
+    """Of a pipeline, or of whatever has its tokenizers as attributes: what reads a prompt."""
+    found = [(part, getattr(pipeline, part.tokenizer, None)) for part in facts.encoders if part.tokenizer]
+    return [
+        tokenizer if part.chat is None else Chat(tokenizer, part.chat)
+        for part, tokenizer in found
+        if tokenizer is not None
+    ]
 
 
 def tokenizers_of(family: Family, source: Source) -> list[Any]:
     """Of a source that is on this machine, or "tiny"; none where it is not, or they cannot be opened."""
     if source.name == "tiny":
         return tokenizers(family.facts, family.tiny())
-    return loading.tokenizers(source, family.facts)
+    return tokenizers(family.facts, SimpleNamespace(**loading.tokenizers(source, family.facts)))
 
 
 def told(found: Sequence[Cut], of: int, places: Mapping[str, str] | None = None) -> list[str]:

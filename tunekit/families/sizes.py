@@ -202,17 +202,19 @@ def like(family: Family, pipeline: Pipeline) -> Sizes:
         tokenizer = getattr(pipeline, part.tokenizer, None) if part.tokenizer else None
         made = with_config(part, plain)
         length = getattr(tokenizer, "model_max_length", None)
-        return replace(made, tokens=length) if isinstance(length, int) and length < 10**6 else made
+        if not isinstance(length, int) or length >= 10**6:
+            return made
+        return replace(made, tokens=min(length, made.tokens) if part.chat is not None else length)
 
     return Sizes(family, tuple(read(part) for part in family.facts.components))
 
 
 def with_config(part: Component, config: Mapping[str, Any]) -> Component:
-    """The row of a base with another configuration; CLIP's says how long its prompts may be."""
+    """The row of a base with another configuration, which may say how long its prompts may be."""
     name = config.get("_class_name")
     classes = f"diffusers:{name}" if part.role == "scheduler" and isinstance(name, str) else part.classes
-    tokens = config.get("max_position_embeddings", part.tokens) if part.tokenizer else part.tokens
-    return replace(part, config=config, classes=classes, tokens=int(tokens))
+    tokens = part.reads(config) if part.tokenizer else part.tokens
+    return replace(part, config=config, classes=classes, tokens=tokens)
 
 
 # Rows that several families have ----------------------------------------------------------------------------
@@ -273,6 +275,53 @@ def t5_xxl(name: str, tokenizer: str, tokens: int, *, kohya: Collection[str] = (
         tokenizer=tokenizer,
         tokens=tokens,
         kohya=tuple(kohya),
+        dtype="bf16",
+        fp16=False,
+    )
+
+
+QWEN3: dict[str, dict[str, Any]] = {
+    "4B": {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
+    "8B": {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
+}
+"""Sizes that differ: https://huggingface.co/Qwen/Qwen3-4B and Qwen3-8B, config.json."""
+
+
+def qwen3(
+    name: str,
+    size: str,
+    *,
+    thinking: bool,
+    tokenizer: str = "tokenizer",
+    tokens: int = 512,
+    causal: bool = False,
+) -> Component:
+    """Qwen3 as a text encoder, in bfloat16: 4.02 G or 8.19 G parameters.
+
+    Args:
+        size: "4B" or "8B".
+        thinking: see `Component.chat`.
+        tokens: longest prompt with the chat template around it; the network itself has positions for 40,960.
+        causal: whether it is stored with the head that predicts words, which is not read here.
+    """
+    config = {
+        **QWEN3[size],
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1000000.0,
+    }
+    return Component(
+        name,
+        "text_encoder",
+        "transformers:Qwen3ForCausalLM" if causal else "transformers:Qwen3Model",
+        config,
+        tokenizer=tokenizer,
+        tokens=tokens,
+        chat=thinking,
         dtype="bf16",
         fp16=False,
     )

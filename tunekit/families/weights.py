@@ -243,7 +243,7 @@ def fitted(
         shapes, whole numbers for floats. Known harmless ones are neither missing nor unread.
     """
     state = network.state_dict()
-    own = _spellings(state)
+    own = _spellings(state, getattr(network, "base_model_prefix", ""))
     made = {name for name, _ in network.named_buffers() if name not in state}
     kept: dict[str, Entry] = {}
     unread, wrong = [], []
@@ -297,16 +297,18 @@ def _matrix(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape[:2]) if len(shape) == 4 and tuple(shape[2:]) == (1, 1) else tuple(shape)
 
 
-def _spellings(state: Mapping[str, Tensor]) -> dict[str, str]:
+def _spellings(state: Mapping[str, Tensor], prefix: str) -> dict[str, str]:
     """What a network's tensors are called in files -> its own names.
 
     transformers 5 leaves out the level `text_model` of CLIP, which all files have; attention layers had
-    other names in 2022.
+    other names in 2022. Files of language models have a level (`prefix`) above all that is below the head.
     """
     known = {name: name for name in state}
     for name in state:
         other = name.removeprefix(TEXT_LEVEL) if name.startswith(TEXT_LEVEL) else TEXT_LEVEL + name
         known.setdefault(other, name)
+        if prefix and not name.startswith(f"{prefix}."):
+            known.setdefault(f"{prefix}.{name}", name)
         for now, then in FORMER:
             if now in name:
                 known.setdefault(name.replace(now, then), name)
