@@ -446,6 +446,19 @@ def test_a_graph_that_gives_other_things_says_so() -> None:
     assert getattr(said, "text_embeds", None) is None
 
 
+def test_a_graph_gives_some_hidden_states_by_their_numbers() -> None:
+    class Some(Nothing):
+        inputs = {"input_ids": (np.dtype(np.int64), [None, None])}
+
+        def run(self, feeds: dict[str, Any]) -> dict[str, Any]:
+            return {f"hidden_states.{number}": np.full((1, 2), number, np.float32) for number in (9, 18)}
+
+    said = GraphModule(Some(), {}, "text_encoder")(torch.zeros(1, 2), use_cache=False, logits_to_keep=1)
+    assert said.hidden_states[18].tolist() == [[18.0, 18.0]]
+    with pytest.raises(ModelError, match="gives the hidden states 9, 18; needed is 27"):
+        _ = said.hidden_states[27]
+
+
 def test_an_encoder_that_masks_its_padding_draws_as_in_torch(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     from tunekit.passes.export_onnx import check_inputs, export_component

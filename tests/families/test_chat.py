@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import safetensors.torch
 import torch
 
 from tunekit.families import sizes, tiny, weights
-from tunekit.families.chat import Chat
+from tunekit.families.chat import Chat, Reader, states
 from tunekit.families.prompts import cuts
 
 BEFORE, BEHIND = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
@@ -61,3 +62,24 @@ def test_weights_are_found_below_the_head_or_above(tmp_path: Path, level: str, c
         assert problems
     else:
         assert problems == [] and len(kept) == len(stored)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@torch.no_grad()
+def test_states_are_those_of_the_text_alone(causal: bool) -> None:
+    """Of a short prompt beside a long one, of the module that is exported, and of shapes without data."""
+    tokenizer = tiny.qwen_tokenizer(56)
+    encoder = tiny.qwen3(tokenizer, width=24, layers=3, causal=causal)
+    ids, mask = Chat(tokenizer, thinking=False).read(["a cat", "the moon over a wall"])
+    both = states(encoder, ids, mask)
+    assert len(both) == 4
+    count = int(mask[0].sum())
+    alone = states(encoder, ids[:1, :count])
+    reader = Reader(encoder, [1, 2])
+    exported = reader(ids.int(), mask.int())
+    assert reader.names == ["hidden_states.1", "hidden_states.2"]
+    for number, given in zip((1, 2), exported, strict=True):
+        torch.testing.assert_close(both[number][:1, :count], alone[number], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(given, both[number], atol=1e-6, rtol=1e-5)
+    planned = states(copy.deepcopy(encoder).to("meta"), ids.to("meta"))
+    assert [state.shape for state in planned] == [state.shape for state in both]

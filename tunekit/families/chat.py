@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -57,3 +58,62 @@ class Chat:
         behind = str(self.tokenizer.decode(found.input_ids[self.limit :]))
         mark = "\N{REPLACEMENT CHARACTER}"
         return count, behind.removesuffix(self.written(mark).partition(mark)[2]) or behind
+
+
+def states(encoder: Any, ids: Tensor, mask: Tensor | None = None) -> Any:
+    """Hidden states of a causal language model by the number of layers behind them: [B, tokens, width].
+
+    Args:
+        encoder: the network, or a graph of `Reader`.
+        ids: [B, tokens].
+        mask: [B, tokens], true where there is text; None where all of it is.
+    """
+    mask = torch.ones_like(ids) if mask is None else mask.to(ids)
+    # Without data, transformers cannot look into a mask of two axes to see whether it may leave it out.
+    told = attending(mask) if ids.is_meta else mask
+    return encoder(ids, attention_mask=told, output_hidden_states=True, **_spared(encoder)).hidden_states
+
+
+def attending(mask: Tensor) -> Tensor:
+    """[B, 1, tokens, tokens], bool: which tokens (rows) look at which: at text that is not behind them.
+
+    Args:
+        mask: [B, tokens], true where there is text.
+    """
+    place = torch.arange(mask.shape[1], device=mask.device)
+    return (place <= place[:, None]) & mask.bool()[:, None, None, :]
+
+
+def _spared(encoder: Any) -> dict[str, Any]:
+    """Options that spare what is not read: keys and values for words to come, and the words of all places."""
+    causal = getattr(encoder, "lm_head", None) is not None
+    return {"use_cache": False, **({"logits_to_keep": 1} if causal else {})}
+
+
+class Reader(nn.Module):
+    """What is exported of a causal language model: token ids and mask to some of its hidden states.
+
+    Args:
+        layers: numbers of the states, as in `states`; the graph's outputs are `names`.
+    """
+
+    def __init__(self, encoder: nn.Module, layers: Sequence[int]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.layers = tuple(layers)
+
+    @property
+    def names(self) -> list[str]:
+        """What its outputs are called, as Optimum does."""
+        return [f"hidden_states.{layer}" for layer in self.layers]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        """[B, tokens] and [B, tokens] whole numbers, 0 where the mask hides padding."""
+        # Of four axes, so that no branch of the export depends on what it hides.
+        given: Any = self.encoder(
+            input_ids,
+            attention_mask=attending(attention_mask),
+            output_hidden_states=True,
+            **_spared(self.encoder),
+        )
+        return tuple(given.hidden_states[layer] for layer in self.layers)

@@ -350,7 +350,7 @@ class _Speaker:
 
 
 class _Said:
-    """What it says: fields, some of which are tuples of tensors."""
+    """What it says: fields, some of which are several tensors by number."""
 
     def __init__(self, value: Any, read: list[Tensor]) -> None:
         self._value, self._read = value, read
@@ -362,7 +362,7 @@ class _Said:
         return self._noted(self._value[index])
 
     def _noted(self, value: Any) -> Any:
-        if isinstance(value, tuple):
+        if isinstance(value, tuple | dict):
             return _Said(value, self._read)
         self._read.append(value)
         return value

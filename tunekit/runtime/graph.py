@@ -59,25 +59,31 @@ class GraphModule:
     def __call__(self, *args: Tensor, return_dict: bool = True, **kwargs: Any) -> Any:
         """Take inputs by position or name; return outputs by name, or as a tuple without `return_dict`.
 
-        Inputs may be grouped in a dict, as diffusers has `added_cond_kwargs`; `output_hidden_states` changes
-        nothing, as a graph always gives what it was exported with.
+        Inputs may be grouped in a dict, as diffusers has `added_cond_kwargs`; options that are no tensors,
+        such as `output_hidden_states`, change nothing: a graph always gives what it was exported with.
         """
-        kwargs.pop("output_hidden_states", None)
         feeds: dict[str, Tensor] = dict(zip(self.graph.inputs, args, strict=False))
         for name, value in kwargs.items():
-            feeds |= value if isinstance(value, dict) else {name: value}
+            if isinstance(value, dict):
+                feeds |= value
+            elif isinstance(value, Tensor):
+                feeds[name] = value
         if feeds.keys() != self.graph.inputs.keys():
             raise ModelError(
                 f"the {self.name} takes {', '.join(self.graph.inputs)}; it is given {', '.join(feeds)}",
                 hint="it was exported by another program or version: export the model with export_onnx",
             )
-        outputs = {name: torch.from_numpy(array).float() for name, array in self._run(feeds).items()}
+        outputs: dict[str, Any] = {
+            name: torch.from_numpy(array).float() for name, array in self._run(feeds).items()
+        }
         if not return_dict:
             return tuple(outputs.values())
-        states = [name for name in outputs if name.startswith(STATES)]
-        if states:
-            outputs["hidden_states"] = tuple(  # type: ignore[assignment]
-                outputs[f"{STATES}{index}"] for index in range(len(states))
+        numbers = [name.removeprefix(STATES) for name in outputs if name.startswith(STATES)]
+        if numbers:
+            states = {int(number): outputs[STATES + number] for number in numbers if number.isdecimal()}
+            whole = sorted(states) == list(range(len(states)))
+            outputs["hidden_states"] = (
+                tuple(states[index] for index in range(len(states))) if whole else States(self.name, states)
             )
         return Outputs(self.name, outputs)
 
@@ -119,6 +125,20 @@ class Outputs(SimpleNamespace):
         given = ", ".join(key for key in vars(self) if key != "_graph")
         raise _NotGiven(
             f"the {self._graph} gives {given}; needed is {name}",
+            hint="it was exported by another program or version: export the model with export_onnx",
+        )
+
+
+class States(dict[int, Tensor]):
+    """Those of a text encoder's hidden states that its graph gives, by number."""
+
+    def __init__(self, graph: str, states: dict[int, Tensor]) -> None:
+        super().__init__(states)
+        self._graph = graph
+
+    def __missing__(self, number: int) -> Tensor:
+        raise ModelError(
+            f"the {self._graph} gives the hidden states {', '.join(map(str, self))}; needed is {number}",
             hint="it was exported by another program or version: export the model with export_onnx",
         )
 
