@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -52,22 +52,30 @@ def latent_scaling(pipeline: Pipeline) -> tuple[float, float]:
     return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
 
 
-@torch.no_grad()
 def encode_image(pipeline: Pipeline, pixels: Tensor) -> Tensor:
     """See `Family.encode_image`."""
-    vae = pipeline.vae
-    distribution = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    mean, std = distribution.mean.float(), distribution.std.float()
+    mean, std = posterior(pipeline.vae, pixels)
     shift, scale = latent_scaling(pipeline)
     return torch.cat([(mean - shift) * scale, std * scale], dim=1)
 
 
-@torch.no_grad()
 def decode(pipeline: Pipeline, latents: Tensor) -> Tensor:
     """See `Family.decode`."""
-    vae = pipeline.vae
     shift, scale = latent_scaling(pipeline)
-    pixels: Tensor = vae.decode((latents / scale + shift).to(vae.device, vae.dtype)).sample
+    return decoded(pipeline.vae, latents / scale + shift)
+
+
+@torch.no_grad()
+def posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents of pixels in [-1, 1], as the encoder gives them, float32."""
+    distribution = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    return distribution.mean.float(), distribution.std.float()
+
+
+@torch.no_grad()
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """Pixels in [0, 1], float32, of latents as the decoder takes them."""
+    pixels: Tensor = vae.decode(latents.to(vae.device, vae.dtype)).sample
     pixels = pixels.float()
     # What is not a number must not look like white.
     return (pixels / 2 + 0.5).clamp(0, 1).masked_fill_(~pixels.isfinite(), torch.nan)
