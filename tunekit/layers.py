@@ -240,7 +240,7 @@ def quantize(
         if can_quantize(layer) and not under(name, module, kept) and (only is None or name in only)
     ]
     for name, layer in layers:
-        _replace(module, name, quantize_layer(layer, scheme, group))
+        replace(module, name, quantize_layer(layer, scheme, group))
     return [name for name, _ in layers]
 
 
@@ -381,9 +381,9 @@ def apply(denoiser: nn.Module, description: dict[str, Any]) -> None:
         if "heads" in sizes:
             set_heads(modules[name], sizes["heads"])
         else:
-            _replace(denoiser, name, _resized(modules[name], sizes))
+            replace(denoiser, name, _resized(modules[name], sizes))
     for name, how in description["quantized"].items():
-        _replace(denoiser, name, _empty_quantized(denoiser.get_submodule(name), how["scheme"], how["group"]))
+        replace(denoiser, name, _empty_quantized(denoiser.get_submodule(name), how["scheme"], how["group"]))
 
 
 def set_heads(attention: nn.Module, heads: int) -> None:
@@ -560,6 +560,7 @@ def _resized(module: nn.Module, sizes: dict[str, int] | None) -> nn.Module:
     raise ModelError(f"{FILE} gives sizes for a {type(module).__name__}, which has none")
 
 
-def _replace(root: nn.Module, name: str, layer: nn.Module) -> None:
+def replace(root: nn.Module, name: str, layer: nn.Module) -> None:
+    """Puts a layer at a path below `root`."""
     parent, _, last = name.rpartition(".")
     setattr(root.get_submodule(parent), last, layer)

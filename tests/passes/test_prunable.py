@@ -150,3 +150,30 @@ def test_multiply_adds_are_counted():
     assert left == pytest.approx(
         announced[item.name], rel=0.05
     )  # biases and the time embedding are used once
+
+
+@pytest.mark.parametrize("kind", ["one layer", "two layers"])
+def test_gated_feed_forwards_of_transformers_are_cut_too(kind: str) -> None:
+    """Value and gate leave together, whether one layer gives both or each has its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "one layer":
+            from diffusers.models.transformers.transformer_flux2 import Flux2FeedForward
+
+            whole: nn.Module = Flux2FeedForward(8, 8, mult=2.0)
+        else:
+            from diffusers.models.transformers.transformer_z_image import FeedForward as Gated
+
+            whole = Gated(8, 16)
+    smaller = copy.deepcopy(whole)
+    (item,), (cut,) = (
+        find(nn.Sequential(whole), ["feed_forward"]),
+        find(nn.Sequential(smaller), ["feed_forward"]),
+    )
+    before = parameters(smaller)
+    assert (item.name, item.count, item.width) == ("0", 16, 1)
+    silence(item, [3, 7])
+    cut.keep([index for index in range(16) if index not in (3, 7)])
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(smaller(x), whole(x), atol=1e-6, rtol=1e-5)
+    assert before - parameters(smaller) == 2 * item.parameters

@@ -57,25 +57,40 @@ def find(denoiser: nn.Module, targets: Sequence[Target]) -> list[Structures]:
     return [structures for structures in found if structures is not None]
 
 
+_FEED_FORWARDS = (
+    (("net.0.proj",), "net.2"),
+    (("linear_in",), "linear_out"),
+    (("w1", "w3"), "w2"),
+)
+"""Paths in a feed-forward network: the layers before its activation, and the one that reads its channels."""
+
+
 def _feed_forward(name: str, block: Any) -> Structures | None:
-    net = getattr(block, "net", None)
-    if type(block).__name__ != "FeedForward" or not isinstance(net, nn.ModuleList):
+    if not type(block).__name__.endswith("FeedForward"):
         return None
-    entry: Any = getattr(net[0], "proj", None)
-    out: Any = net[2]
-    if not _plain(entry, out) or entry.out_features % out.in_features:
+    inside = dict(block.named_modules())
+    kinds = [(first, last) for first, last in _FEED_FORWARDS if {*first, last} <= inside.keys()]
+    if not kinds:
         return None
-    # A gated activation computes value and gate in one layer, one after the other: both halves of one
-    # leave.
-    halves, count = entry.out_features // out.in_features, out.in_features
+    first, last = kinds[0]
+    out: Any = inside[last]
+    entries: dict[str, Any] = {path: inside[path] for path in first}
+    if not _plain(*entries.values(), out):
+        return None
+    count = out.in_features
+    if any(entry.out_features % count for entry in entries.values()):
+        return None
 
     def keep(kept: Sequence[int]) -> None:
-        rows = [half * count + index for half in range(halves) for index in kept]
-        net[0].proj = _take(entry, rows=rows)
-        net[2] = _take(out, columns=kept)
+        for path, entry in entries.items():
+            # Where value and gate are computed in one layer, they stand one after the other: both leave.
+            halves = entry.out_features // count
+            rows = [half * count + index for half in range(halves) for index in kept]
+            layers.replace(block, path, _take(entry, rows=rows))
+        layers.replace(block, last, _take(out, columns=kept))
 
-    parameters = halves * _row_size(entry) + out.out_features
-    return Structures(name, "feed_forward", count, 1, parameters, out, keep)
+    rows = sum(entry.out_features // count * _row_size(entry) for entry in entries.values())
+    return Structures(name, "feed_forward", count, 1, rows + out.out_features, out, keep)
 
 
 def _heads(name: str, block: Any) -> Structures | None:
