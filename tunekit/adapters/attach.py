@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -87,14 +88,19 @@ def targets_of(
     wanted = config.targets
     if not isinstance(wanted, str):
         return list(wanted or default_targets)
+    paths = modules_of(denoiser)
     if wanted == "all_linear":
-        return [path for path, layer in modules_of(denoiser).items() if isinstance(layer, nn.Linear)]
+        return [path for path, layer in paths.items() if isinstance(layer, nn.Linear)]
     if wanted not in presets:
         raise AdapterError(
             f'this family has no preset "{wanted}" of adapter targets',
             hint=f"there are: {', '.join([*presets, 'all_linear'])}; or name modules",
         )
-    return list(presets[wanted])
+    return [
+        path
+        for target in presets[wanted]
+        for path in (fnmatch.filter(paths, target) if "*" in target else [target])
+    ]
 
 
 def check_targets(denoiser: nn.Module, targets: Sequence[str]) -> None:

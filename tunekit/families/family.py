@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.config import ObjectiveConfig
-from tunekit.diffusion.objectives import Objective
+from tunekit.diffusion.objectives import FlowMatching, Objective
 from tunekit.diffusion.sampling import SamplingConfig
-from tunekit.errors import ModelError
+from tunekit.errors import ModelError, TunekitError
 from tunekit.resources import Source
 
 Conditioning = dict[str, Tensor]
@@ -174,7 +174,8 @@ class FamilyFacts:
             it makes.
         components: the table, at the size of `default_source`.
         lora_targets: modules that an adapter goes on where the user names none.
-        presets: "attention" and "attention_feed_forward" -> modules, for a user who names one of these.
+        presets: "attention" and "attention_feed_forward" -> modules, for a user who names one of these; in a
+            whole path, "*" stands for anything.
         sampling: how its pictures are drawn where neither the user nor the model says.
         ss_base_model_version: what kohya's tools write for this base, e.g. "sd_v1".
         modelspec_architecture: of modelspec 1.0.1, without "/lora", e.g. "stable-diffusion-v1".
@@ -452,6 +453,30 @@ class Family(Planned, Protocol):
 
 
 # What most families answer. A family calls these; it may answer otherwise.
+
+
+def tokenize(facts: FamilyFacts, pipeline: Pipeline, prompts: list[str]) -> Tokens:
+    """`Family.tokenize` of encoders that read ids alone, the padding too."""
+    return {
+        encoder.name: tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        for encoder in facts.encoders
+        for tokenizer in (getattr(pipeline, encoder.tokenizer),)
+    }
+
+
+def flow_misfits(scheduler: Any) -> list[str]:
+    """Whether a scheduler is none of flow matching; for `loading.Misfits`."""
+    try:
+        FlowMatching.from_scheduler(scheduler)
+    except TunekitError as error:
+        return [f"{error.message}; {error.hint}" if error.hint else error.message]
+    return []
 
 
 def cfg_scale(guidance: float) -> float | None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tunekit.families.family import Component, ExportComponent, Pipeline
 
 PICTURE_AXES = {0: "batch", 2: "height", 3: "width"}
 
@@ -26,3 +29,37 @@ def example(*shape: int, like: nn.Module) -> Tensor:
 def token_ids(length: int) -> Tensor:
     """An input of text encoders; int32 is what Optimum and diffusers' ONNX pipeline feed without a cast."""
     return torch.arange(2 * length, dtype=torch.int32).reshape(2, length) % 100
+
+
+def encoder(
+    pipeline: Pipeline, row: Component, outputs: Sequence[str], *, states: bool = False
+) -> ExportComponent:
+    """The graph of a text encoder that reads ids alone.
+
+    Args:
+        row: of the family's table.
+        outputs: names, as transformers gives them.
+        states: give all hidden states too, as "hidden_states.0" and on.
+    """
+    network = getattr(pipeline, row.name)
+    count = network.config.num_hidden_layers + 1 if states else 0
+    return ExportComponent(
+        name=row.name,
+        component=row.name,
+        module=_Encoder(network, outputs, count),
+        inputs={"input_ids": token_ids(getattr(pipeline, row.tokenizer).model_max_length)},
+        dynamic={"input_ids": {0: "batch", 1: "sequence"}},
+        outputs=[*outputs, *(f"hidden_states.{index}" for index in range(count))],
+        config=model_config(network),
+    )
+
+
+class _Encoder(nn.Module):
+    def __init__(self, network: nn.Module, outputs: Sequence[str], states: int) -> None:
+        super().__init__()
+        self.network, self.outputs, self.states = network, tuple(outputs), states
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        output = self.network(input_ids, output_hidden_states=bool(self.states))
+        own = [getattr(output, name) for name in self.outputs]
+        return (*own, *output.hidden_states) if self.states else tuple(own)

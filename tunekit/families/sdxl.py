@@ -198,17 +198,7 @@ class SDXL:
         return vae.latent_shape(channels, vae.vae_factor(pipeline), multiple, height, width)
 
     def tokenize(self, pipeline: Pipeline, prompts: list[str]) -> Tokens:
-        return {
-            encoder.name: tokenizer(
-                prompts,
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
-            for encoder in self.facts.encoders
-            for tokenizer in (getattr(pipeline, encoder.tokenizer),)
-        }
+        return answers.tokenize(self.facts, pipeline, prompts)
 
     @torch.no_grad()
     def encode_tokens(self, pipeline: Pipeline, tokens: Tokens) -> Conditioning:
@@ -280,26 +270,14 @@ class SDXL:
         multiple = unet.unet_factor(pipeline)
         length = pipeline.tokenizer.model_max_length
         pooled = pipeline.text_encoder_2.config.projection_dim
-        exported = []
-        for row in self.facts.encoders:
-            encoder = getattr(pipeline, row.name)
-            first = (
-                ["last_hidden_state", "pooler_output"]
-                if row.name == "text_encoder"
-                else ["text_embeds", "last_hidden_state"]
+        exported = [
+            graphs.encoder(pipeline, row, outputs, states=True)
+            for row, outputs in zip(
+                self.facts.encoders,
+                (["last_hidden_state", "pooler_output"], ["text_embeds", "last_hidden_state"]),
+                strict=True,
             )
-            states = [f"hidden_states.{i}" for i in range(encoder.config.num_hidden_layers + 1)]
-            exported.append(
-                ExportComponent(
-                    name=row.name,
-                    component=row.name,
-                    module=_TextEncoder(encoder, first),
-                    inputs={"input_ids": graphs.token_ids(getattr(pipeline, row.tokenizer).model_max_length)},
-                    dynamic={"input_ids": {0: "batch", 1: "sequence"}},
-                    outputs=[*first, *states],
-                    config=graphs.model_config(encoder),
-                )
-            )
+        ]
         return [
             *exported,
             ExportComponent(
@@ -328,17 +306,6 @@ class SDXL:
             ),
             *vae.export_vae(pipeline, self.default_size(pipeline)),
         ]
-
-
-class _TextEncoder(nn.Module):
-    def __init__(self, encoder: nn.Module, outputs: list[str]) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.outputs = outputs
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        output = self.encoder(input_ids, output_hidden_states=True)
-        return (*(getattr(output, name) for name in self.outputs), *output.hidden_states)
 
 
 class _UNet(nn.Module):

@@ -216,6 +216,30 @@ def qwen3(
     return randomized(lambda: kind(config), seed, name)
 
 
+def autoencoder(channels: int, seed: int, **config: Any) -> Any:
+    """Build a small AutoencoderKL of 4 pixels per latent, without the convolutions of Stable Diffusion 1.
+
+    Args:
+        channels: of the latents.
+        config: what is different.
+    """
+    from diffusers import AutoencoderKL
+
+    usual: dict[str, Any] = {
+        "sample_size": 64,
+        "block_out_channels": (8, 8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "norm_num_groups": 4,
+        "latent_channels": channels,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "scaling_factor": 0.75,
+        "shift_factor": 0.125,
+    }
+    return randomized(lambda: AutoencoderKL(**{**usual, **config}), seed, "vae")
+
+
 def randomized(build: Callable[[], M], seed: int, name: str) -> M:
     """Build a module and draw its weights from (seed, name), leaving the global random state alone.
 

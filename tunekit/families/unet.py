@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from tunekit.diffusion.objectives import Discrete
 from tunekit.errors import TunekitError
 from tunekit.families.family import Pipeline, Published
+from tunekit.families.vae import misfits as vae_misfits
 from tunekit.families.vae import vae_factor
 from tunekit.families.weights import Entry
 
@@ -43,12 +43,7 @@ def misfits(parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]
         _is_count(side) for side in (size if isinstance(size, list | tuple) and len(size) == 2 else [size])
     ):
         found.append(f"its U-Net has sample_size {size!r}: one or two whole numbers are needed")
-    scale, shift = vae.scaling_factor, getattr(vae, "shift_factor", None) or 0.0
-    if (
-        not all(isinstance(number, int | float) and math.isfinite(number) for number in (scale, shift))
-        or not scale
-    ):
-        found.append(f"its VAE has scaling_factor {scale!r} and shift_factor {shift!r}: numbers are needed")
+    found += vae_misfits(vae)
     first = tensors.get("unet", {}).get("conv_in.weight")
     taken = first.shape[1] if first and len(first.shape) > 1 else unet.in_channels
     if taken != vae.latent_channels:
@@ -64,8 +59,6 @@ def misfits(parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]
     for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
         if getattr(unet, key, None):
             found.append(f"its U-Net wants more than text and time ({key}: {getattr(unet, key)})")
-    if getattr(vae, "latents_mean", None) or getattr(vae, "latents_std", None):
-        found.append("its VAE scales each channel of the latents by itself (latents_mean, latents_std)")
     encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
     for encoder in encoders:
         if not isinstance(end := getattr(encoder.config, "eos_token_id", None), int):

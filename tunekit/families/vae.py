@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,20 @@ def latent_shape(channels: int, factor: int, multiple: int, height: int, width: 
                 hint=f"try {nearest}",
             )
     return channels, height // factor, width // factor
+
+
+def misfits(config: Any) -> list[str]:
+    """Why an autoencoder's configuration is none that latents can be scaled by; see `loading.Misfits`."""
+    found = []
+    scale, shift = config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
+    if (
+        not all(isinstance(number, int | float) and math.isfinite(number) for number in (scale, shift))
+        or not scale
+    ):
+        found.append(f"its VAE has scaling_factor {scale!r} and shift_factor {shift!r}: numbers are needed")
+    if getattr(config, "latents_mean", None) or getattr(config, "latents_std", None):
+        found.append("its VAE scales each channel of the latents by itself (latents_mean, latents_std)")
+    return found
 
 
 # Coding -----------------------------------------------------------------------------------------------------

@@ -56,7 +56,8 @@ class Prune(Pass):
     """What `ratio` is a share of, and what importance is weighed against: parameters make the model small,
     macs (multiply-adds) make it fast."""
     targets: Distinct[Target] = Field(["feed_forward", "heads", "resnet"], min_length=1)
-    """What may leave: feed-forward channels, attention heads, groups of residual blocks' inner channels."""
+    """What may leave: feed-forward channels, attention heads, groups of residual blocks' inner channels.
+    Where it is not given, those that the network has."""
     importance: Literal["taylor", "magnitude"] = "taylor"
     """taylor measures on examples; magnitude looks at the weights only."""
     spread: Literal["global", "uniform"] = "global"
@@ -117,7 +118,9 @@ class Prune(Pass):
             raise ChainError(f"prune has a wrong keep: {wrong}", where=artifact.source)
         before, macs_before = prunable.parameters(parent), prunable.macs(family, whole)
         structures = prunable.find(denoiser, self.targets)
-        if absent := set(self.targets) - {item.target for item in structures}:
+        absent = set(self.targets) - {item.target for item in structures}
+        # Not every network has all of them, and the usual targets are for all networks.
+        if absent and (not structures or "targets" in self.model_fields_set):
             raise ChainError(
                 f"prune finds no {' and no '.join(sorted(absent))} to remove in the"
                 f" {family.facts.denoiser_name}",
