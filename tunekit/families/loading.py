@@ -24,11 +24,11 @@ from torch import nn
 
 from tunekit import layers
 from tunekit.artifacts import FILES
-from tunekit.diffusion.sampling import scheduler_class
+from tunekit.diffusion.sampling import is_flow, scheduler_class
 from tunekit.errors import ModelError, TunekitError, output_errors
 from tunekit.families import single_file, weights
 from tunekit.families.chat import Chat
-from tunekit.families.family import POSITIONS
+from tunekit.families.family import POSITIONS, begin_flow
 from tunekit.families.weights import (
     PICKLE_HINT,
     PICKLE_REFUSED,
@@ -344,7 +344,6 @@ def _find_rest(found: _Found, path: Path, index: Mapping[str, Any], facts: Famil
 
 
 def _scheduler(path: Path, index: Mapping[str, Any]) -> Any:
-
     named = index.get("scheduler")
     if not isinstance(named, list) or len(named) != 2 or not isinstance(named[1], str):
         raise ModelError(f"scheduler is {_class_of(named)}", where=str(path / MODEL_INDEX))
@@ -358,7 +357,11 @@ def _scheduler(path: Path, index: Mapping[str, Any]) -> Any:
         ) from error
     try:
         scheduler = made.from_config(config)
-        copy.deepcopy(scheduler).set_timesteps(2)
+        trial = copy.deepcopy(scheduler)
+        if is_flow(trial):  # some want to be told how far times are shifted
+            begin_flow(trial, 2, torch.zeros(()), mu=1.0)
+        else:
+            trial.set_timesteps(2)
     except Exception as error:  # whatever a wrong value leads to in there
         raise ModelError(f"does not describe a {named[1]}: {_reason(error)}", where=str(file)) from error
     return scheduler
