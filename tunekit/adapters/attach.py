@@ -66,6 +66,7 @@ def add_adapter(
     """
     targets = targets_of(denoiser, config, default_targets, presets or {})
     check_targets(denoiser, targets)
+    targets = _layers_alone(denoiser, targets)
     denoiser.requires_grad_(False)
     kind = KINDS[config.kind]
     _inject(denoiser, kind, kind.settings(config.rank, config.alpha, targets, config.dropout))
@@ -117,6 +118,17 @@ def check_targets(denoiser: nn.Module, targets: Sequence[str]) -> None:
                 f'adapter target "{target}" names no linear or convolution layer of the denoiser',
                 hint=f"there are: {', '.join(sorted(end for end in ends if not end.isdigit()))}",
             )
+
+
+def _layers_alone(denoiser: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Targets that reach layers alone: an end of paths that a list of modules has too becomes whole paths."""
+    paths, layers = [path for path, _ in denoiser.named_modules()], modules_of(denoiser)
+    reached: list[str] = []
+    for target in targets:
+        hits = [path for path in paths if path == target or path.endswith("." + target)]
+        there = [path for path in hits if path in layers]
+        reached += [target] if len(there) == len(hits) else there
+    return reached
 
 
 def adapter_state(denoiser: nn.Module) -> State:
