@@ -47,23 +47,31 @@ def theirs(
 ) -> Tensor:
     """What their pipeline draws, with the negative prompt that it has itself where none is given."""
     shape = family.latent_shape(pipeline, sampling.height or 0, sampling.width or 0)
-    negative = sampling.negative_prompt
     known = inspect.signature(type(pipeline).__call__).parameters
-    if "max_sequence_length" in known:  # they take the real model's for granted
+    told = {}  # they take the real model's for granted
+    if "max_sequence_length" in known:
         longest = getattr(pipeline, family.facts.encoders[-1].tokenizer).model_max_length
-        options["max_sequence_length"] = longest
+        told["max_sequence_length"] = longest
+    if "text_encoder_out_layers" in known:
+        layers = pipeline.text_encoder.config.num_hidden_layers
+        told["text_encoder_out_layers"] = (layers // 4, layers // 2, 3 * layers // 4)
+    negative = None if sampling.negative_prompt is None else [sampling.negative_prompt] * len(prompts)
+    if "negative_prompt" in known:
+        options["negative_prompt"] = negative
+    elif negative is not None:
+        options["negative_prompt_embeds"] = pipeline.encode_prompt(negative, **told)[0]
     latents = initial_latents(SEEDS, shape)
-    if hasattr(pipeline, "_pack_latents"):
-        latents = pipeline._pack_latents(latents, *latents.shape)
+    if len(inspect.signature(getattr(pipeline, "_pack_latents", len)).parameters) > 2:
+        latents = pipeline._pack_latents(latents, *latents.shape)  # FLUX.1's wants tokens
     made: Tensor = pipeline(
-        prompts,
-        negative_prompt=None if negative is None else [negative] * len(prompts),
+        prompt=prompts,
         num_inference_steps=sampling.steps,
         guidance_scale=sampling.guidance,
         height=sampling.height,
         width=sampling.width,
         latents=latents,
         output_type="pt",
+        **told,
         **options,
     ).images
     return made

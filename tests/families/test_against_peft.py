@@ -5,6 +5,7 @@ The other side is written out here as diffusers' own training scripts have it, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +44,9 @@ class Sample:
     frames: list[Frame]
 
 
-def samples(pipeline: Any, rows: slice) -> Sample:
+def samples(family: Family, pipeline: Any, rows: slice) -> Sample:
     draw = torch.Generator().manual_seed(3)
-    side = 2 * 8  # 64 pixels
-    latents, noise = torch.randn(2, 2, pipeline.vae.config.latent_channels, side, side, generator=draw)
+    latents, noise = torch.randn(2, 2, *family.latent_shape(pipeline, 64, 64), generator=draw)
     times = torch.tensor(TIMESTEPS)
     return Sample(latents[rows], noise[rows], times[rows], list(PROMPTS[rows]), list(FRAMES[rows]))
 
@@ -84,7 +84,7 @@ def prepared(family: Family, kind: str, config: ObjectiveConfig, rows: slice) ->
     fitted = fit(family.denoiser(pipeline), adapter, family.facts, Levers(), device="cpu")
     moved(fitted.module)
     pipeline.register_modules(scheduler=configured(pipeline.scheduler, config))
-    sample = samples(pipeline, rows)
+    sample = samples(family, pipeline, rows)
     batch = Batch(
         tuple(sample.prompts),
         {
@@ -113,7 +113,7 @@ def theirs(
     lora: LoraConfig,
     config: ObjectiveConfig,
     parameters: dict[str, Tensor],
-    rows: slice,
+    sample: Sample,
 ) -> tuple[Tensor, Gradients]:
     """The same step in diffusers and peft alone."""
     network: Any = denoiser
@@ -124,9 +124,19 @@ def theirs(
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(parameters[name])
-    loss = PLAIN[type(pipeline).__name__](pipeline, samples(pipeline, rows), config)
+    loss = PLAIN[type(pipeline).__name__](pipeline, sample, config)
     loss.backward()
     return loss.detach(), gradients(network)
+
+
+def layers_at(denoiser: torch.nn.Module, ends: Sequence[str]) -> list[str]:
+    """Paths of layers that end so; peft takes an end alone too, but not where a list of modules has it."""
+    return [
+        path
+        for path, module in denoiser.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+        and any(path.endswith(f".{end}") for end in ends)
+    ]
 
 
 # One function for each pipeline: the loss of a step, as diffusers' training script for it has it.
@@ -222,14 +232,16 @@ def test_loss_and_gradients_are_those_of_peft(
     config = ObjectiveConfig(prediction=prediction, snr_gamma=snr_gamma)
     step = ours(family, kind, config, rows)
     pipeline = family.tiny()
+    denoiser = family.denoiser(pipeline)
     lora = LoraConfig(
         r=RANK,
         lora_alpha=ALPHA,
-        target_modules=list(family.facts.lora_targets),
+        target_modules=layers_at(denoiser, family.facts.lora_targets),
         use_dora=kind == "dora",
         bias="none",
     )
-    loss, wanted = theirs(pipeline, family.denoiser(pipeline), lora, config, step.parameters, rows)
+    sample = samples(family, pipeline, rows)
+    loss, wanted = theirs(pipeline, denoiser, lora, config, step.parameters, sample)
     assert step.gradients.keys() == wanted.keys()
     of_loss = difference(step.loss.mean(), loss)
     of_gradients = {name: difference(gradient, wanted[name]) for name, gradient in step.gradients.items()}
