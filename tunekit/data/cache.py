@@ -40,7 +40,7 @@ from tunekit.diffusion.batch import Batch, join, single
 from tunekit.diffusion.noise import sample_generator, stable_seed
 from tunekit.diffusion.objectives import Objective
 from tunekit.errors import DataError, NonFiniteError
-from tunekit.families.family import DTYPES, Conditioning, Family, Frame
+from tunekit.families.family import DTYPES, Conditioning, Family, Frame, as_kept
 from tunekit.families.prompts import cuts, tokenizers, told
 from tunekit.files import atomic_file, clean_leftovers
 from tunekit.kept import Kept
@@ -237,7 +237,7 @@ class Encoder:
                 raise NonFiniteError(
                     f"the text encoder turns the caption {prompt!r} into NaN or infinity ({name})"
                 )
-        return {name: value[0].float() for name, value in conditioning.items()}
+        return {name: value[0] for name, value in as_kept(conditioning).items()}
 
     def _fill(
         self,

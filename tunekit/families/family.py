@@ -507,6 +507,11 @@ def begin_flow(scheduler: Any, steps: int, latents: Tensor, mu: float | None = N
     return latents
 
 
+def as_kept(encoded: Conditioning) -> Conditioning:
+    """What a text encoder gave, as it is kept: float32, but for masks and numbers of places."""
+    return {name: value.float() if value.is_floating_point() else value for name, value in encoded.items()}
+
+
 def first_state(output: Any) -> Tensor | None:
     """`Family.picture_state` of blocks that return the hidden state, or a tuple that begins with it."""
     found = output[0] if isinstance(output, tuple) else output

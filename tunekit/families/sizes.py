@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from tunekit.errors import ModelError
-from tunekit.families.family import Component, Conditioning, Family, Pipeline, Planned, Role, Tokens
+from tunekit.families.family import (
+    Component,
+    Conditioning,
+    Family,
+    Pipeline,
+    Planned,
+    Role,
+    Tokens,
+    as_kept,
+)
 from tunekit.families.weights import read_json
 from tunekit.resources import Source
 
@@ -99,7 +108,7 @@ class Sizes:
     def _encoded(self) -> Conditioning:
         with torch.no_grad():
             made = self.family.encode_tokens(self.pipeline(), self.tokens(1))
-        return {name: value.float() if value.is_floating_point() else value for name, value in made.items()}
+        return as_kept(made)
 
     def latents(self, batch: int, height: int, width: int) -> Tensor:
         """Latents of pictures of that size in pixels, float32, without data."""
@@ -334,9 +343,11 @@ def vae(
     scaling: float = 0.18215,
     shift: float | None = None,
     fp16: bool = True,
+    **config: Any,
 ) -> Component:
     """The autoencoder that the families of Stable Diffusion and FLUX.1 share: 8 pixels per latent."""
     config = {
+        **config,
         "block_out_channels": (128, 256, 512, 512),
         "down_block_types": ("DownEncoderBlock2D",) * 4,
         "up_block_types": ("UpDecoderBlock2D",) * 4,

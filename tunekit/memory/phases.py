@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tunekit.families.family import DTYPES
+from tunekit.families.family import DTYPES, as_kept
 from tunekit.memory.job import ENCODERS, STATE, VAE, VISITORS, WEIGHTS, Job
 from tunekit.memory.levers import Levers, as_held, lowered, tile_vae
 from tunekit.memory.step import adapted
@@ -54,7 +54,7 @@ def trace_encode(
     with Tracer(target) as second, torch.no_grad():
         begin(second, pictures=False)
         with second.phase("encode"):
-            told = {name: value.float() for name, value in family.encode_tokens(pipeline, tokens).items()}
+            told = as_kept(family.encode_tokens(pipeline, tokens))
             del told
     return _after(tracer.trace(), second.trace())
 
@@ -147,7 +147,7 @@ def trace_class_pictures(job: Job, target: Target, batch: int, *, captions_on_ho
     with Tracer(target) as first, torch.no_grad():
         begin(first, captions=True)
         with first.phase("class pictures"):
-            encoded = {name: value.float() for name, value in family.encode_tokens(pipeline, tokens).items()}
+            encoded = as_kept(family.encode_tokens(pipeline, tokens))
             del encoded
     return _after(first.trace(), tracer.trace())
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tunekit.artifacts import Artifact
 from tunekit.config import SamplingConfig
 from tunekit.diffusion.sampling import Guided
-from tunekit.families.family import DTYPES, Conditioning, Family, Frame, Pipeline
+from tunekit.families.family import DTYPES, Conditioning, Family, Frame, Pipeline, as_kept
 from tunekit.families.prompts import cuts, tokenizers
 from tunekit.runtime.tiles import decode_in_tiles
 
@@ -71,7 +71,7 @@ class Runtime:
         """Encode prompts; dim 0 of every tensor is len(prompts)."""
         with self._running():
             conditioning = self.family.encode_prompt(self.pipeline, prompts)
-        return {key: value.float().cpu() for key, value in conditioning.items()}
+        return {key: value.cpu() for key, value in as_kept(conditioning).items()}
 
     def conditioning(self, prompts: list[str], sampling: SamplingConfig) -> Conditioning:
         """Encode prompts for pictures of the size and guidance that `sampling` says, none of them None."""
