@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -686,6 +687,26 @@ def test_after_training_the_module_holds_the_masters(learn: Learn) -> None:
             assert parameter.dtype == torch.bfloat16
     rounded = [p for p in fitted.parameters.values() if torch.equal(p, p.bfloat16().float())]
     assert not rounded, "what is saved is not what bf16 can hold"
+
+
+class Rows(nn.Module, PeftAdapterMixin):
+    """Takes and gives a list with a tensor for each row, as some networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn1 = nn.ModuleDict({"to_q": nn.Linear(4, 4)})
+
+    def forward(self, rows: list[Tensor], t: Tensor) -> tuple[list[Tensor]]:
+        self.seen = {item.dtype for item in rows}, t.dtype
+        return ([self.attn1["to_q"](row) for row in rows],)
+
+
+def test_rows_in_a_list_are_lowered_and_come_back_in_float32() -> None:
+    facts = replace(FAMILY.facts, components=(replace(FAMILY.facts.denoiser, keeps=("t",)),))
+    fitted = fit(Rows(), AdapterConfig(targets=["to_q"]), facts, Levers("bf16"), device="cpu")
+    made = fitted.module(rows=[torch.ones(2, 4), torch.ones(3, 4)], t=torch.ones(2))
+    assert fitted.module.seen == ({torch.bfloat16}, torch.float32)
+    assert [row.dtype for row in made[0]] == [torch.float32] * 2
 
 
 def test_masters_keep_updates_that_bf16_would_round_away(learn: Learn) -> None:

@@ -246,6 +246,8 @@ def lowered(values: Mapping[str, Any], dtype: torch.dtype, keeps: Collection[str
     def lower(name: str, value: Any) -> Any:
         if isinstance(value, dict):
             return lowered(value, dtype, keeps)
+        if isinstance(value, list | tuple):
+            return type(value)(lower(name, item) for item in value)
         lowers = name not in keeps and isinstance(value, Tensor) and value.is_floating_point()
         return value.to(dtype) if lowers else value
 
@@ -269,7 +271,13 @@ def _names(method: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _raised(module: nn.Module, args: Any, made: Any) -> Any:
-    return tuple(item.float() for item in made) if isinstance(made, tuple) else made
+    return _floats(made) if isinstance(made, tuple) else made
+
+
+def _floats(made: Any) -> Any:
+    if isinstance(made, list | tuple):  # some networks take and give a list with an item for each row
+        return type(made)(map(_floats, made))
+    return made.float()
 
 
 # The base ---------------------------------------------------------------------------------------------------
