@@ -1,22 +1,50 @@
-"""FLUX.1-dev: CLIP and T5 text encoders, a transformer of 11.9 G parameters. Planned, not yet run."""
+"""FLUX.1: CLIP and T5 text encoders, a transformer of 11.9 G parameters; dev is told the guidance scale."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tunekit.config import ObjectiveConfig
-from tunekit.diffusion.objectives import FlowMatching, Objective
+from tunekit.diffusion.objectives import FlowMatching, Objective, ShiftByTokens
 from tunekit.diffusion.sampling import SamplingConfig
+from tunekit.errors import ModelError
 from tunekit.families import family as answers
-from tunekit.families import sizes, unet, vae
-from tunekit.families.family import Component, Conditioning, FamilyFacts, Pipeline, Published, Tokens
+from tunekit.families import graphs, loading, sizes, tiny, unet, vae
+from tunekit.families.family import (
+    Component,
+    Conditioning,
+    Dtypes,
+    ExportComponent,
+    FamilyFacts,
+    Packing,
+    Pipeline,
+    Published,
+    Tokens,
+)
+from tunekit.families.weights import Entry
+from tunekit.resources import Source
 
 PATCH = 2
 """The transformer takes 2 x 2 latents as one token."""
+SIDE = 128
+"""Latents along one side of the pictures that the model was made for."""
+ABSENT: dict[str, Any] = {"image_encoder": None, "feature_extractor": None}
+"""Parts of the pipeline that are left out."""
+VARIANTS = {2: "one that is steered by a second picture (Canny, Depth)", 6: "an inpainting model (Fill)"}
+"""Times the channels of a plain model -> what takes so many."""
+ATTENTION = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+)
+FEED_FORWARD = (
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    *("single_transformer_blocks.*.proj_mlp", "single_transformer_blocks.*.proj_out"),
+)
 
 _DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
 # https://github.com/black-forest-labs/flux/blob/main/src/flux/model.py and modules/layers.py there
@@ -54,7 +82,7 @@ SWAPPED = ("final_layer.adaLN_modulation.1",)
 
 
 class Flux:
-    """FLUX.1; see `Planned` for what each method promises."""
+    """FLUX.1; see `Family` for what each method promises."""
 
     name: ClassVar[str] = "flux"
     # Sizes: https://huggingface.co/black-forest-labs/FLUX.1-dev, the config.json of each folder
@@ -88,25 +116,76 @@ class Flux:
             sizes.t5_xxl("text_encoder_2", "tokenizer_2", 512, kohya=("lora_te3",)),
             sizes.scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0, use_dynamic_shifting=True),
         ),
-        lora_targets=(
-            *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-            *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-        ),
+        lora_targets=ATTENTION,
+        presets={"attention": ATTENTION, "attention_feed_forward": (*ATTENTION, *FEED_FORWARD)},
         ss_base_model_version="flux1",
         modelspec_architecture="flux-1-dev",
         adapter_marks="double_blocks|single_transformer_blocks|single_blocks",
         default_source="black-forest-labs/FLUX.1-dev",
         licence="flux-1-dev-non-commercial-license",
+        distilled="schnell",
         sampling=SamplingConfig(steps=28, guidance=3.5),
-        runs=False,
     )
+
+    def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: Packing = "") -> Pipeline:
+        source = Source.of(source)
+        if source.name == "tiny":
+            return loading.cast(self.tiny(), self.facts, dtypes)
+        return loading.load_pipeline(source, self.facts, dtypes, pack=pack, fixed=ABSENT, misfits=misfits)
+
+    def look(self, source: Source | str) -> list[ModelError]:
+        return loading.look(Source.of(source), self.facts, fixed=ABSENT, misfits=misfits)
+
+    def save(self, pipeline: Pipeline, folder: Path) -> None:
+        loading.save_pipeline(pipeline, folder, self.facts)
+
+    def tiny(self, seed: int = 0) -> Pipeline:
+        from diffusers import FluxPipeline, FluxTransformer2DModel
+
+        # 4 pixels per latent, 6 channels of them, encoders of unequal width and length.
+        tokenizers = [tiny.clip_tokenizer(max_length=20), tiny.t5_tokenizer(max_length=28)]
+        network = tiny.randomized(
+            lambda: FluxTransformer2DModel(
+                patch_size=1,
+                in_channels=6 * PATCH**2,
+                num_layers=1,
+                num_single_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=24,
+                pooled_projection_dim=16,
+                guidance_embeds=True,
+                axes_dims_rope=(4, 6, 6),
+            ),
+            seed,
+            "transformer",
+        )
+        return FluxPipeline(
+            vae=tiny.autoencoder(6, seed),
+            text_encoder=tiny.clip_text_encoder(tokenizers[0], width=16, seed=seed),
+            tokenizer=tokenizers[0],
+            text_encoder_2=tiny.t5_text_encoder(tokenizers[1], width=24, seed=seed),
+            tokenizer_2=tokenizers[1],
+            transformer=network,
+            scheduler=self.facts.component("scheduler").build(),
+        )
+
+    def recognizes(self, configs: Mapping[str, Mapping[str, Any]]) -> bool:
+        return True
 
     def denoiser(self, pipeline: Pipeline) -> nn.Module:
         network: nn.Module = pipeline.transformer
         return network
 
     def objective(self, pipeline: Pipeline, config: ObjectiveConfig | None = None) -> Objective:
-        return FlowMatching.from_scheduler(pipeline.scheduler, config)
+        return FlowMatching.from_scheduler(pipeline.scheduler, config, patch=PATCH)
+
+    def is_distilled(self, pipeline: Pipeline) -> bool:
+        return not pipeline.transformer.config.guidance_embeds  # schnell
+
+    def default_size(self, pipeline: Pipeline) -> tuple[int, int]:
+        side = SIDE * vae.vae_factor(pipeline)  # the transformer's configuration has none
+        return side, side
 
     def resolution_multiple(self, pipeline: Pipeline) -> int:
         return vae.vae_factor(pipeline) * PATCH
@@ -116,12 +195,18 @@ class Flux:
         multiple = self.resolution_multiple(pipeline)
         return vae.latent_shape(channels, vae.vae_factor(pipeline), multiple, height, width)
 
+    def tokenize(self, pipeline: Pipeline, prompts: list[str]) -> Tokens:
+        return answers.tokenize(self.facts, pipeline, prompts)
+
     @torch.no_grad()
     def encode_tokens(self, pipeline: Pipeline, tokens: Tokens) -> Conditioning:
         clip, t5 = pipeline.text_encoder, pipeline.text_encoder_2
         pooled = clip(tokens["text_encoder"].to(clip.device)).pooler_output
-        states = t5(tokens["text_encoder_2"].to(t5.device))[0]
+        states = t5(tokens["text_encoder_2"].to(t5.device)).last_hidden_state  # padding is read too
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+    def encode_prompt(self, pipeline: Pipeline, prompts: list[str]) -> Conditioning:
+        return self.encode_tokens(pipeline, self.tokenize(pipeline, prompts))
 
     def encode_image(self, pipeline: Pipeline, pixels: Tensor) -> Tensor:
         return vae.encode_image(pipeline, pixels)
@@ -157,6 +242,10 @@ class Flux:
         )[0]
         return unpack(made, height, width)
 
+    def begin(self, scheduler: Any, steps: int, latents: Tensor) -> Tensor:
+        mu = ShiftByTokens.from_scheduler(scheduler, PATCH).mu(tuple(latents.shape))
+        return answers.begin_flow(scheduler, steps, latents, mu)
+
     def blocks(self, denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
         transformer: Any = denoiser
         return [
@@ -173,6 +262,98 @@ class Flux:
         if component == "transformer":
             return answers.published(PUBLISHED, paths, swapped=SWAPPED)
         return unet.encoder_names(paths) if component == "text_encoder" else answers.underscored(paths)
+
+    def export_components(self, pipeline: Pipeline) -> list[ExportComponent]:
+        clip, t5 = self.facts.encoders
+        return [
+            graphs.encoder(pipeline, clip, ["pooler_output", "last_hidden_state"]),
+            graphs.encoder(pipeline, t5, ["last_hidden_state"]),
+            self._export_transformer(pipeline),
+            *vae.export_vae(pipeline, self.default_size(pipeline)),
+        ]
+
+    def _export_transformer(self, pipeline: Pipeline) -> ExportComponent:
+        """Of tokens, as Optimum has it; positions are the same for all rows."""
+        network = pipeline.transformer
+        config = network.config
+        _, height, width = self.latent_shape(pipeline, *self.default_size(pipeline))
+        rows, columns, length = height // PATCH, width // PATCH, pipeline.tokenizer_2.model_max_length
+        inputs = {
+            "hidden_states": graphs.example(2, rows * columns, config.in_channels, like=network),
+            "timestep": torch.tensor([0.5]),
+            "encoder_hidden_states": graphs.example(2, length, config.joint_attention_dim, like=network),
+            "pooled_projections": graphs.example(2, config.pooled_projection_dim, like=network),
+            "img_ids": positions(rows, columns, torch.device("cpu")),
+            "txt_ids": torch.zeros(length, 3),
+        }
+        dynamic = {
+            "hidden_states": {0: "batch", 1: "tokens"},
+            "encoder_hidden_states": {0: "batch", 1: "sequence"},
+            "pooled_projections": {0: "batch"},
+            "img_ids": {0: "tokens"},
+            "txt_ids": {0: "sequence"},
+        }
+        if config.guidance_embeds:
+            inputs["guidance"] = torch.tensor([3.5, 3.5])
+            dynamic["guidance"] = {0: "batch"}
+        return ExportComponent(
+            name="transformer",
+            component="transformer",
+            module=_Transformer(network),
+            inputs=inputs,
+            dynamic=dynamic,
+            outputs=["out_hidden_states"],
+            config=graphs.model_config(network),
+        )
+
+
+def misfits(parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]) -> list[str]:
+    """Why components do not make up a model that is trained and drawn here; see `loading.Misfits`."""
+    found = vae.misfits(parts["vae"].config)
+    network = parts["transformer"].config
+    taken, given = network.in_channels, parts["vae"].config.latent_channels * PATCH**2
+    if taken != given:
+        kind = VARIANTS.get(taken // given, "another model") if isinstance(taken, int) else "damaged"
+        found.append(
+            f"its transformer takes {taken} channels and the VAE gives {given}: it is {kind}; a plain"
+            " text-to-image model is needed"
+        )
+    for name, key, wanted in (
+        ("text_encoder", "hidden_size", network.pooled_projection_dim),
+        ("text_encoder_2", "d_model", network.joint_attention_dim),
+    ):
+        width = getattr(parts[name].config, key)
+        if width != wanted:
+            found.append(f"its transformer reads text of width {wanted}, and {name} gives {width}")
+    return found + answers.flow_misfits(parts["scheduler"])
+
+
+class _Transformer(nn.Module):
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        made: Tensor = self.transformer(
+            hidden_states=hidden_states,
+            timestep=timestep,
+            encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=pooled_projections,
+            img_ids=img_ids,
+            txt_ids=txt_ids,
+            guidance=guidance,
+            return_dict=False,
+        )[0]
+        return made
 
 
 def _bare(denoiser: nn.Module) -> Any:
