@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +13,49 @@ from tunekit.config import ObjectiveConfig
 from tunekit.diffusion.objectives import FlowMatching, Objective
 from tunekit.diffusion.sampling import SamplingConfig
 from tunekit.families import family as answers
-from tunekit.families import sizes, vae
-from tunekit.families.family import Component, Conditioning, FamilyFacts, Pipeline, Tokens
+from tunekit.families import sizes, unet, vae
+from tunekit.families.family import Component, Conditioning, FamilyFacts, Pipeline, Published, Tokens
+
+_BLOCK, _PICTURE, _TEXT = "transformer_blocks.{}", "joint_blocks.{}.x_block", "joint_blocks.{}.context_block"
+# https://github.com/Stability-AI/sd3.5/blob/main/mmditx.py
+PUBLISHED: dict[str, str | tuple[str, ...]] = {
+    "x_embedder.proj": "pos_embed.proj",
+    "context_embedder": "context_embedder",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    f"{_PICTURE}.adaLN_modulation.1": f"{_BLOCK}.norm1.linear",
+    f"{_PICTURE}.attn.qkv": tuple(f"{_BLOCK}.attn.to_{part}" for part in "qkv"),
+    f"{_PICTURE}.attn.ln_q": f"{_BLOCK}.attn.norm_q",
+    f"{_PICTURE}.attn.ln_k": f"{_BLOCK}.attn.norm_k",
+    f"{_PICTURE}.attn.proj": f"{_BLOCK}.attn.to_out.0",
+    f"{_PICTURE}.attn2.qkv": tuple(f"{_BLOCK}.attn2.to_{part}" for part in "qkv"),
+    f"{_PICTURE}.attn2.ln_q": f"{_BLOCK}.attn2.norm_q",
+    f"{_PICTURE}.attn2.ln_k": f"{_BLOCK}.attn2.norm_k",
+    f"{_PICTURE}.attn2.proj": f"{_BLOCK}.attn2.to_out.0",
+    f"{_PICTURE}.mlp.fc1": f"{_BLOCK}.ff.net.0.proj",
+    f"{_PICTURE}.mlp.fc2": f"{_BLOCK}.ff.net.2",
+    f"{_TEXT}.adaLN_modulation.1": f"{_BLOCK}.norm1_context.linear",
+    f"{_TEXT}.attn.qkv": tuple(f"{_BLOCK}.attn.add_{part}_proj" for part in "qkv"),
+    f"{_TEXT}.attn.ln_q": f"{_BLOCK}.attn.norm_added_q",
+    f"{_TEXT}.attn.ln_k": f"{_BLOCK}.attn.norm_added_k",
+    f"{_TEXT}.attn.proj": f"{_BLOCK}.attn.to_add_out",
+    f"{_TEXT}.mlp.fc1": f"{_BLOCK}.ff_context.net.0.proj",
+    f"{_TEXT}.mlp.fc2": f"{_BLOCK}.ff_context.net.2",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+"""Layers of the transformer as it was published -> modules here; of several the rows are stacked there."""
+
+
+def published_layers(paths: Collection[str]) -> list[Published]:
+    """The transformer as it was published; its last norms give (shift, scale) there, (scale, shift) here."""
+    last = max(
+        (int(path.split(".")[1]) for path in paths if path.startswith("transformer_blocks.")), default=0
+    )
+    swapped = ("final_layer.adaLN_modulation.1", f"joint_blocks.{last}.context_block.adaLN_modulation.1")
+    return answers.published(PUBLISHED, paths, swapped=swapped)
 
 
 class SD3:
@@ -140,6 +182,13 @@ class SD3:
 
     def picture_state(self, output: Any) -> Tensor | None:
         return answers.last_state(output)  # the text comes first, and is None behind the last block
+
+    def adapter_names(self, component: str, paths: Collection[str]) -> list[Published]:
+        """The transformer as it was published, CLIP's names as kohya's tools keep them, T5's own."""
+        if component == "transformer":
+            return published_layers(paths)
+        clip = component in ("text_encoder", "text_encoder_2")
+        return unet.encoder_names(paths) if clip else answers.underscored(paths)
 
 
 FAMILY = SD3()
