@@ -216,14 +216,16 @@ def test_other_sizes_are_refused_with_the_nearest(family: Family, pipeline: Any)
 
 def test_latents_are_scaled_as_the_pipeline_does(family: Family, pipeline: Any) -> None:
     """`decode` undoes the scale of `encode_image`: the VAE's decoder sees what its encoder gave."""
-    size = family.default_size(pipeline)
-    picture = pixels(1, *size)
+    picture = pixels(1, *family.default_size(pipeline))
     mean, std = family.encode_image(pipeline, picture).chunk(2, dim=1)
     raw = pipeline.vae.encode(picture).latent_dist
-    scale = pipeline.vae.config.scaling_factor
-    torch.testing.assert_close(std, raw.std * scale)
-    expected = (pipeline.vae.decode(raw.mean).sample / 2 + 0.5).clamp(0, 1)
-    torch.testing.assert_close(family.decode(pipeline, mean), expected, atol=1e-5, rtol=1e-5)
+    for share in (
+        0.0,
+        1.0,
+    ):  # drawn from the scaled posterior, it is what would be drawn of the encoder's own
+        expected = (pipeline.vae.decode(raw.mean + share * raw.std).sample / 2 + 0.5).clamp(0, 1)
+        found = family.decode(pipeline, mean + share * std)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
