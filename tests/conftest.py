@@ -169,6 +169,34 @@ def tunekit_command() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(scope="session")
+def unread() -> Callable[[Any], frozenset[str]]:
+    """`unread(family)` is the layers of its tiny denoiser that change no prediction.
+
+    What the last block of some networks computes of the text is left behind; diffusers and peft put an
+    adapter on it all the same.
+    """
+
+    @cache
+    def layers(family: Any) -> frozenset[str]:
+        import torch
+
+        from tunekit.families import Frame
+
+        pipeline = family.tiny()
+        denoiser, size = family.denoiser(pipeline), family.default_size(pipeline)
+        noisy = torch.randn(1, *family.latent_shape(pipeline, *size))
+        told = family.conditioning(family.encode_prompt(pipeline, ["a"]), Frame.whole(*size).rows(1))
+        family.denoise(denoiser, noisy, torch.tensor([500.0]), told).square().sum().backward()
+        return frozenset(
+            name.removesuffix(".weight")
+            for name, parameter in denoiser.named_parameters()
+            if parameter.grad is None or not parameter.grad.any()
+        )
+
+    return layers
+
+
+@pytest.fixture(scope="session")
 def script() -> Any:
     """scripts/measure_memory.py, which reads the allocator's own record."""
     path = Path(__file__).resolve().parents[1] / "scripts" / "measure_memory.py"
