@@ -193,10 +193,29 @@ def of_flux(pipeline: Any, sample: Sample, config: ObjectiveConfig) -> Tensor:
     return F.mse_loss(made, sample.noise - sample.latents)
 
 
+def of_sd3(pipeline: Any, sample: Sample, config: ObjectiveConfig) -> Tensor:
+    with torch.no_grad():
+        states, _, pooled, _ = pipeline.encode_prompt(
+            *(sample.prompts, sample.prompts, sample.prompts),
+            device="cpu",
+            do_classifier_free_guidance=False,
+            max_sequence_length=pipeline.tokenizer_3.model_max_length,
+        )
+    sigmas = (sample.timesteps / 1000)[:, None, None, None]
+    predicted = pipeline.transformer(
+        hidden_states=(1 - sigmas) * sample.latents + sigmas * sample.noise,
+        timestep=sample.timesteps,
+        encoder_hidden_states=states,
+        pooled_projections=pooled,
+    ).sample
+    return F.mse_loss(predicted, sample.noise - sample.latents)
+
+
 PLAIN = {
     "StableDiffusionPipeline": of_a_unet,
     "StableDiffusionXLPipeline": of_a_unet,
     "FluxPipeline": of_flux,
+    "StableDiffusion3Pipeline": of_sd3,
 }
 
 

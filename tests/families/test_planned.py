@@ -53,27 +53,6 @@ VAE = {
     "shift_factor": 0.125,
 }
 SMALL: dict[str, dict[str, dict[str, Any]]] = {
-    "sd3": {
-        "transformer": {
-            "sample_size": 16,
-            "patch_size": 2,
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_layers": 3,
-            "attention_head_dim": 8,
-            "num_attention_heads": 4,
-            "joint_attention_dim": 48,
-            "caption_projection_dim": 32,
-            "pooled_projection_dim": 8 + 24,
-            "pos_embed_max_size": 24,
-            "dual_attention_layers": (0,),
-            "qk_norm": "rms_norm",
-        },
-        "vae": VAE,
-        "text_encoder": {**CLIP, "hidden_size": 16, "projection_dim": 8},
-        "text_encoder_2": {**CLIP, "hidden_size": 20, "projection_dim": 24, "hidden_act": "gelu"},
-        "text_encoder_3": T5,
-    },
     "flux": {
         "transformer": {
             "patch_size": 1,

@@ -1,8 +1,9 @@
-"""Stable Diffusion 3.5 medium: CLIP, CLIP and T5, a transformer of 2.2 G parameters. Planned, not yet run."""
+"""Stable Diffusion 3.5 medium and large, and 3 medium: two CLIP and a T5 text encoder, an MMDiT."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +13,34 @@ from torch.nn import functional as F
 from tunekit.config import ObjectiveConfig
 from tunekit.diffusion.objectives import FlowMatching, Objective
 from tunekit.diffusion.sampling import SamplingConfig
+from tunekit.errors import ConfigError, ModelError
 from tunekit.families import family as answers
-from tunekit.families import sizes, unet, vae
-from tunekit.families.family import Component, Conditioning, FamilyFacts, Pipeline, Published, Tokens
+from tunekit.families import graphs, loading, sizes, tiny, unet, vae
+from tunekit.families.family import (
+    Component,
+    Conditioning,
+    Dtypes,
+    ExportComponent,
+    FamilyFacts,
+    Packing,
+    Pipeline,
+    Published,
+    Tokens,
+)
+from tunekit.resources import Source
+
+ABSENT: dict[str, Any] = {"image_encoder": None, "feature_extractor": None}
+"""Parts of the pipeline that are left out: those of IP-Adapters."""
+CLIP = ["text_embeds", "last_hidden_state"]
+"""Outputs of the graphs of both CLIP encoders, before their hidden states."""
+T5 = "text_encoder_3"
+"""The text encoder that may be missing: 4.8 of the 8 G parameters of 3.5 medium."""
+ATTENTION = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
+)
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
 _BLOCK, _PICTURE, _TEXT = "transformer_blocks.{}", "joint_blocks.{}.x_block", "joint_blocks.{}.context_block"
 # https://github.com/Stability-AI/sd3.5/blob/main/mmditx.py
@@ -46,27 +72,24 @@ PUBLISHED: dict[str, str | tuple[str, ...]] = {
     "final_layer.adaLN_modulation.1": "norm_out.linear",
     "final_layer.linear": "proj_out",
 }
-"""Layers of the transformer as it was published -> modules here; of several the rows are stacked there."""
-
-
-def published_layers(paths: Collection[str]) -> list[Published]:
-    """The transformer as it was published; its last norms give (shift, scale) there, (scale, shift) here."""
-    last = max(
-        (int(path.split(".")[1]) for path in paths if path.startswith("transformer_blocks.")), default=0
-    )
-    swapped = ("final_layer.adaLN_modulation.1", f"joint_blocks.{last}.context_block.adaLN_modulation.1")
-    return answers.published(PUBLISHED, paths, swapped=swapped)
+"""Layers of the network as it was published -> modules here; of several the rows are stacked there."""
+SWAPPED = ("final_layer.adaLN_modulation.1",)
+"""(shift, scale) there, (scale, shift) here; so is the text's modulation in the last block."""
 
 
 class SD3:
-    """Stable Diffusion 3.5; see `Planned` for what each method promises."""
+    """Stable Diffusion 3.5 and 3; see `Family` for what each method promises.
+
+    The network is Esser et al. 2024 (arXiv:2403.03206). 3.5 medium has a second attention over the picture
+    alone in its first blocks, and like 3.5 large normalizes queries and keys; 3 medium does neither.
+    """
 
     name: ClassVar[str] = "sd3"
     # Sizes: https://huggingface.co/stabilityai/stable-diffusion-3.5-medium, the config.json of each folder
     facts: ClassVar[FamilyFacts] = FamilyFacts(
         title="Stable Diffusion 3.5",
         base_title="Stable Diffusion 3.5 medium",
-        pipeline_classes=("StableDiffusion3Pipeline",),
+        pipeline_classes=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
         components=(
             Component(
                 "transformer",
@@ -104,21 +127,93 @@ class SD3:
                 projection=1280,
                 kohya=("lora_te2",),
             ),
-            sizes.t5_xxl("text_encoder_3", "tokenizer_3", 256, kohya=("lora_te3",)),
+            sizes.t5_xxl(T5, "tokenizer_3", 256, kohya=("lora_te3",)),
             sizes.scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0),
         ),
-        lora_targets=(
-            *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-            *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-        ),
+        lora_targets=ATTENTION,
+        presets={"attention": ATTENTION, "attention_feed_forward": (*ATTENTION, *FEED_FORWARD)},
         ss_base_model_version="sd3.5",
         modelspec_architecture="stable-diffusion-v3-medium",
-        adapter_marks="joint_blocks|add_k_proj|context_block",
+        distilled="turbo",
+        adapter_marks=r"joint_blocks|context_block|(^|transformer[._])transformer_blocks[._]\d+[._]attn2[._]",
         default_source="stabilityai/stable-diffusion-3.5-medium",
         licence="stabilityai-ai-community",
         sampling=SamplingConfig(steps=40, guidance=4.5),
-        runs=False,
     )
+
+    def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: Packing = "") -> Pipeline:
+        source = Source.of(source)
+        if source.name == "tiny":
+            return loading.cast(self.tiny(), self.facts, dtypes)
+        return loading.load_pipeline(source, self.facts, dtypes, pack=pack, fixed=ABSENT)
+
+    def look(self, source: Source | str) -> list[ModelError]:
+        return loading.look(Source.of(source), self.facts, fixed=ABSENT)
+
+    def save(self, pipeline: Pipeline, folder: Path) -> None:
+        loading.save_pipeline(pipeline, folder, self.facts)
+
+    def tiny(self, seed: int = 0) -> Pipeline:
+        from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+        # 4 pixels per latent, a table of positions that is cropped unevenly, three encoders of unequal width.
+        tokenizers = [tiny.clip_tokenizer(max_length=22) for _ in range(2)]
+        encoders = [
+            tiny.clip_text_encoder(tokenizers[0], width=16, projection=12, seed=seed),
+            tiny.clip_text_encoder(
+                tokenizers[1], width=20, layers=3, seed=seed, act="gelu", projection=20, name="text_encoder_2"
+            ),
+        ]
+        long_tokenizer = tiny.t5_tokenizer(max_length=30)
+        network = tiny.randomized(
+            lambda: SD3Transformer2DModel(
+                sample_size=16,
+                patch_size=2,
+                in_channels=6,
+                out_channels=6,
+                num_layers=3,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=48,
+                caption_projection_dim=32,
+                pooled_projection_dim=12 + 20,
+                pos_embed_max_size=33,
+                dual_attention_layers=(0,),
+                qk_norm="rms_norm",
+            ),
+            seed,
+            "transformer",
+        )
+        coder = tiny.randomized(
+            lambda: AutoencoderKL(
+                sample_size=64,
+                block_out_channels=(16, 16, 32),
+                down_block_types=("DownEncoderBlock2D",) * 3,
+                up_block_types=("UpDecoderBlock2D",) * 3,
+                norm_num_groups=8,
+                latent_channels=6,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+                scaling_factor=0.75,
+                shift_factor=0.125,
+            ),
+            seed,
+            "vae",
+        )
+        return StableDiffusion3Pipeline(
+            vae=coder,
+            text_encoder=encoders[0],
+            text_encoder_2=encoders[1],
+            text_encoder_3=tiny.t5_text_encoder(long_tokenizer, width=48, seed=seed, name=T5),
+            tokenizer=tokenizers[0],
+            tokenizer_2=tokenizers[1],
+            tokenizer_3=long_tokenizer,
+            transformer=network,
+            scheduler=self.facts.component("scheduler").build(),
+        )
+
+    def recognizes(self, configs: Mapping[str, Mapping[str, Any]]) -> bool:
+        return True
 
     def denoiser(self, pipeline: Pipeline) -> nn.Module:
         network: nn.Module = pipeline.transformer
@@ -127,15 +222,30 @@ class SD3:
     def objective(self, pipeline: Pipeline, config: ObjectiveConfig | None = None) -> Objective:
         return FlowMatching.from_scheduler(pipeline.scheduler, config)
 
+    def default_size(self, pipeline: Pipeline) -> tuple[int, int]:
+        side = int(pipeline.transformer.config.sample_size) * vae.vae_factor(pipeline)
+        return side, side
+
     def resolution_multiple(self, pipeline: Pipeline) -> int:
         return vae.vae_factor(pipeline) * int(pipeline.transformer.config.patch_size)
 
     def is_distilled(self, pipeline: Pipeline) -> bool:
-        return False  # they do not tell
+        return False  # 3.5 large turbo has the configuration of 3.5 large
 
     def latent_shape(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, int, int]:
         channels, multiple = pipeline.transformer.config.in_channels, self.resolution_multiple(pipeline)
-        return vae.latent_shape(channels, vae.vae_factor(pipeline), multiple, height, width)
+        shape = vae.latent_shape(channels, vae.vae_factor(pipeline), multiple, height, width)
+        largest = int(pipeline.transformer.config.pos_embed_max_size) * multiple
+        for size in (height, width):
+            if size > largest:
+                raise ConfigError(
+                    f"{size} px is more than this model has positions for (pos_embed_max_size)",
+                    hint=f"{largest} px at most, along each side",
+                )
+        return shape
+
+    def tokenize(self, pipeline: Pipeline, prompts: list[str]) -> Tokens:
+        return answers.tokenize(self.facts, pipeline, prompts)
 
     @torch.no_grad()
     def encode_tokens(self, pipeline: Pipeline, tokens: Tokens) -> Conditioning:
@@ -147,13 +257,17 @@ class SD3:
             clip.append(output.hidden_states[-2])
             pooled.append(output.text_embeds)
         t5 = pipeline.text_encoder_3
-        long = t5(tokens["text_encoder_3"].to(t5.device))[0]
+        # By its name: a graph gives its outputs so, too. Padding is read like the rest, without a mask.
+        long = t5(tokens[T5].to(t5.device)).last_hidden_state
         short = torch.cat(clip, dim=-1)
         short = F.pad(short, (0, long.shape[-1] - short.shape[-1]))
         return {
             "encoder_hidden_states": torch.cat([short, long], dim=-2),
             "pooled_projections": torch.cat(pooled, dim=-1),
         }
+
+    def encode_prompt(self, pipeline: Pipeline, prompts: list[str]) -> Conditioning:
+        return self.encode_tokens(pipeline, self.tokenize(pipeline, prompts))
 
     def encode_image(self, pipeline: Pipeline, pixels: Tensor) -> Tensor:
         return vae.encode_image(pipeline, pixels)
@@ -176,6 +290,9 @@ class SD3:
         made: Tensor = denoiser(hidden_states=noisy, timestep=timestep, **conditioning, return_dict=False)[0]
         return made
 
+    def begin(self, scheduler: Any, steps: int, latents: Tensor) -> Tensor:
+        return answers.begin(scheduler, steps, latents)
+
     def blocks(self, denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
         transformer: Any = denoiser
         return [(f"transformer_blocks.{i}", block) for i, block in enumerate(transformer.transformer_blocks)]
@@ -186,9 +303,73 @@ class SD3:
     def adapter_names(self, component: str, paths: Collection[str]) -> list[Published]:
         """The transformer as it was published, CLIP's names as kohya's tools keep them, T5's own."""
         if component == "transformer":
-            return published_layers(paths)
-        clip = component in ("text_encoder", "text_encoder_2")
-        return unet.encoder_names(paths) if clip else answers.underscored(paths)
+            blocks = [int(path.split(".")[1]) for path in paths if path.startswith("transformer_blocks.")]
+            last = f"joint_blocks.{max(blocks, default=0)}.context_block.adaLN_modulation.1"
+            return answers.published(PUBLISHED, paths, swapped=(*SWAPPED, last))
+        return answers.underscored(paths) if component == T5 else unet.encoder_names(paths)
+
+    def export_components(self, pipeline: Pipeline) -> list[ExportComponent]:
+        network = pipeline.transformer
+        config = network.config
+        channels, height, width = self.latent_shape(pipeline, *self.default_size(pipeline))
+        found = [
+            graphs.encoder(
+                pipeline, row, ["last_hidden_state"] if row.name == T5 else CLIP, states=row.name != T5
+            )
+            for row in self.facts.encoders
+        ]
+        return [
+            *found,
+            ExportComponent(
+                name="transformer",
+                component="transformer",
+                module=_Transformer(network),
+                inputs={
+                    "hidden_states": graphs.example(2, channels, height, width, like=network),
+                    "timestep": torch.tensor([10.0]),
+                    "encoder_hidden_states": graphs.example(
+                        2, sum(_lengths(self, pipeline)), config.joint_attention_dim, like=network
+                    ),
+                    "pooled_projections": graphs.example(2, config.pooled_projection_dim, like=network),
+                },
+                dynamic={
+                    "hidden_states": graphs.PICTURE_AXES,
+                    "encoder_hidden_states": {0: "batch", 1: "sequence"},
+                    "pooled_projections": {0: "batch"},
+                },
+                outputs=["out_hidden_states"],
+                config=graphs.model_config(network),
+                multiples={"height": config.patch_size, "width": config.patch_size},
+            ),
+            *vae.export_vae(pipeline, self.default_size(pipeline)),
+        ]
+
+
+def _lengths(family: SD3, pipeline: Pipeline) -> tuple[int, int]:
+    """Tokens of the texts that CLIP's encoders and T5 read."""
+    return pipeline.tokenizer.model_max_length, pipeline.tokenizer_3.model_max_length
+
+
+class _Transformer(nn.Module):
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+    ) -> Tensor:
+        made: Tensor = self.transformer(
+            hidden_states,
+            encoder_hidden_states,
+            pooled_projections,
+            timestep,
+            return_dict=False,
+        )[0]
+        return made
 
 
 FAMILY = SD3()
