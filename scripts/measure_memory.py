@@ -87,8 +87,11 @@ def quiet(line: str) -> None:
 
 
 def real(values: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:
-    """Tensors with data in place of those without."""
-    return {name: torch.zeros_like(value, device=device) for name, value in values.items()}
+    """Tensors with data in place of those without: masks hide nothing, as they do while planning."""
+    return {
+        name: (torch.ones_like if value.dtype == torch.bool else torch.zeros_like)(value, device=device)
+        for name, value in values.items()
+    }
 
 
 def real_batch(job: Job, count: int, device: str) -> Batch:

@@ -497,7 +497,8 @@ def begin_flow(scheduler: Any, steps: int, latents: Tensor, mu: float | None = N
         mu: the shift's logarithm, for samplers with `use_dynamic_shifting`.
     """
     known = inspect.signature(scheduler.set_timesteps).parameters
-    options: dict[str, Any] = {"mu": mu} if mu is not None and "mu" in known else {}
+    dynamic = "mu" in known and scheduler.config.get("use_dynamic_shifting")  # others refuse it
+    options: dict[str, Any] = {"mu": mu} if mu is not None and dynamic else {}
     # Those with flow sigmas of their own make them; the others would go to the scheduler's least sigma.
     if "sigmas" in known and not scheduler.config.get("use_flow_sigmas"):
         options["sigmas"] = np.linspace(1.0, 1 / steps, steps)

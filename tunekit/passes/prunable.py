@@ -294,7 +294,7 @@ def _one_step(family: Family, pipeline: Pipeline, hooks: Mapping[nn.Module, Call
         place = next(denoiser.parameters())
         size = family.default_size(pipeline)
         told = family.conditioning(family.encode_prompt(pipeline, [""]), Frame.whole(*size).rows(1))
-        known = {key: value.to(place) for key, value in told.items()}
+        known = {k: v.to(place if v.is_floating_point() else place.device) for k, v in told.items()}
         latents = torch.zeros(1, *family.latent_shape(pipeline, *size)).to(place)
         family.denoise(denoiser, latents, torch.zeros(1, device=place.device), known)
     finally:
