@@ -211,11 +211,28 @@ def of_sd3(pipeline: Any, sample: Sample, config: ObjectiveConfig) -> Tensor:
     return F.mse_loss(predicted, sample.noise - sample.latents)
 
 
+def of_z_image(pipeline: Any, sample: Sample, config: ObjectiveConfig) -> Tensor:
+    share = (sample.timesteps / 1000).view(-1, 1, 1, 1)
+    noisy = (1 - share) * sample.latents + share * sample.noise
+    with torch.no_grad():
+        texts, _ = pipeline.encode_prompt(
+            list(sample.prompts),
+            device="cpu",
+            do_classifier_free_guidance=False,
+            max_sequence_length=pipeline.tokenizer.model_max_length,
+        )
+    time = (1000 - sample.timesteps) / 1000
+    rows = pipeline.transformer(list(noisy.unsqueeze(2)), time, texts, return_dict=False)[0]
+    predicted = -torch.stack(rows).squeeze(2)
+    return F.mse_loss(predicted, sample.noise - sample.latents)
+
+
 PLAIN = {
     "StableDiffusionPipeline": of_a_unet,
     "StableDiffusionXLPipeline": of_a_unet,
     "FluxPipeline": of_flux,
     "StableDiffusion3Pipeline": of_sd3,
+    "ZImagePipeline": of_z_image,
 }
 
 
