@@ -95,4 +95,4 @@ def test_any_sequence_keeps_its_books(expandable: bool) -> None:
     assert sum(block.size for block in live.values()) <= allocator.reserved <= allocator.peak_reserved
     for block in live.values():
         allocator.release(block)
-    assert sum(size for pool in allocator._free.values() for size, _, _ in pool) == allocator.reserved
+    assert sum(size for pool in allocator._free.values() for size, *_ in pool) == allocator.reserved

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tunekit import layers
 from tunekit.config import ObjectiveConfig
 from tunekit.diffusion.objectives import FlowMatching, Objective
 from tunekit.diffusion.sampling import SamplingConfig
@@ -103,6 +104,16 @@ class Component:
         Raises:
             ModelError: the configuration does not describe it.
         """
+        if device != "meta" or self.role == "scheduler":
+            return self._made(device)
+        key = repr((self.classes, sorted(self.config.items(), key=str)))
+        if key not in _BUILT:
+            while len(_BUILT) >= REMEMBERED:
+                del _BUILT[next(iter(_BUILT))]
+            _BUILT[key] = self._made(device)
+        return layers.twin(_BUILT[key])
+
+    def _made(self, device: str) -> Any:
         made = self.type
         try:
             if self.role == "scheduler":
@@ -118,6 +129,11 @@ class Component:
                 f"the configuration of {self.name} does not describe a {made.__name__}: {error}"
             ) from error
         return module.eval().requires_grad_(False)
+
+
+_BUILT: dict[str, nn.Module] = {}
+"""Networks without data, of which the same are asked for again and again while a plan is made."""
+REMEMBERED = 8
 
 
 @dataclass(frozen=True)

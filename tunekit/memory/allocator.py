@@ -49,6 +49,10 @@ class _Segment:
     small: bool
 
 
+_Free = list[tuple[int, int, int, _Block]]
+"""Size, segment's number, start, block; sorted."""
+
+
 @dataclass
 class Allocator:
     """Replays births and deaths.
@@ -64,10 +68,11 @@ class Allocator:
     expandable: bool = False
     reserved: int = 0
     peak_reserved: int = 0
-    _free: dict[bool, list[tuple[int, int, int]]] = field(default_factory=lambda: {True: [], False: []})
-    _at: dict[tuple[int, int], _Block] = field(default_factory=dict)
+    _free: dict[bool, _Free] = field(default_factory=lambda: {True: [], False: []})
     _segments: int = 0
     _tails: dict[bool, _Block] = field(default_factory=dict)
+
+    # Replaying is most of what a plan costs beside its traces, so the usual way through these two is short.
 
     def allocate(self, size: int) -> _Block:
         """Takes `size` bytes.
@@ -77,29 +82,44 @@ class Allocator:
         """
         size = max(BLOCK, -(-size // BLOCK) * BLOCK)
         small = size <= SMALL
-        block = self._fitting(size, small) or self._fresh(size, small)
+        pool = self._free[small]
+        index = bisect_left(pool, (size,))
+        block = pool.pop(index)[3] if index < len(pool) else self._fresh(size, small)
         left = block.size - size
-        if self.expandable or left >= (BLOCK if small else SMALL + 1):
-            self._split(block, size)
+        if left and (self.expandable or left >= (BLOCK if small else SMALL + 1)):
+            segment, after = block.segment, block.after
+            rest = _Block(block.start + size, left, segment, True, block, after)
+            if after is not None:
+                after.before = rest
+            elif self.expandable and self._tails.get(small) is block:
+                self._tails[small] = rest
+            block.after, block.size = rest, size
+            insort(pool, (left, segment.number, rest.start, rest))
         block.free = False
         return block
 
     def release(self, block: _Block) -> None:
         """Gives a block back; free neighbours become one."""
         block.free = True
-        for other in (block.before, block.after):
-            if other is not None and other.free:
-                self._forget(other)
-                block = self._join(*((other, block) if other.start < block.start else (block, other)))
-        self._remember(block)
+        segment = block.segment
+        pool = self._free[segment.small]
+        before, after = block.before, block.after
+        if before is not None and before.free:
+            del pool[bisect_left(pool, (before.size, segment.number, before.start))]
+            block = self._joined(before, block)
+        if after is not None and after.free:
+            del pool[bisect_left(pool, (after.size, segment.number, after.start))]
+            block = self._joined(block, after)
+        insort(pool, (block.size, segment.number, block.start, block))
 
-    def _fitting(self, size: int, small: bool) -> _Block | None:
-        pool = self._free[small]
-        index = bisect_left(pool, (size, -1, -1))
-        if index == len(pool):
-            return None
-        _, segment, start = pool.pop(index)
-        return self._at[segment, start]
+    def _joined(self, left: _Block, right: _Block) -> _Block:
+        left.size += right.size
+        after = left.after = right.after
+        if after is not None:
+            after.before = left
+        elif self.expandable and self._tails.get(left.segment.small) is right:
+            self._tails[left.segment.small] = left
+        return left
 
     def _fresh(self, size: int, small: bool) -> _Block:
         if self.expandable:
@@ -112,18 +132,18 @@ class Allocator:
             wanted = -(-size // ROUND_LARGE) * ROUND_LARGE
         self._reserve(wanted)
         self._segments += 1
-        return self._placed(_Block(0, wanted, _Segment(self._segments, wanted, small)))
+        return _Block(0, wanted, _Segment(self._segments, wanted, small))
 
     def _grown(self, size: int, small: bool) -> _Block:
         """The end of the pool's one segment, made long enough."""
-        tail = self._tails.get(small)
+        tail, pool = self._tails.get(small), self._free[small]
         if tail is None:
             self._segments += 1
-            tail = self._tails[small] = self._placed(_Block(0, 0, _Segment(self._segments, 0, small)))
+            tail = self._tails[small] = _Block(0, 0, _Segment(self._segments, 0, small))
         elif tail.free:
-            self._forget(tail)
+            del pool[bisect_left(pool, (tail.size, tail.segment.number, tail.start))]
         else:
-            tail.after = self._placed(_Block(tail.start + tail.size, 0, tail.segment, before=tail))
+            tail.after = _Block(tail.start + tail.size, 0, tail.segment, before=tail)
             tail = self._tails[small] = tail.after
         more = -(-max(0, size - tail.size) // PAGE[small]) * PAGE[small]
         self._reserve(more)
@@ -141,46 +161,13 @@ class Allocator:
     def _give_back(self) -> None:
         """Returns segments that are wholly free to the card."""
         for small in () if self.expandable else (True, False):
-            for size, segment, start in list(self._free[small]):
-                block = self._at[segment, start]
-                if block.before is None and block.after is None:
-                    self._forget(block)
-                    del self._at[segment, start]
-                    self.reserved -= size
-
-    def _placed(self, block: _Block) -> _Block:
-        self._at[block.segment.number, block.start] = block
-        return block
-
-    def _split(self, block: _Block, size: int) -> None:
-        if block.size == size:
-            return
-        rest = _Block(block.start + size, block.size - size, block.segment, True, block, block.after)
-        if rest.after is not None:
-            rest.after.before = rest
-        elif self._tails.get(block.segment.small) is block:
-            self._tails[block.segment.small] = rest
-        block.after, block.size = rest, size
-        self._placed(rest)
-        self._remember(rest)
-
-    def _join(self, left: _Block, right: _Block) -> _Block:
-        left.size += right.size
-        left.after = right.after
-        if right.after is not None:
-            right.after.before = left
-        elif self._tails.get(left.segment.small) is right:
-            self._tails[left.segment.small] = left
-        left.free = True
-        del self._at[right.segment.number, right.start]
-        return left
-
-    def _remember(self, block: _Block) -> None:
-        insort(self._free[block.segment.small], (block.size, block.segment.number, block.start))
-
-    def _forget(self, block: _Block) -> None:
-        pool = self._free[block.segment.small]
-        del pool[bisect_left(pool, (block.size, block.segment.number, block.start))]
+            kept: _Free = []
+            for item in self._free[small]:
+                if item[3].before is None and item[3].after is None:
+                    self.reserved -= item[0]
+                else:
+                    kept.append(item)
+            self._free[small][:] = kept  # in place: who asked holds it
 
 
 def replay(
@@ -194,12 +181,13 @@ def replay(
     allocator = Allocator(capacity, expandable)
     blocks: dict[int, _Block] = {}
     peaks: dict[str, int] = {}
-    for event in events:
-        if event.size > 0:
-            blocks[event.storage] = allocator.allocate(event.size)
-        elif event.storage in blocks:
-            allocator.release(blocks.pop(event.storage))
-        peaks[event.phase] = max(peaks.get(event.phase, 0), allocator.reserved)
+    for storage, size, phase, _ in events:
+        if size > 0:
+            blocks[storage] = allocator.allocate(size)
+        elif storage in blocks:
+            allocator.release(blocks.pop(storage))
+        if allocator.reserved > peaks.get(phase, -1):
+            peaks[phase] = allocator.reserved
     return peaks
 
 
@@ -209,15 +197,31 @@ def least_capacity(events: Sequence[Event], *, step: int = 16 * MIB) -> int:
     for event in events:
         live += event.size
         peak = max(peak, live)
+    moves = [(event.storage, event.size) for event in events]
     low, high = peak // step, -(-max(replay(events).values()) // step)
     while low < high:
         middle = (low + high) // 2
-        try:
-            replay(events, capacity=middle * step)
+        if _runs(moves, middle * step):
             high = middle
-        except OutOfMemory:
+        else:
             low = middle + 1
     return high * step
+
+
+def _runs(moves: Iterable[tuple[int, int]], capacity: int) -> bool:
+    """Whether a trace does in a capacity."""
+    allocator = Allocator(capacity)
+    allocate, release = allocator.allocate, allocator.release
+    blocks: dict[int, _Block] = {}
+    try:
+        for storage, size in moves:
+            if size > 0:
+                blocks[storage] = allocate(size)
+            elif storage in blocks:
+                release(blocks.pop(storage))
+    except OutOfMemory:
+        return False
+    return True
 
 
 assert ROOM < 0  # the room that operators take has one number: it is given back before the next is taken

@@ -193,6 +193,16 @@ def fit(
         AdapterError: see `adapters.add_adapter`.
         MissingPackageError: nf4 without bitsandbytes.
     """
+    with_adapter(denoiser, adapter, facts, levers, seed=seed)
+    if adapter is not None and initial is not None:
+        initial(denoiser)
+    return arranged(denoiser, adapter, facts, levers, device=device, on_unit=on_unit)
+
+
+def with_adapter(
+    denoiser: nn.Module, adapter: AdapterConfig | None, facts: FamilyFacts, levers: Levers, *, seed: int = 0
+) -> None:
+    """The first half of `fit`: the base as it is held, and a new adapter on it."""
     denoiser.requires_grad_(adapter is None)
     if adapter is None and (levers.base_precision != "same" or levers.offload):
         key = "base_precision" if levers.base_precision != "same" else "offload"
@@ -204,8 +214,18 @@ def fit(
     as_held(denoiser, adapter, levers)
     if adapter is not None:
         add_adapter(denoiser, adapter, facts.lora_targets, presets=facts.presets, seed=seed)
-        if initial is not None:
-            initial(denoiser)
+
+
+def arranged(
+    denoiser: nn.Module,
+    adapter: AdapterConfig | None,
+    facts: FamilyFacts,
+    levers: Levers,
+    *,
+    device: torch.device | str = "meta",
+    on_unit: OnUnit | None = None,
+) -> Fitted:
+    """The second half of `fit`: what of it stays where, and what is computed twice."""
     masks = with_masks(denoiser)
     host = _host_weights(denoiser, levers, torch.device(device))
     checkpoint_units(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tunekit import optimizers
+from tunekit.layers import twin
 from tunekit.memory.job import (
     ADAPTER,
     GRADIENTS,
@@ -24,8 +27,8 @@ from tunekit.memory.job import (
     Job,
     bytes_of,
 )
-from tunekit.memory.levers import Fitted, Levers, OnUnit, fit, step_in_backward
-from tunekit.memory.trace import Target, Trace, Tracer
+from tunekit.memory.levers import Fitted, Levers, OnUnit, arranged, fit, step_in_backward, with_adapter
+from tunekit.memory.trace import Mark, Target, Trace, Tracer
 from tunekit.tasks import Task
 
 PAGED = 100_000
@@ -53,17 +56,34 @@ class StepTrace:
 
 def adapted(job: Job, levers: Levers, device: str = "meta", on_unit: OnUnit | None = None) -> Fitted:
     """The denoiser as it is trained: adapter and levers on it; with random weights on a real device."""
-    host = "meta" if device == "meta" else "cpu"
-    fitted = fit(
-        job.sizes.denoiser.build(host),
-        job.adapter,
-        job.sizes.family.facts,
-        levers,
-        device=device,
-        on_unit=on_unit,
-    )
+    facts = job.sizes.family.facts
+    if device == "meta":
+        fitted = arranged(_with_adapter(job, levers), job.adapter, facts, levers, on_unit=on_unit)
+    else:
+        built = job.sizes.denoiser.build("cpu")
+        fitted = fit(built, job.adapter, facts, levers, device=device, on_unit=on_unit)
     fitted.module.train()
     return fitted
+
+
+def _with_adapter(job: Job, levers: Levers) -> nn.Module:
+    """A denoiser without data and with its adapter, as it is before the other levers are put on it."""
+    row, adapter, facts = job.sizes.denoiser, job.adapter, job.sizes.family.facts
+    targets = (facts.lora_targets, facts.presets)
+    held = (levers.precision, levers.base_precision, bool(levers.offload))
+    key = repr((row.classes, sorted(row.config.items(), key=str), adapter, targets, held))
+    if key not in _ADAPTED:
+        while len(_ADAPTED) >= REMEMBERED:
+            del _ADAPTED[next(iter(_ADAPTED))]
+        made = row.build()
+        with_adapter(made, adapter, facts, levers)
+        _ADAPTED[key] = made
+    return twin(_ADAPTED[key])
+
+
+_ADAPTED: dict[str, nn.Module] = {}
+"""What a plan traces again and again: putting an adapter into a network takes as long as a step of it."""
+REMEMBERED = 3
 
 
 def splits(batch_size: int, micro_batch: int, *, mixed: bool = False) -> list[tuple[int, ...]]:
@@ -108,8 +128,12 @@ def trace_step(
         if job.preview is not None and target.name == "cpu":  # between previews it waits there
             vae = job.sizes.pipeline().vae
             tracer.label((*vae.parameters(), *vae.buffers()), VAE)
+        second = None
         for number, first in enumerate(("first ", ""), start=1):
-            for index, count in enumerate(counts, start=1):
+            start = tracer.mark()
+            if second is not None:
+                second()
+            for index, count in enumerate(counts if second is None else (), start=1):
                 tracer.place = 0
                 fitted.summing = index < len(counts)
                 with tracer.phase(f"{first}forward"):
@@ -120,13 +144,47 @@ def trace_step(
                 del loss
                 tracer.label([p.grad for p in parameters if p.grad is not None], GRADIENTS)
             tracer.place = 0
+            known = _gradients(tracer, parameters)
+            end = tracer.mark()
             with tracer.phase(f"{first}optimizer"):
                 if job.max_grad_norm:
                     torch.nn.utils.clip_grad_norm_(parameters, job.max_grad_norm)
                 update()
                 task.updated(number)
+            if _repeats(job, fitted) and not tracer.alive(start, end):
+                second = partial(_repeat, tracer, start, end, known)
     weights = {name: _frozen_bytes(fitted.module, name) for name in units}
     return StepTrace(tracer.trace(), tuple(units), weights, _saving(job, target, parameters), tracer.on_host)
+
+
+def _repeats(job: Job, fitted: Fitted) -> bool:
+    """Whether a second step goes forward and backward as the first did, if nothing of that is left.
+
+    Weights on the host are fetched ahead from the second time on; state that is made in the backward pass is
+    there then; and another task may do whatever it likes.
+    """
+    return fitted.host is None and not fitted.optimizer_in_backward and job.make_task is None
+
+
+_Gradients = dict[nn.Parameter, tuple[Tensor, int]]
+"""Parameter -> a tensor like its gradient, and the storage that this was."""
+
+
+def _gradients(tracer: Tracer, parameters: Sequence[nn.Parameter]) -> _Gradients:
+    """What a backward pass has left."""
+    with _disable_current_modes():
+        return {
+            p: (torch.empty_like(p.grad), tracer.number(p.grad)) for p in parameters if p.grad is not None
+        }
+
+
+def _repeat(tracer: Tracer, start: Mark, end: Mark, gradients: _Gradients) -> None:
+    """A second forward and backward pass like the first, for half the time."""
+    names = {f"first {name}": name for name in ("forward", "backward")}
+    tracer.again(start, end, names, dict(gradients.values()))
+    for parameter, (gradient, _) in gradients.items():
+        parameter.grad = gradient
+    gradients.clear()  # they die when the parameters let go of them
 
 
 def _watch(tracer: Tracer, fitted: Fitted) -> None:

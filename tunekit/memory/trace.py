@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -96,6 +96,14 @@ class Work(NamedTuple):
     """Bytes read and written."""
     half: bool
     """Whether it computes in 16 bits."""
+
+
+class Mark(NamedTuple):
+    """A moment of a trace that is being made."""
+
+    events: int
+    work: int
+    storages: int
 
 
 @dataclass(frozen=True)
@@ -182,8 +190,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     __hash__ = object.__hash__
 
     def __enter__(self) -> Tracer:
-        # Garbage that waits for the collector would count as alive at a moment that differs from run to run.
-        gc.collect()
+        # What is collected within would die at a moment that differs from run to run.
         gc.disable()
         self._stack.callback(gc.enable)
         self._stack.enter_context(attention_of(self.target))
@@ -242,6 +249,44 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             events = [e for e in events if e.storage == ROOM or self.categories[e.storage] != HOST]
         return Trace(tuple(events), dict(self.categories), tuple(self.work))
 
+    def mark(self) -> Mark:
+        """This moment."""
+        return Mark(len(self.events), len(self.work), len(self._sizes))
+
+    def alive(self, start: Mark, end: Mark) -> set[int]:
+        """Storages that were born from one moment to another and live still."""
+        return {
+            number
+            for number, storage in self._live.values()
+            if start.storages <= number < end.storages and storage() is not None
+        }
+
+    def again(self, start: Mark, end: Mark, phases: Mapping[str, str], left: Mapping[Tensor, int]) -> None:
+        """Records what happened from one moment to another once more, without its happening.
+
+        Args:
+            phases: name then -> name now; others stay.
+            left: tensors that are there behind it, as they would have been made -> the storages that they
+                were then; from here on they are followed.
+        """
+        now: dict[int, int] = {}
+        for storage, size, phase, place in self.events[start.events : end.events]:
+            if storage >= start.storages and storage not in now:
+                number = now[storage] = len(self._sizes)
+                self._sizes[number], self.categories[number] = size, self.categories[storage]
+            number = now.get(storage, storage)
+            self.events.append(Event(number, size, phases.get(phase, phase), place))
+        self.work += [
+            work._replace(phase=phases.get(work.phase, work.phase))
+            for work in self.work[start.work : end.work]
+        ]
+        for tensor, storage in left.items():
+            self._follow(tensor.untyped_storage(), now[storage])
+
+    def number(self, tensor: Tensor) -> int:
+        """Of a tensor's storage, which was seen before."""
+        return self._live[tensor.untyped_storage()._cdata][0]
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -294,6 +339,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         number = len(self._sizes)
         size = self._sizes[number] = self._rounded(storage.nbytes())
         self.categories[number] = ACTIVATIONS
+        self._follow(storage, number)
+        self.events.append(Event(number, size, self._phase, self.place))
+
+    def _follow(self, storage: Any, number: int) -> None:
+        """Waits for a storage's death."""
+        key, size = storage._cdata, self._sizes[number]
 
         def dies(_: object) -> None:
             self.events.append(Event(number, -size, self._phase, self.place))
@@ -301,7 +352,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 del self._live[key]
 
         self._live[key] = (number, weakref.ref(storage, dies))
-        self.events.append(Event(number, size, self._phase, self.place))
 
 
 # Operators seen before --------------------------------------------------------------------------------------
