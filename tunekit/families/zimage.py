@@ -197,7 +197,7 @@ class ZImage:
         return vae.latent_shape(channels, vae.vae_factor(pipeline), multiple, height, width)
 
     def tokenize(self, pipeline: Pipeline, prompts: list[str]) -> Tokens:
-        found = {}
+        found: Tokens = {}
         for part in self.facts.encoders:
             assert part.chat is not None
             ids, mask = chat.Chat(getattr(pipeline, part.tokenizer), part.chat).read(prompts)
@@ -396,7 +396,8 @@ class _Transformer(nn.Module):
             both = layer(both, mask, turns, time)
         made = network.all_final_layer[name](both, c=time)[:, :count]
         made = made.reshape(batch, rows, columns, PATCH, PATCH, channels)
-        return made.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, height, width)
+        latents: Tensor = made.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, height, width)
+        return latents
 
     def _turned(self, *places: Tensor) -> Tensor:
         """[B, tokens, half of a head's width, 2]: cosine and sine of each token's angles, axis by axis."""
@@ -433,7 +434,7 @@ class _Attention:
 
 def _turn(heads: Tensor, turns: Tensor) -> Tensor:
     """Turns each pair of channels of [B, tokens, heads, width] by its angle, in float32."""
-    one, other = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
+    one, other = heads.float().reshape(*heads.shape[:-1], -1, 2).unbind(-1)
     cosine, sine = turns[:, :, None].unbind(-1)
     pairs = torch.stack([one * cosine - other * sine, one * sine + other * cosine], dim=-1)
     return pairs.flatten(-2).to(heads.dtype)
