@@ -72,7 +72,8 @@ def predict() -> Predict:
     """`predict(family, pipeline)` is what the denoiser says of two noisy pictures and prompts."""
 
     def say(family: Family, pipeline: Any) -> Tensor:
-        size = family.default_size(pipeline)
+        multiple = family.resolution_multiple(pipeline)
+        size = 4 * multiple, 6 * multiple
         shape = family.latent_shape(pipeline, *size)
         noisy = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
         told = family.conditioning(family.encode_prompt(pipeline, ["a", "b"]), Frame.whole(*size).rows(2))

@@ -22,6 +22,7 @@ from tunekit.adapters import (
     adapter_file,
     load_adapter,
     merge_adapter,
+    read_adapter,
 )
 from tunekit.config import AdapterConfig
 from tunekit.diffusion.metrics import relative_error
@@ -41,6 +42,7 @@ SAID = {  # what kohya's tools and modelspec call the bases
     "sd15": ("sd_v1", "False", "stable-diffusion-v1/lora"),
     "sd2": ("sd_v2", "True", "stable-diffusion-v2-768-v/lora"),
     "sdxl": ("sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora"),
+    "flux": ("flux1", "False", "flux-1-dev/lora"),
 }
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 State = dict[str, Tensor]
@@ -51,22 +53,30 @@ def header(file: Path) -> dict[str, str]:
         return opened.metadata()
 
 
+@pytest.mark.parametrize("name", SAID)
+def test_what_the_bases_are_called(name: str) -> None:
+    facts = families.planned(name).facts
+    architecture = f"{facts.modelspec_architecture}/lora"
+    assert (facts.ss_base_model_version, str(facts.ss_v2), architecture) == SAID[name]
+
+
 def test_the_headers_say_what_other_programs_ask(
     family: Family, tmp_path: Path, trained: Trained, save: Save
 ) -> None:
-    base, v2, architecture = SAID[family.name]
-    peft, kohya = save(tmp_path, trained(family, LORA), family, LORA, base_source="owner/base")
+    facts, name = family.facts, family.facts.denoiser_name
+    peft, other = save(tmp_path, trained(family, LORA), family, LORA, base_source="owner/base")
     settings = json.loads(header(peft)["lora_adapter_metadata"])
-    assert settings["unet.r"] == settings["unet.lora_alpha"] == 4  # alpha / rank is within the weights
-    assert settings["unet.use_dora"] is False
-    said = header(kohya)
-    assert (said["ss_base_model_version"], said["ss_v2"]) == (base, v2)
+    assert settings[f"{name}.r"] == settings[f"{name}.lora_alpha"] == 4  # alpha / rank is within the weights
+    assert settings[f"{name}.use_dora"] is False
+    said = header(other)
+    assert (said["ss_base_model_version"], said["ss_v2"]) == (facts.ss_base_model_version, str(facts.ss_v2))
     assert said["ss_network_module"] == "networks.lora"
-    assert (said["ss_network_dim"], said["ss_network_alpha"]) == ("4", "10.0")
-    for said in (header(peft), header(kohya)):
+    alpha = "4.0" if facts.denoiser.dotted else "10.0"  # it is within those weights too
+    assert (said["ss_network_dim"], said["ss_network_alpha"]) == ("4", alpha)
+    for said in (header(peft), header(other)):
         assert said["format"] == "pt"
         assert said["modelspec.sai_model_spec"] == "1.0.1"
-        assert said["modelspec.architecture"] == architecture
+        assert said["modelspec.architecture"] == f"{facts.modelspec_architecture}/lora"
         assert said["modelspec.title"] == "A style"
         assert said["ss_sd_model_name"] == "owner/base"
 
@@ -156,18 +166,30 @@ def test_keys_of_another_family(tmp_path: Path, key: str) -> None:
     assert str(file) in message and key in message and "another model family" in message
 
 
+@pytest.fixture(scope="module")
+def adapters(
+    tmp_path_factory: pytest.TempPathFactory, trained: Trained, save: Save
+) -> dict[str, tuple[Any, tuple[Path, Path]]]:
+    """Family -> a base that nothing changes, and both files of an adapter."""
+    made = {}
+    for name in families.runnable():
+        family = families.get(name)
+        files = save(tmp_path_factory.mktemp(name), trained(family, LORA), family, LORA)
+        made[name] = family.tiny(), files
+    return made
+
+
 @pytest.mark.parametrize(("base", "other"), list(permutations(families.runnable(), 2)))
-@pytest.mark.parametrize("file", [PEFT, KOHYA])
 def test_an_adapter_of_another_family_is_refused_by_name(
-    base: str, other: str, file: str, tmp_path: Path, trained: Trained, save: Save
+    base: str, other: str, adapters: dict[str, tuple[Any, tuple[Path, Path]]]
 ) -> None:
     family, made_for = families.get(base), families.get(other)
-    save(tmp_path, trained(made_for, LORA), made_for, LORA)
-    with pytest.raises(AdapterError) as caught:
-        load_adapter(family.tiny(), family, tmp_path / file)
-    message = str(caught.value)
-    assert f"made for {made_for.facts.title}, and this is {family.facts.title}" in message
-    assert str(tmp_path / file) in message and message.count("\n") == 1
+    for file in adapters[other][1]:
+        with pytest.raises(AdapterError) as caught:
+            read_adapter(adapters[base][0], family, file)
+        message = str(caught.value)
+        assert f"made for {made_for.facts.title}, and this is {family.facts.title}" in message
+        assert str(file) in message and message.count("\n") == 1
 
 
 def damaged(good: Path, tmp_path: Path, change: Callable[[State], Any], file: str = PEFT) -> Path:
