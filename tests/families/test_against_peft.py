@@ -227,10 +227,36 @@ def of_z_image(pipeline: Any, sample: Sample, config: ObjectiveConfig) -> Tensor
     return F.mse_loss(predicted, sample.noise - sample.latents)
 
 
+def of_chroma(pipeline: Any, sample: Sample, config: ObjectiveConfig) -> Tensor:
+    count, channels, height, width = sample.latents.shape
+    share = (sample.timesteps / 1000).view(-1, 1, 1, 1)
+    noisy = (1 - share) * sample.latents + share * sample.noise
+    with torch.no_grad():
+        states, txt_ids, mask, *_ = pipeline.encode_prompt(
+            sample.prompts,
+            device="cpu",
+            do_classifier_free_guidance=False,
+            max_sequence_length=pipeline.tokenizer.model_max_length,
+        )
+    tokens = pipeline._pack_latents(noisy, count, channels, height, width)
+    predicted = pipeline.transformer(
+        hidden_states=tokens,
+        timestep=sample.timesteps / 1000,
+        encoder_hidden_states=states,
+        txt_ids=txt_ids,
+        img_ids=pipeline._prepare_latent_image_ids(count, height // 2, width // 2, "cpu", torch.float32),
+        attention_mask=pipeline._prepare_attention_mask(count, tokens.shape[1], torch.float32, mask),
+    ).sample
+    scale = pipeline.vae_scale_factor
+    made = pipeline._unpack_latents(predicted, height * scale, width * scale, scale)
+    return F.mse_loss(made, sample.noise - sample.latents)
+
+
 PLAIN = {
     "StableDiffusionPipeline": of_a_unet,
     "StableDiffusionXLPipeline": of_a_unet,
     "FluxPipeline": of_flux,
+    "ChromaPipeline": of_chroma,
     "StableDiffusion3Pipeline": of_sd3,
     "ZImagePipeline": of_z_image,
 }

@@ -391,7 +391,10 @@ def test_export_components_run_at_other_sizes(family: Family, pipeline: Any) -> 
         feeds = []
         for name, example in component.inputs.items():
             axes = component.dynamic.get(name, {})
-            shape = [sizes[axes[dim]] if dim in axes else size for dim, size in enumerate(example.shape)]
+            shape = [
+                sum(sizes[axis] for axis in axes[dim].split("+")) if dim in axes else size
+                for dim, size in enumerate(example.shape)
+            ]
             feeds.append(torch.ones(shape, dtype=example.dtype))
         for values in (component.inputs.values(), feeds):
             outputs = component.module(*values)

@@ -153,15 +153,19 @@ def parse(
             fit, are not finite or no floats; settings that are none.
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    other = made_for(header)
+    if other is not None and other is not family.facts:  # its layers may well fit
+        raise AdapterError(
+            f"its header says that it was made for {other.title}, and this is {family.facts.title}",
+            where=where,
+            hint=f"take one that was trained on {family.facts.base_title or family.facts.title}",
+        )
     try:
         return _parse(state, header, modules, family, config)
     except AdapterError as error:
-        other = made_for(header)
         hint = error.hint
         if hint == _OTHER_BASE and (looks := looks_like(shapes, family.facts)):
             hint = f"{hint}; it looks like {looks}"
-        if other is not None and other is not family.facts:
-            hint = f"its header says that it was made for {other.title}, and this is {family.facts.title}"
         raise AdapterError(error.message, where=where, hint=hint) from error
 
 

@@ -291,7 +291,7 @@ class ExportComponent:
         module: takes `inputs` in order, returns a tensor or a tuple in the order of `outputs`.
         inputs: name -> example tensor, on the CPU.
         dynamic: input name -> {dim: axis name}; equal axis names are equal sizes within one component. An
-            input whose first axis is not "batch" is the same for all rows.
+            input whose first axis is not "batch" is the same for all rows; "a+b" is as long as both.
         outputs: names.
         config: written as config.json beside the graph.
         multiples: axis name -> number that its size is always divisible by, where it is not 1.

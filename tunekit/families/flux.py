@@ -127,14 +127,39 @@ class Flux:
         sampling=SamplingConfig(steps=28, guidance=3.5),
     )
 
+    widths: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "text_encoder": ("hidden_size", "pooled_projection_dim"),
+        "text_encoder_2": ("d_model", "joint_attention_dim"),
+    }
+    """Text encoder -> key of its configuration, and of the transformer's that has to say the same."""
+
     def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: Packing = "") -> Pipeline:
         source = Source.of(source)
         if source.name == "tiny":
             return loading.cast(self.tiny(), self.facts, dtypes)
-        return loading.load_pipeline(source, self.facts, dtypes, pack=pack, fixed=ABSENT, misfits=misfits)
+        return loading.load_pipeline(
+            source, self.facts, dtypes, pack=pack, fixed=ABSENT, misfits=self.misfits
+        )
 
     def look(self, source: Source | str) -> list[ModelError]:
-        return loading.look(Source.of(source), self.facts, fixed=ABSENT, misfits=misfits)
+        return loading.look(Source.of(source), self.facts, fixed=ABSENT, misfits=self.misfits)
+
+    def misfits(self, parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]) -> list[str]:
+        """Why components do not make up a model that is trained and drawn here; see `loading.Misfits`."""
+        found = vae.misfits(parts["vae"].config)
+        network = parts["transformer"].config
+        taken, given = network.in_channels, parts["vae"].config.latent_channels * PATCH**2
+        if taken != given:
+            kind = VARIANTS.get(taken // given, "another model") if isinstance(taken, int) else "damaged"
+            found.append(
+                f"its transformer takes {taken} channels and the VAE gives {given}: it is {kind}; a plain"
+                " text-to-image model is needed"
+            )
+        for name, (given_as, wanted_as) in self.widths.items():
+            width, wanted = getattr(parts[name].config, given_as), getattr(network, wanted_as)
+            if width != wanted:
+                found.append(f"its transformer reads text of width {wanted}, and {name} gives {width}")
+        return found + answers.flow_misfits(parts["scheduler"])
 
     def save(self, pipeline: Pipeline, folder: Path) -> None:
         loading.save_pipeline(pipeline, folder, self.facts)
@@ -230,7 +255,7 @@ class Flux:
         *_, height, width = noisy.shape
         text = conditioning["encoder_hidden_states"]
         known = dict(conditioning)
-        if not _bare(denoiser).config.guidance_embeds:
+        if not bare(denoiser).config.guidance_embeds:
             del known["guidance"]
         made = denoiser(
             hidden_states=pack(noisy),
@@ -307,27 +332,6 @@ class Flux:
         )
 
 
-def misfits(parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]) -> list[str]:
-    """Why components do not make up a model that is trained and drawn here; see `loading.Misfits`."""
-    found = vae.misfits(parts["vae"].config)
-    network = parts["transformer"].config
-    taken, given = network.in_channels, parts["vae"].config.latent_channels * PATCH**2
-    if taken != given:
-        kind = VARIANTS.get(taken // given, "another model") if isinstance(taken, int) else "damaged"
-        found.append(
-            f"its transformer takes {taken} channels and the VAE gives {given}: it is {kind}; a plain"
-            " text-to-image model is needed"
-        )
-    for name, key, wanted in (
-        ("text_encoder", "hidden_size", network.pooled_projection_dim),
-        ("text_encoder_2", "d_model", network.joint_attention_dim),
-    ):
-        width = getattr(parts[name].config, key)
-        if width != wanted:
-            found.append(f"its transformer reads text of width {wanted}, and {name} gives {width}")
-    return found + answers.flow_misfits(parts["scheduler"])
-
-
 class _Transformer(nn.Module):
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
@@ -356,7 +360,7 @@ class _Transformer(nn.Module):
         return made
 
 
-def _bare(denoiser: nn.Module) -> Any:
+def bare(denoiser: nn.Module) -> Any:
     """The network itself, which DDP wraps."""
     return getattr(denoiser, "module", denoiser)
 

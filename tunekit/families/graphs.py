@@ -32,23 +32,32 @@ def token_ids(length: int) -> Tensor:
 
 
 def encoder(
-    pipeline: Pipeline, row: Component, outputs: Sequence[str], *, states: bool = False
+    pipeline: Pipeline,
+    row: Component,
+    outputs: Sequence[str],
+    *,
+    states: bool = False,
+    masked: bool = False,
 ) -> ExportComponent:
-    """The graph of a text encoder that reads ids alone.
+    """The graph of a text encoder.
 
     Args:
         row: of the family's table.
         outputs: names, as transformers gives them.
         states: give all hidden states too, as "hidden_states.0" and on.
+        masked: take an attention mask beside the ids.
     """
     network = getattr(pipeline, row.name)
     count = network.config.num_hidden_layers + 1 if states else 0
+    inputs = {"input_ids": token_ids(getattr(pipeline, row.tokenizer).model_max_length)}
+    if masked:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"], dtype=torch.int64)
     return ExportComponent(
         name=row.name,
         component=row.name,
         module=_Encoder(network, outputs, count),
-        inputs={"input_ids": token_ids(getattr(pipeline, row.tokenizer).model_max_length)},
-        dynamic={"input_ids": {0: "batch", 1: "sequence"}},
+        inputs=inputs,
+        dynamic={name: {0: "batch", 1: "sequence"} for name in inputs},
         outputs=[*outputs, *(f"hidden_states.{index}" for index in range(count))],
         config=model_config(network),
     )
@@ -59,7 +68,8 @@ class _Encoder(nn.Module):
         super().__init__()
         self.network, self.outputs, self.states = network, tuple(outputs), states
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        output = self.network(input_ids, output_hidden_states=bool(self.states))
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        mask = {} if attention_mask is None else {"attention_mask": attention_mask}
+        output = self.network(input_ids, **mask, output_hidden_states=bool(self.states))
         own = [getattr(output, name) for name in self.outputs]
         return (*own, *output.hidden_states) if self.states else tuple(own)

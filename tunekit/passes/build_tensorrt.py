@@ -16,6 +16,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,8 +29,6 @@ from tunekit.passes.base import Context, Distinct, Outcome, Pass, Start
 from tunekit.passes.metrics import SIZE, Metric
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from tunekit.artifacts import Artifact
     from tunekit.families import Component, Family, Sizes
 
@@ -178,21 +177,25 @@ class BuildTensorrt(Pass):
             for wanted, side in zip((self.height, self.width), own, strict=True)
         ]
         latents = [family.latent_shape(sizes.configs, *size)[1:] for size in zip(*pixels, strict=True)]
-        encoded = sizes.encoded(1)
         tokens = {encoder.name: encoder.tokens for encoder in sizes.encoders}
-        rows: dict[str, Range] = {denoiser: (self.batch[0], 2 * self.batch[1], 2 * self.batch[2])}
+        smallest, usual, largest = self.batch
+        guided = (smallest, 2 * usual, 2 * largest)
         found = {}
         for name in components:
             height, width = pixels if name == "vae_encoder" else zip(*latents, strict=True)
             axes: dict[str, Range] = {
-                "batch": rows.get(name, self.batch),
+                "batch": self.batch,
                 "height": tuple(height),
                 "width": tuple(width),
             }
             if name in tokens:
                 axes["sequence"] = (tokens[name],) * 3
-            known = encoded if name == denoiser else {}
-            found[name] = _input_shapes(folder / name / "model.onnx", axes, known)
+            fed = [
+                _fed(sizes, rows, height, width)
+                for rows, height, width in zip(guided, *pixels, strict=True)
+                if name == denoiser
+            ]
+            found[name] = _input_shapes(folder / name / "model.onnx", axes, fed)
         return found
 
 
@@ -230,13 +233,48 @@ def _targets(trt: Any, devices: Sequence[str]) -> dict[str, list[str]]:
     return targets
 
 
-def _input_shapes(graph: Path, axes: Mapping[str, Range], encoded: Mapping[str, Tensor]) -> Shapes:
+class _Enough(Exception):
+    """Ends what only asks for a network's inputs."""
+
+
+class _Fed:
+    """Stands in for a denoiser, and notes the shape of what it is given."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def __call__(self, return_dict: bool = False, **given: Any) -> None:
+        for name, value in given.items():
+            self.shapes |= {
+                key: tuple(tensor.shape)
+                for key, tensor in (value if isinstance(value, dict) else {name: value}).items()
+            }
+        raise _Enough
+
+
+def _fed(sizes: Sizes, rows: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a family gives its denoiser for pictures of that size in pixels, by name."""
+    import torch
+
+    family = sizes.family
+    fed: Any = _Fed(getattr(sizes.configs, sizes.denoiser.name).config)
+    frame = torch.empty(rows, 6, device="meta")
+    told = family.conditioning(sizes.encoded(rows), frame, 1.0)
+    with suppress(_Enough):
+        family.denoise(fed, sizes.latents(rows, height, width), frame[:, 0], told)
+    found: dict[str, tuple[int, ...]] = fed.shapes
+    return found
+
+
+def _input_shapes(
+    graph: Path, axes: Mapping[str, Range], fed: Sequence[Mapping[str, tuple[int, ...]]]
+) -> Shapes:
     """Input name -> its smallest, usual and largest shape; inputs of one fixed shape are left out.
 
     Args:
         axes: the sizes of axes by their names.
-        encoded: what the text encoders give, by the names of the denoiser's inputs: any other axis of these
-            is as long as there.
+        fed: of a denoiser, the shapes of its inputs, smallest, usual and largest; they go before `axes`.
     """
     import onnx
 
@@ -245,10 +283,11 @@ def _input_shapes(graph: Path, axes: Mapping[str, Range], encoded: Mapping[str, 
         sizes: list[Range | int] = []
         for index, dim in enumerate(value.type.tensor_type.shape.dim):
             axis = dim.dim_param
-            if axis in axes:
+            if axis and fed:
+                smallest, usual, largest = (shapes_of[value.name][index] for shapes_of in fed)
+                sizes.append((smallest, usual, largest))
+            elif axis in axes:
                 sizes.append(axes[axis])
-            elif axis and value.name in encoded:
-                sizes.append((int(encoded[value.name].shape[index]),) * 3)
             elif axis:
                 raise ModelError(
                     f"input {value.name} has an axis {axis!r}; known are {', '.join(axes)}",

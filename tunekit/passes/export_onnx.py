@@ -336,7 +336,7 @@ def check_inputs(component: ExportComponent, seed: int = 0) -> dict[str, Tensor]
     sizes = {"batch": 3}
     for name, axes in component.dynamic.items():
         for dim, axis in axes.items():
-            if axis not in sizes:
+            if axis not in sizes and "+" not in axis:
                 multiple = component.multiples.get(axis, 1)
                 half = max(1, component.inputs[name].shape[dim] // (2 * multiple)) * multiple
                 sizes[axis] = half + (multiple if axis == "width" else 0)
@@ -344,7 +344,10 @@ def check_inputs(component: ExportComponent, seed: int = 0) -> dict[str, Tensor]
     inputs = {}
     for name, example in component.inputs.items():
         axes = component.dynamic.get(name, {})
-        shape = [sizes[axes[dim]] if dim in axes else size for dim, size in enumerate(example.shape)]
+        shape = [
+            sum(sizes[axis] for axis in axes[dim].split("+")) if dim in axes else size
+            for dim, size in enumerate(example.shape)
+        ]
         if not axes:
             inputs[name] = example
         elif name == "attention_mask":  # of texts that fill the half
