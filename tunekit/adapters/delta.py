@@ -417,8 +417,13 @@ def modules_of(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def changeable(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that a file can change: those of `modules_of`, the norms and the embeddings."""
-    return dict(_layers(module, "", (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding)))
+    """Return the layers that a file can change: those of `modules_of`, embeddings, and norms with weights."""
+    types = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
+    return {
+        path: layer
+        for path, layer in _layers(module, "", types)
+        if not isinstance(layer, nn.GroupNorm | nn.LayerNorm) or layer.weight is not None
+    }
 
 
 def weight_shape(layer: Any) -> tuple[int, ...]:

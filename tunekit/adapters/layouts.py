@@ -153,20 +153,18 @@ def parse(
             fit, are not finite or no floats; settings that are none.
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    other = made_for(header)
-    if other is not None and other is not family.facts:  # its layers may well fit
-        raise AdapterError(
-            f"its header says that it was made for {other.title}, and this is {family.facts.title}",
-            where=where,
-            hint=f"take one that was trained on {family.facts.base_title or family.facts.title}",
-        )
+    made, here = made_for(header) or family.facts, family.facts
+    said = f"its header says that it was made for {made.title}, and this is {here.title}" * (made is not here)
     try:
-        return _parse(state, header, modules, family, config)
+        read = _parse(state, header, modules, family, config)
     except AdapterError as error:
         hint = error.hint
-        if hint == _OTHER_BASE and (looks := looks_like(shapes, family.facts)):
+        if hint == _OTHER_BASE and not said and (looks := looks_like(shapes, here)):
             hint = f"{hint}; it looks like {looks}"
-        raise AdapterError(error.message, where=where, hint=hint) from error
+        raise AdapterError(error.message, where=where, hint=said or hint) from error
+    if said:
+        raise AdapterError(said, where=where, hint="use it with a base of its own family")
+    return read
 
 
 def _parse(
@@ -183,7 +181,7 @@ def _parse(
         )
     groups, unread = _grouped(state, modules, family)
     if unread:
-        shapes = {key: tuple(state[key].shape) for key in unread}
+        shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
         _refuse_or_tell(unread, bool(groups), shapes, modules, family)
     settings = _Settings.read(header, config, list(modules))
     found: Deltas = {}
@@ -266,7 +264,7 @@ def _refuse_or_tell(
         )
     updates = [key for key in unread if read_key(key)]
     if updates:
-        looks = looks_like({key: shapes[key] for key in updates}, family.facts)
+        looks = looks_like(shapes, family.facts)
         what = f" (it looks like {looks})" if looks else ""
         raise AdapterError(
             f"{len(updates)} of its keys name nothing in {family.facts.title}: {some(updates)}",

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
-from tunekit.adapters.delta import KINDS
+from tunekit.adapters.delta import KINDS, modules_of, weight_shape
 from tunekit.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ def _spellings() -> Iterator[tuple[str, str]]:
             yield field, rf"\.{stem}(?:\.(?P<label>(?!weight$|bias$)[^.]+))?(?:\.weight)?"
         for field, ending in kind.kohya_names.items():
             yield field, rf"\.{re.escape(ending)}"
-    for field, word in (("down", "down"), ("up", "up")):  # diffusers before it used peft
-        yield field, rf"(?:[._]lora|\.lora_linear_layer)\.{word}\.weight"
+    for field in ("down", "up"):  # diffusers before it used peft, and XLabs, whose names end with a number
+        yield field, rf"(?:[._]lora|\.lora_linear_layer|(?<=_lora\d))\.{field}\.weight"
     yield "magnitude", r"\.dora_scale"
     yield "mid", r"\.lora_mid\.weight"
     yield "alpha", r"(?:_lora|\.lora|\.lora_linear_layer)?\.alpha"
@@ -105,7 +106,7 @@ def places_of(modules: Modules, family: Family) -> dict[str, Place]:
     encoders = [part.name for part in family.facts.encoders if part.name in modules]
     places: dict[str, Place] = {}
     for component, paths in modules.items():
-        prefixes = [*family.facts.kohya_prefixes[component], component]
+        prefixes = [*family.facts.kohya_prefixes[component], component, f"lora_{component}"]
         if component == family.facts.denoiser_name:
             prefixes += ["diffusion_model", "model_diffusion_model", "lycoris_unet", "lycoris", ""]
         elif encoders == [component]:
@@ -152,44 +153,61 @@ _FORMER = (
 
 # What is not for this model ---------------------------------------------------------------------------------
 
-_TRANSFORMER = r"(lora_|lycoris_)?transformer[._]|diffusion_model\.(layers|blocks)\."
-_TEXT_WIDTH = re.compile(r".*attn2[._]to_[kv]$")
-
 
 def made_for(header: Mapping[str, str]) -> FamilyFacts | None:
-    """The family that a file's header names, as kohya's tools and modelspec do."""
-    base, architecture = header.get("ss_base_model_version", ""), header.get("modelspec.architecture")
-    for _, family in FAMILIES.items():
-        facts: FamilyFacts = family.facts
-        if (
-            base.startswith(facts.ss_base_model_version)
-            or architecture == f"{facts.modelspec_architecture}/lora"
-        ):
-            return facts
-    return None
+    """The family that a file's header names, as modelspec and kohya's tools do; the first says more."""
+    base, architecture = header.get("ss_base_model_version", ""), header.get("modelspec.architecture", "")
+    every: list[FamilyFacts] = [family.facts for _, family in FAMILIES.items()]
+    said = [facts for facts in every if architecture == f"{facts.modelspec_architecture}/lora"]
+    said += [facts for facts in every if base.startswith(facts.ss_base_model_version)]
+    return said[0] if said else None
 
 
 def looks_like(shapes: Mapping[str, tuple[int, ...]], here: FamilyFacts) -> str:
-    """What keys and shapes that do not fit `here` look like: a model's name for people, or "".
+    """What a file looks like that does not fit `here`: the title of a family, or of several, or "".
 
-    The width of the text that a U-Net's attention reads tells Stable Diffusion 1, 2 and XL apart.
+    It is the one whose layers, at the sizes of its usual base, have the names and the shapes of most keys;
+    nothing is said where no other has more of them than the model at hand.
     """
-    widths: dict[int, FamilyFacts] = {}
-    for _, family in FAMILIES.items():
-        facts: FamilyFacts = family.facts
-        if width := facts.denoiser.config.get("cross_attention_dim"):
-            widths[width] = facts
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in shapes.items():
-        said = read_key(key)
-        if said and said.field == "down" and _TEXT_WIDTH.match(said.module) and len(shape) > 1:
-            other = widths.get(shape[1])
-            if other is not None and other is not here:
-                return other.title
+        if said := read_key(key):
+            layers.setdefault(plain(said.module), {})[said.field] = shape
+    scores = {}
+    for name, family in FAMILIES.items():
+        sizes = _usual_sizes(name)
+        named = [key for key in layers if key in sizes]
+        fitting = sum(_fits(layers[key], sizes[key]) for key in named)
+        scores[family.facts.title] = (fitting, len(named))
+    best = max(scores.values())
+    if best > max(scores.get(here.title, (0, 0)), (0, 0)):
+        return " or ".join(title for title, score in scores.items() if score == best)
     for _, family in FAMILIES.items():
         facts = family.facts
         marks = facts.adapter_marks
-        if facts is not here and marks and any(re.search(marks, key) for key in shapes):
+        if facts is not here and best == (0, 0) and marks and any(re.search(marks, key) for key in shapes):
             return str(facts.title)
-    if any(re.match(_TRANSFORMER, key) for key in shapes):
-        return "a transformer's, and not a U-Net's"
     return ""
+
+
+@cache
+def _usual_sizes(name: str) -> dict[str, tuple[int, ...]]:
+    """A family's layers by every name that they have in files -> the shape of their weights, usually."""
+    family = FAMILIES.get(name)
+    if not hasattr(family, "adapter_names"):  # it can be planned only
+        return {}
+    parts = family.facts.kohya_prefixes
+    modules = {part: modules_of(family.facts.component(part).build()) for part in parts}
+    sizes = {}
+    for key, place in places_of(modules, family).items():
+        shapes = [weight_shape(modules[place.component][path]) for path in place.parts]
+        sizes[key] = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    return sizes
+
+
+def _fits(found: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]) -> bool:
+    """Whether what a file has of a layer is an update of such a weight."""
+    down, up = found.get("down"), found.get("up")
+    return (down is None or len(down) < 2 or down[1:2] == weight[1:2]) and (
+        up is None or up[:1] == weight[:1]
+    )

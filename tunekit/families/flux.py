@@ -79,6 +79,16 @@ PUBLISHED: dict[str, str | tuple[str, ...]] = {
 """Layers of the transformer as it was published -> modules here; of several the rows are stacked there."""
 SWAPPED = ("final_layer.adaLN_modulation.1",)
 """(shift, scale) there, (scale, shift) here."""
+# https://github.com/XLabs-AI/x-flux/blob/main/src/flux/modules/layers.py
+XLABS: dict[str, str | tuple[str, ...]] = {
+    "double_blocks.{}.qkv_lora1": PUBLISHED["double_blocks.{}.img_attn.qkv"],
+    "double_blocks.{}.proj_lora1": PUBLISHED["double_blocks.{}.img_attn.proj"],
+    "double_blocks.{}.qkv_lora2": PUBLISHED["double_blocks.{}.txt_attn.qkv"],
+    "double_blocks.{}.proj_lora2": PUBLISHED["double_blocks.{}.txt_attn.proj"],
+    "single_blocks.{}.qkv": PUBLISHED["single_blocks.{}.linear1"][:3],
+    "single_blocks.{}.proj": PUBLISHED["single_blocks.{}.linear2"],
+}
+"""What XLabs' trainer calls its adapters in the same network."""
 
 
 class Flux:
@@ -113,7 +123,7 @@ class Flux:
             ),
             sizes.vae(16, quant=False, scaling=0.3611, shift=0.1159),
             sizes.clip("text_encoder", "tokenizer", 768, 12, 12, kohya=("lora_te1",)),
-            sizes.t5_xxl("text_encoder_2", "tokenizer_2", 512, kohya=("lora_te3",)),
+            sizes.t5_xxl("text_encoder_2", "tokenizer_2", 512, kohya=("lora_te3", "lora_te2")),
             sizes.scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0, use_dynamic_shifting=True),
         ),
         lora_targets=ATTENTION,
@@ -285,7 +295,8 @@ class Flux:
     def adapter_names(self, component: str, paths: Collection[str]) -> list[Published]:
         """The transformer as it was published, CLIP's names as kohya's tools keep them, T5's own."""
         if component == "transformer":
-            return answers.published(PUBLISHED, paths, swapped=SWAPPED)
+            written = answers.published(PUBLISHED, paths, swapped=SWAPPED)
+            return written + answers.published(XLABS, paths)
         return unet.encoder_names(paths) if component == "text_encoder" else answers.underscored(paths)
 
     def export_components(self, pipeline: Pipeline) -> list[ExportComponent]:
