@@ -148,7 +148,7 @@ def test_diffusers_loads_these_updates(
     name = family.facts.denoiser_name
     given = () if write is to_peft else ({name: modules_of(network)}, family)
     if write is to_kohya:
-        # Outside the blocks diffusers leaves out alpha here and the order of halves there, or refuses.
+        # Outside the blocks diffusers leaves out alpha here, the order of halves there, or refuses a layer.
         blocks = tuple(f"{path}." for path, _ in family.blocks(network))
         deltas = {path: delta for path, delta in deltas.items() if path.startswith(blocks)}
     state = write({name: deltas}, *given)
