@@ -95,14 +95,17 @@ def distilled(sizes: Sizes, source: str) -> str:
         source: what the base is called, where its configurations are not here.
     """
     facts = sizes.family.facts
-    called = Path(source).name or source
-    if not (facts.distilled and re.search(facts.distilled, called, re.IGNORECASE)) and not (
-        sizes.family.is_distilled(sizes.configs)
-    ):
+    called = source if Source(source).path is None else Path(source).name
+    base = f"the base that it was made from, such as {facts.default_source},"
+    if facts.distilled and re.search(facts.distilled, called, re.IGNORECASE):
+        base = facts.default_source
+        if facts.distilled_from:
+            base = re.sub(facts.distilled, facts.distilled_from, called, flags=re.IGNORECASE)
+    elif not sizes.family.is_distilled(sizes.configs):
         return ""
     return (
         "this base was distilled to draw in few steps: trained, it comes to give grey or blurred pictures in"
-        f" so few; train {facts.default_source} and draw with either"
+        f" so few; train {base} and draw with either"
     )
 
 

@@ -193,6 +193,7 @@ class FamilyFacts:
         presets: "attention" and "attention_feed_forward" -> modules, for a user who names one of these; in a
             whole path, "*" stands for anything.
         sampling: how its pictures are drawn where neither the user nor the model says.
+        sampling_distilled: the same of bases that were distilled to few steps, where it is another.
         ss_base_model_version: what kohya's tools write for this base, e.g. "sd_v1".
         modelspec_architecture: of modelspec 1.0.1, without "/lora", e.g. "stable-diffusion-v1".
         default_source: hub id of the usual base, whose sizes the table has.
@@ -201,6 +202,8 @@ class FamilyFacts:
         ss_v2: kohya's name for SD 2.x.
         distilled: regular expression of what names of its published bases that were distilled to few steps
             have in them, or "".
+        distilled_from: what it becomes in the name of the base that such a one was made from, as `re.sub`
+            has it; "" where that is `default_source`.
         adapter_marks: regular expression of what this family's adapters alone have in their keys, or "".
         runs: False for a family that can be planned only.
     """
@@ -214,12 +217,18 @@ class FamilyFacts:
     default_source: str
     presets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=30, guidance=7.5))
+    sampling_distilled: SamplingConfig | None = None
     licence: str = ""
     base_title: str = ""
     ss_v2: bool = False
     distilled: str = ""
+    distilled_from: str = ""
     adapter_marks: str = ""
     runs: bool = True
+
+    def usual_sampling(self, *, distilled: bool) -> SamplingConfig:
+        """How pictures of a base are drawn where neither the user nor the model says."""
+        return (self.sampling_distilled if distilled else None) or self.sampling
 
     @property
     def pipeline_class(self) -> str:

@@ -7,7 +7,7 @@ instead, and made into a pipeline on the meta device, which the family's own cod
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -38,11 +38,13 @@ class Sizes:
         family: whose code runs on it.
         components: the table.
         assumed: whether the sizes are those of the usual base because the source could not be looked at.
+        settings: of the pipeline itself, such as whether it was distilled.
     """
 
     family: Planned
     components: tuple[Component, ...]
     assumed: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def component(self, name: str) -> Component:
         """The row of that name."""
@@ -121,7 +123,7 @@ class _Skeleton:
     def __init__(self, sizes: Sizes, built: dict[str, Any], device: str) -> None:
         self._sizes, self._device = sizes, device
         self.__dict__ |= built
-        self.config = SimpleNamespace(**dict.fromkeys(("force_zeros_for_empty_prompt",), False))
+        self.config = SimpleNamespace(**{**sizes.settings, "force_zeros_for_empty_prompt": False})
 
     def __getattr__(self, name: str) -> Any:
         for part in self._sizes.components:
@@ -137,6 +139,7 @@ class _Skeleton:
 class _Configs:
     def __init__(self, sizes: Sizes) -> None:
         self._sizes = sizes
+        self.config = SimpleNamespace(**sizes.settings)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -199,7 +202,9 @@ def sized(family: Planned, source: Source) -> Sizes:
                 hint=f"{facts.title} needs the folders {needed}",
             ) from error
 
-    return Sizes(family, tuple(read(part) for part in facts.components))
+    index = folder / "model_index.json"
+    settings = _plain(read_json(index)) if index.is_file() else {}
+    return Sizes(family, tuple(read(part) for part in facts.components), settings=settings)
 
 
 def like(family: Family, pipeline: Pipeline) -> Sizes:
@@ -215,7 +220,13 @@ def like(family: Family, pipeline: Pipeline) -> Sizes:
             return made
         return replace(made, tokens=min(length, made.tokens) if part.chat is not None else length)
 
-    return Sizes(family, tuple(read(part) for part in family.facts.components))
+    settings = _plain(dict(getattr(pipeline, "config", {})))
+    return Sizes(family, tuple(read(part) for part in family.facts.components), settings=settings)
+
+
+def _plain(index: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of a pipeline itself, and not of its parts."""
+    return {key: value for key, value in index.items() if isinstance(value, bool) and not key.startswith("_")}
 
 
 def with_config(part: Component, config: Mapping[str, Any]) -> Component:

@@ -54,7 +54,8 @@ class Runtime:
         """How it is drawn with where nobody says otherwise: as the artifact, then the family says."""
         height, width = self.default_size
         own = self.artifact.sampling if self.artifact else None
-        usual = self.family.facts.sampling.over(SamplingConfig(negative_prompt=""))
+        distilled = self.family.is_distilled(self.pipeline)
+        usual = self.family.facts.usual_sampling(distilled=distilled).over(SamplingConfig(negative_prompt=""))
         whole = own.over(usual) if own else usual
         return whole.model_copy(update={"height": whole.height or height, "width": whole.width or width})
 
