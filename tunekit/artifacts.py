@@ -254,6 +254,22 @@ class Artifact:
             self, opened=dataclasses.replace(self.opened or Source(""), variant=variant)
         )
 
+    def with_base(self, base: str | None) -> Artifact:
+        """The same, whose missing components are read from `base`: a single file of a transformer alone.
+
+        Raises:
+            ArtifactError: a format that is opened otherwise.
+        """
+        if base is None:
+            return self
+        if self.format != "torch":
+            raise ArtifactError(
+                f'the base "{base}" has no effect on a model in {self.format}',
+                where=self.source,
+                hint="it says where the other components of a single file of a transformer or U-Net are",
+            )
+        return dataclasses.replace(self, opened=dataclasses.replace(self.opened or Source(""), base=base))
+
     def _opened(self, name: str) -> Source:
         return dataclasses.replace(self.opened, name=name) if self.opened else Source(name)
 
@@ -300,7 +316,7 @@ class Artifact:
             "model": model,  # relative, so that a run folder can be moved
             "source": at_home(self.source) if model is None else None,
             "base": self.base if self.base is None else at_home(self.base),
-            "opened": {key: opened[key] for key in OPENED} if opened else None,
+            "opened": {key: public(opened[key]) for key in OPENED} if opened else None,
             "sampling": self.sampling.model_dump(mode="json", exclude_none=True) if self.sampling else None,
             "hash": whole,
             "files": {name: dataclasses.asdict(file) for name, file in files.items()} if files else None,
@@ -412,7 +428,7 @@ FILES = (
     *(".json", ".yaml", ".yml", ".txt", ".md", ".png", ".jpg", ".jpeg", ".webp", ".zip", ".tar"),
 )
 """How names end that are meant as files, and not as a repository of the hub."""
-OPENED = ("revision", "variant", "allow_pickle")
+OPENED = ("revision", "variant", "allow_pickle", "base")
 
 
 def _damaged(file: Path, why: str) -> ArtifactError:
@@ -708,7 +724,9 @@ def open_artifact(source: Path | str, *, family: str | None = None) -> Artifact:
             return bare("torch")
         if path.suffix in {".ckpt", ".bin", ".pt", ".pth"}:
             return bare("torch")  # refused by the family unless pickles are allowed
-        raise ArtifactError("not a model file: expected .safetensors", where=text)
+        if path.suffix == ".gguf":
+            return bare("torch")
+        raise ArtifactError("not a model file: expected .safetensors or .gguf", where=text)
     if (path / RECORD).is_file():
         return Artifact.load(path)
     if (path / "model_index.json").is_file():

@@ -22,6 +22,7 @@ USES = {
     "tensorrt": "build TensorRT-RTX engines",
     "openvino": "run ONNX through OpenVINO",
     "quant": "8-bit optimizers, NF4",
+    "gguf": "read GGUF files",
     "trackers": "TensorBoard",
 }
 """What each extra is for; `optimum` and `dev` are for tests."""

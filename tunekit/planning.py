@@ -438,13 +438,14 @@ def _digest(config: TrainingRunConfig, place: _Place, name: str, processes: int,
         versions(),
         code(),
     ]
-    model = config.model.opened.path
-    if model is not None:
+    opened = config.model.opened
+    places = [place.path for place in (opened, opened.rest) if place is not None and place.path is not None]
+    for model in places:
         # How weights are stored decides what reading them takes.
         weights = sorted(model.glob("*/*.safetensors")) if model.is_dir() else [model]
         parts += [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in weights]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    for source in sorted(model.glob("*/*config.json")) if model is not None else ():
+    for source in (file for model in places for file in sorted(model.glob("*/*config.json"))):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:24]
 

@@ -142,7 +142,7 @@ def _model(found: Found) -> None:
 def _base(found: Found) -> None:
     """The model can be loaded, as far as its configuration files and the headers of its weights tell."""
     from tunekit import families
-    from tunekit.families.loading import refuse, variant_taken
+    from tunekit.families.loading import left_out, refuse, variant_taken
 
     opened = found.model
     if opened is None or (not found.is_trained and opened.format not in {"torch", "adapter"}):
@@ -156,8 +156,9 @@ def _base(found: Found) -> None:
     with found.about("model.source"):
         problems = family.look(source)
         for problem in problems:
-            problem.key = "model.source"  # and its place stays the file
+            problem.key = problem.key or "model.source"  # and its place stays the file
         refuse(problems)
+        found.notes += [f"model.source: {line}" for line in left_out(source, family.facts)]
         if variant := variant_taken(source, family.facts):
             found.facts["model"] = f"{found.facts['model']}, read as {variant}: there is no other"
 

@@ -258,6 +258,7 @@ class OpenedRecord(Record):
     revision: str | None = None
     variant: str | None = None
     allow_pickle: bool = False
+    base: Place | None = None
 
 
 class FileRecord(Record):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunekit.errors import ModelError, did_you_mean
@@ -20,12 +20,14 @@ class Source:
         revision: branch, tag or commit of a hub id.
         variant: of the weight files, such as "fp16".
         allow_pickle: open .bin and .ckpt files, and then nothing in them but weights.
+        base: folder or hub id that the other components come from, where `name` has some of them only.
     """
 
     name: str
     revision: str | None = None
     variant: str | None = None
     allow_pickle: bool = False
+    base: str | None = None
 
     @classmethod
     def of(cls, source: Source | str | Path) -> Source:
@@ -35,11 +37,18 @@ class Source:
     @property
     def is_special(self) -> bool:
         """Whether the name alone does not open it."""
-        return (self.revision, self.variant, self.allow_pickle) != (None, None, False)
+        return replace(self, name="") != Source("")
+
+    @property
+    def rest(self) -> Source | None:
+        """Where the components come from that are not in the source itself; None where nothing is said."""
+        return replace(self, name=self.base, base=None) if self.base is not None else None
 
     @property
     def idle(self) -> list[str]:
         """What was asked for and has no effect on a source that is on this machine, with the reason."""
+        if self.rest is not None:
+            return self.rest.idle  # it is what has revisions and variants
         path = self.path
         if path is None:
             return []

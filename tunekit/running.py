@@ -43,7 +43,7 @@ from tunekit.data.images import Sample, Scan
 from tunekit.diffusion.objectives import Objective, configured, scheduler_changes
 from tunekit.errors import AdapterError, ArtifactError
 from tunekit.families.family import DTYPES, Conditioning, Family, FamilyFacts, Pipeline
-from tunekit.families.loading import source_files, variant_taken
+from tunekit.families.loading import here, left_out, source_files, variant_taken
 from tunekit.memory.levers import Fitted, Levers, fit
 from tunekit.memory.measure import Meter
 from tunekit.memory.picture import draw
@@ -274,6 +274,8 @@ class Run:
         config, memory, family = self.config, self.config.memory, self.family
         if variant := variant_taken(config.model.opened, family.facts):
             self.say(f"base: its weights are there as {variant} alone, so these are read")
+        for line in left_out(config.model.opened, family.facts):
+            self.say(f"base: {line}")
         trained = torch.float32 if config.adapter is None else DTYPES[memory.precision]
         pack = memory.base_precision if memory.base_precision in ("int8", "nf4") else ""
         with self.meter.phase("load"), console().phase("loading the base"):
@@ -599,15 +601,12 @@ class Run:
 
 def weights_of(source: Source, facts: FamilyFacts) -> list[Path]:
     """The files on this machine that hold a base's weights; none while a base of the hub is not here yet."""
-    path = source.path
-    if path is None and source.name.count("/") == 1:
-        from huggingface_hub import try_to_load_from_cache
-
-        index = try_to_load_from_cache(source.name, "model_index.json", revision=source.revision)
-        path = Path(index).parent if isinstance(index, str) else None
-    if path is None or path.is_file():
-        return [path] if path else []
-    return [file for files in source_files(replace(source, name=str(path)), facts).values() for file in files]
+    path = here(source)
+    if path is None:
+        return []
+    listed = source_files(replace(source, name=str(path)), facts).values()
+    files = [file for files in listed for file in files]
+    return list(dict.fromkeys([path, *files])) if path.is_file() else files
 
 
 def initial_file(source: str) -> Path:

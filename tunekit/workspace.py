@@ -583,12 +583,14 @@ class Drawing(Opening, total=False):
         scales: strengths of the adapter, each of which draws every picture; none is 1.
         grid: put them side by side into one more file: a row for each picture, a column for each strength.
         tiled: decode pictures that are larger than the model's own in tiles, which takes less memory.
+        base: folder or hub id with what a single file of a transformer or U-Net alone lacks.
         say: takes lines about what is not read, or has no effect.
     """
 
     scales: Sequence[float]
     grid: bool
     tiled: bool
+    base: str | None
     say: Callable[[str], object]
 
 
@@ -602,6 +604,7 @@ class Options(Opening, total=False):
     width: int
     scheduler: dict[str, Any]
     variant: str | None
+    base: str | None
     batch: int
     tiled: bool
     on_step: Callable[[int, int, Tensor], None]
@@ -623,7 +626,8 @@ def generate(
         options: family (its name, where the source does not say it); device ("auto", "cpu", "cuda",
             "cuda:1", "xpu", "mps"); provider (of ONNX models: "cpu", "cuda", "tensorrt", "openvino"); dtype
             ("fp32", "bf16", "fp16", of torch and OpenVINO); adapter (to put on the source); variant (of its
-            weight files, such as "fp16"). steps, guidance, negative_prompt, height, width, scheduler: the
+            weight files, such as "fp16"); base (folder or hub id with what a single file of a transformer
+            alone lacks). steps, guidance, negative_prompt, height, width, scheduler: the
             model's own where they are not given. batch (pictures at once), tiled (decode large ones in
             tiles), on_step.
 
@@ -642,11 +646,12 @@ def generate(
     given: dict[str, Any] = dict(options)
     opening = {name: given.pop(name) for name in Opening.__annotations__ if name in given}
     drawing = {name: given.pop(name) for name in ("batch", "on_step") if name in given}
-    if variant := given.pop("variant", None):
+    variant, base = given.pop("variant", None), given.pop("base", None)
+    if variant or base:
         found = (
             source if isinstance(source, Artifact) else open_artifact(source, family=options.get("family"))
         )
-        source = found.in_variant(variant)
+        source = found.in_variant(variant).with_base(base)
     tiled = given.pop("tiled", False)
     sampling = validate(SamplingConfig, given, lambda key: "generate()")
     drawer = runtime.open_runtime(source, **opening)
@@ -712,7 +717,8 @@ def draw(
             where="--out",
             hint="give a folder, or --grid",
         )
-    opened = open_artifact(find_model(source), family=opening.get("family")).in_variant(variant)
+    opened = open_artifact(find_model(source), family=opening.get("family"))
+    opened = opened.in_variant(variant).with_base(opening.pop("base", None))
     if scales and opened.format != "adapter" and not opening.get("adapter"):
         raise ConfigError(
             f"a scale has no effect on {source}, which has no adapter that could be scaled",

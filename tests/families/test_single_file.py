@@ -277,7 +277,8 @@ def test_a_file_without_its_vae_is_told(written: Callable[[str], Path]) -> None:
     rest = {name: value for name, value in tensors.items() if not name.startswith("first_stage_model.")}
     safetensors.torch.save_file(rest, file)
     (problem,) = family.look(str(file))
-    assert problem.message == "holds no vae (nothing under first_stage_model)"
+    assert problem.message == "holds unet and text_encoder alone, without vae"
+    assert "model.base" in str(problem.hint)
 
 
 def test_a_model_of_another_family_is_told(written: Callable[[str], Path]) -> None:

@@ -110,12 +110,14 @@ def test_what_is_not_here_is_taken_to_be_as_usual(tmp_path: Path) -> None:
 
 
 def test_one_file_is_read_whole(tmp_path: Path, tiny: Sizes) -> None:
-    from safetensors.torch import save_file
+    from tunekit.families.single_file import save_single_file
 
-    file = tmp_path / "model.safetensors"
-    save_file({"weight": torch.zeros(1000, dtype=torch.float16)}, file)
+    family, file = families.get("sd15"), tmp_path / "model.safetensors"
+    dtypes = dict.fromkeys((part.name for part in tiny.networks), torch.float16)
+    save_single_file(family.tiny(), file, family.facts, dtypes)
     known = stored(tiny, Source(str(file)))
-    assert set(known.values()) == {Stored("fp16", file.stat().st_size, packs=False)}
+    assert known.keys() == {part.name for part in tiny.networks}
+    assert set(known.values()) == {Stored("fp16", file.stat().st_size)}
 
 
 def room(total: int = 10**12, *, on_cpu: bool = False, host: int | None = None) -> Room:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunekit.cli import screen
-from tunekit.cli.options import AsJson, Guidance, Side, Steps, Variant
+from tunekit.cli.options import AsJson, Guidance, ModelBase, Side, Steps, Variant
 
 if TYPE_CHECKING:
     from tunekit.config import SamplingConfig
@@ -70,6 +70,7 @@ def generate(
         str | None, typer.Option("--provider", "--backend", help="for ONNX: cpu, cuda, tensorrt, openvino")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16, for torch and OpenVINO")] = None,
+    base: ModelBase = None,
     variant: Variant = None,
 ) -> None:
     """Draw pictures with a run, an adapter, any artifact of a chain, a diffusers folder or a hub id."""
@@ -100,6 +101,7 @@ def generate(
             device=device,
             provider=provider,
             dtype=dtype,
+            base=base,
             variant=variant,
             tiled=tiled,
             scales=_scales(scale),

@@ -34,6 +34,10 @@ Guidance = Annotated[
 ]
 Side = Annotated[int | None, typer.Option(help="pixels; default: the model's own")]
 Runs = Annotated[Path, typer.Option("--runs", help="folder of all runs")]
+ModelBase = Annotated[
+    str | None,
+    typer.Option(help="folder or hub id with what a single file of a transformer or U-Net alone lacks"),
+]
 Variant = Annotated[
     str | None, typer.Option(help="of the weight files of a folder or a hub id, such as fp16")
 ]

@@ -16,7 +16,9 @@ class ModelConfig(Section):
     family: str
     """Model family, a file in tunekit/families: sd15."""
     source: PathText
-    """Hub id, folder, single .safetensors file, "builtin/..." or "tiny" (small random weights)."""
+    """Hub id, folder, single .safetensors or .gguf file, "builtin/..." or "tiny" (small random weights)."""
+    base: PathText | None = None
+    """Folder or hub id of a whole model, for what a single file of a transformer or U-Net alone lacks."""
     revision: Word | None = None
     """Branch, tag or commit on the hub."""
     variant: Word | None = None
@@ -36,11 +38,11 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _effects(self) -> ModelConfig:
         if self.source == "tiny" or self.source.startswith("builtin/"):
-            keys = ("revision", "variant", "allow_pickle")
+            keys = ("base", "revision", "variant", "allow_pickle")
             no_effect(self, keys, f"model.source is {self.source}, of which there is one version")
         return self
 
     @property
     def opened(self) -> Source:
         """What to open, and how."""
-        return Source(self.source, self.revision, self.variant, self.allow_pickle)
+        return Source(self.source, self.revision, self.variant, self.allow_pickle, self.base)

@@ -9,6 +9,7 @@ _KEYS = {
     "model.family": "model_type base_model_type architecture arch model_family",
     "model.source": "pretrained_model_name_or_path base_model base_model_name model_name model_path"
     " checkpoint pretrained_model ckpt model_name_or_path base_model_path",
+    "model.base": "extras_name_or_path",
     "model.revision": "model_revision commit branch tag",
     "model.variant": "weights_variant",
     "data.path": "train_data_dir instance_data_dir image_dir dataset dataset_name dataset_path data_dir"

@@ -142,11 +142,14 @@ def detect(source: Source | str) -> str:
         for key, family in FAMILIES.items():
             if family.facts.runs and single_file.is_of(names, family.facts):
                 return key
+        parts = [key for key, family in FAMILIES.items() if single_file.held(names, family.facts)]
+        if len(parts) == 1:
+            return parts[0]
         kind = single_file.what_is(names)
         raise ModelError(
             f"is {kind}" if kind else "one weights file does not say its family",
             where=source.name,
-            hint="a whole model is needed" if kind else "name it: model.family, or --family",
+            hint="a whole model is needed" if kind and not parts else "name it: model.family, or --family",
         )
     name = pipeline_class_name(source)
     for key, family in _candidates(name):

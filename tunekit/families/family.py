@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -64,6 +64,10 @@ class Component:
             "diffusion_model"; empty: kohya's names are written.
         published: prefix of its tensors in a single file of the whole model, see `single_file`; empty: the
             family was not published so.
+        layers: of all its module paths, its layers as they are named there (`published` makes it of a table);
+            None: as here. Rows may name a single tensor in place of a module: "norm.scale": "norm.weight".
+        marks: of a denoiser, tensors by which a single file of it is known: all are there, under the names
+            that it was published with, and no other family has them all.
         dtype: what it computes in while pictures and captions are encoded; None: what the run says.
         fp16: whether float16 has the range for it. Where not, it stays float32 in a model of float16.
         sensitive: module paths that lose most in few bits.
@@ -80,6 +84,8 @@ class Component:
     kohya: tuple[str, ...] = ()
     dotted: str = ""
     published: str = ""
+    layers: Callable[[Collection[str]], list[Published]] | None = None
+    marks: tuple[str, ...] = ()
     dtype: str | None = "fp32"
     fp16: bool = True
     sensitive: tuple[str, ...] = ()

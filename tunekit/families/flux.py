@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -59,11 +60,15 @@ PUBLISHED: dict[str, str | tuple[str, ...]] = {
     "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
     "double_blocks.{}.img_mod.lin": f"{_DOUBLE}.norm1.linear",
     "double_blocks.{}.img_attn.qkv": tuple(f"{_DOUBLE}.attn.to_{part}" for part in "qkv"),
+    "double_blocks.{}.img_attn.norm.query_norm.scale": f"{_DOUBLE}.attn.norm_q.weight",
+    "double_blocks.{}.img_attn.norm.key_norm.scale": f"{_DOUBLE}.attn.norm_k.weight",
     "double_blocks.{}.img_attn.proj": f"{_DOUBLE}.attn.to_out.0",
     "double_blocks.{}.img_mlp.0": f"{_DOUBLE}.ff.net.0.proj",
     "double_blocks.{}.img_mlp.2": f"{_DOUBLE}.ff.net.2",
     "double_blocks.{}.txt_mod.lin": f"{_DOUBLE}.norm1_context.linear",
     "double_blocks.{}.txt_attn.qkv": tuple(f"{_DOUBLE}.attn.add_{part}_proj" for part in "qkv"),
+    "double_blocks.{}.txt_attn.norm.query_norm.scale": f"{_DOUBLE}.attn.norm_added_q.weight",
+    "double_blocks.{}.txt_attn.norm.key_norm.scale": f"{_DOUBLE}.attn.norm_added_k.weight",
     "double_blocks.{}.txt_attn.proj": f"{_DOUBLE}.attn.to_add_out",
     "double_blocks.{}.txt_mlp.0": f"{_DOUBLE}.ff_context.net.0.proj",
     "double_blocks.{}.txt_mlp.2": f"{_DOUBLE}.ff_context.net.2",
@@ -72,11 +77,14 @@ PUBLISHED: dict[str, str | tuple[str, ...]] = {
         *(f"{_SINGLE}.attn.to_{part}" for part in "qkv"),
         f"{_SINGLE}.proj_mlp",
     ),
+    "single_blocks.{}.norm.query_norm.scale": f"{_SINGLE}.attn.norm_q.weight",
+    "single_blocks.{}.norm.key_norm.scale": f"{_SINGLE}.attn.norm_k.weight",
     "single_blocks.{}.linear2": f"{_SINGLE}.proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
     "final_layer.linear": "proj_out",
 }
-"""Layers of the transformer as it was published -> modules here; of several the rows are stacked there."""
+"""Layers of the transformer as it was published -> modules here; of several the rows are stacked there.
+Of norms it is the tensor, whose name differs."""
 SWAPPED = ("final_layer.adaLN_modulation.1",)
 """(shift, scale) there, (scale, shift) here."""
 # https://github.com/XLabs-AI/x-flux/blob/main/src/flux/modules/layers.py
@@ -117,6 +125,9 @@ class Flux:
                     "guidance_embeds": True,
                 },
                 kohya=("lora_unet",),
+                published="model.diffusion_model.",
+                layers=partial(answers.published, PUBLISHED, swapped=SWAPPED),
+                marks=("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight"),
                 dtype=None,
                 sensitive=("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out"),
                 keeps=("timestep", "guidance", "img_ids", "txt_ids"),

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,8 @@ from torch import nn
 from tunekit import layers
 from tunekit.artifacts import FILES
 from tunekit.diffusion.sampling import is_flow, scheduler_class
-from tunekit.errors import ModelError, TunekitError, output_errors
-from tunekit.families import single_file, weights
+from tunekit.errors import MissingPackageError, ModelError, TunekitError, output_errors
+from tunekit.families import gguf_files, single_file, weights
 from tunekit.families.chat import Chat
 from tunekit.families.family import POSITIONS, begin_flow
 from tunekit.families.weights import (
@@ -49,6 +50,8 @@ __all__ = [
     "PICKLE_HINT",
     "PICKLE_REFUSED",
     "cast",
+    "here",
+    "left_out",
     "load_pipeline",
     "look",
     "refuse",
@@ -59,7 +62,12 @@ __all__ = [
 ]
 
 MODEL_INDEX = "model_index.json"
-LAYER_COUNTS = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block")
+GGUF = gguf_files.SUFFIX
+BASE = "model.base"
+LAYER_COUNTS = (
+    *("num_hidden_layers", "layers_per_block", "transformer_layers_per_block"),
+    *("num_layers", "num_single_layers", "n_layers", "n_refiner_layers"),
+)
 MAX_TOKENS = 10_000
 """Longest prompt that any text encoder here reads, in tokens."""
 
@@ -97,7 +105,11 @@ def load_pipeline(
     pipeline_class = getattr(diffusers, facts.pipeline_class)
     try:
         path = source.path or _downloaded(source, facts, pipeline_class, fixed)
-        found = _found(path, source, facts, fixed, misfits)
+        rest = source.rest
+        base = None
+        if rest is not None:
+            base = rest.path or _downloaded(rest, facts, pipeline_class, fixed, without_denoiser=True)
+        found = _found(path, source, facts, fixed, misfits, base=base)
         refuse(found.problems)
         for part in facts.components:
             network = found.parts.get(part.name)
@@ -132,7 +144,10 @@ def look(
     if path is None or source.name == "tiny":
         return []
     try:
-        return _found(path, source, facts, dict(fixed or {}), misfits, headers=True).problems
+        base = source.rest.path if source.rest else None
+        return _found(path, source, facts, dict(fixed or {}), misfits, base=base, headers=True).problems
+    except MissingPackageError:
+        raise
     except ModelError as error:
         return list(error.parts) or [error]  # type: ignore[arg-type]
     except Exception as error:
@@ -179,9 +194,13 @@ def _found(
     fixed: Mapping[str, Any],
     misfits: Misfits | None,
     *,
+    base: Path | None = None,
     headers: bool = False,
 ) -> _Found:
     """Looks at a folder or file. With `headers`, pickles, which have none, are not opened.
+
+    Args:
+        base: folder of what `Source.base` names, where it is on this machine.
 
     Raises:
         ModelError: it is another thing altogether.
@@ -189,20 +208,90 @@ def _found(
     found = _Found()
     with _quiet():
         if path.is_dir():
-            _find_in_folder(found, path, source, facts, fixed, headers)
+            _find_in_folder(found, path, source, facts, fixed, base, headers)
         else:
-            _find_in_file(found, path, source, facts, headers)
+            _find_in_file(found, path, source, facts, fixed, base, headers)
         if misfits is not None and all(part.name in found.parts for part in facts.components):
             reasons = misfits(found.parts, found.tensors)
             found.problems[:0] = [ModelError(reason, where=str(path)) for reason in reasons]
     return found
 
 
+@dataclass(frozen=True)
+class _Folder:
+    """A folder in diffusers' layout, and how its weights are read."""
+
+    path: Path
+    source: Source
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        return _index(Source(str(self.path)))
+
+    def check_class(self, facts: FamilyFacts) -> None:
+        _check_class(self.source.name, pipeline_class_name(Source(str(self.path))), facts)
+
+    def lacks(self, name: str) -> bool:
+        """Whether no weights of a component are there."""
+        folder, named = self.path / name, self.index.get(name)
+        if not folder.is_dir() or named is None or named == [None, None]:
+            return True
+        return not weight_files(folder, self.source.variant, allow_pickle=True) and not variants(folder)
+
+    def settings(self, facts: FamilyFacts, known: Collection[str]) -> dict[str, Any]:
+        """Arguments of the pipeline's constructor that its index has, and that are not known."""
+        arguments = set(_arguments(facts)) - set(known)
+        return {
+            key: value
+            for key, value in self.index.items()
+            if key in arguments and not isinstance(value, list)
+        }
+
+
+def _rest(source: Source, path: Path | None, facts: FamilyFacts) -> _Folder | None:
+    """The folder of `Source.base`; None without one, or where it is not on this machine.
+
+    Raises:
+        ModelError: it is no folder of the family.
+    """
+    if source.rest is None or path is None:
+        return None
+    if not path.is_dir():
+        raise ModelError(
+            "is one file, and what model.base names is a folder or a hub id of a whole model",
+            where=str(path),
+            key=BASE,
+        )
+    folder = _Folder(path, source.rest)
+    try:
+        folder.check_class(facts)
+    except ModelError as error:
+        error.key = BASE
+        raise
+    return folder
+
+
+def _idle_base(path: Path) -> ModelError:
+    return ModelError(
+        "model.base has no effect: every component is here already",
+        where=str(path),
+        hint="leave it out",
+        key=BASE,
+    )
+
+
 def _find_in_folder(
-    found: _Found, path: Path, source: Source, facts: FamilyFacts, fixed: Mapping[str, Any], headers: bool
+    found: _Found,
+    path: Path,
+    source: Source,
+    facts: FamilyFacts,
+    fixed: Mapping[str, Any],
+    base: Path | None,
+    headers: bool,
 ) -> None:
-    index = _index(Source(str(path)))
-    _check_class(source.name, pipeline_class_name(Source(str(path))), facts)
+    folder = _Folder(path, source)
+    folder.check_class(facts)
+    rest = _rest(source, base, facts)
     networks = [part for part in facts.components if part.role != "scheduler"]
     for part in networks:
         if (path / part.name / "model.onnx").is_file():
@@ -219,14 +308,16 @@ def _find_in_folder(
             hint=f"there is: {', '.join(there) or 'none'}"
             + ("; model.variant: null reads that" if len(there) == 1 else ""),
         )
-    for part in networks:
+    lacking = [part.name for part in networks if folder.lacks(part.name)] if source.base else []
+    if source.base and not lacking:
+        raise _idle_base(path)
+    known = [part for part in networks if rest is not None or part.name not in lacking]
+    for part in known:
         with found.noting():
-            _find_network(found, path, index, part, source, headers)
-    _find_rest(found, path, index, facts)
-    arguments = set(_arguments(facts)) - {*found.parts, *fixed}
-    found.settings = {
-        key: value for key, value in index.items() if key in arguments and not isinstance(value, list)
-    }
+            _find_network(found, rest if rest and part.name in lacking else folder, part, headers)
+    beside = [name for name in lacking if not (path / facts.component(name).tokenizer).is_dir()]
+    _find_rest(found, folder, facts, dict.fromkeys(beside, rest))
+    found.settings = folder.settings(facts, {*found.parts, *fixed})
 
 
 def _arguments(facts: FamilyFacts) -> Collection[str]:
@@ -235,12 +326,11 @@ def _arguments(facts: FamilyFacts) -> Collection[str]:
     return inspect.signature(getattr(diffusers, facts.pipeline_class).__init__).parameters
 
 
-def _find_network(
-    found: _Found, path: Path, index: Mapping[str, Any], part: Component, source: Source, headers: bool
-) -> None:
+def _find_network(found: _Found, place: _Folder, part: Component, headers: bool) -> None:
+    path, source = place.path, place.source
     folder = path / part.name
     wanted = part.classes.partition(":")[2]
-    named = index.get(part.name)
+    named = place.index.get(part.name)
     if not folder.is_dir() or named is None or named == [None, None]:
         raise ModelError(f"its component {part.name} is missing", where=str(path))
     if not isinstance(named, list) or len(named) != 2 or named[1] != wanted:
@@ -332,15 +422,24 @@ def _built(part: Component, config: Mapping[str, Any] | None, where: str, count:
     return network
 
 
-def _find_rest(found: _Found, path: Path, index: Mapping[str, Any], facts: FamilyFacts) -> None:
-    """Scheduler and tokenizers, which are opened here."""
+def _find_rest(
+    found: _Found, folder: _Folder, facts: FamilyFacts, others: Mapping[str, _Folder | None] | None = None
+) -> None:
+    """Scheduler and tokenizers, which are opened here.
+
+    Args:
+        others: text encoders whose tokenizer is in another folder; None where that is not on this machine.
+    """
     with found.noting():
-        found.parts["scheduler"] = _scheduler(path, index)
+        found.parts["scheduler"] = _scheduler(folder.path, folder.index)
     for part in facts.encoders:
+        place = (others or {}).get(part.name, folder)
+        if place is None:
+            continue
         with found.noting():
-            tokenizer = _tokenizer(path, index, part)
+            tokenizer = _tokenizer(place.path, place.index, part)
             found.parts[part.tokenizer] = tokenizer
-            _check_tokenizer(tokenizer, part, found.parts.get(part.name), path)
+            _check_tokenizer(tokenizer, part, found.parts.get(part.name), place.path)
 
 
 def _scheduler(path: Path, index: Mapping[str, Any]) -> Any:
@@ -419,8 +518,8 @@ def _check_tokenizer(tokenizer: Any, part: Component, encoder: Any, path: Path) 
 
 def tokenizers(source: Source, facts: FamilyFacts) -> dict[str, Any]:
     """The tokenizers of a source that is on this machine, by name; none where they cannot be opened."""
-    path = source.path
-    if path is not None and path.is_file():
+    path = source.rest.path if source.rest else source.path
+    if source.rest is None and path is not None and path.is_file():
         beside = path.with_suffix("")
         if not (beside / MODEL_INDEX).is_file():
             return {part.tokenizer: single_file.clip_tokenizer(part) for part in facts.encoders}
@@ -429,7 +528,7 @@ def tokenizers(source: Source, facts: FamilyFacts) -> dict[str, Any]:
         return {}
     found = _Found()
     with _quiet(), found.noting():
-        _find_rest(found, path, _index(Source(str(path))), facts)
+        _find_rest(found, _Folder(path, source), facts)
     return {
         part.tokenizer: found.parts[part.tokenizer]
         for part in facts.encoders
@@ -437,32 +536,56 @@ def tokenizers(source: Source, facts: FamilyFacts) -> dict[str, Any]:
     }
 
 
-def _find_in_file(found: _Found, path: Path, source: Source, facts: FamilyFacts, headers: bool) -> None:
-    """Looks at a single file; its configs and tokenizers lie in the folder of its name, or are the usual."""
+def _find_in_file(
+    found: _Found,
+    path: Path,
+    source: Source,
+    facts: FamilyFacts,
+    fixed: Mapping[str, Any],
+    base: Path | None,
+    headers: bool,
+) -> None:
+    """Looks at a single file.
+
+    Configs and tokenizers lie in the folder of its name, or are the usual ones; of a file that has some of
+    the networks only, they and the others are those of `Source.base`.
+    """
     if not path.is_file():
         raise ModelError("neither a file nor a folder", where=str(path))
-    if path.suffix not in (".safetensors", *PICKLES):
-        raise ModelError("not a weights file", where=str(path), hint="single files end in .safetensors")
+    if path.suffix not in (".safetensors", GGUF, *PICKLES):
+        raise ModelError(
+            "not a weights file", where=str(path), hint="single files end in .safetensors or .gguf"
+        )
     if path.suffix in PICKLES and source.allow_pickle and headers:
         return
-    entries = weights.entries([path], allow_pickle=source.allow_pickle)
-    if not single_file.is_of(entries, facts):
+    entries, problems = weights.scaled(weights.entries([path], allow_pickle=source.allow_pickle), where=path)
+    held = single_file.held(entries, facts)
+    lacking = [part for part in facts.components if part.role != "scheduler" and part.name not in held]
+    if not held or (lacking and (source.base is None or not _is_part(entries, facts))):
         raise _not_of(path, entries, facts)
-    beside = path.with_suffix("")
-    folder = beside if (beside / MODEL_INDEX).is_file() else None
-    networks: list[tuple[Component, nn.Module]] = []
+    if source.base is not None and not lacking:
+        raise _idle_base(path)
+    rest = _rest(source, base, facts)
+    if source.base is not None and rest is None:
+        return  # on the hub, and nothing is known of it
+    beside = _Folder(path.with_suffix(""), source)
+    folder = rest or (beside if (beside.path / MODEL_INDEX).is_file() else None)
+    found.problems += problems
+    networks: list[tuple[Component, str, nn.Module]] = []
     for part in facts.components:
-        if part.role != "scheduler":
-            file = folder / part.name / "config.json" if folder else None
-            count = sum(name.startswith(part.published) for name in entries)
+        if part.name in held:
+            file = folder.path / part.name / "config.json" if folder else None
+            if rest and file and not file.is_file():
+                file = None
+            count = sum(name.startswith(held[part.name]) for name in entries)
             with found.noting():
                 config = read_json(file) if file else None
-                networks.append((part, _built(part, config, str(file or path), count)))
+                networks.append((part, held[part.name], _built(part, config, str(file or path), count)))
     if found.problems:
         return
-    spread, problems = single_file.spread(entries, networks, where=str(path))
+    spread, problems = single_file.spread(entries, networks, where=str(path), whole=rest is None)
     found.problems += problems
-    for part, network in networks:
+    for part, _, network in networks:
         found.parts[part.name] = network
         kept, problems = weights.fitted(part.name, network, spread[part.name], where=str(path))
         found.tensors[part.name] = kept
@@ -472,27 +595,51 @@ def _find_in_file(found: _Found, path: Path, source: Source, facts: FamilyFacts,
     if found.problems and folder is None:
         found.problems[-1].hint = (
             f"its sizes are taken to be those of {facts.base_title or facts.title}; if they are others, put"
-            f" the folders of configs and tokenizers that it was made with into {beside}"
+            f" the folders of configs and tokenizers that it was made with into {beside.path}"
         )
-    if folder is not None:
-        index = _index(Source(str(folder)))
-        _find_rest(found, folder, index, facts)
-        return
+    if found.problems and rest is not None:
+        found.problems[-1].hint = f"model.base has to be of the same model: {rest.source} has other sizes"
+    if rest is not None:
+        for part in lacking:
+            with found.noting():
+                _find_network(found, rest, part, headers)
     row = facts.component("scheduler")
     changes = single_file.schedule(entries, single_file.metadata_of(path))
-    found.parts["scheduler"] = row.type.from_config({**row.config, **changes})
-    for part in facts.encoders:
-        found.parts[part.tokenizer] = single_file.clip_tokenizer(part)
+    if folder is None:
+        found.parts["scheduler"] = row.type.from_config({**row.config, **changes})
+        for part in facts.encoders:
+            found.parts[part.tokenizer] = single_file.clip_tokenizer(part)
+        return
+    _find_rest(found, folder, facts)
+    own = found.parts.get("scheduler")
+    if rest is not None:
+        found.settings = rest.settings(facts, {*found.parts, *fixed})
+        if own is not None and "prediction_type" in own.config and changes:
+            found.parts["scheduler"] = type(own).from_config({**own.config, **changes})
+
+
+def _is_part(names: Collection[str], facts: FamilyFacts) -> bool:
+    """Whether a single file with some networks of a family is not a whole model of another one."""
+    kind = single_file.what_is(names)
+    return facts.title in kind or kind == single_file.UNET
 
 
 def _not_of(path: Path, names: Collection[str], facts: FamilyFacts) -> ModelError:
     """What a single file is that is not a whole model of the family."""
+    networks = [part for part in facts.components if part.role != "scheduler"]
+    held = single_file.held(names, facts)
+    if held and _is_part(names, facts):
+        lacking = [part.name for part in networks if part.name not in held]
+        return ModelError(
+            f"holds {_listed(list(held))} alone, without {_listed(lacking)}",
+            where=str(path),
+            hint="model.base says where they come from: a folder or hub id of the whole model, such as"
+            f" {facts.default_source}; for generate, --base",
+        )
     kind = single_file.what_is(names)
-    if facts.title in kind:
-        networks = [part for part in facts.components if part.role != "scheduler"]
-        lacks = [part for part in networks if not any(name.startswith(part.published) for name in names)]
-        text = " and ".join(f"no {part.name} (nothing under {part.published.rstrip('.')})" for part in lacks)
-        return ModelError(f"holds {text}", where=str(path), hint="use a file of the whole model")
+    if not kind and path.suffix == GGUF:
+        said = gguf_files.header(path).settings.get(gguf_files.ARCHITECTURE)
+        kind = f'a model that says "{said}" of itself'
     if "adapter" in kind:
         hint = "give the base that it was made for as the source, and this as its adapter"
     else:
@@ -501,12 +648,28 @@ def _not_of(path: Path, names: Collection[str], facts: FamilyFacts) -> ModelErro
     return ModelError(text, where=str(path), hint=hint)
 
 
-def _downloaded(source: Source, facts: FamilyFacts, pipeline_class: Any, fixed: Mapping[str, Any]) -> Path:
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _downloaded(
+    source: Source,
+    facts: FamilyFacts,
+    pipeline_class: Any,
+    fixed: Mapping[str, Any],
+    *,
+    without_denoiser: bool = False,
+) -> Path:
     """The folder on this machine of a hub id, fetched where it is not there yet."""
     _check_hub_id(source.name)
     _check_class(source.name, pipeline_class_name(source), facts)
     absent = {name: None for name, value in fixed.items() if value is None}
     with _quiet():
+        if without_denoiser:  # its configuration, but not its weights
+            from huggingface_hub import hf_hub_download
+
+            absent[facts.denoiser_name] = None
+            hf_hub_download(source.name, f"{facts.denoiser_name}/config.json", revision=source.revision)
         return Path(
             pipeline_class.download(
                 source.name,
@@ -532,24 +695,76 @@ def _dtype_of(dtypes: Dtypes, name: str) -> torch.dtype:
 
 
 def source_files(source: Source, facts: FamilyFacts) -> dict[str, tuple[Path, ...]]:
-    """Component -> the files on this machine that its weights were read from, as far as that is known."""
-    folder = source.path
-    if folder is None or folder.is_file():
+    """Component -> the files on this machine that its weights were read from, as far as that is known.
+
+    What a hub id of `Source.base` stands for is known once it is here.
+    """
+    folder, rest = source.path, source.rest
+    if folder is None or (folder.is_file() and rest is None):
         return {}
-    return {
-        part.name: weight_files(folder / part.name, source.variant, allow_pickle=source.allow_pickle)
-        for part in facts.components
-    }
+
+    def found(place: Path, part: Component) -> tuple[Path, ...]:
+        return weight_files(place / part.name, source.variant, allow_pickle=source.allow_pickle)
+
+    if rest is None:
+        return {part.name: found(folder, part) for part in facts.components}
+    held: Collection[str]
+    own: dict[str, tuple[Path, ...]]
+    if folder.is_file():
+        entries = weights.entries([folder], allow_pickle=source.allow_pickle)
+        held = single_file.held(entries, facts)
+        own = dict.fromkeys(held, (folder,)) if len(held) == 1 else {}
+    else:
+        place = _Folder(folder, source)
+        held = [part.name for part in facts.components if not place.lacks(part.name)]
+        own = {part.name: found(folder, part) for part in facts.components if part.name in held}
+    base = here(rest)
+    others = [part for part in facts.components if part.name not in held] if base else []
+    return own | {part.name: found(base, part) for part in others if base}
+
+
+def here(source: Source) -> Path | None:
+    """The folder or file of a source on this machine; of a hub id, where it has been fetched to."""
+    path = source.path
+    if path is None and source.name.count("/") == 1:
+        from huggingface_hub import try_to_load_from_cache
+
+        index = try_to_load_from_cache(source.name, MODEL_INDEX, revision=source.revision)
+        path = Path(index).parent if isinstance(index, str) else None
+    return path
 
 
 def variant_taken(source: Source, facts: FamilyFacts) -> str | None:
     """The variant of a folder's weights that is read though none was named: no plain ones are there."""
+    source = source.rest or source
     folder = source.path
     if source.variant or folder is None or not folder.is_dir():
         return None
     there = [variants(folder / part.name) for part in facts.components if part.role != "scheduler"]
     only = {next(iter(names)) for names in there if len(names) == 1} - {""}
     return ", ".join(sorted(only)) or None
+
+
+def left_out(source: Source, facts: FamilyFacts) -> list[str]:
+    """What a single file has that is not read, for people; nothing of a damaged one."""
+    path = source.path
+    if path is None or not path.is_file() or path.suffix in PICKLES:
+        return []
+    try:
+        names = weights.entries([path])
+    except ModelError:
+        return []
+    averages = [name for name in names if single_file.AVERAGE.match(name)]
+    lines = []
+    if averages:
+        lines.append(f"{len(averages)} tensors are a second average of the weights (EMA), and are not read")
+    if source.base is not None:
+        held = single_file.held(names, facts)
+        others = [name for name in names if single_file.OTHERS.match(name)]
+        unread = {name.partition(".")[0] for name in others if not name.startswith(tuple(held.values()))}
+        if unread and "" not in held.values():
+            lines.append(f"{', '.join(sorted(unread))}: not read, as model.base has them in their place")
+    return lines
 
 
 def save_pipeline(pipeline: Pipeline, folder: Path, facts: FamilyFacts) -> None:

@@ -63,6 +63,8 @@ class SD15:
                 {"sample_size": 64, "cross_attention_dim": 768},
                 kohya=("lora_unet",),
                 published="model.diffusion_model.",
+                layers=unet.published_layers,
+                marks=unet.MARKS,
                 dtype=None,
                 sensitive=("conv_in", "conv_out", "time_embedding"),
                 keeps=("timestep",),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from tunekit.families import sizes, tiny
+from tunekit.families import sizes, tiny, unet
 from tunekit.families.family import Component, FamilyFacts, Pipeline
 from tunekit.families.sd15 import SD15
 
@@ -34,6 +34,8 @@ class SD2(SD15):
                 },
                 kohya=("lora_unet",),
                 published="model.diffusion_model.",
+                layers=unet.published_layers,
+                marks=unet.MARKS,
                 dtype=None,
                 sensitive=("conv_in", "conv_out", "time_embedding"),
                 keeps=("timestep",),

@@ -69,6 +69,8 @@ class SDXL:
                 },
                 kohya=("lora_unet",),
                 published="model.diffusion_model.",
+                layers=unet.published_layers,
+                marks=unet.MARKS,
                 dtype=None,
                 sensitive=("conv_in", "conv_out", "time_embedding", "add_embedding"),
                 keeps=("timestep", "time_ids"),

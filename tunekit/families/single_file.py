@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from tunekit import layers
 from tunekit.errors import ModelError, output_errors
-from tunekit.families import tiny, unet
+from tunekit.families import tiny
 from tunekit.families.weights import TEXT_LEVEL, Entry
 from tunekit.resources import ASSETS
 
 if TYPE_CHECKING:
-    from tunekit.families.family import Component, FamilyFacts, Pipeline
+    from tunekit.families.family import Component, FamilyFacts, Pipeline, Published
 
 OPEN_CLIP = ".model."
 """How the prefix of a text encoder ends that is named as in OpenCLIP; others are named as in transformers."""
@@ -39,6 +39,9 @@ UNREAD = re.compile(
     r"|(v_pred|ztsnr|model\.diffusion_model\.scaled_fp8|scaled_fp8)$"
 )
 """What is no part of the model: the noise schedule, a second average of the weights, marks."""
+AVERAGE = re.compile(r"(model_)?ema\.")
+OTHERS = re.compile(r"(text_encoders|vae|cond_stage_model|conditioner|first_stage_model)\.")
+"""Networks beside the denoiser, in files of whole models."""
 V_PRED, ZERO_SNR = "v_pred", "ztsnr"
 """Empty tensors by which other programs know a Stable Diffusion XL that predicts v."""
 
@@ -51,13 +54,16 @@ KINDS = (
     (r"(^|\.)(ip_adapter|image_proj)\.", "an IP-Adapter, not a model"),
     (r"^(string_to_param|emb_params|clip_[lg]|<.*>)$", "a textual inversion, not a model"),
     (r"^(control_model|controlnet_|input_hint_block)", "a ControlNet, not a model"),
-    (r"(^|\.)double_blocks\.", "a FLUX model"),
-    (r"(^|\.)joint_blocks\.", "a Stable Diffusion 3 model"),
     (r"^conditioner\.embedders\.1\.", "a Stable Diffusion XL model"),
     (r"^conditioner\.embedders\.0\.model\.", "a Stable Diffusion XL refiner"),
     (r"^cond_stage_model\.model\.", "a Stable Diffusion 2.x model"),
     (r"^cond_stage_model\.", "a Stable Diffusion 1.x model"),
-    (r"^(model\.diffusion_model\.|input_blocks\.|down_blocks\.)", "a U-Net without text encoder and VAE"),
+)
+UNET = "a U-Net without text encoder and VAE"
+PARTS = (
+    (r"(^|\.)double_blocks\.", "a FLUX model"),
+    (r"(^|\.)joint_blocks\.", "a Stable Diffusion 3 model"),
+    (r"^(model\.diffusion_model\.|diffusion_model\.)?input_blocks\.|^down_blocks\.", UNET),
     (r"^(first_stage_model\.|encoder\.|decoder\.)", "a VAE alone"),
     (r"^text_model\.", "a text encoder alone"),
 )
@@ -65,16 +71,42 @@ KINDS = (
 
 def what_is(names: Collection[str]) -> str:
     """What a file with tensors of these names is, for people; "" where that is not known."""
+    from tunekit.registry import FAMILIES
+
     for pattern, words in KINDS:
+        if any(re.search(pattern, name) for name in names):
+            return words
+    titles = [family.facts.title for _, family in FAMILIES.items() if held(names, family.facts)]
+    if len(titles) == 1:
+        return f"a {titles[0]} model"
+    for pattern, words in PARTS:
         if any(re.search(pattern, name) for name in names):
             return words
     return ""
 
 
+DENOISER = ("model.diffusion_model.", "diffusion_model.", "")
+"""What stands before the names of a denoiser's tensors; the first where the file is of a whole model."""
+
+
+def held(names: Collection[str], facts: FamilyFacts) -> dict[str, str]:
+    """Networks of a family that a file with tensors of these names has, each with its prefix there."""
+    found = {}
+    for part in facts.components:
+        if part.role == "denoiser" and part.marks:
+            for prefix in DENOISER:
+                if all(prefix + mark in names for mark in part.marks):
+                    found[part.name] = prefix
+                    break
+        elif part.published and any(name.startswith(part.published) for name in names):
+            found[part.name] = part.published
+    return found if facts.denoiser_name in found else {}
+
+
 def is_of(names: Collection[str], facts: FamilyFacts) -> bool:
     """Whether a file with tensors of these names has all networks of a family."""
-    prefixes = [part.published for part in facts.components if part.role != "scheduler"]
-    return all(prefix and any(name.startswith(prefix) for name in names) for prefix in prefixes)
+    found = held(names, facts)
+    return all(part.name in found for part in facts.components if part.role != "scheduler")
 
 
 # Names ------------------------------------------------------------------------------------------------------
@@ -85,7 +117,8 @@ class _Place:
     """Where a tensor of a network lies in such a file: its name there, and what of that tensor it is."""
 
     name: str
-    third: int | None = None
+    rows: tuple[int, int] | None = None
+    swapped: bool = False
     transposed: bool = False
     pixel: bool = False
     """Whether the matrix lies there as a convolution of one pixel."""
@@ -95,18 +128,37 @@ def _places(part: Component, network: nn.Module) -> dict[str, _Place]:
     """A network's own names -> where each tensor lies, behind the prefix."""
     own = list(network.state_dict())
     if part.role == "denoiser":
-        paths = {name.rpartition(".")[0] for name in own}
-        known = unet.published_names(paths)
-        return {
-            name: _Place(f"{known[path]}.{leaf}") for name in own for path, _, leaf in [name.rpartition(".")]
-        }
+        return _denoiser_places(part, network.state_dict())
     if part.role == "vae":
         levels = len(network.decoder.up_blocks)  # type: ignore[union-attr, arg-type]
         return {name: _vae_place(name, levels) for name in own}
     if part.published.endswith(OPEN_CLIP):
-        return {name: _open_clip_place(name) for name in own}
+        return {name: _open_clip_place(name, value) for name, value in network.state_dict().items()}
     # transformers 5 leaves the level out, and no file does.
     return {name: _Place(_with_level(name)) for name in own}
+
+
+def _denoiser_places(part: Component, own: Mapping[str, Tensor]) -> dict[str, _Place]:
+    if part.layers is None:
+        return {name: _Place(name) for name in own}
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in own)
+    layers: dict[str, Published] = {}
+    for layer in (*part.layers(list(own)), *part.layers(list(modules))):
+        if layer.parts != (layer.name,):
+            layers |= dict.fromkeys(layer.parts, layer)
+    places = {}
+    for name in own:
+        path, _, leaf = name.rpartition(".")
+        if path in layers:
+            whole = layers[path]
+            sizes = [len(own[f"{module}.{leaf}"]) for module in whole.parts]
+            at = whole.parts.index(path)
+            first = sum(sizes[:at])
+            rows = (first, first + sizes[at]) if len(sizes) > 1 else None
+            places[name] = _Place(f"{whole.name}.{leaf}", rows, swapped=whole.swapped)
+        else:
+            places[name] = _Place(layers[name].name if name in layers else name)
+    return places
 
 
 def _with_level(name: str) -> str:
@@ -155,7 +207,7 @@ _OPEN_CLIP = (
 )
 
 
-def _open_clip_place(name: str) -> _Place:
+def _open_clip_place(name: str, own: Tensor) -> _Place:
     name = name.removeprefix(TEXT_LEVEL)
     if name == "text_projection.weight":
         return _Place("text_projection", transposed=True)
@@ -164,7 +216,10 @@ def _open_clip_place(name: str) -> _Place:
         name = f"{name[: third.start()]}.attn.in_proj_{third[2]}"
     for ours, theirs in _OPEN_CLIP:
         name = name.replace(ours, theirs)
-    return _Place(name, third="qkv".index(third[1]) if third else None)
+    if third is None:
+        return _Place(name)
+    at = "qkv".index(third[1]) * len(own)
+    return _Place(name, rows=(at, at + len(own)))
 
 
 def _left_out(part: Component, network: nn.Module) -> str:
@@ -178,9 +233,19 @@ def _left_out(part: Component, network: nn.Module) -> str:
 
 
 def spread(
-    found: Mapping[str, Entry], parts: Sequence[tuple[Component, nn.Module]], *, where: str
+    found: Mapping[str, Entry],
+    parts: Sequence[tuple[Component, str, nn.Module]],
+    *,
+    where: str,
+    whole: bool = True,
 ) -> tuple[dict[str, dict[str, Entry]], list[ModelError]]:
     """Spreads the tensors of such a file over the networks.
+
+    Args:
+        found: the tensors by name.
+        parts: networks that are read from it, each with its prefix there.
+        where: the file, for messages.
+        whole: whether nothing else may lie there; other networks do, where they are read from another place.
 
     Returns:
         Component -> tensors by the network's own names, or by what stands in the file where they have none
@@ -188,30 +253,40 @@ def spread(
     """
     made: dict[str, dict[str, Entry]] = {}
     taken: set[str] = set()
-    for part, network in parts:
+    for part, prefix, network in sorted(parts, key=lambda row: -len(row[1])):
         inside = {
-            name.removeprefix(part.published): entry
+            name.removeprefix(prefix): entry
             for name, entry in found.items()
-            if name.startswith(part.published)
+            if name.startswith(prefix) and name not in taken
         }
+        places = _places(part, network)
+        rows = {place.name: 0 for place in places.values()}
+        for place in places.values():
+            rows[place.name] = max(rows[place.name], place.rows[1] if place.rows else 0)
         own, used = {}, set()
-        for name, place in _places(part, network).items():
+        for name, place in places.items():
             entry = inside.get(place.name)
             if entry is None:
                 continue
-            if place.third is not None and entry.shape and entry.shape[0] % 3 == 0:
-                entry = entry.part(place.third)
+            if place.rows is not None and entry.shape[:1] == (rows[place.name],):
+                entry = entry.part(*place.rows)
+            if place.swapped:
+                entry = entry.exchanged()
             own[name] = entry.turned() if place.transposed and len(entry.shape) == 2 else entry
             used.add(place.name)
         skipped = _left_out(part, network)
         rest = {
             name: entry
             for name, entry in inside.items()
-            if name not in used and not name.startswith(skipped) and not UNREAD.match(part.published + name)
+            if name not in used and not name.startswith(skipped) and not UNREAD.match(prefix + name)
         }
         made[part.name] = {**rest, **own}
-        taken |= {part.published + name for name in inside}
-    others = [name for name in found if name not in taken and not UNREAD.match(name)]
+        taken |= {prefix + name for name in inside}
+    others = [
+        name
+        for name in found
+        if name not in taken and not UNREAD.match(name) and (whole or not OTHERS.match(name))
+    ]
     if not others:
         return made, []
     more = f" and {len(others) - 3} more" if len(others) > 3 else ""
@@ -331,16 +406,18 @@ def published(part: Component, network: nn.Module) -> dict[str, Tensor]:
     """A network's tensors by their names in a single file, with the prefix; views, where they can be."""
     values = network.state_dict()
     made: dict[str, Tensor] = {}
-    thirds: dict[str, dict[int, Tensor]] = {}
+    rows: dict[str, dict[int, Tensor]] = {}
     for name, place in _places(part, network).items():
         value = values[name].detach()
-        if place.third is not None:
-            thirds.setdefault(part.published + place.name, {})[place.third] = value
+        if place.rows is not None:
+            rows.setdefault(part.published + place.name, {})[place.rows[0]] = value
             continue
+        if place.swapped:
+            value = torch.cat(value.chunk(2)[::-1])
         if place.transposed:
             value = value.t()
         made[part.published + place.name] = value[..., None, None] if place.pixel else value
-    made |= {name: torch.cat([found[third] for third in range(3)]) for name, found in thirds.items()}
+    made |= {name: torch.cat([found[first] for first in sorted(found)]) for name, found in rows.items()}
     return made | _filled(part, network, made)
 
 

@@ -176,7 +176,8 @@ def sized(family: Planned, source: Source) -> Sizes:
         ModelError: a folder without the family's components.
     """
     facts = family.facts
-    folder = source.path
+    rest = source.rest
+    folder = rest.path if rest else source.path
     if folder is not None and folder.is_file():
         beside = folder.with_suffix("")  # where the configs of a single file lie, see loading.py
         folder = beside if (beside / "model_index.json").is_file() else None
@@ -186,7 +187,9 @@ def sized(family: Planned, source: Source) -> Sizes:
     def read(part: Component) -> Component:
         name = "scheduler_config.json" if part.role == "scheduler" else "config.json"
         path = folder / part.name / name
-        if part.role == "scheduler" and not path.exists():
+        if rest is not None and not path.exists() and source.path is not None:
+            path = source.path / part.name / name
+        if (part.role == "scheduler" or (part.name == facts.denoiser_name and rest)) and not path.exists():
             return part
         try:
             made = with_config(part, read_json(path))

@@ -146,6 +146,10 @@ def published_names(paths: Collection[str]) -> dict[str, str]:
     return {path: _published(path, down, up, attended) for path in paths}
 
 
+MARKS = ("time_embed.0.weight", "input_blocks.0.0.weight")
+"""Tensors that every U-Net has under the names that it was published with."""
+
+
 def published_layers(paths: Collection[str]) -> list[Published]:
     """`Family.adapter_names` of a U-Net under the names that it was published with."""
     return [Published(name, (path,)) for path, name in published_names(paths).items()]

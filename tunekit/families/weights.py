@@ -7,8 +7,10 @@ entries, which are held against the network before one weight is read. What is r
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from tunekit import layers, records
 from tunekit.errors import ModelError
+from tunekit.families import gguf_files
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 WEIGHTS = ("model", "pytorch_model", "diffusion_pytorch_model")
@@ -132,6 +135,10 @@ def _shards(index: Path, allow_pickle: bool) -> tuple[Path, ...]:
 # What they hold ---------------------------------------------------------------------------------------------
 
 
+Get = Callable[[str, tuple[int, int] | None], Tensor]
+"""A tensor's name in a file, and its rows that are wanted (None: all) -> their values."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """A tensor in a file, or a part of it.
@@ -139,10 +146,13 @@ class Entry:
     Attributes:
         file: where it lies.
         name: what it is called there.
-        dtype: as safetensors says it: "F32", "F16", "I8".
+        dtype: as safetensors says it: "F32", "F16", "I8"; of a GGUF file its own name: "Q4_K".
         shape: of what is taken.
-        third: which third of its rows is taken: queries, keys and values may lie in one tensor.
+        rows: the first and the one behind the last that are taken: what a network has as layers of their own
+            may lie side by side in one tensor.
+        swapped: whether its two halves of rows are exchanged.
         transposed: whether rows and columns are exchanged.
+        scale: what it is multiplied by: one number, or one for each row of the whole.
         held: the tensor itself, where its file was a pickle.
     """
 
@@ -150,23 +160,45 @@ class Entry:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    third: int | None = None
+    rows: tuple[int, int] | None = None
+    swapped: bool = False
     transposed: bool = False
+    scale: Entry | None = None
     held: Tensor | None = field(default=None, repr=False, compare=False)
 
-    def part(self, third: int) -> Entry:
-        """A third of its rows."""
-        return replace(self, third=third, shape=(self.shape[0] // 3, *self.shape[1:]))
+    @property
+    def is_float(self) -> bool:
+        """Whether it is read as floating numbers."""
+        return self.dtype in FLOATS or self.file.suffix == gguf_files.SUFFIX
+
+    def part(self, first: int, end: int) -> Entry:
+        """Some of its rows."""
+        return replace(self, rows=(first, end), shape=(end - first, *self.shape[1:]))
+
+    def exchanged(self) -> Entry:
+        """The second half of its rows before the first."""
+        return replace(self, swapped=True)
 
     def turned(self) -> Entry:
         """Rows as columns."""
         return replace(self, transposed=True, shape=tuple(reversed(self.shape)))
 
-    def taken(self, whole: Tensor) -> Tensor:
-        """What is taken of the stored tensor."""
-        if self.third is not None:
-            whole = whole.chunk(3)[self.third]
-        return whole.t().contiguous() if self.transposed else whole
+    def taken(self, get: Get) -> Tensor:
+        """What is taken of the stored tensor.
+
+        Args:
+            get: reads some rows of a tensor of the file, or all.
+        """
+        value = get(self.name, self.rows)
+        if self.scale is not None:
+            scale = get(self.scale.name, None).float()
+            if scale.numel() > 1:
+                scale = scale.reshape(-1, *[1] * (value.dim() - 1))
+                scale = scale[slice(*self.rows)] if self.rows else scale
+            value = value.float() * scale.reshape(scale.shape if scale.numel() > 1 else ())
+        if self.swapped:
+            value = torch.cat(value.chunk(2)[::-1])
+        return value.t().contiguous() if self.transposed else value
 
 
 def entries(files: Iterable[Path], *, allow_pickle: bool = False) -> dict[str, Entry]:
@@ -177,7 +209,12 @@ def entries(files: Iterable[Path], *, allow_pickle: bool = False) -> dict[str, E
     """
     found: dict[str, Entry] = {}
     for file in files:
-        listed = _pickled(file, allow_pickle) if file.suffix in PICKLES else _listed(file)
+        if file.suffix in PICKLES:
+            listed = _pickled(file, allow_pickle)
+        elif file.suffix == gguf_files.SUFFIX:
+            listed = _in_gguf(file)
+        else:
+            listed = _listed(file)
         twice = next((name for name in listed if name in found), None)
         if twice is not None:
             raise ModelError(f"{twice} is in {found[twice].file.name} and in {file.name}", where=str(file))
@@ -201,6 +238,12 @@ def _listed(file: Path) -> dict[str, Entry]:
     return listed
 
 
+def _in_gguf(file: Path) -> dict[str, Entry]:
+    header = gguf_files.header(file)
+    types = gguf_files.type_names(file, header)
+    return {name: Entry(file, name, types[name], stored.shape) for name, stored in header.tensors.items()}
+
+
 def _pickled(file: Path, allow_pickle: bool) -> dict[str, Entry]:
     if not allow_pickle:
         raise ModelError(PICKLE_REFUSED, where=str(file), hint=PICKLE_HINT)
@@ -222,6 +265,68 @@ def _pickled(file: Path, allow_pickle: bool) -> dict[str, Entry]:
         for name, value in content.items()
         if isinstance(value, Tensor)
     }
+
+
+SCALES = (".scale_weight", ".weight_scale")
+"""How the names of numbers end that a layer's weights are multiplied by, as ComfyUI writes 8-bit floats."""
+UNUSED = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
+"""Beside them: what 8-bit arithmetic needs, and marks."""
+FORMATS = ("float8_e4m3fn", "float8_e5m2")
+"""What marks may say that weights are in, which are read as floats times a scale."""
+
+
+def scaled(found: Mapping[str, Entry], *, where: Path) -> tuple[dict[str, Entry], list[ModelError]]:
+    """Puts the scales of 8-bit weights to their tensors, and leaves out what only arithmetic needs.
+
+    Returns:
+        Tensors by name; and what is wrong: other formats, scales of no weight or of another shape.
+    """
+    made = {name: entry for name, entry in found.items() if not name.endswith((*SCALES, *UNUSED))}
+    wrong = []
+    for name, scale in found.items():
+        ending = next((ending for ending in SCALES if name.endswith(ending)), None)
+        if ending is None:
+            continue
+        weight = made.get(f"{name.removesuffix(ending)}.weight")
+        sizes = {(), (1,), (1, 1), *([weight.shape[:1], (*weight.shape[:1], 1)] if weight else [])}
+        if weight is None or scale.shape not in sizes or not scale.is_float:
+            of = f"a scale of no weight: {name.removesuffix(ending)}.weight is not there"
+            wrong.append(f"{name} is {list(scale.shape)} of {scale.dtype}" if weight else f"{name} is {of}")
+            continue
+        made[f"{name.removesuffix(ending)}.weight"] = replace(weight, scale=scale)
+    formats = {kind: name for name, kind in _formats(found, where).items() if kind not in FORMATS}
+    wrong += [f"{name} is in {kind}" for kind, name in sorted(formats.items())]
+    if not wrong:
+        return made, []
+    hint = (
+        f"weights in {' or '.join(FORMATS)} with one scale, or one for each row, are read; or take bf16, fp16"
+    )
+    return made, [ModelError(_named(wrong), where=str(where), hint=hint)]
+
+
+def _formats(found: Mapping[str, Entry], file: Path) -> dict[str, str]:
+    """Layer -> the format that marks say its weights are in."""
+    marks = [entry for name, entry in found.items() if name.endswith(".comfy_quant")]
+    if file.suffix != ".safetensors":
+        return {}
+    said: dict[str, str] = {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = json.loads((opened.metadata() or {}).get("_quantization_metadata", "{}"))
+            layers_said = {**header.get("layers", {})}
+            for entry in marks:
+                if math.prod(entry.shape) > 10_000:
+                    raise ValueError(f"{entry.name} is {list(entry.shape)}")
+                mark = bytes(opened.get_tensor(entry.name).to(torch.uint8).tolist())
+                layers_said[entry.name.removesuffix(".comfy_quant")] = json.loads(mark)
+            said = {layer: str(how["format"]) for layer, how in layers_said.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"what it says of its quantized layers cannot be read: {type(error).__name__}: {error}",
+            where=str(file),
+            hint=DAMAGED,
+        ) from error
+    return said
 
 
 # Against the network ----------------------------------------------------------------------------------------
@@ -257,7 +362,7 @@ def fitted(
         needed = state[match]
         if _matrix(entry.shape) != _matrix(needed.shape):
             wrong.append(f"{entry.name} is {list(entry.shape)} and should be {list(needed.shape)}")
-        elif needed.is_floating_point() and entry.dtype not in FLOATS:
+        elif needed.is_floating_point() and not entry.is_float:
             wrong.append(f"{entry.name} holds {entry.dtype}, where floating numbers are needed")
     tied = layers.tied(network)
     missing = [
@@ -325,11 +430,35 @@ def tensors(kept: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
     """Reads what `fitted` found, file by file: a network's own names and the tensors."""
     by_file: dict[Path, list[tuple[str, Entry]]] = {}
     for name, entry in kept.items():
-        if entry.held is not None:
-            yield name, entry.taken(entry.held)
-        else:
-            by_file.setdefault(entry.file, []).append((name, entry))
+        by_file.setdefault(entry.file, []).append((name, entry))
     for file, wanted in by_file.items():
-        with safe_open(file, framework="pt") as opened:
+        held = {entry.name: entry.held for _, first in wanted for entry in _with_scale(first)}
+        with _reading(file, held) as get:
             for name, entry in wanted:
-                yield name, entry.taken(opened.get_tensor(entry.name))
+                yield name, entry.taken(get)
+
+
+def _with_scale(entry: Entry) -> tuple[Entry, ...]:
+    return (entry,) if entry.scale is None else (entry, entry.scale)
+
+
+@contextmanager
+def _reading(file: Path, held: Mapping[str, Tensor | None]) -> Iterator[Get]:
+    """Gives what reads the tensors of a file; those of a pickle are there already."""
+    if file.suffix == gguf_files.SUFFIX:
+        with gguf_files.reading(file) as get:
+            yield get
+    elif file.suffix in PICKLES:
+        yield lambda name, rows: _rows(_there(held[name]), rows)
+    else:
+        with safe_open(file, framework="pt") as opened:
+            yield lambda name, rows: _rows(opened.get_tensor(name), rows)
+
+
+def _there(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
+def _rows(whole: Tensor, rows: tuple[int, int] | None) -> Tensor:
+    return whole if rows is None else whole[slice(*rows)]

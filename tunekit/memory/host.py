@@ -91,9 +91,9 @@ def base_of(job: Job, levers: Levers) -> Base:
         known = job.stored.get(part.name, Stored(None))
         if known.dtype is None:
             base = replace(base, made=base.made + whole)
-        elif part.name == packed or DTYPES[known.dtype] != dtype:
-            size = min(SHARD, whole * DTYPES[known.dtype].itemsize // 4)
-            base.reading[part.name] = known.largest or size
+        elif part.name == packed or DTYPES.get(known.dtype) != dtype:
+            itemsize = DTYPES[known.dtype].itemsize if known.dtype in DTYPES else 1
+            base.reading[part.name] = known.largest or min(SHARD, whole * itemsize // 4)
     return base
 
 

@@ -1,0 +1,608 @@
+"""A file with a transformer or a U-Net alone, as it is published and found, and a base for the rest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tunekit import families, layers, registry
+from tunekit.artifacts import Artifact, open_artifact
+from tunekit.config import ModelConfig, validate
+from tunekit.errors import ArtifactError, ConfigError, MissingPackageError, ModelError
+from tunekit.families import loading, single_file
+from tunekit.memory.stored import Stored, stored
+from tunekit.resources import Source
+
+Tensors = dict[str, Tensor]
+
+
+def tiny_flux() -> Any:
+    import diffusers
+
+    from tunekit.families import tiny
+
+    clip, t5 = tiny.clip_tokenizer(24), tiny.t5_tokenizer(20)
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=12,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=3,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=tiny.clip_text_encoder(clip, width=16),
+        tokenizer=clip,
+        text_encoder_2=tiny.t5_text_encoder(t5, width=24),
+        tokenizer_2=t5,
+        transformer=transformer,
+    )
+
+
+# What each transformer is called where it was published, written out by hand. -----------------------------
+
+
+def flux_names(own: Tensors) -> Tensors:
+    """https://github.com/black-forest-labs/flux/blob/main/src/flux/model.py"""
+    made: Tensors = {}
+
+    def put(theirs: str, *ours: str) -> None:
+        for leaf in ("weight", "bias"):
+            made[f"{theirs}.{leaf}"] = torch.cat([own[f"{path}.{leaf}"] for path in ours])
+
+    put("img_in", "x_embedder")
+    put("txt_in", "context_embedder")
+    embedders = {"time": "timestep", "vector": "text", "guidance": "guidance"}
+    for theirs, ours in embedders.items():
+        put(f"{theirs}_in.in_layer", f"time_text_embed.{ours}_embedder.linear_1")
+        put(f"{theirs}_in.out_layer", f"time_text_embed.{ours}_embedder.linear_2")
+    for i in range(2):
+        a, b = f"double_blocks.{i}", f"transformer_blocks.{i}"
+        put(f"{a}.img_mod.lin", f"{b}.norm1.linear")
+        put(f"{a}.txt_mod.lin", f"{b}.norm1_context.linear")
+        put(f"{a}.img_attn.qkv", f"{b}.attn.to_q", f"{b}.attn.to_k", f"{b}.attn.to_v")
+        put(f"{a}.txt_attn.qkv", f"{b}.attn.add_q_proj", f"{b}.attn.add_k_proj", f"{b}.attn.add_v_proj")
+        put(f"{a}.img_attn.proj", f"{b}.attn.to_out.0")
+        put(f"{a}.txt_attn.proj", f"{b}.attn.to_add_out")
+        put(f"{a}.img_mlp.0", f"{b}.ff.net.0.proj")
+        put(f"{a}.img_mlp.2", f"{b}.ff.net.2")
+        put(f"{a}.txt_mlp.0", f"{b}.ff_context.net.0.proj")
+        put(f"{a}.txt_mlp.2", f"{b}.ff_context.net.2")
+        made[f"{a}.img_attn.norm.query_norm.scale"] = own[f"{b}.attn.norm_q.weight"]
+        made[f"{a}.img_attn.norm.key_norm.scale"] = own[f"{b}.attn.norm_k.weight"]
+        made[f"{a}.txt_attn.norm.query_norm.scale"] = own[f"{b}.attn.norm_added_q.weight"]
+        made[f"{a}.txt_attn.norm.key_norm.scale"] = own[f"{b}.attn.norm_added_k.weight"]
+        a, b = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
+        put(f"{a}.modulation.lin", f"{b}.norm.linear")
+        put(f"{a}.linear1", f"{b}.attn.to_q", f"{b}.attn.to_k", f"{b}.attn.to_v", f"{b}.proj_mlp")
+        put(f"{a}.linear2", f"{b}.proj_out")
+        made[f"{a}.norm.query_norm.scale"] = own[f"{b}.attn.norm_q.weight"]
+        made[f"{a}.norm.key_norm.scale"] = own[f"{b}.attn.norm_k.weight"]
+    put("final_layer.linear", "proj_out")
+    for leaf in ("weight", "bias"):
+        scale, shift = own[f"norm_out.linear.{leaf}"].chunk(2)
+        made[f"final_layer.adaLN_modulation.1.{leaf}"] = torch.cat([shift, scale])
+    return made
+
+
+NAMES: dict[str, Callable[[Tensors], Tensors]] = {"flux": flux_names}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`bases("flux")`: a folder of a tiny pipeline. Only to be read."""
+    folder = tmp_path_factory.mktemp("bases")
+
+    def make(name: str) -> Path:
+        if not (folder / name).exists():
+            torch.manual_seed(0)
+            loading.save_pipeline(tiny_flux(), folder / name, registry.FAMILIES.get(name).facts)
+        return folder / name
+
+    return make
+
+
+def own_of(name: str, base: Path) -> Tensors:
+    facts = registry.FAMILIES.get(name).facts
+    return safetensors.torch.load_file(base / facts.denoiser_name / "diffusion_pytorch_model.safetensors")
+
+
+def other(own: Tensors) -> Tensors:
+    """Weights that differ from the base's."""
+    generator = torch.Generator().manual_seed(7)
+    return {name: torch.randn(value.shape, generator=generator) for name, value in own.items()}
+
+
+def load(name: str, source: Source, dtypes: Any = torch.float32, **how: Any) -> Any:
+    return loading.load_pipeline(source, registry.FAMILIES.get(name).facts, dtypes, **how)
+
+
+def look(name: str, source: Source) -> list[ModelError]:
+    return loading.look(source, registry.FAMILIES.get(name).facts)
+
+
+def without_weights(base: Path, name: str, to: Path) -> Path:
+    """The base as it may be found: its own denoiser is not read, so its weights need not be there."""
+    copy = shutil.copytree(base, to)
+    for file in (copy / registry.FAMILIES.get(name).facts.denoiser_name).glob("*.safetensors"):
+        file.unlink()
+    return copy
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_transformer_alone_is_read_exactly(
+    name: str, prefix: str, dtype: torch.dtype, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = without_weights(bases(name), name, tmp_path / "base")
+    facts = registry.FAMILIES.get(name).facts
+    own = {key: value.to(dtype) for key, value in other(own_of(name, bases(name))).items()}
+    file = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({prefix + key: value for key, value in NAMES[name](own).items()}, file)
+    source = Source(str(file), base=str(base))
+    assert look(name, source) == []
+    pipeline = load(name, source, {facts.denoiser_name: dtype})
+    made = getattr(pipeline, facts.denoiser_name).state_dict()
+    assert made.keys() == own.keys()
+    for key, value in own.items():
+        assert made[key].dtype == dtype and torch.equal(made[key], value), key
+    assert pipeline.vae.decoder.conv_in.weight.dtype == torch.float32
+    assert open_artifact(file).format == "torch" and families.detect(source) == name
+
+
+def as_it_is(made: Tensors) -> None:
+    """No change."""
+
+
+def write(name: str, base: Path, file: Path, change: Callable[[Tensors], object] = as_it_is) -> Tensors:
+    """Writes the base's transformer as one file, with changes; returns its tensors by their names here."""
+    own = other(own_of(name, base))
+    made = {key: value.contiguous() for key, value in NAMES[name](own).items()}
+    change(made)
+    safetensors.torch.save_file(made, file)
+    return own
+
+
+def as_fp8(made: Tensors, *, ending: str | None, by_row: bool = False) -> Tensors:
+    """Matrices in 8 bits, as ComfyUI writes them; returns what they stand for, by published name."""
+    meant = dict(made)
+    for name in [name for name in made if name.endswith(".weight") and made[name].dim() == 2]:
+        value = made[name]
+        if ending is None:
+            made[name] = value.to(torch.float8_e4m3fn)
+            meant[name] = made[name].float()
+            continue
+        scale = (value.abs().amax(dim=1, keepdim=True) if by_row else value.abs().max()) / 448
+        made[name] = (value / scale).to(torch.float8_e4m3fn)
+        layer = name.removesuffix(".weight")
+        made[f"{layer}{ending}"] = scale.float()
+        made[f"{layer}.{'scale_input' if ending == '.scale_weight' else 'input_scale'}"] = torch.tensor(1.0)
+        meant[name] = made[name].float() * scale.float()
+    return meant
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("ending", "by_row"),
+    [(None, False), (".scale_weight", False), (".weight_scale", False), (".weight_scale", True)],
+)
+def test_eight_bits_are_read_with_their_scales(
+    name: str, ending: str | None, by_row: bool, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    file, meant = tmp_path / "fp8.safetensors", Tensors()
+
+    def change(made: Tensors) -> None:
+        meant.update(as_fp8(made, ending=ending, by_row=by_row))
+        if ending == ".scale_weight":
+            made["scaled_fp8"] = torch.empty(0, dtype=torch.float8_e4m3fn)
+        if ending == ".weight_scale":
+            first = next(key.removesuffix(ending) for key in made if key.endswith(ending))
+            mark = json.dumps({"format": "float8_e4m3fn"}).encode()
+            made[f"{first}.comfy_quant"] = torch.tensor(list(mark), dtype=torch.uint8)
+
+    own = write(name, bases(name), file, change)
+    source = Source(str(file), base=str(bases(name)))
+    assert look(name, source) == []
+    denoiser = registry.FAMILIES.get(name).facts.denoiser_name
+    made = getattr(load(name, source), denoiser).state_dict()
+    again = NAMES[name](made)
+    assert again.keys() == meant.keys()
+    for key, value in meant.items():
+        assert torch.equal(again[key], value), key
+    for key, value in own.items():  # and it is the matrix that was meant, but for 3 bits of mantissa
+        assert (made[key] - value).abs().max() <= value.abs().max() / 16, key
+
+
+def test_a_format_that_is_not_known_is_named(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+
+    def change(made: Tensors) -> None:
+        made["img_in.comfy_quant"] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+        made["txt_in.scale_weight"] = torch.ones(3)
+        made["gone.scale_weight"] = torch.ones(1)
+
+    write("flux", bases("flux"), file, change)
+    (problem,) = look("flux", Source(str(file), base=str(bases("flux"))))
+    assert "img_in is in nvfp4" in problem.message and "txt_in.scale_weight is [3]" in problem.message
+    assert "gone.weight is not there" in problem.message
+
+    mark = {"img_in.comfy_quant": torch.ones(3, dtype=torch.uint8)}
+    write("flux", bases("flux"), file, lambda made: made.update(mark))
+    (problem,) = look("flux", Source(str(file), base=str(bases("flux"))))
+    assert "what it says of its quantized layers" in problem.message
+
+
+# GGUF -----------------------------------------------------------------------------------------------------
+
+
+def write_gguf(made: Tensors, file: Path, kind: str, architecture: str = "flux") -> Tensors:
+    """Matrices in a type of ggml, the rest in float32; returns what they stand for."""
+    gguf = pytest.importorskip("gguf")
+    import numpy as np
+
+    writer = gguf.GGUFWriter(str(file), architecture)
+    quant = gguf.GGMLQuantizationType[kind]
+    writer.add_array("some.words", ["a", "b"])
+    meant: Tensors = {}
+    for name, value in made.items():
+        block = gguf.GGML_QUANT_SIZES[quant][0]
+        own = quant if value.dim() == 2 and value.shape[1] % block == 0 else gguf.GGMLQuantizationType.F32
+        raw = gguf.quants.quantize(value.numpy().astype(np.float32), own)
+        writer.add_tensor(name, raw, raw_dtype=own)
+        meant[name] = torch.from_numpy(np.array(gguf.quants.dequantize(raw, own)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return meant
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
+def test_gguf_is_read(name: str, kind: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    base = bases(name)
+    own = other(own_of(name, base))
+    meant = write_gguf({key: value.contiguous() for key, value in NAMES[name](own).items()}, file, kind)
+    source = Source(str(file), base=str(base))
+    assert look(name, source) == [] and families.detect(source) == name
+    assert open_artifact(file).format == "torch"
+    pipeline = load(name, source)
+    again = NAMES[name](pipeline.transformer.state_dict())
+    for key, value in meant.items():
+        assert torch.equal(again[key], value), key
+    packed = load(name, source, {"transformer": torch.bfloat16}, pack="int8").transformer
+    layer = packed.get_submodule("transformer_blocks.0.attn.to_k")
+    assert isinstance(layer, layers.QuantLinear)
+    plain = pipeline.transformer.get_submodule("transformer_blocks.0.attn.to_k").weight
+    assert (layer.weight - plain).abs().max() < 0.05
+
+
+def test_gguf_without_its_package_says_how_to_get_it(
+    bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    file = tmp_path / "model.gguf"
+    write_gguf(NAMES["flux"](own_of("flux", bases("flux"))), file, "F32")
+    for module in [name for name in sys.modules if name.partition(".")[0] == "gguf"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MissingPackageError, match=r"GGUF files need.*pip install") as caught:
+        look("flux", Source(str(file), base=str(bases("flux"))))
+    assert "gguf" in str(caught.value)
+
+
+@pytest.mark.parametrize("cut", [0, 3, 8, 20, 40, 200, 2000, -1])
+def test_a_gguf_that_is_cut(cut: int, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    write_gguf(NAMES["flux"](own_of("flux", bases("flux"))), file, "F16")
+    file.write_bytes(file.read_bytes()[:cut])
+    (problem,) = look("flux", Source(str(file), base=str(bases("flux"))))
+    assert type(problem) is ModelError and problem.where == str(file) and problem.hint
+
+
+def test_a_gguf_of_a_type_that_is_not_known(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    write_gguf(NAMES["flux"](own_of("flux", bases("flux"))), file, "F16")
+    raw = file.read_bytes()
+    name = b"img_in.weight"
+    at = raw.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) + 4 + 16
+    file.write_bytes(raw[:at] + struct.pack("<I", 250) + raw[at + 4 :])
+    (problem,) = look("flux", Source(str(file), base=str(bases("flux"))))
+    assert "1 of its tensors are of a type that cannot be read: number 250" in problem.message
+
+
+def test_a_gguf_of_something_else(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    write_gguf({"blk.0.attn_q.weight": torch.ones(4, 4)}, file, "F16", "llama")
+    (problem,) = look("flux", Source(str(file), base=str(bases("flux"))))
+    assert 'says "llama"' in problem.message and "this needs FLUX.1" in problem.message
+
+
+QUIET = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture
+def fuzzed(tmp_path: Path) -> Path:
+    """A place for a file, used again and again."""
+    return tmp_path / "fuzzed.gguf"
+
+
+@pytest.fixture
+def gguf_bytes(bases: Callable[[str], Path], tmp_path: Path) -> bytes:
+    file = tmp_path / "whole.gguf"
+    write_gguf(NAMES["flux"](own_of("flux", bases("flux"))), file, "F16")
+    return file.read_bytes()
+
+
+@QUIET
+@given(data=st.data())
+def test_any_header_of_gguf_is_read_or_named(
+    bases: Callable[[str], Path], gguf_bytes: bytes, fuzzed: Path, data: Any
+) -> None:
+    raw = bytearray(gguf_bytes)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, 4000))
+        if data.draw(st.booleans()):
+            raw[at : at + 8] = struct.pack("<Q", data.draw(st.integers(0, 2**64 - 1)))
+        else:
+            raw[at : at + 1] = data.draw(st.binary(max_size=3))
+    fuzzed.write_bytes(raw)
+    problems = look("flux", Source(str(fuzzed), base=str(bases("flux"))))
+    assert all(type(problem) is ModelError and problem.where for problem in problems)
+
+
+# What is wrong, and what it is called ---------------------------------------------------------------------
+
+
+def test_without_a_base_one_line_says_what_to_set(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    file = tmp_path / "flux1-dev.safetensors"
+    write("flux", bases("flux"), file)
+    (problem,) = look("flux", Source(str(file)))
+    assert problem.message == "holds transformer alone, without vae, text_encoder and text_encoder_2"
+    assert problem.hint and "model.base" in problem.hint and "black-forest-labs/FLUX.1-dev" in problem.hint
+    with pytest.raises(ModelError, match="holds transformer alone"):
+        load("flux", Source(str(file)))
+
+
+def test_a_base_without_effect_is_an_error(tiny_sources: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tiny_sources("sd15")
+    (problem,) = look("sd15", Source(str(folder), base=str(folder)))
+    assert "model.base has no effect" in problem.message and problem.key == "model.base"
+    family, file = families.get("sd15"), tmp_path / "whole.safetensors"
+    dtypes = {part.name: torch.float32 for part in family.facts.components}
+    single_file.save_single_file(family.tiny(), file, family.facts, dtypes)
+    with pytest.raises(ModelError, match=r"model\.base has no effect"):
+        load("sd15", Source(str(file), base=str(folder)))
+    with pytest.raises(ConfigError, match=r"base: has no effect: model.source is tiny"):
+        validate(ModelConfig, {"family": "sd15", "source": "tiny", "base": "x"}, lambda key: "here")
+    with pytest.raises(ArtifactError, match="no effect on a model in onnx"):
+        Artifact(None, None, "onnx", "sd15", "x").with_base("y")
+
+
+def test_the_wrong_base_is_told(
+    bases: Callable[[str], Path], tiny_sources: Callable[[str], Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "x.safetensors"
+    write("flux", bases("flux"), file)
+    (problem,) = look("flux", Source(str(file), base=str(tiny_sources("sd15"))))
+    assert "holds a StableDiffusionPipeline, which is not FLUX.1" in problem.message
+    assert problem.key == "model.base"
+    (problem,) = look("flux", Source(str(file), base=str(tmp_path)))
+    assert "model_index.json" in problem.message and problem.key == "model.base"
+    (problem,) = look("flux", Source(str(file), base=str(file)))
+    assert "is one file" in problem.message and problem.key == "model.base"
+    larger = shutil.copytree(bases("flux"), tmp_path / "larger")
+    config = larger / "transformer" / "config.json"
+    config.write_text(config.read_text().replace('"num_layers": 2', '"num_layers": 3'))
+    (problem,) = look("flux", Source(str(file), base=str(larger)))
+    assert "missing transformer_blocks.2" in problem.message and str(larger) in str(problem.hint)
+    (problem,) = look("sd15", Source(str(file), base=str(tiny_sources("sd15"))))
+    assert "is a FLUX.1 model, and this needs Stable Diffusion 1.x" in problem.message
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_missing_unknown_or_of_another_shape_is_named(
+    name: str, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    file, base = tmp_path / "x.safetensors", bases(name)
+    source = Source(str(file), base=str(base))
+    denoiser = registry.FAMILIES.get(name).facts.denoiser_name
+    keys = list(NAMES[name](own_of(name, base)))
+    fused = next(key for key in keys if "qkv" in key and key.endswith(".weight"))
+    last = keys[-1]
+
+    def said(change: Callable[[Tensors], object]) -> str:
+        write(name, base, file, change)
+        (problem,) = look(name, source)
+        with pytest.raises(ModelError) as caught:
+            load(name, source)
+        assert problem.message in str(caught.value) and problem.where == str(file)
+        return problem.message
+
+    text = said(lambda made: made.pop(last))
+    assert denoiser in text and "missing" in text
+    text = said(lambda made: made.update({f"{last}.other": made.pop(last)}))
+    assert "missing" in text and f"no layer reads {last}.other" in text
+    assert "no layer reads extra" in said(lambda made: made.update(extra=torch.zeros(1)))
+    text = said(lambda made: made.update({fused: made[fused][1:].clone()}))
+    assert f"{fused} is [" in text and "should be" in text
+    text = said(lambda made: made.update({fused: made[fused].to(torch.int8)}))
+    assert f"{fused} holds I8" in text
+    file.write_bytes(file.read_bytes()[:-100])
+    (problem,) = look(name, source)
+    assert "cannot be read as safetensors" in problem.message
+
+
+def test_a_base_that_lacks_something_is_told(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """T5 is large, and left out where people pass folders on."""
+    file = tmp_path / "x.safetensors"
+    write("flux", bases("flux"), file)
+    base = shutil.copytree(bases("flux"), tmp_path / "base")
+    (base / "text_encoder_2" / "model.safetensors").unlink()
+    (problem,) = look("flux", Source(str(file), base=str(base)))
+    assert problem.message == "its weights are missing" and "text_encoder_2" in str(problem.where)
+    shutil.rmtree(base / "text_encoder_2")
+    (problem,) = look("flux", Source(str(file), base=str(base)))
+    assert problem.message == "its component text_encoder_2 is missing"
+
+
+# Stable Diffusion -----------------------------------------------------------------------------------------
+
+
+def stable_file(name: str, file: Path, *prefixes: str, **more: Tensor) -> Tensors:
+    """A file of the tiny pipeline in the published layout; of it, what begins so."""
+    family = families.get(name)
+    dtypes = {part.name: torch.float32 for part in family.facts.components}
+    single_file.save_single_file(family.tiny(), file, family.facts, dtypes)
+    made = {
+        key: value for key, value in safetensors.torch.load_file(file).items() if key.startswith(prefixes)
+    }
+    safetensors.torch.save_file({**made, **more}, file)
+    return made
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd2", "sdxl"])
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_unet_alone(name: str, bare: bool, tiny_sources: Callable[[str], Path], tmp_path: Path) -> None:
+    file, base = tmp_path / "unet.safetensors", tiny_sources(name)
+    made = stable_file(name, file, "model.diffusion_model.")
+    if bare:
+        made = {key.removeprefix("model.diffusion_model."): value for key, value in made.items()}
+        safetensors.torch.save_file(made, file)
+    (problem,) = look(name, Source(str(file)))
+    assert "holds unet alone, without vae" in problem.message and "model.base" in str(problem)
+    unet = load_of(name, Source(str(file), base=str(without_weights(base, name, tmp_path / "base")))).unet
+    for key, value in families.get(name).tiny().unet.state_dict().items():
+        assert torch.equal(unet.state_dict()[key], value), key
+    with pytest.raises(ModelError, match=r"name it: model\.family"):
+        families.detect(Source(str(file), base=str(base)))
+
+
+def load_of(name: str, source: Source) -> Any:
+    assert families.get(name).look(source) == []
+    return families.get(name).load(source)
+
+
+def test_a_vae_that_is_not_there_is_the_bases(tiny_sources: Callable[[str], Path], tmp_path: Path) -> None:
+    file, base = tmp_path / "no-vae.safetensors", str(tiny_sources("sd15"))
+    averages = {f"model_ema.diffusion_model{i}": torch.zeros(2) for i in range(3)}
+    stable_file("sd15", file, "model.", "cond_stage_model.", **averages)
+    source = Source(str(file), base=base)
+    made = load_of("sd15", source)
+    own = families.get("sd15").tiny()
+    for part in ("unet", "vae", "text_encoder"):
+        for key, value in getattr(own, part).state_dict().items():
+            assert torch.equal(getattr(made, part).state_dict()[key], value), f"{part}.{key}"
+    facts = families.get("sd15").facts
+    (line,) = loading.left_out(source, facts)
+    assert "3 tensors are a second average of the weights (EMA)" in line
+    listed = loading.source_files(source, facts)
+    assert [name for name, files in listed.items() if files] == [
+        "vae"
+    ]  # the others are in one file, and are known by their content
+
+
+def test_an_inpainting_unet_is_refused_by_name(tiny_sources: Callable[[str], Path], tmp_path: Path) -> None:
+    file, base = tmp_path / "inpainting.safetensors", str(tiny_sources("sd15"))
+    made = stable_file("sd15", file, "model.diffusion_model.")
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    taken = made[first]
+    made[first] = torch.cat([taken, taken, taken[:, :1]], dim=1)
+    safetensors.torch.save_file(made, file)
+    problems = families.get("sd15").look(Source(str(file), base=base))
+    assert "an inpainting model" in problems[0].message
+
+
+def test_what_else_lies_in_a_file_is_said(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """The files of whole models that ComfyUI opens as checkpoints."""
+    file = tmp_path / "all.safetensors"
+    made = NAMES["flux"](own_of("flux", bases("flux")))
+    made = {f"model.diffusion_model.{key}": value for key, value in made.items()}
+    more = {"text_encoders.t5xxl.transformer.x.weight": torch.ones(1), "vae.decoder.x.bias": torch.ones(1)}
+    safetensors.torch.save_file({**made, **more}, file)
+    source = Source(str(file), base=str(bases("flux")))
+    assert look("flux", source) == []
+    (line,) = loading.left_out(source, registry.FAMILIES.get("flux").facts)
+    assert line == "text_encoders, vae: not read, as model.base has them in their place"
+
+
+# Folders that lack a component ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lacking", ["weights", "folder"])
+def test_a_component_that_a_folder_lacks_is_the_bases(
+    lacking: str, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(bases("flux"), tmp_path / "model")
+    if lacking == "folder":
+        for part in ("text_encoder_2", "tokenizer_2"):
+            shutil.rmtree(folder / part)
+    else:
+        (folder / "text_encoder_2" / "model.safetensors").unlink()
+    (problem,) = [p for p in look("flux", Source(str(folder))) if "tokenizer" not in str(p)]
+    assert "missing" in problem.message and "text_encoder_2" in str(problem)
+    source = Source(str(folder), base=str(bases("flux")))
+    assert look("flux", source) == []
+    made = load("flux", source).text_encoder_2.state_dict()
+    whole = load("flux", Source(str(bases("flux")))).text_encoder_2.state_dict()
+    assert all(torch.equal(made[key], value) for key, value in whole.items())
+    files = loading.source_files(source, registry.FAMILIES.get("flux").facts)
+    assert files["text_encoder_2"][0].is_relative_to(bases("flux"))
+    assert files["transformer"][0].is_relative_to(folder)
+
+
+# Planning, records ----------------------------------------------------------------------------------------
+
+
+def test_sizes_and_files_are_those_of_both(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    write("flux", bases("flux"), file, lambda made: as_fp8(made, ending=".scale_weight"))
+    source = Source(str(file), base=str(without_weights(bases("flux"), "flux", tmp_path / "base")))
+    sizes = families.sizes_of("flux", source)
+    assert sizes.denoiser.config["num_layers"] == 2 and not sizes.assumed
+    known = stored(sizes, source)
+    assert known["transformer"] == Stored("other", file.stat().st_size)
+    assert known["text_encoder_2"].dtype == "fp32"
+    assert stored(sizes, Source(str(file), base="owner/name"))["vae"] == Stored("fp32")
+    shutil.rmtree(tmp_path / "base" / "transformer")
+    assert families.sizes_of("flux", source).denoiser.config["num_layers"] == 19  # the usual base's
+
+
+def test_how_it_was_opened_is_recorded(tmp_path: Path) -> None:
+    opened = validate(
+        ModelConfig, {"family": "flux", "source": "x.safetensors", "base": "owner/name"}, lambda key: "here"
+    ).opened
+    assert opened == Source("x.safetensors", base="owner/name") and opened.is_special
+    (tmp_path / "w.safetensors").write_bytes(b"x")
+    made = Artifact(
+        tmp_path, tmp_path, "adapter", "flux", str(tmp_path), base="x.safetensors", opened=opened
+    ).write()
+    assert made.model_source == opened
