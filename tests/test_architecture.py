@@ -197,9 +197,11 @@ class Known:
 
     def is_part(self, text: str) -> bool:
         """Whether a text can tell one name from another by a piece of it."""
-        return len(text) > 1 and any(text in name for name in self.names)
+        return len(text) > 1 and text not in WORDS and any(text in name for name in self.names)
 
 
+WORDS = {"image"}
+"""Pieces of a family's name that mean something else."""
 PIECES = {"startswith", "endswith", "removeprefix", "removesuffix", "find", "index", "count", "partition"}
 PIECES |= {"rpartition", "split", "match", "fullmatch", "search", "compile", "fnmatch", "replace"}
 """Functions that compare a text with a part of another."""
