@@ -19,7 +19,7 @@ from tunekit.resources import PACKAGE
 LAYERS = """
     __main__ > cli > workspace > {explain, running} > preconditions > planning > passes > training
         > {memory, data, runtime} > {adapters, tasks, report, doctor, card} > families
-        > {diffusion, layers, launch} > artifacts > config > {hardware, optimizers, progress}
+        > {diffusion, layers, launch, networks} > artifacts > config > {hardware, optimizers, progress}
         > {units, registry, quiet, kept, records, provenance} > resources > files > errors > install
 """
 RANK = {name: rank for rank, names in enumerate(LAYERS.split(">")) for name in re.findall(r"\w+", names)}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tunekit import families, layers
 from tunekit.config import AdapterConfig
@@ -239,45 +239,3 @@ def test_the_stored_type_is_read_from_the_files(tmp_path: Path):
     assert layers.stored_dtype(tmp_path) == torch.float32
     layers.save_denoiser(denoiser.half(), tmp_path)
     assert layers.stored_dtype(tmp_path) == torch.float16
-
-
-def test_a_twin_is_the_same_model_over_tensors_of_its_own() -> None:
-    class Table:
-        """What some transformers keep their positions in: no module, filled when they first run."""
-
-        rows: Tensor | None = None
-
-    inner = nn.Linear(4, 4, device="meta")
-    model = nn.Sequential(inner, nn.LayerNorm(4, device="meta"), inner)
-    model[1].weight.requires_grad_(False)
-    model.tied = inner.weight
-    model.table, model.others = Table(), [inner]
-    model.register_buffer("steps", torch.zeros(3, device="meta"), persistent=False)
-    model.eval()
-    one, two = layers.twin(model), layers.twin(model)
-    for made in (one, two):
-        assert not made.training and not isinstance(made[0], nn.Sequential)
-        assert made[0] is made[2] is made.others[0] and made.tied is made[0].weight
-        known, own = dict(model.named_parameters()), dict(made.named_parameters())
-        assert known.keys() == own.keys()
-        assert all(own[name].requires_grad == known[name].requires_grad for name in known)
-        assert all(own[name].shape == known[name].shape for name in known)
-        assert model.state_dict().keys() == made.state_dict().keys()
-        assert made(torch.empty(2, 4, device="meta")).shape == (2, 4)
-    one.table.rows = one.steps
-    assert two.table.rows is model.table.rows is None
-    storages = {
-        tensor.untyped_storage()._cdata
-        for made in (model, one, two)
-        for tensor in (*made.parameters(), *made.buffers())
-    }
-    assert len(storages) == 3 * 5
-
-
-def test_a_network_without_data_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    part = families.sizes_of("sd15", "tiny").denoiser
-    first = part.build()
-    monkeypatch.setattr(type(part), "_made", lambda *args: pytest.fail("built again"))
-    second = part.build()
-    assert second is not first and second.config == first.config
-    assert [p.shape for p in second.parameters()] == [p.shape for p in first.parameters()]

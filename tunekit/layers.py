@@ -6,13 +6,9 @@ beside the weights states what differs, module by module, so the folder loads ag
 
 from __future__ import annotations
 
-import copy
-import gc
 import json
-from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from types import FunctionType
 from typing import Any, Literal, TypeGuard, cast
 
 import torch
@@ -568,62 +564,3 @@ def replace(root: nn.Module, name: str, layer: nn.Module) -> None:
     """Puts a layer at a path below `root`."""
     parent, _, last = name.rpartition(".")
     setattr(root.get_submodule(parent), last, layer)
-
-
-# Without data -----------------------------------------------------------------------------------------------
-
-
-def twin(model: nn.Module) -> nn.Module:
-    """Another model like this one, which has no data: the same modules over tensors of its own.
-
-    That is what `copy.deepcopy` makes, in a tenth of the time: networks have thousands of modules, and a plan
-    needs one of them many times.
-    """
-    known: dict[int, Any] = {}
-    collects = gc.isenabled()
-    gc.disable()  # so many small objects would wake it several times, for nothing
-    try:
-        _remember_twins(model, known)
-    finally:
-        if collects:
-            gc.enable()
-    return cast(nn.Module, known[id(model)])
-
-
-def _remember_twins(module: nn.Module, known: dict[int, Any]) -> None:
-    """Makes the twin of a module and of what is in it; `known` is deepcopy's memory of what was copied."""
-    if id(module) in known:
-        return
-    made = known[id(module)] = object.__new__(type(module))
-    own: dict[str, Any] = {}
-    for name, value in vars(module).items():
-        if name == "_modules":
-            for child in value.values():
-                if child is not None:
-                    _remember_twins(child, known)
-            own[name] = {key: None if child is None else known[id(child)] for key, child in value.items()}
-        elif name in ("_parameters", "_buffers"):
-            own[name] = {key: _empty_twin(tensor, known) for key, tensor in value.items()}
-        elif value is None or type(value) in _PLAIN:
-            own[name] = value
-        elif type(value) in (dict, set, list, OrderedDict) and not value:
-            own[name] = type(value)()
-        else:
-            own[name] = copy.deepcopy(value, known)
-    vars(made).update(own)
-
-
-_PLAIN = frozenset({bool, int, float, str, type, torch.dtype, torch.device, torch.Size, FunctionType})
-
-
-def _empty_twin(tensor: Tensor | None, known: dict[int, Any]) -> Tensor | None:
-    if tensor is None or id(tensor) in known:
-        return None if tensor is None else cast(Tensor, known[id(tensor)])
-    if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_meta or vars(tensor):
-        made = copy.deepcopy(tensor, known)
-    else:
-        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        if isinstance(tensor, nn.Parameter):
-            made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-    known[id(tensor)] = made
-    return made

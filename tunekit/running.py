@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -48,6 +48,7 @@ from tunekit.memory.levers import Fitted, Levers, fit
 from tunekit.memory.measure import Meter
 from tunekit.memory.picture import draw
 from tunekit.memory.plan import Plan
+from tunekit.networks import by_layer
 from tunekit.passes.base import Context, Pass, run_chain
 from tunekit.progress import console
 from tunekit.records import PlanRecord, read_plain
@@ -297,7 +298,7 @@ class Run:
             base.pipeline,
             cache=self.cache,
             accelerator=self.accelerator,
-            captions_on_host=bool(config.memory.encode_on_host),
+            captions=self._visits,
             precision=config.memory.encode_precision or "fp32",
             measured=partial(self.meter.phase, "encode"),
             files=source_files(config.model.opened, base.family.facts),
@@ -307,6 +308,20 @@ class Run:
         negative = self.sampling.negative_prompt or ""
         self.prompts = encoder.conditioning([*config.preview.prompts, negative])
         encoder.release(keep_vae=bool(config.preview.prompts))
+
+    @contextmanager
+    def _visits(self, encoder: nn.Module) -> Iterator[None]:
+        """A text encoder while it encodes: on the device, there layer by layer, or on the CPU."""
+        memory, device = self.config.memory, self.accelerator.device
+        if memory.encode_by_layer:
+            with by_layer(encoder, device):
+                yield
+            return
+        encoder.to("cpu" if memory.encode_on_host else device)
+        try:
+            yield
+        finally:
+            encoder.to("cpu")
 
     def drawing(self, base: Base, prompt: str, sampling: SamplingConfig) -> Callable[..., list[Image]]:
         """Gives a function that draws pictures of `prompt` with the base; `seeds=[1, 2]` gives two.
@@ -320,13 +335,11 @@ class Run:
         runtime = Runtime(family, pipeline, f"torch {device}", device=device, dtype=cast(Any, denoiser).dtype)
         whole = sampling.over(runtime.sampling)
         encoders = [getattr(pipeline, part.name) for part in facts.encoders]
-        with self.meter.phase("class_pictures"):
+        with self.meter.phase("class_pictures"), ExitStack() as stack:
             for encoder in encoders:
-                encoder.to("cpu" if memory.encode_on_host else device)
+                stack.enter_context(self._visits(encoder))
             told = runtime.conditioning([prompt], whole)
             guided = runtime.guided(1, whole)
-            for encoder in encoders:
-                encoder.to("cpu")
         hardware.forget()  # what the encoders held
         denoiser.to(device)
         pipeline.vae.to(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ DECIDED = Levers(
     offload=("down", "middle"),
     optimizer_in_backward=True,
     encode_on_host=True,
+    encode_by_layer=True,
     encode_precision="bf16",
     vae_tiling=True,
     class_batch=1,
@@ -88,7 +89,9 @@ def test_what_changes_what_is_learned_stays_when_a_run_goes_on() -> None:
 def test_what_was_decided_goes_into_a_config_and_comes_back() -> None:
     made = plan(DECIDED)
     section = json.loads(json.dumps(made.as_json()))["memory"]
-    assert Levers.of(MemoryConfig(**section)) == DECIDED
+    assert Levers.of(section) == DECIDED
+    one = replace(DECIDED, encode_on_host=False)  # the two exclude each other
+    assert Levers.of(MemoryConfig(**plan(one).as_json()["memory"])) == one
     assert Levers.of(MemoryConfig(**Levers().among(UNITS).section())) == Levers()
     assert Plan.load(json.loads(json.dumps(made.dump()))) == made
 
@@ -109,6 +112,7 @@ def test_the_words_of_a_plan() -> None:
         "weights of 2 blocks in host memory",
         "optimizer in backward",
         "text encoders on the CPU",
+        "text encoders on the device layer by layer",
         "pictures encoded in bf16",
         "previews decoded in tiles",
         "class pictures drawn 1 at once",

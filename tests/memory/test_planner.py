@@ -15,6 +15,7 @@ from tunekit.kept import Kept
 from tunekit.memory.advice import advice
 from tunekit.memory.job import Job
 from tunekit.memory.levers import Levers
+from tunekit.memory.phases import DEVICE
 from tunekit.memory.plan import Plan, refuse
 from tunekit.memory.planner import Planner, counts, cuts, divisors
 from tunekit.memory.room import Room, Speed, room_of
@@ -208,17 +209,29 @@ def test_class_pictures_are_drawn_fewer_at_once_where_there_is_little_room(job: 
     assert drawing.plan("card", card(least - 1)).levers.class_batch in (1, 2)
 
 
-def test_captions_are_encoded_on_the_cpu_where_the_encoders_do_not_fit(traces: Kept) -> None:
+def test_captions_are_encoded_layer_by_layer_where_the_encoders_do_not_fit(traces: Kept) -> None:
+    """T5-XXL has 9.1 GiB in bf16, and 0.4 GiB in each of its 24 layers."""
     flux = usual("flux")
     denoiser = replace(flux.denoiser, config={**flux.denoiser.config, **TINY_FLUX})
     parts = tuple(denoiser if part.role == "denoiser" else part for part in flux.components)
     small = replace(flux, components=parts)
     planner = Planner(Job(small, ADAPTER, precision="bf16", size=(256, 256)), batch_size=1, cache=traces)
-    assert not planner.plan("card", room_of(hardware.find("rtx-3090"))).levers.encode_on_host
-    plan = planner.plan("card", room_of(hardware.find("rtx-3090"), budget=8 * 2**30))
-    assert plan.fits
-    assert plan.levers.encode_on_host
-    assert "text encoders" not in plan.phases["encode"]["ledger"]
+    large = planner.plan("card", room_of(hardware.find("rtx-3090")))
+    assert not large.levers.encode_by_layer and not large.levers.encode_on_host
+    room = room_of(hardware.find("rtx-3090"), budget=8 * 2**30)
+    plan = planner.plan("card", room)
+    print(plan.words, plan.phases["encode"])
+    assert plan.fits and plan.approximates == []
+    assert plan.levers.encode_by_layer and not plan.levers.encode_on_host
+    encode = plan.phases["encode"]
+    assert encode["least_bytes"] < 3 * 2**30
+    assert encode["host_bytes"] > 9 * 2**30  # they wait there meanwhile
+    for key in ("step", "save"):
+        assert plan.phases[key]["host_bytes"] < 2**30  # and are gone afterwards
+    asked = replace(planner, memory=PLANNED.model_copy(update={"encode_by_layer": False}))
+    on_host = asked.plan("card", room)
+    assert on_host.levers.encode_on_host and not on_host.levers.encode_by_layer
+    assert "text encoders" not in on_host.phases["encode"]["ledger"]
 
 
 @pytest.mark.parametrize(("pinned", "micro_batch", "accumulation"), [(3, 3, 2), (9, 4, 1)])
@@ -274,8 +287,8 @@ def test_pictures_are_encoded_in_bf16_where_the_whole_does_not_fit(traces: Kept,
     large = planner.plan("large", card(10**12))
     assert (large.levers.encode_precision, large.approximates) == ("fp32", [])
     narrow = card(round(large.phases["encode"]["least_bytes"] * 0.9))
-    on_host, precision, phase = planner._encode(narrow, large.levers)
-    assert (on_host, precision) == (False, "bf16")
+    captions, precision, phase = planner._encode(narrow, large.levers)
+    assert (captions, precision) == (DEVICE, "bf16")
     assert phase["least_bytes"] < 0.7 * large.phases["encode"]["least_bytes"]
     exact = replace(planner, memory=PLANNED.model_copy(update={"approximate": "never"}))
     assert exact._encode(narrow, large.levers)[1] == "fp32"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,11 +15,12 @@ from tunekit import families
 from tunekit.config import AdapterConfig
 from tunekit.errors import ConfigError
 from tunekit.families import Sizes
-from tunekit.memory.job import Job
+from tunekit.memory.job import ENCODERS, VISITORS, Job
 from tunekit.memory.levers import Levers, checkpoint_units, fit
-from tunekit.memory.phases import trace_encode, trace_preview
+from tunekit.memory.phases import DEVICE, HOST, LAYERS, trace_encode, trace_preview
 from tunekit.memory.step import trace_step
-from tunekit.memory.trace import CPU, CUDA, Tracer
+from tunekit.memory.trace import CPU, CUDA, Trace, Tracer
+from tunekit.networks import repeated
 
 ADAPTER = AdapterConfig(rank=4, alpha=4)
 SIZE = (64, 64)
@@ -188,15 +190,31 @@ def test_previews_and_encoding(tiny: Sizes) -> None:
     assert "base weights" not in one_by_one.categories.values()
     assert {"VAE", "text encoders"} <= set(one_by_one.categories.values())
     assert not {"VAE", "text encoders"} <= set(one_by_one.peak("encode").ledger)
-    assert "text encoders" not in trace_encode(job, CUDA, captions_on_host=True).categories.values()
+    assert "text encoders" not in trace_encode(job, CUDA, captions=HOST).categories.values()
+
+
+def test_text_encoders_are_there_layer_by_layer(tiny: Sizes) -> None:
+    whole, parts = (
+        trace_encode(Job(tiny, ADAPTER, size=SIZE), CUDA, captions=place) for place in (DEVICE, LAYERS)
+    )
+    layers = repeated(tiny.encoders[0].build())
+    sizes = [sum(-(-4 * p.numel() // 512) * 512 for p in layer.parameters()) for layer in layers]
+
+    def moved(trace: Trace, category: str) -> list[int]:
+        return [event.size for event in trace.events if trace.categories.get(event.storage) == category]
+
+    visits = moved(parts, VISITORS)
+    assert sum(size for size in visits if size > 0) == sum(sizes)
+    assert max(itertools.accumulate(visits)) == max(sizes)
+    born = [sum(size for size in moved(trace, ENCODERS) if size > 0) for trace in (whole, parts)]
+    assert born[0] - born[1] == sum(sizes)
+    assert parts.peak("encode").ledger.get("activations", 0) <= whole.peak("encode").ledger["activations"]
 
 
 def test_pictures_are_encoded_in_half_the_memory_in_sixteen_bits(tiny: Sizes) -> None:
     job = Job(tiny, ADAPTER, size=(256, 256))
     half = Levers(encode_precision="bf16")
-    full, lowered = (
-        trace_encode(job, CUDA, levers, captions_on_host=True).peak("encode") for levers in (None, half)
-    )
+    full, lowered = (trace_encode(job, CUDA, levers, captions=HOST).peak("encode") for levers in (None, half))
     print(lowered.ledger, full.ledger)
     assert lowered.ledger["activations"] < 0.7 * full.ledger["activations"]
     assert lowered.ledger["VAE"] < 0.6 * full.ledger["VAE"]

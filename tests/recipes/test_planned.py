@@ -75,9 +75,11 @@ def test_what_was_measured_stands_beside_what_was_predicted(
 def test_dreambooth_is_planned_with_its_class_pictures(
     run_here: Callable[..., Path], configured: Callable[..., Path], dreambooth_tree: Tree, tmp_path: Path
 ) -> None:
-    run = run_here(configured(tmp_path, planned(dreambooth_tree)))
+    """Its captions, and the prompt of the class pictures, by text encoders that visit layer by layer."""
+    run = run_here(configured(tmp_path, planned(dreambooth_tree, encode_by_layer=True)))
     plan = plan_of(run)
     assert plan["class_batch"] == 4
+    assert plan["memory"]["encode_by_layer"]
     assert plan["phases"]["class_pictures"]["measured"]["peak_allocated_bytes"] > 0
     print(plan["phases"]["class_pictures"]["error"])
 

@@ -127,6 +127,12 @@ class MemoryConfig(Section):
     the planner."""
     encode_on_host: Annotated[bool | None, Lever(words=_if_so("text encoders on the CPU"))] = None
     """Run the text encoders on the CPU. null lets the planner decide, and is false without one."""
+    encode_by_layer: Annotated[
+        bool | None, Lever(words=_if_so("text encoders on the device layer by layer"))
+    ] = None
+    """Keep the text encoders in host memory, and copy each of their layers to the device when it runs: slower
+    than all of them at once, and much faster than the CPU. null lets the planner decide, and is false without
+    one."""
     encode_precision: Annotated[
         Literal["fp32", "bf16"] | None, Lever(words=_encoded, resumable=False, exact=False)
     ] = None
@@ -150,6 +156,11 @@ class MemoryConfig(Section):
 
     @model_validator(mode="after")
     def _one_decides(self) -> MemoryConfig:
+        if self.encode_on_host and self.encode_by_layer:
+            wrong(
+                "encode_by_layer",
+                "encode_on_host runs the text encoders on the CPU; leave one of the two out",
+            )
         if self.budget is not None:
             for key in ("gradient_checkpointing", "keep_attention", "offload"):
                 if isinstance(getattr(self, key), list):

@@ -22,7 +22,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -54,6 +54,9 @@ VERSION = 1
 RECENT_BYTES = 256 * 2**20
 """Of the encoded files that were used last, so many bytes stay in memory."""
 
+Visit = Callable[[nn.Module], AbstractContextManager[None]]
+"""Within what it gives, a network computes on the device; it is in host memory before and after."""
+
 
 class Encoder:
     """Encodes pictures and prompts with a pipeline's encoders, each one alone, unless the cache has it.
@@ -67,7 +70,7 @@ class Encoder:
             family's table gives them (an fp16 VAE overflows).
         cache: folder of encoded files; shared by all runs.
         accelerator: processes share the work.
-        captions_on_host: the text encoders stay on the CPU.
+        captions: how each text encoder comes to the device while captions are encoded; by default whole.
         precision: of the VAE's arithmetic, where it is not to be the table's: "bf16".
         measured: gives a context that measures one encoding; `again` for the first of its kind.
         files: component -> files its weights were read from, so that they need not be hashed again.
@@ -81,14 +84,14 @@ class Encoder:
         *,
         cache: Path,
         accelerator: Accelerator,
-        captions_on_host: bool = False,
+        captions: Visit | None = None,
         precision: str = "fp32",
         measured: Callable[..., AbstractContextManager[None]] | None = None,
         files: Mapping[str, Sequence[Path]] | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         self.family = family
-        self.captions_on_host = captions_on_host
+        self.captions = captions or self._whole
         self.measured = measured
         self.pipeline = pipeline
         self.cache = cache
@@ -141,7 +144,7 @@ class Encoder:
             for transform, file in zip(transforms, paths, strict=True)
         ]
         with self._lowered() as vae:
-            self._fill(jobs, "picture", [vae])
+            self._fill(jobs, "picture", [vae], self._whole)
         places = {sample.caption: sample.where for sample in samples}
         captions = self.prompts(["", *(sample.caption for sample in samples)], places)
         frames = [
@@ -166,7 +169,7 @@ class Encoder:
         }
         jobs = [(file, partial(self._encode_prompt, prompt)) for prompt, file in files.items()]
         encoders = [getattr(self.pipeline, part.name) for part in self.family.facts.encoders]
-        self._fill(jobs, "caption", [] if self.captions_on_host else encoders)
+        self._fill(jobs, "caption", encoders, self.captions)
         return files
 
     def _tell_cuts(self, prompts: Sequence[str], places: Mapping[str, str] | None) -> None:
@@ -191,6 +194,15 @@ class Encoder:
         gc.collect()
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    @contextmanager
+    def _whole(self, module: nn.Module) -> Iterator[None]:
+        """A network that is on the device."""
+        module.to(self.accelerator.device)
+        try:
+            yield
+        finally:
+            module.to("cpu")
 
     @contextmanager
     def _lowered(self) -> Iterator[nn.Module]:
@@ -244,6 +256,7 @@ class Encoder:
         jobs: Sequence[tuple[Path, Callable[[], dict[str, Tensor]]]],
         what: str,
         modules: Sequence[nn.Module],
+        visit: Visit,
     ) -> None:
         """Make the files that are missing, split over the processes, while `modules` visit the device."""
         if self.accelerator.is_main_process:
@@ -255,22 +268,21 @@ class Encoder:
             self.say(f"encoding {len(missing)} {what}{'s' if len(missing) > 1 else ''}")
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         mine = missing[rank::processes]
-        for module in modules if mine else ():
-            module.to(self.accelerator.device)
         shown = console() if self.accelerator.is_main_process else Progress(quiet=True)
-        with shown.phase(f"encoding {what}s", len(missing)) if mine else nullcontext() as phase:
-            for done, (path, make) in enumerate(mine, start=1):
-                with self.measured(again=done == 1) if self.measured else nullcontext():
-                    tensors = make()
-                save_tensors(path, tensors)
-                if phase:
-                    phase.update(min(done * processes, len(missing)))
-        self.accelerator.wait_for_everyone()
-        for path, make in missing:  # another machine's disk may not be this one's
-            if not is_whole(path):
-                save_tensors(path, make())
-        for module in modules:
-            module.to("cpu")
+        with ExitStack() as stack:
+            for module in modules if missing else ():
+                stack.enter_context(visit(module))
+            with shown.phase(f"encoding {what}s", len(missing)) if mine else nullcontext() as phase:
+                for done, (path, make) in enumerate(mine, start=1):
+                    with self.measured(again=done == 1) if self.measured else nullcontext():
+                        tensors = make()
+                    save_tensors(path, tensors)
+                    if phase:
+                        phase.update(min(done * processes, len(missing)))
+            self.accelerator.wait_for_everyone()
+            for path, make in missing:  # another machine's disk may not be this one's
+                if not is_whole(path):
+                    save_tensors(path, make())
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
 

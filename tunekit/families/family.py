@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tunekit import layers
+from tunekit import networks
 from tunekit.config import ObjectiveConfig
 from tunekit.diffusion.objectives import FlowMatching, Objective
 from tunekit.diffusion.sampling import SamplingConfig
@@ -117,7 +117,7 @@ class Component:
             while len(_BUILT) >= REMEMBERED:
                 del _BUILT[next(iter(_BUILT))]
             _BUILT[key] = self._made(device)
-        return layers.twin(_BUILT[key])
+        return networks.twin(_BUILT[key])
 
     def _made(self, device: str) -> Any:
         made = self.type

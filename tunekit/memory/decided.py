@@ -25,6 +25,7 @@ class Levers:
         offload: of those, the ones whose frozen weights stay in host memory.
         optimizer_in_backward: each parameter is updated, and its gradient freed, as soon as it is there.
         encode_on_host: text encoders run on the CPU.
+        encode_by_layer: text encoders run on the device, and each of their layers is there only then.
         encode_precision: "fp32" or "bf16" arithmetic of the VAE while pictures are encoded.
         vae_tiling: previews are decoded in tiles.
         class_batch: class pictures drawn at once; None where none are.
@@ -38,6 +39,7 @@ class Levers:
     offload: Units = False
     optimizer_in_backward: bool = False
     encode_on_host: bool = False
+    encode_by_layer: bool = False
     encode_precision: str = "fp32"
     vae_tiling: bool = False
     class_batch: int | None = None

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
 import torch
 from torch import Tensor, nn
 
+from tunekit import networks
 from tunekit.families.family import DTYPES, as_kept
 from tunekit.memory.job import ENCODERS, STATE, VAE, VISITORS, WEIGHTS, Job
 from tunekit.memory.levers import Levers, as_held, lowered, tile_vae
 from tunekit.memory.step import adapted
 from tunekit.memory.trace import Target, Trace, Tracer
 
+DEVICE, LAYERS, HOST = "device", "layers", "host"
+PLACES = (DEVICE, LAYERS, HOST)
+"""Where text encoders are while captions are encoded: on the device, there layer by layer, on the CPU."""
 
-def trace_encode(
-    job: Job, target: Target, levers: Levers | None = None, *, captions_on_host: bool = False
-) -> Trace:
+
+def trace_encode(job: Job, target: Target, levers: Levers | None = None, *, captions: str = DEVICE) -> Trace:
     """Follows the encoding of a picture, then of a caption, each with its own networks on the device.
 
     On the CPU nothing leaves: the whole pipeline is there all the time, the denoiser as it was read.
 
     Args:
         levers: the denoiser's on the CPU, and the precision of the VAE's arithmetic.
-        captions_on_host: the text encoders run on the CPU.
+        captions: where they are encoded, a value of `PLACES`.
     """
     family, everything = job.sizes.family, target.name == "cpu"
     levers = levers or Levers(job.precision)
@@ -39,7 +45,7 @@ def trace_encode(
         tracer.label(there, WEIGHTS)
         if pictures or everything:
             tracer.label(tensors(*({kept, pipeline.vae} if everything else {pipeline.vae})), VAE)
-        if not pictures or everything:
+        if everything:
             tracer.label(tensors(*encoders), ENCODERS)
 
     pixels, tokens = torch.empty(1, 3, *job.size, device="meta"), job.sizes.tokens(1)
@@ -49,11 +55,11 @@ def trace_encode(
             tracer.label([pixels], "inputs")
             moments = family.encode_image(pipeline, pixels)
             del moments
-    if captions_on_host:
+    if captions == HOST:
         return tracer.trace()
     with Tracer(target) as second, torch.no_grad():
         begin(second, pictures=False)
-        with second.phase("encode"):
+        with second.phase("encode"), visiting(second, encoders, by_layer=captions == LAYERS):
             told = as_kept(family.encode_tokens(pipeline, tokens))
             del told
     return _after(tracer.trace(), second.trace())
@@ -106,14 +112,14 @@ def trace_preview(
     return _after(tracer.trace(), decoder.trace())
 
 
-def trace_class_pictures(job: Job, target: Target, batch: int, *, captions_on_host: bool = False) -> Trace:
+def trace_class_pictures(job: Job, target: Target, batch: int, *, captions: str = DEVICE) -> Trace:
     """Follows the drawing of class pictures by the base, in the types that it was opened in for training.
 
     The text encoders visit the device alone; then the denoiser and the VAE are there. On the CPU all stay.
 
     Args:
         batch: pictures at once, each with guidance.
-        captions_on_host: the text encoders run on the CPU.
+        captions: where their prompt is encoded, a value of `PLACES`.
     """
     if job.class_pictures is None:
         raise ValueError("this job draws no class pictures")
@@ -126,15 +132,15 @@ def trace_class_pictures(job: Job, target: Target, batch: int, *, captions_on_ho
     told = lowered(job.told(2 * batch), dtype, family.facts.denoiser.keeps)
     latents, tokens = job.sizes.latents(batch, *job.class_pictures), job.sizes.tokens(1)
 
-    def begin(tracer: Tracer, *, captions: bool) -> None:
-        if everything or not captions:
+    def begin(tracer: Tracer, *, drawing: bool) -> None:
+        if everything or drawing:
             tracer.label(tensors(family.denoiser(pipeline)), WEIGHTS)
             tracer.label(tensors(pipeline.vae), VAE)
-        if everything or captions:
+        if everything:
             tracer.label(tensors(*encoders), ENCODERS)
 
     with Tracer(target) as tracer, torch.no_grad():
-        begin(tracer, captions=False)
+        begin(tracer, drawing=True)
         with tracer.phase("class pictures"):
             tracer.label(told.values(), "inputs")
             noisy, timesteps = torch.cat([latents] * 2).to(dtype), latents.new_empty(2 * batch)
@@ -142,14 +148,31 @@ def trace_class_pictures(job: Job, target: Target, batch: int, *, captions_on_ho
             del made, noisy, timesteps, told
             pixels = family.decode(pipeline, latents)
             del pixels
-    if captions_on_host:
+    if captions == HOST:
         return tracer.trace()
     with Tracer(target) as first, torch.no_grad():
-        begin(first, captions=True)
-        with first.phase("class pictures"):
+        begin(first, drawing=False)
+        with first.phase("class pictures"), visiting(first, encoders, by_layer=captions == LAYERS):
             encoded = as_kept(family.encode_tokens(pipeline, tokens))
             del encoded
     return _after(first.trace(), tracer.trace())
+
+
+@contextmanager
+def visiting(tracer: Tracer, encoders: Sequence[nn.Module], *, by_layer: bool) -> Iterator[None]:
+    """Within, text encoders are on the device: whole, or but for their layers, which come one by one."""
+    if not by_layer:
+        tracer.label(tensors(*encoders), ENCODERS)
+        yield
+        return
+    with ExitStack() as stack:
+        for encoder in encoders:
+            visitors = {id(tensor) for layer in networks.repeated(encoder) for tensor in tensors(layer)}
+            tracer.label([t for t in tensors(encoder) if id(t) not in visitors], ENCODERS)
+            stack.enter_context(
+                networks.by_layer(encoder, "meta", lambda copies: tracer.label(copies, VISITORS))
+            )
+        yield
 
 
 def tensors(*modules: nn.Module) -> list[Tensor]:

@@ -188,7 +188,7 @@ def versions() -> dict[str, str]:
 @cache
 def code() -> str:
     """A digest of our own code that traces and plans come from: what they are cached under."""
-    sources = [PACKAGE / f"{name}.py" for name in ("planning", "layers", "optimizers", "tasks")]
+    sources = [PACKAGE / f"{name}.py" for name in ("planning", "layers", "networks", "optimizers", "tasks")]
     sources.append(PACKAGE / "training" / "distill.py")
     for folder in ("adapters", "diffusion", "memory", "families"):
         sources += sorted((PACKAGE / folder).glob("*.py"))

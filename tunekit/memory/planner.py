@@ -30,7 +30,7 @@ from tunekit.memory.costs import Costs, Row, costs, phase_of
 from tunekit.memory.decided import Levers, named
 from tunekit.memory.host import FILES, Base, Waiting, base_of, on_host
 from tunekit.memory.job import ADAPTER, MASTERS, STATE, TRAINED, Job
-from tunekit.memory.phases import trace_class_pictures, trace_encode, trace_preview
+from tunekit.memory.phases import DEVICE, HOST, LAYERS, trace_class_pictures, trace_encode, trace_preview
 from tunekit.memory.plan import PHASES, Phase, Plan, code, measures, versions
 from tunekit.memory.room import DISPATCH_SECONDS, HOST_LINK, Room
 from tunekit.memory.step import splits, trace_step
@@ -454,11 +454,12 @@ class Planner:
     def _around(self, room: Room, levers: Levers, whole: Costs) -> tuple[Levers, dict[str, Phase]]:
         """The phases beside the steps, and the levers with what was chosen for those."""
         phases = {"load": self._load(room, levers)}
-        on_host, precision, phases["encode"] = self._encode(room, levers)
-        levers = replace(levers, encode_on_host=on_host, encode_precision=precision)
+        captions, precision, phases["encode"] = self._encode(room, levers)
+        levers = replace(levers, encode_on_host=captions == HOST, encode_by_layer=captions == LAYERS)
+        levers = replace(levers, encode_precision=precision)
         levers = replace(levers, vae_tiling=bool(self.memory.vae_tiling))
         if self.job.class_pictures is not None:
-            count, phases["class_pictures"] = self._class_pictures(room, on_host)
+            count, phases["class_pictures"] = self._class_pictures(room, captions)
             levers = replace(levers, class_batch=count)
         if self.job.preview is not None:
             ledger = whole.phases["save"]["ledger"]
@@ -516,8 +517,8 @@ class Planner:
 
     def _hosted(self, levers: Levers, waiting: Waiting) -> dict[str, int]:
         """Bytes of the host in each phase, where the device has a memory of its own."""
-        previews = self.job.preview is not None
-        return on_host(self._base(levers), waiting, previews=previews, captions=levers.encode_on_host)
+        previews, stay = self.job.preview is not None, levers.encode_on_host or levers.encode_by_layer
+        return on_host(self._base(levers), waiting, previews=previews, captions=stay)
 
     def _base(self, levers: Levers) -> Base:
         plain = Levers(self.job.precision, levers.base_precision)
@@ -550,24 +551,25 @@ class Planner:
                 phases[after.phase] = found
         return phases
 
-    def _encode(self, room: Room, levers: Levers) -> tuple[bool, str, Phase]:
-        """Whether captions are encoded on the CPU, in which precision pictures are, and the phase."""
+    def _encode(self, room: Room, levers: Levers) -> tuple[str, str, Phase]:
+        """Where captions are encoded (`PLACES`), in which precision pictures are, and the phase."""
         memory, own_memory = self.memory, bool(room.context)
         plain = Levers(self.job.precision)
         if room.target.name == "cpu" and self.job.packs:  # elsewhere the denoiser is not there
             plain = replace(plain, base_precision=levers.base_precision)
-        hosts = [bool(memory.encode_on_host)]
-        if memory.encode_on_host is None and own_memory and room.has_host:
-            hosts.append(True)
+        places = [HOST] if memory.encode_on_host else [LAYERS] if memory.encode_by_layer else [DEVICE]
+        if places == [DEVICE] and own_memory and room.has_host:
+            places += [LAYERS] if memory.encode_by_layer is None else []
+            places += [HOST] if memory.encode_on_host is None else []
         precisions = [memory.encode_precision or "fp32"]
         if memory.encode_precision is None and memory.approximate != "never" and "bf16" not in room.lacks:
             precisions.append("bf16")
-        found: list[tuple[bool, str, Phase]] = []
-        for precision, captions in itertools.product(precisions, hosts):
+        found: list[tuple[str, str, Phase]] = []
+        for precision, captions in itertools.product(precisions, places):
             used = replace(plain, encode_precision=precision)
 
-            def make(captions: bool = captions, used: Levers = used) -> Phase:
-                traced = trace_encode(self.job, room.target, used, captions_on_host=captions)
+            def make(captions: str = captions, used: Levers = used) -> Phase:
+                traced = trace_encode(self.job, room.target, used, captions=captions)
                 return phase_of(traced, ("encode",), room.target)
 
             phase = self._made(["encode", asdict(room.target), asdict(used), captions], make, self.job)
@@ -576,16 +578,16 @@ class Planner:
                 return found[-1]
         return min(found, key=lambda one: int(one[2]["least_bytes"]))
 
-    def _class_pictures(self, room: Room, on_host: bool) -> tuple[int, Phase]:
+    def _class_pictures(self, room: Room, captions: str) -> tuple[int, Phase]:
         """How many class pictures are drawn at once, and the phase."""
         pinned = self.memory.class_batch
         for batch in [pinned] if pinned else divisors(CLASS_BATCH):
 
             def make(batch: int = batch) -> Phase:
-                traced = trace_class_pictures(self.job, room.target, batch, captions_on_host=on_host)
+                traced = trace_class_pictures(self.job, room.target, batch, captions=captions)
                 return phase_of(traced, ("class pictures",), room.target)
 
-            found = self._made(["class pictures", asdict(room.target), batch, on_host], make, self.job)
+            found = self._made(["class pictures", asdict(room.target), batch, captions], make, self.job)
             if room.needed(found["least_bytes"]) <= room.total:
                 break
         return batch, found

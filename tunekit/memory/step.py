@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tunekit import optimizers
-from tunekit.layers import twin
 from tunekit.memory.job import (
     ADAPTER,
     GRADIENTS,
@@ -29,6 +28,7 @@ from tunekit.memory.job import (
 )
 from tunekit.memory.levers import Fitted, Levers, OnUnit, arranged, fit, step_in_backward, with_adapter
 from tunekit.memory.trace import Mark, Target, Trace, Tracer
+from tunekit.networks import twin
 from tunekit.tasks import Task
 
 PAGED = 100_000
