@@ -71,14 +71,9 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     return {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
 
 
-def ends(module: nn.Module, *, blocks: bool = False) -> list[str]:
-    """Names that the paths of all layers of a module end with, or of those that lie in numbered blocks."""
-    found = set()
-    for path in linear_layers(module):
-        name, last = path.split("."), path.rpartition(".")[2]
-        if not blocks or any(part.isdigit() for part in name[:-1]):
-            found.add(".".join(name[-2:]) if last.isdigit() else last)
-    return sorted(found)
+def in_blocks(module: nn.Module) -> list[str]:
+    """The paths of layers that lie in numbered blocks."""
+    return [path for path in linear_layers(module) if any(part.isdigit() for part in path.split(".")[:-1])]
 
 
 def weights(family: Family, pipeline: Any) -> Updates:
@@ -267,7 +262,7 @@ def everywhere(
     family: Family, kind: str, tmp_path_factory: pytest.TempPathFactory, trained: Trained, save: Save
 ) -> Everywhere:
     """Both files of an adapter on all of the denoiser, by `FILES`, and what it adds to the weights."""
-    targets = ends(family.denoiser(family.tiny()))
+    targets = list(linear_layers(family.denoiser(family.tiny())))
     config = AdapterConfig(kind=kind, rank=RANK, alpha=ALPHA, targets=targets)
     pipeline = trained(family, config)
     files = save(tmp_path_factory.mktemp(family.name), pipeline, family, config)
@@ -328,9 +323,11 @@ def in_all(family: Family, train: Train, **options: Any) -> Any:
     pipeline = family.tiny()
     for seed, component in enumerate(family.facts.kohya_prefixes):
         module = getattr(pipeline, component)
-        targets = ends(module, blocks=component != family.facts.denoiser_name)
+        targets = linear_layers(module) if component == family.facts.denoiser_name else in_blocks(module)
         module.requires_grad_(False)
-        module.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, **options), "default")
+        module.add_adapter(
+            LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(targets), **options), "default"
+        )
         train([(name, p) for name, p in module.named_parameters() if p.requires_grad], seed)
     return pipeline
 

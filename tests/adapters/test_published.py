@@ -270,9 +270,11 @@ def test_ranks_that_have_learned_nothing(small: nn.Module) -> None:
         name: replace(made(Lora, small[name], 2, 3.0), up=torch.zeros(rows, 2)) for name, rows in ROWS.items()
     }
     _, read = round_trip(small, deltas)
+    assert {name: delta.rank for name, delta in read.items()} == dict.fromkeys(ROWS, 2)
     assert all(not delta.up.any() for delta in read.values())
     deltas["b"].up[0, 1] = 1
     _, read = round_trip(small, deltas)
+    assert {name: delta.rank for name, delta in read.items()} == dict.fromkeys(ROWS, 2)
     assert read.keys() >= {"b"} and torch.equal(
         read["b"].apply(torch.zeros(5, 6)), deltas["b"].apply(torch.zeros(5, 6))
     )

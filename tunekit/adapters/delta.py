@@ -191,9 +191,9 @@ class Lora(Kind):
         return self.updated(weight).to(weight.dtype)
 
     def split(self, sizes: Sequence[int]) -> list[Self]:
-        """As for any; a rank that changes nothing in a layer's rows is left out there.
+        """As for any; each keeps the ranks that are its own, so that what was stacked comes back as it was.
 
-        What was stacked is thus given back as it was; a layer whose rows no rank changes keeps one of zeros.
+        A layer that nothing was stacked for has rank 0.
         """
         found = []
         parts = super().split(sizes)
@@ -358,21 +358,24 @@ def lengths_of(layer: Any) -> Tensor:
 def _own_ranks(ups: Sequence[Tensor]) -> list[Tensor]:
     """Of updates that share their `down`: which ranks each has to itself, [r] bool.
 
-    A rank of zeros goes with the one before it, since it says nothing; a part without any keeps the first.
+    A rank that is zero in all of them may be anyone's: ranks are in equal parts where that can be, and else
+    it goes with the one before it.
     """
     used = torch.stack([up.flatten(1).ne(0).any(dim=0) for up in ups]).cpu()
+    parts, ranks = used.shape
+    if ranks % parts == 0:
+        equal = torch.eye(parts, dtype=torch.bool).repeat_interleave(ranks // parts, dim=1)
+        if not (used & ~equal).any():
+            return list(equal)
     if not used.any():
         return list(torch.ones_like(used))
-    if int(used.sum(dim=0).max()) == 1:
-        owner = used.int().argmax(dim=0)
-        known = used.any(dim=0)
-        for rank in range(1, len(owner)):
-            owner[rank] = owner[rank] if known[rank] else owner[rank - 1]
-        first = int(known.int().argmax())
-        owner[:first] = owner[first]
-        used = torch.stack([owner == part for part in range(len(ups))])
-    used[~used.any(dim=1), 0] = True
-    return list(used)
+    if int(used.sum(dim=0).max()) > 1:  # trained as one layer
+        return list(used)
+    owner, known = used.int().argmax(dim=0), used.any(dim=0)
+    owner[: int(known.int().argmax())] = owner[known][0]
+    for rank in range(1, ranks):
+        owner[rank] = owner[rank] if known[rank] else owner[rank - 1]
+    return [owner == part for part in range(parts)]
 
 
 def _lengths(weight: Tensor, axis: int) -> Tensor:

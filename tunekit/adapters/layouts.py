@@ -293,10 +293,7 @@ def _as_filed(layers: Sequence[nn.Module]) -> nn.Module:
 
 
 def _parts(place: Place, layers: Sequence[nn.Module], delta: Delta | None) -> list[tuple[str, Delta]]:
-    """What an update changes in each module that its layer is made of, but for those that stay as they are.
-
-    Where all would, each has an update that does nothing.
-    """
+    """What an update changes in each module that its layer is made of, but for those that it leaves."""
     if delta is None:
         return []
     if place.swapped:
@@ -309,20 +306,28 @@ def _parts(place: Place, layers: Sequence[nn.Module], delta: Delta | None) -> li
             hint="such a file cannot be split: merge it into the model in the program that made it",
         )
     parts = delta.split([weight_shape(layer)[0] for layer in layers])
-    kept = [
-        (path, part)
+    return [
+        (path, _with_a_rank(part))
         for path, layer, part in zip(place.parts, layers, parts, strict=True)
-        if not _does_nothing(part, layer)
+        if not _is_left_alone(part, layer)
     ]
-    return kept or list(zip(place.parts, parts, strict=True))
 
 
-def _does_nothing(delta: Delta, layer: nn.Module) -> bool:
-    if not isinstance(delta, Lora) or delta.up.any() or delta.bias is not None:
+def _is_left_alone(delta: Delta, layer: nn.Module) -> bool:
+    """Whether what was cut out of a stack is nothing: no ranks, no bias, lengths that the weight has."""
+    if not isinstance(delta, Lora) or delta.rank or delta.bias is not None:
         return False
     return not isinstance(delta, Dora) or torch.allclose(
         delta.magnitude.float(), lengths_of(layer).to(delta.magnitude.device), rtol=1e-5
     )
+
+
+def _with_a_rank(delta: Delta) -> Delta:
+    """An update that has lengths or a bias alone, with one rank of zeros."""
+    if not isinstance(delta, Lora) or delta.rank:
+        return delta
+    down = delta.down.new_zeros(1, *delta.down.shape[1:])
+    return dataclasses.replace(delta, down=down, up=delta.up.new_zeros(len(delta.up), 1), alpha=1.0)
 
 
 def _delta(where: str, group: _Group, layer: nn.Module, alpha: float | None) -> Delta | None:

@@ -158,9 +158,10 @@ def made_for(header: Mapping[str, str]) -> FamilyFacts | None:
     """The family that a file's header names, as modelspec and kohya's tools do; the first says more."""
     base, architecture = header.get("ss_base_model_version", ""), header.get("modelspec.architecture", "")
     every: list[FamilyFacts] = [family.facts for _, family in FAMILIES.items()]
-    said = [facts for facts in every if architecture == f"{facts.modelspec_architecture}/lora"]
-    said += [facts for facts in every if base.startswith(facts.ss_base_model_version)]
-    return said[0] if said else None
+    for facts in every:
+        if architecture == f"{facts.modelspec_architecture}/lora":
+            return facts
+    return next((facts for facts in every if base.startswith(facts.ss_base_model_version)), None)
 
 
 def looks_like(shapes: Mapping[str, tuple[int, ...]], here: FamilyFacts) -> str:
@@ -197,7 +198,10 @@ def _usual_sizes(name: str) -> dict[str, tuple[int, ...]]:
     if not hasattr(family, "adapter_names"):  # it can be planned only
         return {}
     parts = family.facts.kohya_prefixes
-    modules = {part: modules_of(family.facts.component(part).build()) for part in parts}
+    try:
+        modules = {part: modules_of(family.facts.component(part).build()) for part in parts}
+    except AttributeError:  # diffusers is of a version before the family
+        return {}
     sizes = {}
     for key, place in places_of(modules, family).items():
         shapes = [weight_shape(modules[place.component][path]) for path in place.parts]
