@@ -68,6 +68,7 @@ class Component:
             None: as here. Rows may name a single tensor in place of a module: "norm.scale": "norm.weight".
         marks: of a denoiser, tensors by which a single file of it is known: all are there, under the names
             that it was published with, and no other family has them all.
+        unread: regular expression of tensors in such a file that the network does not have.
         dtype: what it computes in while pictures and captions are encoded; None: what the run says.
         fp16: whether float16 has the range for it. Where not, it stays float32 in a model of float16.
         sensitive: module paths that lose most in few bits.
@@ -86,6 +87,7 @@ class Component:
     published: str = ""
     layers: Callable[[Collection[str]], list[Published]] | None = None
     marks: tuple[str, ...] = ()
+    unread: str = ""
     dtype: str | None = "fp32"
     fp16: bool = True
     sensitive: tuple[str, ...] = ()

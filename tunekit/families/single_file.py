@@ -11,7 +11,7 @@ import gzip
 import json
 import re
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -278,7 +278,10 @@ def spread(
         rest = {
             name: entry
             for name, entry in inside.items()
-            if name not in used and not name.startswith(skipped) and not UNREAD.match(prefix + name)
+            if name not in used
+            and not name.startswith(skipped)
+            and not UNREAD.match(prefix + name)
+            and not (part.unread and re.fullmatch(part.unread, name))
         }
         made[part.name] = {**rest, **own}
         taken |= {prefix + name for name in inside}
@@ -352,7 +355,9 @@ def save_single_file(
     *,
     title: str = "",
 ) -> None:
-    """Writes a whole model into one file that AUTOMATIC1111, ComfyUI and diffusers read.
+    """Writes a model into one file that AUTOMATIC1111, ComfyUI and diffusers read.
+
+    Of a family that was published as a file of its denoiser alone, such a file: ComfyUI's "diffusion model".
 
     OpenCLIP's last layer, which Stable Diffusion 2 does not use and other programs ask for, is a copy of the
     one before.
@@ -369,7 +374,10 @@ def save_single_file(
         OutputError: it cannot be written.
     """
     parts = [part for part in facts.components if part.role != "scheduler"]
-    if not all(part.published for part in parts):
+    whole = all(part.published for part in parts)
+    if not whole:
+        parts = [facts.denoiser]
+    if not parts[0].published:
         raise ModelError(f"{facts.title} has no layout of a single file")
     if layers.describe(getattr(pipeline, facts.denoiser_name)) is not None:
         raise ModelError(
@@ -378,47 +386,60 @@ def save_single_file(
         )
     state: dict[str, Tensor] = {}
     for part in parts:
-        written = published(part, getattr(pipeline, part.name))
-        for name in list(written):  # one after the other: the whole is not there twice
-            state[name] = written.pop(name).to("cpu", dtypes[part.name]).contiguous()
-    scheduler = pipeline.scheduler.config
-    prediction = "v" if scheduler.get("prediction_type") == "v_prediction" else "epsilon"
-    architecture = facts.modelspec_architecture
-    if prediction == "epsilon":
-        architecture = architecture.replace("v2-768-v", "v2-512")
-    elif "xl" in architecture:
+        network = getattr(pipeline, part.name)
+        rows = _published(part, network) if part.role == "denoiser" else published(part, network).items()
+        for name, value in rows:  # one after the other: the whole is not there twice
+            own = name if whole else name.removeprefix(part.published)
+            state[own] = value.to("cpu", dtypes[part.name]).contiguous()
+    metadata = {"format": "pt", **_modelspec(pipeline, facts, title)}
+    if whole and "xl" in facts.modelspec_architecture and metadata["modelspec.prediction_type"] == "v":
         state[V_PRED] = torch.tensor([])
-        if scheduler.get("rescale_betas_zero_snr"):
+        if pipeline.scheduler.config.get("rescale_betas_zero_snr"):
             state[ZERO_SNR] = torch.tensor([])
-    metadata = {
-        "format": "pt",
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": architecture,
-        "modelspec.implementation": "sgm" if "xl" in architecture else "sd",
-        "modelspec.prediction_type": prediction,
-        "modelspec.title": title or facts.title,
-    }
     with output_errors(file):
         safetensors.torch.save_file(state, file, metadata=metadata)
 
 
+def _modelspec(pipeline: Pipeline, facts: FamilyFacts, title: str) -> dict[str, str]:
+    """What the header says of the model, in the words of modelspec 1.0.1."""
+    architecture = facts.modelspec_architecture
+    said = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture,
+        "modelspec.title": title or facts.title,
+    }
+    prediction = pipeline.scheduler.config.get("prediction_type")
+    if prediction is None:  # flow matching
+        return said
+    if prediction != "v_prediction":
+        said["modelspec.architecture"] = architecture.replace("v2-768-v", "v2-512")
+    return said | {
+        "modelspec.implementation": "sgm" if "xl" in architecture else "sd",
+        "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
+    }
+
+
 def published(part: Component, network: nn.Module) -> dict[str, Tensor]:
     """A network's tensors by their names in a single file, with the prefix; views, where they can be."""
+    made = dict(_published(part, network))
+    return made | _filled(part, network, made)
+
+
+def _published(part: Component, network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     values = network.state_dict()
-    made: dict[str, Tensor] = {}
-    rows: dict[str, dict[int, Tensor]] = {}
+    together: dict[str, list[tuple[_Place, Tensor]]] = {}
     for name, place in _places(part, network).items():
-        value = values[name].detach()
+        together.setdefault(place.name, []).append((place, values[name].detach()))
+    for name, pieces in together.items():
+        place, value = pieces[0]
         if place.rows is not None:
-            rows.setdefault(part.published + place.name, {})[place.rows[0]] = value
-            continue
+            in_order = sorted(pieces, key=lambda piece: piece[0].rows or (0, 0))
+            value = torch.cat([piece for _, piece in in_order])
         if place.swapped:
             value = torch.cat(value.chunk(2)[::-1])
         if place.transposed:
             value = value.t()
-        made[part.published + place.name] = value[..., None, None] if place.pixel else value
-    made |= {name: torch.cat([found[first] for first in sorted(found)]) for name, found in rows.items()}
-    return made | _filled(part, network, made)
+        yield part.published + name, value[..., None, None] if place.pixel else value
 
 
 def _filled(part: Component, network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

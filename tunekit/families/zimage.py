@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,6 +56,7 @@ PUBLISHED: dict[str, str | tuple[str, ...]] = {
         f"{block}.attention.qkv": tuple(f"{block}.attention.to_{part}" for part in "qkv") for block in _BLOCKS
     },
     **{f"{at}.attention.out": f"{at}.attention.to_out.0" for at in _BLOCKS},
+    **{f"{at}.attention.{of}_norm": f"{at}.attention.norm_{of}" for at in _BLOCKS for of in "qk"},
     "x_embedder": "all_x_embedder.2-1",
     "final_layer.linear": "all_final_layer.2-1.linear",
     "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
@@ -93,6 +95,10 @@ class ZImage:
                 },
                 kohya=("lora_unet",),
                 dotted="diffusion_model",
+                published="model.diffusion_model.",
+                layers=partial(answers.published, PUBLISHED),
+                marks=("x_pad_token", "cap_embedder.1.weight", "layers.0.attention.qkv.weight"),
+                unread=r"norm_final\.weight",
                 dtype=None,
                 sensitive=("all_x_embedder", "cap_embedder", "t_embedder", "all_final_layer"),
                 keeps=("timestep", "t"),

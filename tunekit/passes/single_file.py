@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 class SingleFile(Pass):
     """Writes the model into one .safetensors file too, as AUTOMATIC1111, Forge and ComfyUI take it.
 
-    The file lies in the step's folder and is named after the run. Its layout is that of the checkpoints that
-    Stable Diffusion was published as; the chain goes on with the model that it was given.
+    The file lies in the step's folder and is named after the run. Its layout is that of the published file:
+    a whole checkpoint for Stable Diffusion, the transformer alone for families that were published so
+    (ComfyUI loads that as a diffusion model); the chain goes on with the model that it was given.
     """
 
     kind: ClassVar[str] = "single_file"
