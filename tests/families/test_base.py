@@ -41,7 +41,9 @@ def flux_names(own: Tensors) -> Tensors:
 
     def put(theirs: str, *ours: str) -> None:
         for leaf in ("weight", "bias"):
-            made[f"{theirs}.{leaf}"] = torch.cat([own[f"{path}.{leaf}"] for path in ours])
+            parts = [own[f"{path}.{leaf}"] for path in ours if f"{path}.{leaf}" in own]
+            if parts:  # Chroma lacks some
+                made[f"{theirs}.{leaf}"] = torch.cat(parts)
 
     put("img_in", "x_embedder")
     put("txt_in", "context_embedder")
@@ -73,10 +75,20 @@ def flux_names(own: Tensors) -> Tensors:
         made[f"{a}.norm.query_norm.scale"] = own[f"{b}.attn.norm_q.weight"]
         made[f"{a}.norm.key_norm.scale"] = own[f"{b}.attn.norm_k.weight"]
     put("final_layer.linear", "proj_out")
-    for leaf in ("weight", "bias"):
+    for leaf in ("weight", "bias") if "norm_out.linear.weight" in own else ():
         scale, shift = own[f"norm_out.linear.{leaf}"].chunk(2)
         made[f"final_layer.adaLN_modulation.1.{leaf}"] = torch.cat([shift, scale])
     return made
+
+
+def chroma_names(own: Tensors) -> Tensors:
+    """https://github.com/lodestone-rock/flow/tree/master/src/models/chroma"""
+    made = {key: value for key, value in own.items() if key.startswith("distilled_guidance_layer.")}
+    for name in [name for name in made if ".layers." in name or ".norms." in name]:
+        value = made.pop(name)
+        name = name.replace("linear_1", "in_layer").replace("linear_2", "out_layer")
+        made[name.replace(".weight", ".scale") if ".norms." in name else name] = value
+    return made | flux_names(own)
 
 
 def zimage_names(own: Tensors) -> Tensors:
@@ -100,7 +112,11 @@ def zimage_names(own: Tensors) -> Tensors:
     return made
 
 
-NAMES: dict[str, Callable[[Tensors], Tensors]] = {"flux": flux_names, "zimage": zimage_names}
+NAMES: dict[str, Callable[[Tensors], Tensors]] = {
+    "flux": flux_names,
+    "chroma": chroma_names,
+    "zimage": zimage_names,
+}
 
 
 @pytest.fixture
@@ -600,7 +616,7 @@ PUBLISHED = [name for name in families.runnable() if families.get(name).facts.de
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_diffusers_reads_the_names_and_rows_at_real_size(name: str) -> None:
-    """Its own conversion of published files gives every tensor back; each has all its rows, and one column."""
+    """Its own conversion of published files gives every tensor back; each has all rows, and one column."""
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
     part = families.get(name).facts.denoiser

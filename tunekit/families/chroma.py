@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -70,6 +71,9 @@ class Chroma(Flux):
                     "approximator_layers": 5,
                 },
                 kohya=("lora_unet",),
+                published="model.diffusion_model.",
+                layers=partial(answers.published, PUBLISHED),
+                marks=("double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.in_proj.weight"),
                 dtype=None,
                 sensitive=("x_embedder", "context_embedder", "distilled_guidance_layer", "proj_out"),
                 keeps=("timestep", "img_ids", "txt_ids"),
