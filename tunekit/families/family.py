@@ -205,6 +205,8 @@ class FamilyFacts:
         ss_base_model_version: what kohya's tools write for this base, e.g. "sd_v1".
         modelspec_architecture: of modelspec 1.0.1, without "/lora", e.g. "stable-diffusion-v1".
         default_source: hub id of the usual base, whose sizes the table has.
+        bases: hub ids of other published bases -> component -> what its configuration has instead, so that
+            they are planned before they are here.
         licence: of the usual base, as the hub writes it.
         base_title: the usual base for people, where it is not `title`.
         ss_v2: kohya's name for SD 2.x.
@@ -226,6 +228,7 @@ class FamilyFacts:
     presets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(steps=30, guidance=7.5))
     sampling_distilled: SamplingConfig | None = None
+    bases: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     licence: str = ""
     base_title: str = ""
     ss_v2: bool = False

@@ -170,7 +170,8 @@ def sized(family: Planned, source: Source) -> Sizes:
     """The sizes of a folder, read from its config.json files; nothing is downloaded.
 
     Args:
-        source: folder, "builtin/..." or hub id, for which the sizes of the family's usual base are assumed.
+        source: folder, "builtin/..." or hub id; of one that is not among `FamilyFacts.bases`, the
+            sizes of its usual base are assumed.
 
     Raises:
         ModelError: a folder without the family's components.
@@ -182,7 +183,11 @@ def sized(family: Planned, source: Source) -> Sizes:
         beside = folder.with_suffix("")  # where the configs of a single file lie, see loading.py
         folder = beside if (beside / "model_index.json").is_file() else None
     if folder is None:
-        return Sizes(family, facts.components, assumed=source.name != facts.default_source)
+        other = facts.bases.get(source.name)
+        parts = (
+            facts.components if other is None else tuple(_otherwise(part, other) for part in facts.components)
+        )
+        return Sizes(family, parts, assumed=other is None and source.name != facts.default_source)
 
     def read(part: Component) -> Component:
         name = "scheduler_config.json" if part.role == "scheduler" else "config.json"
@@ -208,6 +213,10 @@ def sized(family: Planned, source: Source) -> Sizes:
     index = folder / "model_index.json"
     settings = _plain(read_json(index)) if index.is_file() else {}
     return Sizes(family, tuple(read(part) for part in facts.components), settings=settings)
+
+
+def _otherwise(part: Component, changes: Mapping[str, Mapping[str, Any]]) -> Component:
+    return replace(part, config={**part.config, **changes.get(part.name, {})})
 
 
 def like(family: Family, pipeline: Pipeline) -> Sizes:
