@@ -252,7 +252,33 @@ def of_chroma(pipeline: Any, sample: Sample, config: ObjectiveConfig) -> Tensor:
     return F.mse_loss(made, sample.noise - sample.latents)
 
 
+def of_flux2_klein(pipeline: Any, sample: Sample, config: ObjectiveConfig) -> Tensor:
+    count, width = len(sample.prompts), sample.latents.shape[-1]
+    time = sample.timesteps / 1000
+    share = time.view(-1, 1, 1, 1)
+    noisy = (1 - share) * sample.latents + share * sample.noise
+    with torch.no_grad():
+        text, text_ids = pipeline.encode_prompt(
+            sample.prompts,
+            device="cpu",
+            max_sequence_length=pipeline.tokenizer.model_max_length,
+            text_encoder_out_layers=(1, 2, 3),  # of four; 9, 18 and 27 of 36
+        )
+    rows = torch.arange(width * width)
+    places = torch.stack([0 * rows, rows // width, rows % width, 0 * rows], dim=1)
+    predicted = pipeline.transformer(
+        hidden_states=noisy.flatten(2).mT,
+        encoder_hidden_states=text,
+        timestep=time,
+        img_ids=places.expand(count, -1, -1),
+        txt_ids=text_ids,
+        guidance=None,
+    ).sample
+    return F.mse_loss(predicted.mT.unflatten(2, (-1, width)), sample.noise - sample.latents)
+
+
 PLAIN = {
+    "Flux2KleinPipeline": of_flux2_klein,
     "StableDiffusionPipeline": of_a_unet,
     "StableDiffusionXLPipeline": of_a_unet,
     "FluxPipeline": of_flux,

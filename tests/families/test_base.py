@@ -91,6 +91,43 @@ def chroma_names(own: Tensors) -> Tensors:
     return made | flux_names(own)
 
 
+def flux2_names(own: Tensors) -> Tensors:
+    """https://github.com/black-forest-labs/flux2/blob/main/src/flux2/model.py"""
+    made: Tensors = {}
+
+    def put(theirs: str, *ours: str) -> None:
+        made[f"{theirs}.weight"] = torch.cat([own[f"{path}.weight"] for path in ours])
+
+    put("img_in", "x_embedder")
+    put("txt_in", "context_embedder")
+    put("time_in.in_layer", "time_guidance_embed.timestep_embedder.linear_1")
+    put("time_in.out_layer", "time_guidance_embed.timestep_embedder.linear_2")
+    for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
+        put(f"{name}.lin", f"{name}.linear")
+    for i in range(2):
+        a, b = f"double_blocks.{i}", f"transformer_blocks.{i}"
+        put(f"{a}.img_attn.qkv", f"{b}.attn.to_q", f"{b}.attn.to_k", f"{b}.attn.to_v")
+        put(f"{a}.txt_attn.qkv", f"{b}.attn.add_q_proj", f"{b}.attn.add_k_proj", f"{b}.attn.add_v_proj")
+        for stream, out, middle, forward in (
+            ("img", "to_out.0", "", "ff"),
+            ("txt", "to_add_out", "added_", "ff_context"),
+        ):
+            put(f"{a}.{stream}_attn.proj", f"{b}.attn.{out}")
+            put(f"{a}.{stream}_mlp.0", f"{b}.{forward}.linear_in")
+            put(f"{a}.{stream}_mlp.2", f"{b}.{forward}.linear_out")
+            made[f"{a}.{stream}_attn.norm.query_norm.scale"] = own[f"{b}.attn.norm_{middle}q.weight"]
+            made[f"{a}.{stream}_attn.norm.key_norm.scale"] = own[f"{b}.attn.norm_{middle}k.weight"]
+        a, b = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
+        put(f"{a}.linear1", f"{b}.attn.to_qkv_mlp_proj")
+        put(f"{a}.linear2", f"{b}.attn.to_out")
+        made[f"{a}.norm.query_norm.scale"] = own[f"{b}.attn.norm_q.weight"]
+        made[f"{a}.norm.key_norm.scale"] = own[f"{b}.attn.norm_k.weight"]
+    put("final_layer.linear", "proj_out")
+    scale, shift = own["norm_out.linear.weight"].chunk(2)
+    made["final_layer.adaLN_modulation.1.weight"] = torch.cat([shift, scale])
+    return made
+
+
 def zimage_names(own: Tensors) -> Tensors:
     """https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/ldm/lumina/model.py"""
     made = {}
@@ -115,6 +152,7 @@ def zimage_names(own: Tensors) -> Tensors:
 NAMES: dict[str, Callable[[Tensors], Tensors]] = {
     "flux": flux_names,
     "chroma": chroma_names,
+    "flux2": flux2_names,
     "zimage": zimage_names,
 }
 
