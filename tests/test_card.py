@@ -57,6 +57,15 @@ def test_a_card_tells_how_to_use_an_adapter(tmp_path: Path, facts: FamilyFacts) 
     assert Artifact.load(tmp_path / "adapter").size_bytes == artifact.size_bytes == 1
 
 
+def test_the_file_for_comfyui_is_named_whatever_its_names_are(tmp_path: Path, facts: FamilyFacts) -> None:
+    artifact = make(tmp_path / "adapter", facts.default_source)
+    (tmp_path / "adapter" / "my-robot.kohya.safetensors").rename(
+        tmp_path / "adapter" / "a.comfyui.safetensors"
+    )
+    card.write(artifact, facts)
+    assert "a.comfyui.safetensors` into `models/loras`" in (tmp_path / "adapter" / "README.md").read_text()
+
+
 def test_the_card_is_no_part_of_the_model(tmp_path: Path, facts: FamilyFacts) -> None:
     plain = make(tmp_path / "a", "tiny")
     with_card = card.write(make(tmp_path / "b", "tiny"), facts)
