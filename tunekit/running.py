@@ -334,7 +334,7 @@ class Run:
         denoiser = family.denoiser(pipeline)
         runtime = Runtime(family, pipeline, f"torch {device}", device=device, dtype=cast(Any, denoiser).dtype)
         whole = sampling.over(runtime.sampling)
-        encoders = [getattr(pipeline, part.name) for part in facts.encoders]
+        encoders = [getattr(pipeline, part.name) for part in facts.encoders_of(pipeline)]
         with self.meter.phase("class_pictures"), ExitStack() as stack:
             for encoder in encoders:
                 stack.enter_context(self._visits(encoder))

@@ -97,7 +97,7 @@ class Encoder:
         self.cache = cache
         self.accelerator = accelerator
         self.say = say
-        for part in (family.facts.vae, *family.facts.encoders):
+        for part in (family.facts.vae, *family.facts.encoders_of(pipeline)):
             module = getattr(pipeline, part.name)
             module.to(DTYPES[part.dtype or "fp32"]).eval().requires_grad_(False)
         self.multiple = family.resolution_multiple(pipeline)
@@ -109,8 +109,8 @@ class Encoder:
         self._vae = hashed(family.facts.vae.name)
         self._lower = DTYPES[precision] if precision != "fp32" else None
         self._text = _digest(
-            *(hashed(part.name) for part in family.facts.encoders),
-            *(_vocabulary(getattr(pipeline, part.tokenizer)) for part in family.facts.encoders),
+            *(hashed(part.name) for part in family.facts.encoders_of(pipeline)),
+            *(_vocabulary(getattr(pipeline, part.tokenizer)) for part in family.facts.encoders_of(pipeline)),
             *_prompt_options(pipeline),
         )
         self._told: set[str] = set()
@@ -168,8 +168,8 @@ class Encoder:
             for prompt in prompts
         }
         jobs = [(file, partial(self._encode_prompt, prompt)) for prompt, file in files.items()]
-        encoders = [getattr(self.pipeline, part.name) for part in self.family.facts.encoders]
-        self._fill(jobs, "caption", encoders, self.captions)
+        there = self.family.facts.encoders_of(self.pipeline)
+        self._fill(jobs, "caption", [getattr(self.pipeline, part.name) for part in there], self.captions)
         return files
 
     def _tell_cuts(self, prompts: Sequence[str], places: Mapping[str, str] | None) -> None:

@@ -72,6 +72,7 @@ class Component:
         dtype: what it computes in while pictures and captions are encoded; None: what the run says.
         fp16: whether float16 has the range for it. Where not, it stays float32 in a model of float16.
         sensitive: module paths that lose most in few bits.
+        optional: whether a base may be without it; the family says what stands in for what it gives.
         keeps: inputs that keep their type when the component computes in 16 bits: sizes, positions, times.
     """
 
@@ -91,6 +92,7 @@ class Component:
     dtype: str | None = "fp32"
     fp16: bool = True
     sensitive: tuple[str, ...] = ()
+    optional: bool = False
     keeps: tuple[str, ...] = ()
 
     @property
@@ -105,6 +107,10 @@ class Component:
         if not isinstance(positions, int):
             return self.tokens
         return min(positions, self.tokens) if POSITIONS in self.config else positions
+
+    def is_left_out(self, index: Mapping[str, Any]) -> bool:
+        """Whether a model_index.json says that its base is without this part, as it may be."""
+        return self.optional and bool(index) and index.get(self.name) in (None, [None, None])
 
     def build(self, device: str = "meta") -> Any:
         """Makes the network: on the meta device without data, elsewhere with random weights.
@@ -273,6 +279,10 @@ class FamilyFacts:
     def encoders(self) -> tuple[Component, ...]:
         """The text encoders."""
         return self.of_role("text_encoder")
+
+    def encoders_of(self, pipeline: Pipeline) -> tuple[Component, ...]:
+        """The text encoders that a pipeline has, in order."""
+        return tuple(part for part in self.encoders if getattr(pipeline, part.name, None) is not None)
 
     @property
     def kohya_prefixes(self) -> dict[str, tuple[str, ...]]:
@@ -501,7 +511,7 @@ def tokenize(facts: FamilyFacts, pipeline: Pipeline, prompts: list[str]) -> Toke
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        for encoder in facts.encoders
+        for encoder in facts.encoders_of(pipeline)
         for tokenizer in (getattr(pipeline, encoder.tokenizer),)
     }
 

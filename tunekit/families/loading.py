@@ -313,8 +313,12 @@ def _find_in_folder(
         raise _idle_base(path)
     known = [part for part in networks if rest is not None or part.name not in lacking]
     for part in known:
+        place = rest if rest and part.name in lacking else folder
+        if part.is_left_out(place.index):
+            found.parts |= {part.name: None, part.tokenizer: None}
+            continue
         with found.noting():
-            _find_network(found, rest if rest and part.name in lacking else folder, part, headers)
+            _find_network(found, place, part, headers)
     beside = [name for name in lacking if not (path / facts.component(name).tokenizer).is_dir()]
     _find_rest(found, folder, facts, dict.fromkeys(beside, rest))
     found.settings = folder.settings(facts, {*found.parts, *fixed})
@@ -434,7 +438,7 @@ def _find_rest(
         found.parts["scheduler"] = _scheduler(folder.path, folder.index)
     for part in facts.encoders:
         place = (others or {}).get(part.name, folder)
-        if place is None:
+        if place is None or part.is_left_out(place.index):
             continue
         with found.noting():
             tokenizer = _tokenizer(place.path, place.index, part)

@@ -211,8 +211,9 @@ def sized(family: Planned, source: Source) -> Sizes:
             ) from error
 
     index = folder / "model_index.json"
-    settings = _plain(read_json(index)) if index.is_file() else {}
-    return Sizes(family, tuple(read(part) for part in facts.components), settings=settings)
+    said = read_json(index) if index.is_file() else {}
+    there = tuple(read(part) for part in facts.components if not part.is_left_out(said))
+    return Sizes(family, there, settings=_plain(said))
 
 
 def _otherwise(part: Component, changes: Mapping[str, Mapping[str, Any]]) -> Component:
@@ -233,7 +234,8 @@ def like(family: Family, pipeline: Pipeline) -> Sizes:
         return replace(made, tokens=min(length, made.tokens) if part.chat is not None else length)
 
     settings = _plain(dict(getattr(pipeline, "config", {})))
-    return Sizes(family, tuple(read(part) for part in family.facts.components), settings=settings)
+    there = (part for part in family.facts.components if getattr(pipeline, part.name) is not None)
+    return Sizes(family, tuple(read(part) for part in there), settings=settings)
 
 
 def _plain(index: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,7 +290,9 @@ def clip(
     )
 
 
-def t5_xxl(name: str, tokenizer: str, tokens: int, *, kohya: Collection[str] = ()) -> Component:
+def t5_xxl(
+    name: str, tokenizer: str, tokens: int, *, kohya: Collection[str] = (), optional: bool = False
+) -> Component:
     """The T5 1.1 XXL encoder, 4.76 G parameters, in bfloat16."""
     config = {
         "d_model": 4096,
@@ -309,6 +313,7 @@ def t5_xxl(name: str, tokenizer: str, tokens: int, *, kohya: Collection[str] = (
         kohya=tuple(kohya),
         dtype="bf16",
         fp16=False,
+        optional=optional,
     )
 
 

@@ -159,7 +159,8 @@ class BuildTensorrt(Pass):
             for component in components:
                 shutil.copy2(source / component / "config.json", context.folder / component)
             for folder in ("scheduler", *(encoder.tokenizer for encoder in family.facts.encoders)):
-                shutil.copytree(source / folder, context.folder / folder)
+                if (source / folder).is_dir():  # some may be without one of their encoders
+                    shutil.copytree(source / folder, context.folder / folder)
         index = {"version": VERSION, PACKAGE: trt.__version__, "engines": targets, "shapes": shapes}
         write_json(context.folder / INDEX, index)
         return Outcome(metrics={"engines": len(table)}, details={"engines": table})
@@ -213,7 +214,8 @@ def _sizes(family: Family, folder: Path) -> Sizes:
         config = json.loads((folder / part.tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
         return dataclasses.replace(made, tokens=min(made.tokens, int(config["model_max_length"])))
 
-    return Sizes(family, tuple(read(part) for part in family.facts.components))
+    there = (p for p in family.facts.components if not p.optional or (folder / p.name).is_dir())
+    return Sizes(family, tuple(read(part) for part in there))
 
 
 def _targets(trt: Any, devices: Sequence[str]) -> dict[str, list[str]]:

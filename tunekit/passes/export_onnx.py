@@ -305,7 +305,7 @@ def _write_rest(family: Family, pipeline: Any, components: list[str], folder: Pa
 
     from tunekit.families.loading import save_tokenizer
 
-    tokenizers = [encoder.tokenizer for encoder in family.facts.encoders]
+    tokenizers = [encoder.tokenizer for encoder in family.facts.encoders_of(pipeline)]
     with output_errors(folder):
         pipeline.scheduler.save_pretrained(folder / "scheduler")
         for name in tokenizers:

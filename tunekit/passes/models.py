@@ -39,8 +39,9 @@ class Models:
         if source not in self._pipelines:
             pipeline = family.load(source)
             for part in family.facts.components:
-                if part.role != "scheduler":
-                    getattr(pipeline, part.name).requires_grad_(False)
+                network = getattr(pipeline, part.name)
+                if part.role != "scheduler" and network is not None:
+                    network.requires_grad_(False)
             self._pipelines[source] = pipeline
         shared = self._pipelines[source]
         return shared if dtypes is None else in_types(shared, family.facts, dtypes)
@@ -101,7 +102,7 @@ def in_types(pipeline: Pipeline, facts: FamilyFacts, dtypes: Dtypes) -> Pipeline
     for part in facts.components:
         network = getattr(pipeline, part.name)
         wanted = dtypes if isinstance(dtypes, torch.dtype) else dtypes.get(part.name, torch.float32)
-        if part.role != "scheduler" and network.dtype != wanted:
+        if part.role != "scheduler" and network is not None and network.dtype != wanted:
             copies[part.name] = copy.deepcopy(network).to(wanted)
     return around(pipeline, copies) if copies else pipeline
 

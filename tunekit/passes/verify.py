@@ -298,7 +298,7 @@ def _trials(reference: Runtime, prompts: list[str], seed: int, sampling: Samplin
     sizes = ((height, width), (half_height, width), (half_height, half_width + multiple))
     for batch, size in enumerate(sizes, start=1):
         texts = [prompts[i % len(prompts)] for i in range(batch)]
-        for encoder in reference.family.facts.encoders:
+        for encoder in reference.family.facts.encoders_of(reference.pipeline):
             run = partial(_encode, encoder=encoder.name, prompts=texts)
             trials.append(_Trial(encoder.name, batch, None, None, run))
         told = reference.conditioning(

@@ -189,9 +189,10 @@ def graph_pipeline(folder: Path, family: Family, open_graph: Callable[[Path], Gr
         return GraphModule(open_graph(folder / name), config, name)
 
     # What is small and may be missing, before what takes long to open.
-    parts: dict[str, Any] = {row.tokenizer: _tokenizer(folder, index, row) for row in family.facts.encoders}
+    encoders = [row for row in family.facts.encoders if not row.is_left_out(index)]
+    parts: dict[str, Any] = {row.tokenizer: _tokenizer(folder, index, row) for row in encoders}
     parts["scheduler"] = _scheduler(folder, index)
-    for name in (family.facts.denoiser_name, *(row.name for row in family.facts.encoders)):
+    for name in (family.facts.denoiser_name, *(row.name for row in encoders)):
         parts[name] = component(name)
     encoder_there = (folder / "vae_encoder" / "config.json").is_file()
     parts["vae"] = GraphVae(component("vae_encoder") if encoder_there else None, component("vae_decoder"))
