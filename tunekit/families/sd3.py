@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tunekit.config import ObjectiveConfig
-from tunekit.diffusion.objectives import FlowMatching, Objective
+from tunekit.diffusion.objectives import FlowMatching, Objective, ShiftByTokens
 from tunekit.diffusion.sampling import SamplingConfig
 from tunekit.errors import ConfigError, ModelError
 from tunekit.families import family as answers
@@ -27,7 +27,11 @@ from tunekit.families.family import (
     Published,
     Tokens,
 )
+from tunekit.families.weights import Entry
 from tunekit.resources import Source
+
+PATCH = 2
+"""The transformer takes 2 x 2 latents as one token."""
 
 ABSENT: dict[str, Any] = {"image_encoder": None, "feature_extractor": None}
 """Parts of the pipeline that are left out: those of IP-Adapters."""
@@ -127,7 +131,7 @@ class SD3:
                 projection=1280,
                 kohya=("lora_te2",),
             ),
-            sizes.t5_xxl(T5, "tokenizer_3", 256, kohya=("lora_te3",)),
+            sizes.t5_xxl(T5, "tokenizer_3", 256, kohya=("lora_te3",), optional=True),
             sizes.scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0),
         ),
         lora_targets=ATTENTION,
@@ -145,30 +149,24 @@ class SD3:
         source = Source.of(source)
         if source.name == "tiny":
             return loading.cast(self.tiny(), self.facts, dtypes)
-        return loading.load_pipeline(source, self.facts, dtypes, pack=pack, fixed=ABSENT)
+        return loading.load_pipeline(source, self.facts, dtypes, pack=pack, fixed=ABSENT, misfits=misfits)
 
     def look(self, source: Source | str) -> list[ModelError]:
-        return loading.look(Source.of(source), self.facts, fixed=ABSENT)
+        return loading.look(Source.of(source), self.facts, fixed=ABSENT, misfits=misfits)
 
     def save(self, pipeline: Pipeline, folder: Path) -> None:
         loading.save_pipeline(pipeline, folder, self.facts)
 
     def tiny(self, seed: int = 0) -> Pipeline:
-        from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+        from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
         # 4 pixels per latent, a table of positions that is cropped unevenly, three encoders of unequal width.
         tokenizers = [tiny.clip_tokenizer(max_length=22) for _ in range(2)]
-        encoders = [
-            tiny.clip_text_encoder(tokenizers[0], width=16, projection=12, seed=seed),
-            tiny.clip_text_encoder(
-                tokenizers[1], width=20, layers=3, seed=seed, act="gelu", projection=20, name="text_encoder_2"
-            ),
-        ]
         long_tokenizer = tiny.t5_tokenizer(max_length=30)
         network = tiny.randomized(
             lambda: SD3Transformer2DModel(
                 sample_size=16,
-                patch_size=2,
+                patch_size=PATCH,
                 in_channels=6,
                 out_channels=6,
                 num_layers=3,
@@ -184,26 +182,12 @@ class SD3:
             seed,
             "transformer",
         )
-        coder = tiny.randomized(
-            lambda: AutoencoderKL(
-                sample_size=64,
-                block_out_channels=(16, 16, 32),
-                down_block_types=("DownEncoderBlock2D",) * 3,
-                up_block_types=("UpDecoderBlock2D",) * 3,
-                norm_num_groups=8,
-                latent_channels=6,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-                scaling_factor=0.75,
-                shift_factor=0.125,
-            ),
-            seed,
-            "vae",
-        )
         return StableDiffusion3Pipeline(
-            vae=coder,
-            text_encoder=encoders[0],
-            text_encoder_2=encoders[1],
+            vae=tiny.autoencoder(6, seed),
+            text_encoder=tiny.clip_text_encoder(tokenizers[0], width=16, projection=12, seed=seed),
+            text_encoder_2=tiny.clip_text_encoder(
+                tokenizers[1], width=20, layers=3, seed=seed, act="gelu", projection=20, name="text_encoder_2"
+            ),
             text_encoder_3=tiny.t5_text_encoder(long_tokenizer, width=48, seed=seed, name=T5),
             tokenizer=tokenizers[0],
             tokenizer_2=tokenizers[1],
@@ -220,7 +204,7 @@ class SD3:
         return network
 
     def objective(self, pipeline: Pipeline, config: ObjectiveConfig | None = None) -> Objective:
-        return FlowMatching.from_scheduler(pipeline.scheduler, config)
+        return FlowMatching.from_scheduler(pipeline.scheduler, config, patch=PATCH)
 
     def default_size(self, pipeline: Pipeline) -> tuple[int, int]:
         side = int(pipeline.transformer.config.sample_size) * vae.vae_factor(pipeline)
@@ -249,17 +233,22 @@ class SD3:
 
     @torch.no_grad()
     def encode_tokens(self, pipeline: Pipeline, tokens: Tokens) -> Conditioning:
-        """CLIP's two states side by side, padded to T5's width, stand before T5's along the sequence."""
+        """CLIP's two states side by side, padded to T5's width, stand before T5's along the sequence.
+
+        Without T5 they stand before zeros, as many as it reads tokens.
+        """
         clip, pooled = [], []
         for name in ("text_encoder", "text_encoder_2"):
             encoder = getattr(pipeline, name)
             output = encoder(tokens[name].to(encoder.device), output_hidden_states=True)
             clip.append(output.hidden_states[-2])
             pooled.append(output.text_embeds)
-        t5 = pipeline.text_encoder_3
-        # By its name: a graph gives its outputs so, too. Padding is read like the rest, without a mask.
-        long = t5(tokens[T5].to(t5.device)).last_hidden_state
-        short = torch.cat(clip, dim=-1)
+        short, t5 = torch.cat(clip, dim=-1), getattr(pipeline, T5, None)
+        if t5 is None:  # as the model saw it where T5 was dropped while it was trained
+            width, length = pipeline.transformer.config.joint_attention_dim, self.facts.component(T5).tokens
+            long = short.new_zeros(len(short), length, width)
+        else:
+            long = t5(tokens[T5].to(t5.device)).last_hidden_state  # padding is read too
         short = F.pad(short, (0, long.shape[-1] - short.shape[-1]))
         return {
             "encoder_hidden_states": torch.cat([short, long], dim=-2),
@@ -291,7 +280,11 @@ class SD3:
         return made
 
     def begin(self, scheduler: Any, steps: int, latents: Tensor) -> Tensor:
-        return answers.begin(scheduler, steps, latents)
+        if not scheduler.config.get("use_dynamic_shifting"):
+            return answers.begin(scheduler, steps, latents)
+        mu = ShiftByTokens.from_scheduler(scheduler, PATCH).mu(tuple(latents.shape))
+        scheduler.set_timesteps(steps, device=latents.device, mu=mu)
+        return latents
 
     def blocks(self, denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
         transformer: Any = denoiser
@@ -312,11 +305,14 @@ class SD3:
         network = pipeline.transformer
         config = network.config
         channels, height, width = self.latent_shape(pipeline, *self.default_size(pipeline))
+        t5 = getattr(pipeline, "tokenizer_3", None)
+        tokens = t5.model_max_length if t5 is not None else self.facts.component(T5).tokens
+        length = pipeline.tokenizer.model_max_length + tokens
         found = [
             graphs.encoder(
                 pipeline, row, ["last_hidden_state"] if row.name == T5 else CLIP, states=row.name != T5
             )
-            for row in self.facts.encoders
+            for row in self.facts.encoders_of(pipeline)
         ]
         return [
             *found,
@@ -328,7 +324,7 @@ class SD3:
                     "hidden_states": graphs.example(2, channels, height, width, like=network),
                     "timestep": torch.tensor([10.0]),
                     "encoder_hidden_states": graphs.example(
-                        2, sum(_lengths(self, pipeline)), config.joint_attention_dim, like=network
+                        2, length, config.joint_attention_dim, like=network
                     ),
                     "pooled_projections": graphs.example(2, config.pooled_projection_dim, like=network),
                 },
@@ -345,9 +341,37 @@ class SD3:
         ]
 
 
-def _lengths(family: SD3, pipeline: Pipeline) -> tuple[int, int]:
-    """Tokens of the texts that CLIP's encoders and T5 read."""
-    return pipeline.tokenizer.model_max_length, pipeline.tokenizer_3.model_max_length
+def misfits(parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]) -> list[str]:
+    """Why components do not make up a model that is trained and drawn here; see `loading.Misfits`."""
+    network, found = parts["transformer"].config, vae.misfits(parts["vae"].config)
+    taken, given = network.in_channels, parts["vae"].config.latent_channels
+    if taken != given:
+        found.append(
+            f"its transformer takes {taken} channels and the VAE gives {given}: a plain text-to-image model"
+            " is needed"
+        )
+    if network.out_channels not in (None, taken):
+        found.append(f"its transformer gives {network.out_channels} channels and takes {taken}")
+    if network.patch_size != PATCH or not isinstance(network.pos_embed_max_size, int):
+        found.append(
+            f"its transformer has patch_size {network.patch_size} and pos_embed_max_size"
+            f" {network.pos_embed_max_size}; {PATCH} and a whole number are needed"
+        )
+    clip = [parts[name].config for name in ("text_encoder", "text_encoder_2")]
+    pooled, wide = (sum(getattr(each, key) for each in clip) for key in ("projection_dim", "hidden_size"))
+    if pooled != network.pooled_projection_dim:
+        found.append(
+            f"its transformer reads a text of {network.pooled_projection_dim} numbers, and text_encoder and"
+            f" text_encoder_2 give {pooled}"
+        )
+    width, t5 = network.joint_attention_dim, parts[T5]
+    if t5 is not None and t5.config.d_model != width:
+        found.append(f"its transformer reads text of width {width}, and {T5} gives {t5.config.d_model}")
+    if wide > width:
+        found.append(
+            f"its transformer reads text of width {width}, and text_encoder and text_encoder_2 give {wide}"
+        )
+    return found + answers.flow_misfits(parts["scheduler"])
 
 
 class _Transformer(nn.Module):
