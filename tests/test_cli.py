@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -545,6 +546,7 @@ def test_plan_for_a_card(config: Path, tunekit_command: Command):
     assert made.returncode == 0, made.stderr
     assert "rtx-3060: fp32, micro-batch 1, nothing checkpointed" in made.stdout
     assert "optimizer state" in made.stdout
+    assert re.search(r"and \S+ [KMG]iB of RAM, most in the phase \w+", made.stdout)
     asked = ("--device", "3060", "--json", "--picture", "step.svg")
     content = json.loads(tunekit_command("plan", config, *asked).stdout)
     assert ">optimizer state<" in Path("step.svg").read_text()
@@ -561,7 +563,7 @@ def test_plan_for_all_cards_and_a_sweep(config: Path, tunekit_command: Command):
     assert len(plans) == 4 * len({plan["device"] for plan in plans}) > 80
     table = tunekit_command("plan", config, "--device", "all", "memory.precision=bf16").stdout
     assert "no bf16 there: needs memory.precision=fp16" in table
-    assert "h200" in table
+    assert "h200" in table and "RAM" in table
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -81,6 +81,7 @@ def plan_config(
     device: str | None = None,
     budget: str | None = None,
     display: bool = False,
+    cards: Collection[str] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Plan]:
     """Plans a training config.
@@ -90,6 +91,7 @@ def plan_config(
         device: a card, "all", or a device that answers here; None is a nameless card of `budget`.
         budget: bytes that may be used, "8 GiB".
         display: whether a display is on the card, which takes `DISPLAY` of it.
+        cards: of "all", names of those to plan for; default all.
         say: takes progress lines.
 
     Returns:
@@ -120,8 +122,11 @@ def plan_config(
         _refuse_what_it_lacks(config, facts, loaded)
         return [_known(config, facts, size, say, strict=True, display=display)]
     machine = hardware.machine_memory()[0]
-    cards = [replace(facts, memory_bytes=facts.memory_bytes or machine) for facts in hardware.TABLE.values()]
-    return [_known(config, facts, size, say, strict=False, display=display) for facts in cards]
+    chosen = [hardware.find(name) for name in cards] if cards else hardware.TABLE.values()
+    return [
+        _known(config, replace(facts, memory_bytes=facts.memory_bytes or machine), size, say, display=display)
+        for facts in chosen
+    ]
 
 
 def unmet(loaded: Loaded, *, processes: int = 1) -> list[TunekitError]:
@@ -339,7 +344,7 @@ def _known(
     budget: int | None,
     say: Callable[[str], None],
     *,
-    strict: bool,
+    strict: bool = False,
     display: bool = False,
 ) -> Plan:
     """The plan for a card of the table; the second time without importing torch."""

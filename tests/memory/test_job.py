@@ -20,6 +20,7 @@ from tunekit.config import (
     TrainConfig,
     TrainingRunConfig,
 )
+from tunekit.data.shapes import buckets
 from tunekit.errors import ConfigError
 from tunekit.families import Frame, Sizes, sizes
 from tunekit.memory import step
@@ -200,6 +201,21 @@ def test_a_picture_is_as_large_as_its_bucket() -> None:
     job = job_of(config, DataConfig(path="(pictures)", resolution=520), "bf16")
     assert job.size == (512, 512)
     assert job.sizes.assumed
+
+
+@pytest.mark.parametrize("name", families.FAMILIES.names())
+def test_no_bucket_is_larger_than_the_square_that_is_planned(name: str) -> None:
+    """And the longest prompt is: as many tokens as the encoders read."""
+    base = usual(name)
+    multiple = base.family.resolution_multiple(base.configs)
+    for resolution in (512, 768, 1024):
+        square = base.latents(1, resolution, resolution)[0, 0].numel()
+        for width, height in buckets(resolution, multiple):
+            assert base.latents(1, height, width)[0, 0].numel() <= square, (width, height)
+    read = [tokens.shape[1] for tokens in base.tokens(1).values()]
+    assert read == [part.tokens for part in base.encoders]
+    lengths = {value.shape[1] for value in base.encoded(1).values() if value.ndim > 1}
+    assert max(lengths) >= max(read)
 
 
 # The types

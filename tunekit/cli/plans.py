@@ -84,10 +84,10 @@ def _show_sweep(console: Console, config: str, plans: Sequence[tuple[Sequence[st
         return
     rows: list[list[str]] = []
     for made in zip(*(found for _, found in plans), strict=True):
-        cells = (f"{_needs(plan)} {_time(plan)}" if plan.fits else f"{_needs(plan)} no" for plan in made)
-        rows.append([made[0].device, *cells])
+        rows.append([made[0].device, *(_brief(plan) for plan in made)])
     screen.show_table(console, ("card", *("\n".join(values) for values in tried)), rows)
-    screen.say(console, "needed memory and step time; no: does not fit. --device CARD shows the plans", "dim")
+    told = "needed memory, RAM of the host, step time; no: does not fit. --device CARD shows the plans"
+    screen.say(console, told, "dim")
 
 
 def _show_cards(console: Console, plans: Sequence[Plan]) -> None:
@@ -103,6 +103,18 @@ def _needs(made: Plan) -> str:
     return format_bytes(made.device_bytes)
 
 
+def _brief(made: Plan) -> str:
+    """What a plan needs, in a cell."""
+    return f"{_needs(made)} + {_ram(made)} {_time(made)}" if made.fits else f"{_needs(made)} no"
+
+
+def _ram(made: Plan) -> str:
+    """Of the host, where that has a memory of its own."""
+    from tunekit.units import format_bytes
+
+    return format_bytes(made.ram_bytes) if made.context_bytes else "-"
+
+
 def _time(made: Plan) -> str:
     return f"x{made.relative_step_time:.2f}" if made.fits else "-"
 
@@ -116,12 +128,12 @@ def _show_plans(
     from tunekit.units import format_bytes
 
     words = ["; ".join([made.words, *(n for n in made.notes if n not in known)]) for _, made in plans]
-    columns = (title, "fits", "needs", "of", "step time", "plan")
+    columns = (title, "fits", "needs", "of", "RAM", "step time", "plan")
 
     def rows(last: Sequence[str]) -> list[tuple[str | Text, ...]]:
         fits = [Text("yes", "green") if made.fits else Text("no", "red") for _, made in plans]
         return [
-            (name, fit, _needs(made), format_bytes(made.budget_bytes), _time(made), text)
+            (name, fit, _needs(made), format_bytes(made.budget_bytes), _ram(made), _time(made), text)
             for (name, made), fit, text in zip(plans, fits, last, strict=True)
         ]
 
@@ -149,8 +161,11 @@ def _show_plan(console: Console, made: Plan) -> None:
         f" {format_bytes(made.headroom_bytes)} of headroom included; step time x{made.relative_step_time:.2f}"
         " of the same job with all the memory it wants",
     )
+    if made.context_bytes:
+        most, phase = format_bytes(made.ram_bytes), made.ram_phase.replace("_", " ")
+        screen.say(console, f"and {most} of RAM, most in the phase {phase}")
     if made.host_bytes:
-        screen.say(console, f"and {format_bytes(made.host_bytes)} of page-locked host memory", "yellow")
+        screen.say(console, f"{format_bytes(made.host_bytes)} of it page-locked while it trains", "yellow")
     if made.approximates:
         screen.say(console, f"{' and '.join(made.approximates)}: changes a little what is learned", "yellow")
     names = list(dict.fromkeys(name for found in made.phases.values() for name in found["ledger"]))

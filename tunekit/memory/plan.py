@@ -75,6 +75,16 @@ class Plan:
         return 1 - self.device_bytes / self.budget_bytes
 
     @property
+    def ram_bytes(self) -> int:
+        """Of the host's memory at most; on the CPU, all that is needed."""
+        return max(int(phase["host_bytes"]) for phase in self.phases.values())
+
+    @property
+    def ram_phase(self) -> str:
+        """Phase that needs most of the host's memory."""
+        return max(self.phases, key=lambda name: int(self.phases[name]["host_bytes"]))
+
+    @property
     def peak_phase(self) -> str:
         """Phase that needs most."""
         return max(self.phases, key=lambda name: int(self.phases[name]["least_bytes"]))
