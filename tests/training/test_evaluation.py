@@ -20,6 +20,7 @@ from tunekit.data.images import scan_data
 from tunekit.diffusion.noise import sample_generator
 from tunekit.diffusion.objectives import FlowMatching
 from tunekit.families import Family, Frame
+from tunekit.families.family import as_kept
 from tunekit.memory.levers import Fitted
 from tunekit.memory.measure import Meter
 from tunekit.runtime import generate, torch_runtime
@@ -69,7 +70,8 @@ def test_validation_loss(
     with torch.no_grad():
         for index, sample in enumerate(dataset.samples):
             latents = dataset.moments(index)[0][None]
-            conditioning = family.conditioning(family.encode_prompt(pipeline, [sample.caption]), frame)
+            encoded = as_kept(family.encode_prompt(pipeline, [sample.caption]))
+            conditioning = family.conditioning(encoded, frame)
             for level in range(LEVELS):
                 noise = torch.randn(
                     latents.shape, generator=sample_generator(0, level, sample.id, "validation")
