@@ -17,13 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tunekit import families, layers
+from tunekit import families, layers, workspace
 from tunekit.artifacts import Artifact, open_artifact
 from tunekit.config import ModelConfig, validate
 from tunekit.errors import ArtifactError, ConfigError, MissingPackageError, ModelError
 from tunekit.families import loading, single_file
 from tunekit.memory.stored import Stored, stored
 from tunekit.resources import Source
+from tunekit.running import weights_of
 
 Tensors = dict[str, Tensor]
 
@@ -98,30 +99,33 @@ def flux2_names(own: Tensors) -> Tensors:
     def put(theirs: str, *ours: str) -> None:
         made[f"{theirs}.weight"] = torch.cat([own[f"{path}.weight"] for path in ours])
 
+    def attention(theirs: str, ours: str, added: str = "") -> None:
+        made[f"{theirs}norm.query_norm.scale"] = own[f"{ours}.attn.norm_{added}q.weight"]
+        made[f"{theirs}norm.key_norm.scale"] = own[f"{ours}.attn.norm_{added}k.weight"]
+
     put("img_in", "x_embedder")
     put("txt_in", "context_embedder")
     put("time_in.in_layer", "time_guidance_embed.timestep_embedder.linear_1")
     put("time_in.out_layer", "time_guidance_embed.timestep_embedder.linear_2")
-    for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
-        put(f"{name}.lin", f"{name}.linear")
-    for i in range(2):
+    for kind in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
+        put(f"{kind}.lin", f"{kind}.linear")
+    for i in blocks(own, "transformer_blocks"):
         a, b = f"double_blocks.{i}", f"transformer_blocks.{i}"
         put(f"{a}.img_attn.qkv", f"{b}.attn.to_q", f"{b}.attn.to_k", f"{b}.attn.to_v")
         put(f"{a}.txt_attn.qkv", f"{b}.attn.add_q_proj", f"{b}.attn.add_k_proj", f"{b}.attn.add_v_proj")
-        for stream, out, middle, forward in (
-            ("img", "to_out.0", "", "ff"),
-            ("txt", "to_add_out", "added_", "ff_context"),
-        ):
-            put(f"{a}.{stream}_attn.proj", f"{b}.attn.{out}")
-            put(f"{a}.{stream}_mlp.0", f"{b}.{forward}.linear_in")
-            put(f"{a}.{stream}_mlp.2", f"{b}.{forward}.linear_out")
-            made[f"{a}.{stream}_attn.norm.query_norm.scale"] = own[f"{b}.attn.norm_{middle}q.weight"]
-            made[f"{a}.{stream}_attn.norm.key_norm.scale"] = own[f"{b}.attn.norm_{middle}k.weight"]
+        put(f"{a}.img_attn.proj", f"{b}.attn.to_out.0")
+        put(f"{a}.txt_attn.proj", f"{b}.attn.to_add_out")
+        put(f"{a}.img_mlp.0", f"{b}.ff.linear_in")
+        put(f"{a}.img_mlp.2", f"{b}.ff.linear_out")
+        put(f"{a}.txt_mlp.0", f"{b}.ff_context.linear_in")
+        put(f"{a}.txt_mlp.2", f"{b}.ff_context.linear_out")
+        attention(f"{a}.img_attn.", b)
+        attention(f"{a}.txt_attn.", b, "added_")
+    for i in blocks(own, "single_transformer_blocks"):
         a, b = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
         put(f"{a}.linear1", f"{b}.attn.to_qkv_mlp_proj")
         put(f"{a}.linear2", f"{b}.attn.to_out")
-        made[f"{a}.norm.query_norm.scale"] = own[f"{b}.attn.norm_q.weight"]
-        made[f"{a}.norm.key_norm.scale"] = own[f"{b}.attn.norm_k.weight"]
+        attention(f"{a}.", b)
     put("final_layer.linear", "proj_out")
     scale, shift = own["norm_out.linear.weight"].chunk(2)
     made["final_layer.adaLN_modulation.1.weight"] = torch.cat([shift, scale])
@@ -667,6 +671,8 @@ def test_diffusers_reads_the_names_and_rows_at_real_size(name: str) -> None:
     }
     state = single_file.published(part, SimpleNamespace(state_dict=lambda: own))  # type: ignore[arg-type]
     assert all(part.published + mark in state for mark in part.marks)
+    if name in NAMES:  # published without what is before them in a whole checkpoint
+        state = {key.removeprefix(part.published): value for key, value in state.items()}
     made = known(checkpoint=state, config=dict(network.config))
     for key, value in own.items():
         assert torch.equal(made[key], value), key
@@ -688,3 +694,68 @@ def test_what_is_written_has_the_published_names_and_is_read(
     assert single_file.metadata_of(file)["modelspec.architecture"] == facts.modelspec_architecture
     ours = load(name, Source(str(file), base=str(bases(name))), torch.bfloat16).transformer
     assert all(torch.equal(ours.state_dict()[key], value) for key, value in own.items())
+
+
+# A run ----------------------------------------------------------------------------------------------------
+
+
+def test_a_base_of_the_hub_is_read_without_its_denoiser(
+    bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way through the hub's own files, as after a download."""
+    import huggingface_hub.constants
+
+    file, commit = tmp_path / "x.safetensors", "0" * 40
+    own = write("flux", bases("flux"), file)
+    repository = tmp_path / "models--somebody--flux"
+    there = without_weights(bases("flux"), "flux", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    source = Source(str(file), base="somebody/flux")
+    assert look("flux", source) == []  # nothing is known of it
+    made = load("flux", source).transformer.state_dict()
+    assert all(torch.equal(made[key], value) for key, value in own.items())
+    facts = families.get("flux").facts
+    listed = weights_of(source, facts)
+    assert listed[0] == file and there / "text_encoder_2" / "model.safetensors" in listed
+    (problem,) = look("flux", Source(str(file)))
+    assert "holds transformer alone" in problem.message
+
+
+def test_check_and_plan_know_the_base(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    file, base = tmp_path / "x.safetensors", bases("flux")
+    write("flux", base, file)
+    common = [
+        f"model.source={file}",
+        f"data.path={tmp_path / 'none'}",
+        f"runs={tmp_path}",
+        "model.variant=null",
+    ]
+
+    def said(*more: str) -> list[str]:
+        rows = workspace.check("flux/lora", [*common, *more]).problems
+        return [row.message for row in rows if row.key in ("model.source", "model.base")]
+
+    assert "holds transformer alone" in said()[0]
+    assert said(f"model.base={base}") == []
+    assert "which is not FLUX.1" in said("model.base=builtin/emoji-64")[0]
+    assert "model.base has no effect" in said(f"model.source={base}", f"model.base={base}")[0]
+    notes = workspace.check("flux/lora", [*common, f"model.base={base}", "model.revision=x"]).notes
+    assert any("revision=x has no effect" in note for note in notes)
+
+
+@pytest.mark.parametrize("times", [2, 6])
+def test_a_transformer_that_takes_more_is_refused_by_name(
+    times: int, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """FLUX.1 Fill, Canny and Depth, whose files have the same names."""
+    file = tmp_path / "x.safetensors"
+
+    def wider(made: Tensors) -> None:
+        made["img_in.weight"] = made["img_in.weight"].repeat(1, times)
+
+    write("flux", bases("flux"), file, wider)
+    first, second = look("flux", Source(str(file), base=str(bases("flux"))))
+    assert {2: "Canny, Depth", 6: "an inpainting model (Fill)"}[times] in first.message
+    assert "img_in.weight is [" in second.message

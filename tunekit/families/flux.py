@@ -169,7 +169,9 @@ class Flux:
         """Why components do not make up a model that is trained and drawn here; see `loading.Misfits`."""
         found = vae.misfits(parts["vae"].config)
         network = parts["transformer"].config
-        taken, given = network.in_channels, parts["vae"].config.latent_channels * PATCH**2
+        first = tensors.get("transformer", {}).get("x_embedder.weight")  # a file without a config.json
+        taken = first.shape[1] if first and len(first.shape) > 1 else network.in_channels
+        given = parts["vae"].config.latent_channels * PATCH**2
         if taken != given:
             kind = VARIANTS.get(taken // given, "another model") if isinstance(taken, int) else "damaged"
             found.append(
