@@ -355,6 +355,17 @@ def test_a_second_step_is_recorded_as_it_would_be_traced(
     assert short == whole
 
 
+def test_a_network_that_is_built_meanwhile_is_counted_once(
+    monkeypatch: pytest.MonkeyPatch, tiny: Sizes
+) -> None:
+    """What is remembered of it, so that it need not be built again, is no part of the step."""
+    job = Job(tiny, ADAPTER, size=SIZE, preview=SIZE)
+    monkeypatch.setattr(families.family, "_BUILT", {})
+    first, second = (trace_step(job, CPU).trace.peak() for _ in range(2))
+    assert first.ledger["VAE"] > 0
+    assert first == second
+
+
 def test_what_a_step_leaves_behind_lets_the_second_be_traced(
     monkeypatch: pytest.MonkeyPatch, tiny: Sizes
 ) -> None:

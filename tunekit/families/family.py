@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tunekit import networks
 from tunekit.config import ObjectiveConfig
@@ -121,11 +122,12 @@ class Component:
         if device != "meta" or self.role == "scheduler":
             return self._made(device)
         key = repr((self.classes, sorted(self.config.items(), key=str)))
-        if key not in _BUILT:
-            while len(_BUILT) >= REMEMBERED:
-                del _BUILT[next(iter(_BUILT))]
-            _BUILT[key] = self._made(device)
-        return networks.twin(_BUILT[key])
+        with _disable_current_modes():  # what is remembered is nothing to whoever follows tensors now
+            if key not in _BUILT:
+                while len(_BUILT) >= REMEMBERED:
+                    del _BUILT[next(iter(_BUILT))]
+                _BUILT[key] = self._made(device)
+            return networks.twin(_BUILT[key])
 
     def _made(self, device: str) -> Any:
         made = self.type
