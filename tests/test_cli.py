@@ -556,14 +556,16 @@ def test_plan_for_a_card(config: Path, tunekit_command: Command):
 
 
 def test_plan_for_all_cards_and_a_sweep(config: Path, tunekit_command: Command):
-    made = tunekit_command(
-        "plan", config, "--sweep", "data.resolution=32,64", "train.batch_size=1,2", "--json"
-    )
-    plans = json.loads(made.stdout)
-    assert len(plans) == 4 * len({plan["device"] for plan in plans}) > 80
+    swept = ("--sweep", "data.resolution=32,64", "train.batch_size=1,2")
+    plans = json.loads(tunekit_command("plan", config, "--device", "3060", *swept, "--json").stdout)
+    assert [plan["device"] for plan in plans] == ["rtx-3060"] * 4
+    assert {plan["micro_batch"] for plan in plans} == {1, 2}
     table = tunekit_command("plan", config, "--device", "all", "memory.precision=bf16").stdout
     assert "no bf16 there: needs memory.precision=fp16" in table
     assert "h200" in table and "RAM" in table
+    swept = ("--sweep", "data.resolution=32,64", "memory.precision=bf16", "--json")
+    everywhere = json.loads(tunekit_command("plan", config, *swept).stdout)
+    assert len(everywhere) == 2 * len({plan["device"] for plan in everywhere}) > 40
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,7 @@ def test_tunekit(
     planned = planning.plan_config
 
     def plan(loaded: Loaded, *, device: str | None, budget: str | None, **options: Any) -> list[Plan]:
-        if loaded.config.model.family == "sd15" and device != "all":
+        if loaded.config.model.family == "sd15" and device not in (None, "all"):
             return planned(loaded, device=device, budget=budget, **options)
         if device not in (None, "all", *planning.HERE):
             hardware.find(device)

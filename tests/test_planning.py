@@ -295,8 +295,7 @@ def test_golden_plans(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("card", ["rtx-3060", "rtx-3090"])
-def test_dreambooth_on_sdxl_fits_where_a_lora_fits(card: str) -> None:
+def test_dreambooth_on_sdxl_fits_where_a_lora_fits() -> None:
     """Its class pictures are drawn in the run's precision, without the text encoders beside them."""
     base = (
         "model.family=sdxl",
@@ -304,13 +303,14 @@ def test_dreambooth_on_sdxl_fits_where_a_lora_fits(card: str) -> None:
         "model.variant=null",
     )
     size = ("data.resolution=1024", "train.batch_size=1", "adapter.targets=[to_q, to_k, to_v, to_out.0]")
-    (plan,) = planning.plan_config(config(*base, *size, name="sd15/dreambooth"), device=card)
-    (lora,) = planning.plan_config(config(name="sdxl/lora"), device=card)
-    print(f"{card}: {plan.words}, {plan.device_bytes / GIB:.1f} GiB, most in the phase {plan.peak_phase}")
-    assert plan.fits
-    assert lora.fits
-    assert plan.approximates == lora.approximates == []
-    assert plan.levers.class_batch in (1, 2, 4)
+    asked = {"device": "all", "cards": ["rtx-3060", "rtx-3090"]}
+    plans = planning.plan_config(config(*base, *size, name="sd15/dreambooth"), **asked)
+    loras = planning.plan_config(config(name="sdxl/lora"), **asked)
+    for plan, lora in zip(plans, loras, strict=True):
+        print(f"{plan.device}: {plan.words}, {plan.device_bytes / GIB:.1f} GiB, most in {plan.peak_phase}")
+        assert plan.fits and lora.fits
+        assert plan.approximates == lora.approximates == []
+        assert plan.levers.class_batch in (1, 2, 4)
 
 
 def test_a_chain_that_heals_is_planned_with_its_teacher() -> None:
