@@ -120,7 +120,7 @@ def test_an_adapter_of_another_size_is_refused(trained: dict[str, Any], tmp_path
     made, other = (varied(**LARGE), FAMILY.tiny()) if trained else (FAMILY.tiny(), varied(**LARGE))
     add_adapter(made.transformer, config, FAMILY.facts.lora_targets)
     for file in save_adapter(tmp_path, made.transformer, FAMILY, config, name="a", title="a"):
-        with pytest.raises(AdapterError, match="another base|base of another size"):
+        with pytest.raises(AdapterError, match=r"another base|base of another size"):
             load_adapter(other, FAMILY, file)
 
 

@@ -34,10 +34,10 @@ SD = {
     **VAE,
 }
 STATES = [f"hidden_states.{index}" for index in range(4)]
-SIGNATURES = {
-    "sd15": SD,
-    "sd2": SD,
-    "sdxl": {
+TRANSFORMER = {"hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"}
+OTHERS: dict[str, dict[str, tuple[list[str], list[str]]]] = {
+    "StableDiffusionPipeline": SD,
+    "StableDiffusionXLPipeline": {
         "text_encoder": (["input_ids"], ["last_hidden_state", "pooler_output", *STATES[:3]]),
         "text_encoder_2": (["input_ids"], ["text_embeds", "last_hidden_state", *STATES]),
         "unet": (
@@ -47,6 +47,12 @@ SIGNATURES = {
         **VAE,
     },
 }
+"""Pipelines for which Optimum has a layout, in the order of its graphs."""
+OF_TRANSFORMERS = {
+    "StableDiffusion3Pipeline": TRANSFORMER,
+    "FluxPipeline": {*TRANSFORMER, "guidance", "img_ids", "txt_ids"},
+}
+"""Pipelines for which it feeds a transformer by name."""
 
 
 def axes(value: onnx.ValueInfoProto) -> list[str | int]:
@@ -59,30 +65,46 @@ def test_layout_and_names_are_those_that_other_programs_expect(
     folder, facts = tiny_onnxs(family.name), family.facts
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == facts.pipeline_class
+    tiny = family.tiny()
     for encoder in facts.encoders:
-        assert index[encoder.tokenizer] == ["transformers", "CLIPTokenizer"]
-        # Tokenizers of transformers 4 know only these two files.
-        there = {path.name for path in (folder / encoder.tokenizer).iterdir()}
-        assert {"vocab.json", "merges.txt"} <= there
+        kind = type(getattr(tiny, encoder.tokenizer)).__name__
+        assert index[encoder.tokenizer] == ["transformers", kind]
+        if kind == "CLIPTokenizer":  # those of transformers 4 know only these two files
+            there = {path.name for path in (folder / encoder.tokenizer).iterdir()}
+            assert {"vocab.json", "merges.txt"} <= there
     assert (folder / "scheduler" / "scheduler_config.json").is_file()
-    signatures = SIGNATURES[family.name]
-    assert {path.parent.name for path in folder.glob("*/model.onnx")} == set(signatures)
-    for component, (inputs, outputs) in signatures.items():
+    said = {part.name: (list(part.inputs), part.outputs) for part in family.export_components(tiny)}
+    assert said == OTHERS.get(facts.pipeline_class, said)
+    told, _ = said[facts.denoiser_name]
+    assert set(told) == OF_TRANSFORMERS.get(facts.pipeline_class, set(told))
+    assert {path.parent.name for path in folder.glob("*/model.onnx")} == set(said)
+    dynamic = {part.name: part.dynamic for part in family.export_components(tiny)}
+    for component, (inputs, outputs) in said.items():
         graph = onnx.load(folder / component / "model.onnx").graph
         assert [value.name for value in graph.input] == inputs
         assert [value.name for value in graph.output] == outputs
+        for value in graph.input:
+            for dim, axis in dynamic[component].get(value.name, {}).items():
+                assert axes(value)[dim] == axis
         assert index[component] == ["diffusers", "OnnxRuntimeModel"]
         assert not graph.value_info, "onnxruntime's quantizer trips over shapes in between"
-        assert "unbatched_inputs" not in json.loads((folder / component / "config.json").read_text())
+    graph = onnx.load(folder / facts.denoiser_name / "model.onnx").graph
+    assert len(axes(next(value for value in graph.input if value.name == "timestep"))) == 1
+    for encoder in facts.encoders:
+        text = onnx.load(folder / encoder.name / "model.onnx").graph.input[0]
+        assert text.type.tensor_type.elem_type == onnx.TensorProto.INT32
+    known = json.loads((folder / "vae_decoder" / "config.json").read_text())
+    assert known.get("scaling_factor") == tiny.vae.config.get("scaling_factor")
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_other_programs_find_what_they_ask_a_unet_for(name: str, tiny_onnxs: Callable[[str], Path]) -> None:
+    folder = tiny_onnxs(name)
     unet = {value.name: value for value in onnx.load(folder / "unet" / "model.onnx").graph.input}
     assert axes(unet["sample"]) == ["batch", 4, "height", "width"]
     assert axes(unet["encoder_hidden_states"])[:2] == ["batch", "sequence"]
-    assert len(axes(unet["timestep"])) == 1
-    text = onnx.load(folder / "text_encoder" / "model.onnx").graph.input[0]
-    assert text.type.tensor_type.elem_type == onnx.TensorProto.INT32
-    assert "time_cond_proj_dim" in json.loads((folder / "unet" / "config.json").read_text())
-    for vae in VAE:
-        assert json.loads((folder / vae / "config.json").read_text())["scaling_factor"] == 0.5
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    assert "time_cond_proj_dim" in config and "unbatched_inputs" not in config
 
 
 def test_the_pipelines_own_settings_stay(tiny_onnxs: Callable[[str], Path]) -> None:
@@ -133,7 +155,7 @@ def test_components_equal_torch_at_other_sizes(
     pixels = torch.rand(batch, 3, height, width, generator=generator) * 2 - 1
     errors = {
         **{name: relative_error(encoded[name], value) for name, value in known.items()},
-        "unet": max(
+        family.facts.denoiser_name: max(
             relative_error(onnx_side.denoise(latents, step, told), torch_side.denoise(latents, step, told))
             for step in (999, 500, 1)
         ),

@@ -78,7 +78,7 @@ class Chroma(Flux):
                 sensitive=("x_embedder", "context_embedder", "distilled_guidance_layer", "proj_out"),
                 keeps=("timestep", "img_ids", "txt_ids"),
             ),
-            sizes.vae(16, quant=False, scaling=0.3611, shift=0.1159),
+            sizes.vae(16, quant=False, scaling=0.3611, shift=0.1159, sample_size=1024),
             sizes.t5_xxl("text_encoder", "tokenizer", 512),
             sizes.scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0, use_dynamic_shifting=True),
         ),

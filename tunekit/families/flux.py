@@ -32,8 +32,6 @@ from tunekit.resources import Source
 
 PATCH = 2
 """The transformer takes 2 x 2 latents as one token."""
-SIDE = 128
-"""Latents along one side of the pictures that the model was made for."""
 ABSENT: dict[str, Any] = {"image_encoder": None, "feature_extractor": None}
 """Parts of the pipeline that are left out."""
 VARIANTS = {2: "one that is steered by a second picture (Canny, Depth)", 6: "an inpainting model (Fill)"}
@@ -132,7 +130,7 @@ class Flux:
                 sensitive=("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out"),
                 keeps=("timestep", "guidance", "img_ids", "txt_ids"),
             ),
-            sizes.vae(16, quant=False, scaling=0.3611, shift=0.1159),
+            sizes.vae(16, quant=False, scaling=0.3611, shift=0.1159, sample_size=1024),
             sizes.clip("text_encoder", "tokenizer", 768, 12, 12, kohya=("lora_te1",)),
             sizes.t5_xxl("text_encoder_2", "tokenizer_2", 512, kohya=("lora_te3", "lora_te2")),
             sizes.scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0, use_dynamic_shifting=True),
@@ -232,7 +230,7 @@ class Flux:
         return not pipeline.transformer.config.guidance_embeds  # schnell
 
     def default_size(self, pipeline: Pipeline) -> tuple[int, int]:
-        side = SIDE * vae.vae_factor(pipeline)  # the transformer's configuration has none
+        side = int(pipeline.vae.config.sample_size)  # the transformer's configuration has none
         return side, side
 
     def resolution_multiple(self, pipeline: Pipeline) -> int:
