@@ -16,6 +16,8 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from hypothesis import given, settings
+from hypothesis import strategies as some
 from torch import Tensor, nn
 
 from tunekit import families
@@ -316,3 +318,47 @@ def test_a_layer_is_not_part_lora_and_part_dora(small: nn.Module) -> None:
     deltas = {"a": made(Lora, small["a"], 2, 1.0), "b": made(Dora, small["b"], 2, 1.0)}
     with pytest.raises(AdapterError, match="in cannot be part LoRA and part DoRA"):
         to_kohya({"transformer": deltas}, {"transformer": changeable(small)}, MADE)
+
+
+SIZES = some.lists(some.sampled_from([0, 1, 2, 4, 5, INSIDE, 8, 9]), max_size=3).map(tuple)
+ENDINGS = [
+    "lora_A.weight",
+    "lora_B.weight",
+    "lora_mid.weight",
+    "alpha",
+    "dora_scale",
+    "diff",
+    "diff_b",
+    "lora_B.bias",
+]
+
+
+@given(
+    changes=some.dictionaries(
+        some.tuples(some.sampled_from(["in", "out", "a"]), some.sampled_from(ENDINGS)),
+        some.tuples(SIZES, some.sampled_from([0.0, 1.0, -3.0, 1e30, float("nan")])),
+        max_size=5,
+    ),
+    dropped=some.sets(some.integers(0, 3), max_size=2),
+)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_whatever_a_file_has_of_a_stack_is_read_or_refused(
+    changes: dict[tuple[str, str], tuple[tuple[int, ...], float]], dropped: set[int]
+) -> None:
+    network = nn.ModuleDict({name: nn.Linear(INSIDE, rows) for name, rows in ROWS.items()})
+    state = {}
+    for name, rows in (("in", 9), ("out", 8)):
+        state |= {
+            f"{name}.lora_A.weight": torch.ones(2, INSIDE),
+            f"{name}.lora_B.weight": torch.ones(rows, 2),
+        }
+    state = {key: tensor for i, (key, tensor) in enumerate(state.items()) if i not in dropped}
+    state |= {f"{name}.{end}": torch.full(shape, value) for (name, end), (shape, value) in changes.items()}
+    try:
+        found = parse(state, {}, {"transformer": changeable(network)}, MADE, "file")["transformer"]
+    except AdapterError:
+        assert changes or dropped
+        return
+    for name, delta in found.items():
+        changed = delta.apply(network[name].weight.detach())
+        assert changed.shape == network[name].weight.shape and torch.isfinite(changed).all()

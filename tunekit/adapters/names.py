@@ -42,11 +42,6 @@ class Place:
         first, *others = self.parts
         return ", ".join([f"{self.component}.{first}", *(path.rpartition(".")[2] for path in others)])
 
-    @property
-    def whole(self) -> bool:
-        """Whether it is one module as it stands here."""
-        return len(self.parts) == 1 and not self.swapped
-
 
 @dataclass(frozen=True)
 class Key:
