@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,13 +83,17 @@ def targets_of(
 ) -> list[str]:
     """Ends of the paths of the modules that a config asks for; arguments as of `add_adapter`.
 
+    Not every base of a family has all that the family's own lists name: 3.5 large has no second attention.
+
     Raises:
         AdapterError: a preset that the family does not have.
     """
     wanted = config.targets
-    if not isinstance(wanted, str):
-        return list(wanted or default_targets)
+    if wanted and not isinstance(wanted, str):
+        return list(wanted)
     paths = modules_of(denoiser)
+    if not isinstance(wanted, str):
+        return _that_are_there(default_targets, paths)
     if wanted == "all_linear":
         return [path for path, layer in paths.items() if isinstance(layer, nn.Linear)]
     if wanted not in presets:
@@ -97,11 +101,22 @@ def targets_of(
             f'this family has no preset "{wanted}" of adapter targets',
             hint=f"there are: {', '.join([*presets, 'all_linear'])}; or name modules",
         )
-    return [
+    named = [
         path
         for target in presets[wanted]
         for path in (fnmatch.filter(paths, target) if "*" in target else [target])
     ]
+    return _that_are_there(named, paths)
+
+
+def _that_are_there(targets: Sequence[str], paths: Collection[str]) -> list[str]:
+    """The targets that a layer answers to; all where none does, so that it is said what there is."""
+    there = [target for target in targets if any(_answers(path, target) for path in paths)]
+    return there or list(targets)
+
+
+def _answers(path: str, target: str) -> bool:
+    return path == target or path.endswith("." + target)
 
 
 def check_targets(denoiser: nn.Module, targets: Sequence[str]) -> None:
@@ -112,7 +127,7 @@ def check_targets(denoiser: nn.Module, targets: Sequence[str]) -> None:
     """
     paths = list(modules_of(denoiser))
     for target in targets:
-        if not any(path == target or path.endswith("." + target) for path in paths):
+        if not any(_answers(path, target) for path in paths):
             ends = {path.rsplit(".", 1)[-1] for path in paths}
             raise AdapterError(
                 f'adapter target "{target}" names no linear or convolution layer of the denoiser',
