@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,13 @@ def varied(**changes: Any) -> Any:
     return pipeline
 
 
-LARGE = {"dual_attention_layers": (), "num_layers": 2, "num_attention_heads": 3, "caption_projection_dim": 48}
-FIRST = {"dual_attention_layers": (), "qk_norm": None}
+LARGE: dict[str, Any] = {
+    "dual_attention_layers": (),
+    "num_layers": 2,
+    "num_attention_heads": 3,
+    "caption_projection_dim": 48,
+}
+FIRST: dict[str, Any] = {"dual_attention_layers": (), "qk_norm": None}
 
 
 def without_t5() -> Any:
@@ -142,7 +146,22 @@ def test_parts_that_are_of_no_one_model(change: dict[str, Any], words: str, tmp_
 
 def test_turbo_is_known_by_its_name() -> None:
     """Its configurations are those of 3.5 large."""
-    sizes: Callable[[str], Any] = lambda source: families.sizes_of("sd3", source)  # noqa: E731
     turbo, large = (f"stabilityai/stable-diffusion-3.5-large{end}" for end in ("-turbo", ""))
-    assert "distilled" in families.distilled(sizes(turbo), turbo)
-    assert families.distilled(sizes(large), large) == ""
+    assert f"train {large} and draw with either" in families.distilled(families.sizes_of("sd3", turbo), turbo)
+    assert families.distilled(families.sizes_of("sd3", large), large) == ""
+
+
+@pytest.mark.parametrize(
+    ("base", "billions", "layers"),
+    [
+        ("stabilityai/stable-diffusion-3.5-medium", 2.243, 392),
+        ("stabilityai/stable-diffusion-3.5-large", 8.06, 536),
+        ("stabilityai/stable-diffusion-3-medium-diffusers", 2.03, 340),
+    ],
+)
+def test_published_bases_have_their_size(base: str, billions: float, layers: int) -> None:
+    sizes = families.sizes_of("sd3", base)
+    network = sizes.denoiser.build()
+    assert not sizes.assumed
+    assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(billions, abs=0.06)
+    assert sum(isinstance(module, torch.nn.Linear) for module in network.modules()) == layers

@@ -80,6 +80,18 @@ PUBLISHED: dict[str, str | tuple[str, ...]] = {
 SWAPPED = ("final_layer.adaLN_modulation.1",)
 """(shift, scale) there, (scale, shift) here; so is the text's modulation in the last block."""
 
+LARGE = {
+    "transformer": {
+        "num_layers": 38,
+        "num_attention_heads": 38,
+        "caption_projection_dim": 2432,
+        "pos_embed_max_size": 192,
+        "dual_attention_layers": (),
+    }
+}
+FIRST = {"transformer": {"pos_embed_max_size": 192, "dual_attention_layers": (), "qk_norm": None}}
+"""What the configurations of 3.5 large and of 3 medium have instead."""
+
 
 class SD3:
     """Stable Diffusion 3.5 and 3; see `Family` for what each method promises.
@@ -138,11 +150,18 @@ class SD3:
         presets={"attention": ATTENTION, "attention_feed_forward": (*ATTENTION, *FEED_FORWARD)},
         ss_base_model_version="sd3.5",
         modelspec_architecture="stable-diffusion-v3-medium",
-        distilled="turbo",
+        distilled=r"(large)[-_]turbo",  # its configurations are those of 3.5 large
+        distilled_from=r"\1",
+        bases={
+            "stabilityai/stable-diffusion-3.5-large": LARGE,
+            "stabilityai/stable-diffusion-3.5-large-turbo": LARGE,
+            "stabilityai/stable-diffusion-3-medium-diffusers": FIRST,
+        },
         adapter_marks=r"joint_blocks|context_block|(^|transformer[._])transformer_blocks[._]\d+[._]attn2[._]",
         default_source="stabilityai/stable-diffusion-3.5-medium",
         licence="stabilityai-ai-community",
         sampling=SamplingConfig(steps=40, guidance=4.5),
+        sampling_distilled=SamplingConfig(steps=4, guidance=1.0),
     )
 
     def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: Packing = "") -> Pipeline:
@@ -214,7 +233,7 @@ class SD3:
         return vae.vae_factor(pipeline) * int(pipeline.transformer.config.patch_size)
 
     def is_distilled(self, pipeline: Pipeline) -> bool:
-        return False  # 3.5 large turbo has the configuration of 3.5 large
+        return False  # they do not tell
 
     def latent_shape(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, int, int]:
         channels, multiple = pipeline.transformer.config.in_channels, self.resolution_multiple(pipeline)
