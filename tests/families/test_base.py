@@ -132,6 +132,50 @@ def flux2_names(own: Tensors) -> Tensors:
     return made
 
 
+def sd3_names(own: Tensors) -> Tensors:
+    """https://github.com/Stability-AI/sd3.5/blob/main/mmditx.py"""
+    made: Tensors = {"pos_embed": own["pos_embed.pos_embed"]}
+
+    def put(theirs: str, *ours: str, swapped: bool = False) -> None:
+        for leaf in ("weight", "bias"):
+            parts = [own[f"{path}.{leaf}"] for path in ours if f"{path}.{leaf}" in own]
+            if swapped:
+                parts = list(reversed(parts[0].chunk(2)))
+            if parts:
+                made[f"{theirs}.{leaf}"] = torch.cat(parts)
+
+    put("x_embedder.proj", "pos_embed.proj")
+    put("context_embedder", "context_embedder")
+    for number, linear in (("0", "linear_1"), ("2", "linear_2")):
+        put(f"t_embedder.mlp.{number}", f"time_text_embed.timestep_embedder.{linear}")
+        put(f"y_embedder.mlp.{number}", f"time_text_embed.text_embedder.{linear}")
+    count = len(blocks(own, "transformer_blocks"))
+    for i in range(count):
+        b = f"transformer_blocks.{i}"
+        for a, norm, to, out, feed, added in (
+            ("x_block", "norm1", "to_{}", "to_out.0", "ff", ""),
+            ("context_block", "norm1_context", "add_{}_proj", "to_add_out", "ff_context", "added_"),
+        ):
+            a = f"joint_blocks.{i}.{a}"
+            # The text's modulation in the last block is that of an output: it gives shift and scale alone.
+            last = i == count - 1 and bool(added)
+            put(f"{a}.adaLN_modulation.1", f"{b}.{norm}.linear", swapped=last)
+            put(f"{a}.attn.qkv", *(f"{b}.attn.{to.format(of)}" for of in "qkv"))
+            put(f"{a}.attn.ln_q", f"{b}.attn.norm_{added}q")
+            put(f"{a}.attn.ln_k", f"{b}.attn.norm_{added}k")
+            put(f"{a}.attn.proj", f"{b}.attn.{out}")
+            put(f"{a}.mlp.fc1", f"{b}.{feed}.net.0.proj")
+            put(f"{a}.mlp.fc2", f"{b}.{feed}.net.2")
+        a = f"joint_blocks.{i}.x_block.attn2"
+        put(f"{a}.qkv", *(f"{b}.attn2.to_{of}" for of in "qkv"))
+        put(f"{a}.ln_q", f"{b}.attn2.norm_q")
+        put(f"{a}.ln_k", f"{b}.attn2.norm_k")
+        put(f"{a}.proj", f"{b}.attn2.to_out.0")
+    put("final_layer.linear", "proj_out")
+    put("final_layer.adaLN_modulation.1", "norm_out.linear", swapped=True)
+    return made
+
+
 def zimage_names(own: Tensors) -> Tensors:
     """https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/ldm/lumina/model.py"""
     made = {}
@@ -157,6 +201,7 @@ NAMES: dict[str, Callable[[Tensors], Tensors]] = {
     "flux": flux_names,
     "chroma": chroma_names,
     "flux2": flux2_names,
+    "sd3": sd3_names,
     "zimage": zimage_names,
 }
 
@@ -759,3 +804,28 @@ def test_a_transformer_that_takes_more_is_refused_by_name(
     first, second = look("flux", Source(str(file), base=str(bases("flux"))))
     assert {2: "Canny, Depth", 6: "an inpainting model (Fill)"}[times] in first.message
     assert "img_in.weight is [" in second.message
+
+
+def test_stable_diffusion_3_as_it_was_published(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """Transformer and VAE in one file; the text encoders are files of their own, T5 of which may be left out."""
+    file, facts = tmp_path / "sd3.safetensors", families.get("sd3").facts
+    whole = load("sd3", Source(str(bases("sd3"))))
+    own = {part: getattr(whole, part) for part in ("transformer", "vae")}
+    made: Tensors = {}
+    for part, network in own.items():
+        made |= single_file.published(facts.component(part), network)
+    safetensors.torch.save_file({key: value.contiguous() for key, value in made.items()}, file)
+    (problem,) = look("sd3", Source(str(file)))
+    assert problem.message.startswith("holds transformer and vae alone, without text_encoder, text_encoder_2")
+    base = without_weights(bases("sd3"), "sd3", tmp_path / "base")
+    (base / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    index = json.loads((base / "model_index.json").read_text())
+    index |= dict.fromkeys(("text_encoder_3", "tokenizer_3"), [None, None])
+    (base / "model_index.json").write_text(json.dumps(index))
+    source = Source(str(file), base=str(base))
+    assert look("sd3", source) == []
+    pipeline = load("sd3", source)
+    assert pipeline.text_encoder_3 is None and pipeline.text_encoder_2 is not None
+    for part, network in own.items():
+        again = getattr(pipeline, part).state_dict()
+        assert all(torch.equal(again[key], value) for key, value in network.state_dict().items()), part

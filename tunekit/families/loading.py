@@ -605,6 +605,9 @@ def _find_in_file(
         found.problems[-1].hint = f"model.base has to be of the same model: {rest.source} has other sizes"
     if rest is not None:
         for part in lacking:
+            if part.is_left_out(rest.index):
+                found.parts |= {part.name: None, part.tokenizer: None}
+                continue
             with found.noting():
                 _find_network(found, rest, part, headers)
     row = facts.component("scheduler")

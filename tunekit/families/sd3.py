@@ -50,6 +50,7 @@ _BLOCK, _PICTURE, _TEXT = "transformer_blocks.{}", "joint_blocks.{}.x_block", "j
 # https://github.com/Stability-AI/sd3.5/blob/main/mmditx.py
 PUBLISHED: dict[str, str | tuple[str, ...]] = {
     "x_embedder.proj": "pos_embed.proj",
+    "pos_embed": "pos_embed.pos_embed",
     "context_embedder": "context_embedder",
     "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
     "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
@@ -93,6 +94,13 @@ FIRST = {"transformer": {"pos_embed_max_size": 192, "dual_attention_layers": (),
 """What the configurations of 3.5 large and of 3 medium have instead."""
 
 
+def layers(paths: Collection[str]) -> list[Published]:
+    """The transformer's layers as it was published; see `Component.layers`."""
+    blocks = [int(path.split(".")[1]) for path in paths if path.startswith("transformer_blocks.")]
+    last = f"joint_blocks.{max(blocks, default=0)}.context_block.adaLN_modulation.1"
+    return answers.published(PUBLISHED, paths, swapped=(*SWAPPED, last))
+
+
 class SD3:
     """Stable Diffusion 3.5 and 3; see `Family` for what each method promises.
 
@@ -127,6 +135,9 @@ class SD3:
                     "qk_norm": "rms_norm",
                 },
                 kohya=("lora_unet",),
+                published="model.diffusion_model.",
+                layers=layers,
+                marks=("joint_blocks.0.x_block.attn.qkv.weight", "y_embedder.mlp.0.weight"),
                 dtype=None,
                 sensitive=("pos_embed", "time_text_embed", "context_embedder", "norm_out", "proj_out"),
                 keeps=("timestep",),
@@ -315,9 +326,7 @@ class SD3:
     def adapter_names(self, component: str, paths: Collection[str]) -> list[Published]:
         """The transformer as it was published, CLIP's names as kohya's tools keep them, T5's own."""
         if component == "transformer":
-            blocks = [int(path.split(".")[1]) for path in paths if path.startswith("transformer_blocks.")]
-            last = f"joint_blocks.{max(blocks, default=0)}.context_block.adaLN_modulation.1"
-            return answers.published(PUBLISHED, paths, swapped=(*SWAPPED, last))
+            return layers(paths)
         return answers.underscored(paths) if component == T5 else unet.encoder_names(paths)
 
     def export_components(self, pipeline: Pipeline) -> list[ExportComponent]:
