@@ -548,6 +548,15 @@ def test_what_is_missing_unknown_or_of_another_shape_is_named(
     assert "cannot be read as safetensors" in problem.message
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_diffusers_are_told(name: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(own_of(name, bases(name)), file)
+    (problem,) = look(name, Source(str(file), base=str(bases(name))))
+    assert "with the names of diffusers" in problem.message
+    assert "transformer/diffusion_pytorch_model.safetensors" in str(problem.hint)
+
+
 def test_a_base_that_lacks_something_is_told(bases: Callable[[str], Path], tmp_path: Path) -> None:
     """T5 is large, and left out where people pass folders on."""
     file = tmp_path / "x.safetensors"
@@ -807,7 +816,7 @@ def test_a_transformer_that_takes_more_is_refused_by_name(
 
 
 def test_stable_diffusion_3_as_it_was_published(bases: Callable[[str], Path], tmp_path: Path) -> None:
-    """Transformer and VAE in one file; the text encoders are files of their own, T5 of which may be left out."""
+    """Transformer and VAE in one file; the text encoders are apart, and T5 may be left out."""
     file, facts = tmp_path / "sd3.safetensors", families.get("sd3").facts
     whole = load("sd3", Source(str(bases("sd3"))))
     own = {part: getattr(whole, part) for part in ("transformer", "vae")}
@@ -820,7 +829,7 @@ def test_stable_diffusion_3_as_it_was_published(bases: Callable[[str], Path], tm
     base = without_weights(bases("sd3"), "sd3", tmp_path / "base")
     (base / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     index = json.loads((base / "model_index.json").read_text())
-    index |= dict.fromkeys(("text_encoder_3", "tokenizer_3"), [None, None])
+    index |= {key: [None, None] for key in ("text_encoder_3", "tokenizer_3")}
     (base / "model_index.json").write_text(json.dumps(index))
     source = Source(str(file), base=str(base))
     assert look("sd3", source) == []

@@ -64,6 +64,7 @@ __all__ = [
 MODEL_INDEX = "model_index.json"
 GGUF = gguf_files.SUFFIX
 BASE = "model.base"
+FROM_BASE = "model.base may name a whole model that it is taken from"
 LAYER_COUNTS = (
     *("num_hidden_layers", "layers_per_block", "transformer_layers_per_block"),
     *("num_layers", "num_single_layers", "n_layers", "n_refiner_layers"),
@@ -336,7 +337,7 @@ def _find_network(found: _Found, place: _Folder, part: Component, headers: bool)
     wanted = part.classes.partition(":")[2]
     named = place.index.get(part.name)
     if not folder.is_dir() or named is None or named == [None, None]:
-        raise ModelError(f"its component {part.name} is missing", where=str(path))
+        raise ModelError(f"its component {part.name} is missing", where=str(path), hint=FROM_BASE)
     if not isinstance(named, list) or len(named) != 2 or named[1] != wanted:
         raise ModelError(
             f"{part.name} is {_class_of(named)}, and this family takes a {wanted}",
@@ -381,7 +382,7 @@ def _no_weights(folder: Path, *, on_hub: bool) -> ModelError:
     if broken:
         return ModelError(f"{broken[0]} is a link to a file that is gone", where=str(folder))
     names = " or ".join(f"{stem}.safetensors" for stem in weights.WEIGHTS if stem != "pytorch_model")
-    hint = f"looked for {names}"
+    hint = f"looked for {names}; {FROM_BASE}"
     if on_hub:
         hint += "; if the repository has them as fp16 alone: model.variant=fp16, or --variant fp16"
     return ModelError("its weights are missing", where=str(folder), hint=hint)
@@ -649,6 +650,11 @@ def _not_of(path: Path, names: Collection[str], facts: FamilyFacts) -> ModelErro
         kind = f'a model that says "{said}" of itself'
     if "adapter" in kind:
         hint = "give the base that it was made for as the source, and this as its adapter"
+    elif kind == single_file.OWN:
+        hint = (
+            "such weights are read from a folder of the whole model: put them there as"
+            f" {facts.denoiser_name}/diffusion_pytorch_model.safetensors"
+        )
     else:
         hint = "" if kind else f"its tensors: {', '.join(list(names)[:2]) or 'none'}, ..."
     text = f"is {kind or 'not a model that is known here'}, and this needs {facts.title}"

@@ -60,10 +60,12 @@ KINDS = (
     (r"^cond_stage_model\.", "a Stable Diffusion 1.x model"),
 )
 UNET = "a U-Net without text encoder and VAE"
+OWN = "a network alone, with the names of diffusers"
 PARTS = (
     (r"(^|\.)double_blocks\.", "a FLUX model"),
     (r"(^|\.)joint_blocks\.", "a Stable Diffusion 3 model"),
-    (r"^(model\.diffusion_model\.|diffusion_model\.)?input_blocks\.|^down_blocks\.", UNET),
+    (r"^(model\.diffusion_model\.|diffusion_model\.)?input_blocks\.", UNET),
+    (r"^((transformer|unet)\.)?(down_blocks|(single_)?transformer_blocks|all_x_embedder)\.", OWN),
     (r"^(first_stage_model\.|encoder\.|decoder\.)", "a VAE alone"),
     (r"^text_model\.", "a text encoder alone"),
 )
