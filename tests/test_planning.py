@@ -291,6 +291,7 @@ def test_golden_plans(name: str) -> None:
             known["peak_phase"],
         )
         assert plan.device_bytes == pytest.approx(known["device_bytes"], rel=1e-3)
+        assert plan.ram_bytes == pytest.approx(known["ram_bytes"], rel=1e-3)
         assert plan.relative_step_time == pytest.approx(known["relative_step_time"], abs=2e-3)
 
 
