@@ -16,7 +16,7 @@ from tunekit.passes.prune import Prune
 
 FAMILY = families.get("sd15")
 PRUNE = Prune(ratio=0.3, samples=8, spread="uniform", multiple=1)
-HEAL = Heal(max_steps=40, lr=1e-3, batch_size=4, pictures=4)
+HEAL = Heal(max_steps=40, lr=1e-4, batch_size=4, pictures=4)
 
 
 def healed(
@@ -47,9 +47,7 @@ def result(
 def test_the_output_comes_closer_to_the_parents(result: Artifact):
     metrics = result.lineage[-1].metrics
     print(result.family, metrics["relative_error_before"], "->", metrics["relative_error"])
-    # Of SDXL's smallest, which is twice as deep, forty steps mend little; 160 mend half.
-    most = {"sdxl": 0.97}.get(result.family, 0.8)
-    assert metrics["relative_error"] < most * metrics["relative_error_before"]
+    assert metrics["relative_error"] < 0.95 * metrics["relative_error_before"]  # forty steps mend little
     assert metrics["steps"] == 40 and metrics["loss"] < 1
     assert metrics["relative_error_before"] == pytest.approx(
         result.lineage[0].metrics["relative_error"], rel=0.5
@@ -63,7 +61,9 @@ def test_shapes_stay_and_weights_move(result: Artifact):
     before = family.denoiser(family.load(str(next(result.path.parent.glob("01-prune-*")))))
     after = family.denoiser(family.load(result.source))
     assert layers.describe(after) == layers.describe(before)
-    assert all(not torch.equal(a, b) for a, b in zip(after.parameters(), before.parameters(), strict=True))
+    pairs = list(zip(after.parameters(), before.parameters(), strict=True))
+    moved = sum(not torch.equal(one, other) for one, other in pairs)
+    assert moved > 0.95 * len(pairs)  # not what is there for other sizes, such as tokens that fill up a row
 
 
 def test_micro_batches_change_nothing_that_is_learned(tiny_source: Path, pictures: Path, tmp_path: Path):

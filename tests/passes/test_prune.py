@@ -78,7 +78,7 @@ def test_shapes_shrink_and_nothing_is_zeroed(family: Any, each: Artifact):
     ]
     assert smaller
     assert not any((weight == 0).all() for name, weight in denoiser.named_parameters() if "bias" not in name)
-    described = json.loads(Path(each.source, "unet", layers.FILE).read_text())
+    described = json.loads(Path(each.source, family.facts.denoiser_name, layers.FILE).read_text())
     assert described == layers.describe(denoiser)
 
 
