@@ -33,6 +33,7 @@ from tunekit import families, hardware
 from tunekit.config import AdapterConfig, TrainConfig
 from tunekit.diffusion.batch import Batch
 from tunekit.families import Sizes
+from tunekit.families.family import as_kept
 from tunekit.memory.allocator import replay
 from tunekit.memory.job import Job
 from tunekit.memory.levers import Levers, autocast_of, step_in_backward
@@ -219,7 +220,7 @@ def encoding(job: Job, device: str) -> tuple[Trace, Measured]:
     for encoder in encoders:
         encoder.to(device)
     with meter.phase("encode", again=True):
-        told = {name: value.float() for name, value in family.encode_tokens(pipeline, tokens).items()}
+        told = as_kept(family.encode_tokens(pipeline, tokens))
         del told
     return trace_encode(job, CPU if on_cpu else CUDA), meter.measured["encode"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,18 @@ def get(name: str) -> Family:
             f'the family "{name}" can be planned (tunekit plan), but not be run yet',
             hint=f"families that run: {', '.join(runnable())}",
         )
+    if not family.facts.is_there:
+        here, needed = version("diffusers"), family.facts.since
+        raise ConfigError(
+            f'the family "{name}" needs diffusers {needed} or later, and {here} is installed',
+            hint=f"families that run with it: {', '.join(runnable())}",
+        )
     return family
 
 
 def runnable() -> list[str]:
-    """Names of the families that can be run, sorted."""
-    return [name for name, family in FAMILIES.items() if family.facts.runs]
+    """Names of the families that can be run with the diffusers that is installed, sorted."""
+    return [name for name, family in FAMILIES.items() if family.facts.runs and family.facts.is_there]
 
 
 def sizes_of(name: str, source: Source | str) -> Sizes:

@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -224,6 +225,8 @@ class FamilyFacts:
             has it; "" where that is `default_source`.
         adapter_marks: regular expression of what this family's adapters alone have in their keys, or "".
         runs: False for a family that can be planned only.
+        since: the version of diffusers that was the first to have its classes, such as "0.42", where older
+            ones are supported too.
     """
 
     title: str
@@ -244,6 +247,14 @@ class FamilyFacts:
     distilled_from: str = ""
     adapter_marks: str = ""
     runs: bool = True
+    since: str = ""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the diffusers that is installed has its classes."""
+        here = version("diffusers").split(".")
+        needed = self.since.split(".") if self.since else []
+        return [int(part) for part in here[: len(needed)]] >= [int(part) for part in needed]
 
     def usual_sampling(self, *, distilled: bool) -> SamplingConfig:
         """How pictures of a base are drawn where neither the user nor the model says."""
@@ -554,6 +565,12 @@ def begin_flow(scheduler: Any, steps: int, latents: Tensor, mu: float | None = N
         options["num_inference_steps"] = steps
     scheduler.set_timesteps(device=latents.device, **options)
     return latents
+
+
+def pixels_per_latent(family: Planned, pipeline: Pipeline) -> int:
+    """Pixels per latent, along one side."""
+    side = family.resolution_multiple(pipeline)
+    return side // family.latent_shape(pipeline, side, side)[-1]
 
 
 def as_kept(encoded: Conditioning) -> Conditioning:

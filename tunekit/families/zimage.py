@@ -119,6 +119,7 @@ class ZImage:
         licence="apache-2.0",
         distilled="turbo",
         sampling=SamplingConfig(steps=30, guidance=4.0),
+        sampling_distilled=SamplingConfig(steps=9, guidance=0.0),
     )
 
     def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: Packing = "") -> Pipeline:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tunekit import networks
-from tunekit.families.family import DTYPES, as_kept
+from tunekit.families.family import DTYPES, as_kept, pixels_per_latent
 from tunekit.memory.job import ENCODERS, STATE, VAE, VISITORS, WEIGHTS, Job
 from tunekit.memory.levers import Levers, as_held, lowered, tile_vae
 from tunekit.memory.step import adapted
@@ -83,7 +83,7 @@ def trace_preview(
     host = {id(tensor) for tensor in fitted.host.tensors} if fitted.host else set()
     there = [tensor for tensor in tensors(denoiser) if id(tensor) not in host]
     if tiled:
-        tile_vae(pipeline.vae, factor=2 ** (len(pipeline.vae.config.block_out_channels) - 1))
+        tile_vae(pipeline.vae, factor=pixels_per_latent(family, pipeline))
     kept = [torch.empty(held, dtype=torch.uint8, device="meta")] if held else []
     rows = 2 if job.guided else 1
     latents, told = job.sizes.latents(1, *job.preview), job.told(rows)

@@ -590,18 +590,27 @@ def _cpu_workspace_bytes(packet: Any, args: Sequence[Any], result: Any, threads:
         return 5 * 4 * int(args[2].numel())
     if packet is aten.convolution:
         taken, weight = args[0], args[1]
-        if taken.shape[0] == 1 and taken.numel() <= SMALL_CONVOLUTION and taken.dtype not in HALF:
+        if _left_alone(taken):
             window = int(weight[0, 0].numel())
+            if taken.ndim == 5:  # of films: vol2col, at the places of the result
+                columns = taken.shape[1] * result[0, 0].numel() * taken.element_size()
+                return window * int(columns) if window > 1 else 0
             return window * _bytes(taken) if window > 1 else 0  # im2col
         return max(_bytes(taken) + _bytes(weight), _bytes(result))
     if packet is aten.convolution_backward:
         gradient, taken, weight = args[:3]
-        if taken.shape[0] == 1 and taken.numel() <= SMALL_CONVOLUTION and taken.dtype not in HALF:
+        if _left_alone(taken):
             return 0
         return max(_bytes(gradient) + _bytes(weight), _bytes(taken))
     if packet in (aten.mm, aten.addmm) and args[-1].dtype in HALF:
         return _bytes(args[-1])
     return 0
+
+
+def _left_alone(taken: Tensor) -> bool:
+    """Whether torch convolves a picture itself; of a film it does not count the places of a row."""
+    counted = taken.shape[:4].numel()
+    return taken.shape[0] == 1 and counted <= SMALL_CONVOLUTION and taken.dtype not in HALF
 
 
 def _cpu_attention_room(

@@ -61,12 +61,13 @@ _FEED_FORWARDS = (
     (("net.0.proj",), "net.2"),
     (("linear_in",), "linear_out"),
     (("w1", "w3"), "w2"),
+    (("gate", "up"), "down"),
 )
 """Paths in a feed-forward network: the layers before its activation, and the one that reads its channels."""
 
 
 def _feed_forward(name: str, block: Any) -> Structures | None:
-    if not type(block).__name__.endswith("FeedForward"):
+    if not type(block).__name__.endswith(("FeedForward", "SwiGLU")):
         return None
     inside = dict(block.named_modules())
     kinds = [(first, last) for first, last in _FEED_FORWARDS if {*first, last} <= inside.keys()]

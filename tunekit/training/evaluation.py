@@ -16,7 +16,7 @@ from tunekit.artifacts import atomic_folder
 from tunekit.config import PreviewConfig, SamplingConfig
 from tunekit.data.cache import CachedDataset
 from tunekit.diffusion.sampling import Guided, initial_latents, sample
-from tunekit.families.family import Conditioning, Family, Frame, Pipeline
+from tunekit.families.family import Conditioning, Family, Frame, Pipeline, pixels_per_latent
 from tunekit.memory.levers import tile_vae
 from tunekit.memory.measure import Meter
 from tunekit.progress import Phase, Progress, console
@@ -103,7 +103,7 @@ class Previewer:
         assert sampling.guidance is not None
         scale = self.family.cfg_scale(pipeline, sampling.guidance)
         if self.tiled:
-            tile_vae(pipeline.vae, factor=2 ** (len(pipeline.vae.config.block_out_channels) - 1))
+            tile_vae(pipeline.vae, factor=pixels_per_latent(self.family, pipeline))
         shape = self.family.latent_shape(pipeline, sampling.height, sampling.width)
         frame = Frame.whole(sampling.height, sampling.width).rows(1)
 
