@@ -277,6 +277,26 @@ def of_flux2_klein(pipeline: Any, sample: Sample, config: ObjectiveConfig) -> Te
     return F.mse_loss(predicted.mT.unflatten(2, (-1, width)), sample.noise - sample.latents)
 
 
+def of_krea2(pipeline: Any, sample: Sample, config: ObjectiveConfig) -> Tensor:
+    count, channels, height, width = sample.latents.shape
+    share = (sample.timesteps / 1000).view(-1, 1, 1, 1)
+    noisy = (1 - share) * sample.latents + share * sample.noise
+    with torch.no_grad():
+        states, mask = pipeline.encode_prompt(
+            list(sample.prompts), "cpu", max_sequence_length=pipeline.tokenizer.model_max_length
+        )
+    predicted = pipeline.transformer(
+        hidden_states=pipeline._pack_latents(noisy, count, channels, height, width),
+        encoder_hidden_states=states,
+        timestep=sample.timesteps / 1000,
+        position_ids=pipeline.prepare_position_ids(states.shape[1], height // 2, width // 2, "cpu"),
+        encoder_attention_mask=mask,
+    ).sample
+    scale = pipeline.vae_scale_factor
+    made = pipeline._unpack_latents(predicted, height * scale, width * scale).squeeze(2)
+    return F.mse_loss(made, sample.noise - sample.latents)
+
+
 PLAIN = {
     "Flux2KleinPipeline": of_flux2_klein,
     "StableDiffusionPipeline": of_a_unet,
@@ -285,6 +305,7 @@ PLAIN = {
     "ChromaPipeline": of_chroma,
     "StableDiffusion3Pipeline": of_sd3,
     "ZImagePipeline": of_z_image,
+    "Krea2Pipeline": of_krea2,
 }
 
 

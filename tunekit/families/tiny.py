@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,6 +113,46 @@ def clip_text_encoder(
     return randomized(lambda: kind(config), seed, name)
 
 
+def qwen3_vl(
+    tokenizer: Any, *, width: int, layers: int = 2, seed: int = 0, name: str = "text_encoder"
+) -> Any:
+    """Build a small Qwen3VLModel for `tokenizer`, of 4 heads on 2 keys, with eyes of one layer.
+
+    Args:
+        width: of its states.
+        name: of the component; its weights are drawn from it and `seed`.
+    """
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 256,
+            "rope_theta": 10000.0,
+            "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [2, 1, 1]},
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_heads": 1,
+            "patch_size": 2,
+            "num_position_embeddings": 4,
+            "out_hidden_size": width,
+            "deepstack_visual_indexes": [],
+        },
+        tie_word_embeddings=True,
+    )
+    return randomized(lambda: Qwen3VLModel(config), seed, name)
+
+
 def t5_text_encoder(
     tokenizer: Any,
     *,
@@ -148,14 +188,18 @@ def t5_text_encoder(
     return randomized(lambda: T5EncoderModel(config), seed, name)
 
 
-def qwen_tokenizer(max_length: int) -> Any:
+def qwen_tokenizer(max_length: int, words: Collection[str] = ()) -> Any:
     """Build a tokenizer of Qwen's kind, with its chat template, that knows the 256 bytes and no merges.
 
     A prompt of n bytes and a template around it are n + 19 tokens, n + 27 without thinking.
+
+    Args:
+        words: that are one token each.
     """
     from transformers import Qwen2TokenizerFast
 
-    words = [*byte_letters(), END, TURN, TURN_END, "<think>", "</think>"]
+    special = [END, TURN, TURN_END]
+    words = [*byte_letters(), *special, "<think>", "</think>", *words]
     with tempfile.TemporaryDirectory() as folder:
         vocabulary, merges = Path(folder, "vocab.json"), Path(folder, "merges.txt")
         vocabulary.write_text(json.dumps({word: i for i, word in enumerate(words)}), encoding="utf-8")
@@ -170,7 +214,7 @@ def qwen_tokenizer(max_length: int) -> Any:
             "added_tokens_decoder": {
                 str(words.index(word)): {
                     "content": word,
-                    "special": not word.endswith("think>"),
+                    "special": word in special,
                     **dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False),
                 }
                 for word in words[256:]

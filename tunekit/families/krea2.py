@@ -1,0 +1,546 @@
+"""Krea 2: a transformer of 12.8 G parameters, which reads twelve layers of a Qwen3-VL beside the picture.
+
+Raw is trained. Turbo, which is distilled from it, draws with its adapters too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tunekit.config import ObjectiveConfig
+from tunekit.diffusion.objectives import FlowMatching, Objective, ShiftByTokens
+from tunekit.diffusion.sampling import SamplingConfig
+from tunekit.errors import ModelError
+from tunekit.families import chat, graphs, loading, tiny, vae
+from tunekit.families import family as answers
+from tunekit.families.family import (
+    MASK,
+    Component,
+    Conditioning,
+    Dtypes,
+    ExportComponent,
+    FamilyFacts,
+    Packing,
+    Pipeline,
+    Published,
+    Tokens,
+)
+from tunekit.families.flux import pack, positions, unpack
+from tunekit.families.weights import Entry
+from tunekit.resources import Source
+
+PATCH = 2
+"""The transformer takes 2 x 2 latents as one token."""
+SIDE = 1024
+"""Of the pictures that it was made for, in pixels; no configuration has it."""
+BEFORE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text,"
+    " spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
+)
+BEHIND = "<|im_end|>\n<|im_start|>assistant\n"
+"""What a prompt stands between; the latter behind the padding."""
+DROPPED, KEPT_BEHIND = 34, 5
+"""Tokens of both: those before a prompt are read by the text encoder alone."""
+TURBO_MU = 1.15
+"""Logarithm of Turbo's shift, at every size."""
+
+ATTENTION = tuple(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_gate", "to_out.0"))
+FEED_FORWARD = ("ff.gate", "ff.up", "ff.down")
+_INSIDE = {
+    "attn.wq": "attn.to_q",
+    "attn.wk": "attn.to_k",
+    "attn.wv": "attn.to_v",
+    "attn.wo": "attn.to_out.0",
+    "attn.gate": "attn.to_gate",
+    "mlp.gate": "ff.gate",
+    "mlp.up": "ff.up",
+    "mlp.down": "ff.down",
+}
+_BLOCKS = {
+    "blocks.{}": "transformer_blocks.{}",
+    "txtfusion.layerwise_blocks.{}": "text_fusion.layerwise_blocks.{}",
+    "txtfusion.refiner_blocks.{}": "text_fusion.refiner_blocks.{}",
+}
+# https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/utils.py, krea2_to_diffusers
+PUBLISHED: dict[str, str | tuple[str, ...]] = {
+    "first": "img_in",
+    "last.linear": "final_layer.linear",
+    "tmlp.0": "time_embed.linear_1",
+    "tmlp.2": "time_embed.linear_2",
+    "tproj.1": "time_mod_proj",
+    "txtmlp.1": "txt_in.linear_1",
+    "txtmlp.3": "txt_in.linear_2",
+    "txtfusion.projector": "text_fusion.projector",
+    **{
+        f"{there}.{name}": f"{here}.{own}" for there, here in _BLOCKS.items() for name, own in _INSIDE.items()
+    },
+}
+"""Layers of the transformer as it was published -> modules here."""
+
+
+class Krea2:
+    """Krea 2; see `Family` for what each method promises.
+
+    https://huggingface.co/docs/diffusers/api/pipelines/krea2
+    """
+
+    name: ClassVar[str] = "krea2"
+    facts: ClassVar[FamilyFacts] = FamilyFacts(
+        title="Krea 2",
+        base_title="Krea 2 Raw",
+        pipeline_classes=("Krea2Pipeline",),
+        components=(
+            Component(
+                "transformer",
+                "denoiser",
+                "diffusers:Krea2Transformer2DModel",
+                {
+                    "in_channels": 64,
+                    "num_layers": 28,
+                    "attention_head_dim": 128,
+                    "num_attention_heads": 48,
+                    "num_key_value_heads": 12,
+                    "intermediate_size": 16384,
+                    "text_hidden_dim": 2560,
+                    "num_text_layers": 12,
+                },
+                kohya=("lora_unet",),
+                dotted="diffusion_model",
+                dtype=None,
+                sensitive=("img_in", "time_embed", "time_mod_proj", "txt_in", "final_layer"),
+                keeps=("timestep", "position_ids"),
+            ),
+            Component("vae", "vae", "diffusers:AutoencoderKLQwenImage", {"z_dim": 16}, fp16=False),
+            # Sizes: https://huggingface.co/Qwen/Qwen3-VL-4B-Instruct, config.json
+            Component(
+                "text_encoder",
+                "text_encoder",
+                "transformers:Qwen3VLModel",
+                {
+                    "text_config": {
+                        "hidden_size": 2560,
+                        "intermediate_size": 9728,
+                        "num_hidden_layers": 36,
+                        "num_attention_heads": 32,
+                        "num_key_value_heads": 8,
+                        "head_dim": 128,
+                        "vocab_size": 151936,
+                        "max_position_embeddings": 262144,
+                        "rope_theta": 5000000.0,
+                        "rope_scaling": {
+                            "rope_type": "default",
+                            "mrope_interleaved": True,
+                            "mrope_section": [24, 20, 20],
+                        },
+                    },
+                    "vision_config": {
+                        "depth": 24,
+                        "hidden_size": 1024,
+                        "intermediate_size": 4096,
+                        "out_hidden_size": 2560,
+                        "deepstack_visual_indexes": [5, 11, 17],
+                    },
+                    "tie_word_embeddings": True,
+                },
+                tokenizer="tokenizer",
+                tokens=512,
+                dtype="bf16",
+                fp16=False,
+            ),
+            Component(
+                "scheduler",
+                "scheduler",
+                "diffusers:FlowMatchEulerDiscreteScheduler",
+                {"use_dynamic_shifting": True, "max_image_seq_len": 6400},
+            ),
+        ),
+        lora_targets=(*ATTENTION, *FEED_FORWARD),
+        presets={"attention": ATTENTION, "attention_feed_forward": (*ATTENTION, *FEED_FORWARD)},
+        ss_base_model_version="krea2",
+        modelspec_architecture="Krea-2",
+        adapter_marks=r"text_fusion|txtfusion|attn\.to_gate|attn\.wq",
+        default_source="krea/Krea-2-Raw",
+        licence="krea-2-community-license",
+        distilled="turbo",
+        sampling=SamplingConfig(steps=28, guidance=4.5),
+        sampling_distilled=SamplingConfig(steps=8, guidance=0.0),
+        since="0.42",
+    )
+
+    def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: Packing = "") -> Pipeline:
+        source = Source.of(source)
+        if source.name == "tiny":
+            return loading.cast(self.tiny(), self.facts, dtypes)
+        made = loading.load_pipeline(source, self.facts, dtypes, pack=pack, misfits=misfits)
+        if made.config.is_distilled:  # so that its sampler says by itself how it is drawn
+            made.scheduler.register_to_config(base_shift=TURBO_MU, max_shift=TURBO_MU)
+        return made
+
+    def look(self, source: Source | str) -> list[ModelError]:
+        return loading.look(Source.of(source), self.facts, misfits=misfits)
+
+    def save(self, pipeline: Pipeline, folder: Path) -> None:
+        loading.save_pipeline(pipeline, folder, self.facts)
+
+    def tiny(self, seed: int = 0) -> Pipeline:
+        from diffusers import AutoencoderKLQwenImage, Krea2Pipeline, Krea2Transformer2DModel
+
+        # Neither 512 tokens nor 8 pixels per latent, and 6 channels, not 16.
+        tokenizer = tiny.qwen_tokenizer(max_length=48, words=_words())
+        network = tiny.randomized(
+            lambda: Krea2Transformer2DModel(
+                in_channels=6 * PATCH**2,
+                num_layers=2,
+                attention_head_dim=8,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                intermediate_size=160,
+                timestep_embed_dim=16,
+                text_hidden_dim=20,
+                num_text_layers=3,
+                text_num_attention_heads=2,
+                text_num_key_value_heads=2,
+                text_intermediate_size=24,
+                num_layerwise_text_blocks=1,
+                num_refiner_text_blocks=1,
+                axes_dims_rope=(4, 2, 2),
+            ),
+            seed,
+            "transformer",
+        )
+        coder = tiny.randomized(
+            lambda: AutoencoderKLQwenImage(
+                base_dim=8,
+                z_dim=6,
+                dim_mult=[1, 1, 2],
+                num_res_blocks=1,
+                temperal_downsample=[False, True],
+                latents_mean=[0.1 * channel for channel in range(6)],
+                latents_std=[1 + 0.1 * channel for channel in range(6)],
+            ),
+            seed,
+            "vae",
+        )
+        coder.register_to_config(sample_size=64)
+        return Krea2Pipeline(
+            vae=coder,
+            text_encoder=tiny.qwen3_vl(tokenizer, width=20, layers=6, seed=seed),
+            tokenizer=tokenizer,
+            transformer=network,
+            scheduler=self.facts.component("scheduler").build(),
+            text_encoder_select_layers=read_layers(6, 3),
+        )
+
+    def recognizes(self, configs: Mapping[str, Mapping[str, Any]]) -> bool:
+        return True
+
+    def denoiser(self, pipeline: Pipeline) -> nn.Module:
+        network: nn.Module = pipeline.transformer
+        return network
+
+    def objective(self, pipeline: Pipeline, config: ObjectiveConfig | None = None) -> Objective:
+        return FlowMatching.from_scheduler(pipeline.scheduler, config, patch=PATCH)
+
+    def is_distilled(self, pipeline: Pipeline) -> bool:
+        return bool(getattr(pipeline.config, "is_distilled", False))
+
+    def default_size(self, pipeline: Pipeline) -> tuple[int, int]:
+        side = getattr(pipeline.vae.config, "sample_size", None) or SIDE
+        return side, side
+
+    def resolution_multiple(self, pipeline: Pipeline) -> int:
+        return _factor(pipeline) * PATCH
+
+    def latent_shape(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, int, int]:
+        channels, multiple = pipeline.vae.config.z_dim, self.resolution_multiple(pipeline)
+        return vae.latent_shape(channels, _factor(pipeline), multiple, height, width)
+
+    def tokenize(self, pipeline: Pipeline, prompts: list[str]) -> Tokens:
+        """[template, prompt, padding, end of the template]."""
+        tokenizer = pipeline.tokenizer
+        first = tokenizer(
+            [BEFORE + prompt for prompt in prompts],
+            padding="max_length",
+            max_length=tokenizer.model_max_length + DROPPED - KEPT_BEHIND,
+            truncation=True,
+            return_tensors="pt",
+        )
+        last = tokenizer([BEHIND] * len(prompts), return_tensors="pt")
+        return {
+            "text_encoder": torch.cat([first.input_ids, last.input_ids], dim=1),
+            "text_encoder" + MASK: torch.cat([first.attention_mask, last.attention_mask], dim=1).bool(),
+        }
+
+    @torch.no_grad()
+    def encode_tokens(self, pipeline: Pipeline, tokens: Tokens) -> Conditioning:
+        """Some layers' states of each token side by side: [B, tokens, layers, width]."""
+        encoder, ids = pipeline.text_encoder, tokens["text_encoder"]
+        mask = tokens.get("text_encoder" + MASK)
+        if mask is None:  # planned are the tokens that are kept, behind those of the template
+            ids = F.pad(ids, (DROPPED, 0))
+            mask = torch.ones_like(ids, dtype=torch.bool)
+        ids, mask = ids.to(encoder.device), mask.to(encoder.device)
+        layers = read_layers(_depth(encoder.config), pipeline.transformer.config.num_text_layers)
+        states = _states(encoder, ids, mask)
+        return {
+            "encoder_hidden_states": torch.stack([states[layer] for layer in layers], dim=2)[:, DROPPED:],
+            "encoder_attention_mask": mask[:, DROPPED:],
+        }
+
+    def encode_prompt(self, pipeline: Pipeline, prompts: list[str]) -> Conditioning:
+        return self.encode_tokens(pipeline, self.tokenize(pipeline, prompts))
+
+    def encode_image(self, pipeline: Pipeline, pixels: Tensor) -> Tensor:
+        """A picture is a film of one frame."""
+        mean, std = (part.squeeze(2) for part in vae.posterior(pipeline.vae, pixels.unsqueeze(2)))
+        shift, scale = _scaling(pipeline, mean)
+        return torch.cat([(mean - shift) / scale, std / scale], dim=1)
+
+    def decode(self, pipeline: Pipeline, latents: Tensor) -> Tensor:
+        shift, scale = _scaling(pipeline, latents)
+        return vae.decoded(pipeline.vae, (latents * scale + shift).unsqueeze(2)).squeeze(2)
+
+    def conditioning(
+        self, encoded: Conditioning, frame: Tensor, guidance: float | None = None
+    ) -> Conditioning:
+        return encoded
+
+    def cfg_scale(self, pipeline: Pipeline, guidance: float) -> float | None:
+        """Counted from 0: with + guidance * (with - without)."""
+        return 1 + guidance if guidance > 0 else None
+
+    def denoise(
+        self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        *_, height, width = noisy.shape
+        places = positions(height // PATCH, width // PATCH, noisy.device)
+        text = conditioning["encoder_hidden_states"].shape[1]
+        made = denoiser(
+            hidden_states=pack(noisy),
+            timestep=timestep / 1000,
+            position_ids=F.pad(places, (0, 0, text, 0)),  # a text has no place
+            **conditioning,
+            return_dict=False,
+        )[0]
+        return unpack(made, height, width)
+
+    def begin(self, scheduler: Any, steps: int, latents: Tensor) -> Tensor:
+        mu = ShiftByTokens.from_scheduler(scheduler, PATCH).mu(tuple(latents.shape))
+        return answers.begin_flow(scheduler, steps, latents, mu)
+
+    def blocks(self, denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
+        transformer: Any = denoiser
+        return [(f"transformer_blocks.{i}", block) for i, block in enumerate(transformer.transformer_blocks)]
+
+    def picture_state(self, output: Any) -> Tensor | None:
+        return answers.first_state(output)
+
+    def adapter_names(self, component: str, paths: Collection[str]) -> list[Published]:
+        """The transformer as it was published."""
+        return answers.published(PUBLISHED, paths)
+
+    def export_components(self, pipeline: Pipeline) -> list[ExportComponent]:
+        network, encoder, coder = pipeline.transformer, pipeline.text_encoder, pipeline.vae
+        config, length = network.config, pipeline.tokenizer.model_max_length
+        height, width = self.default_size(pipeline)
+        channels, rows, columns = self.latent_shape(pipeline, height, width)
+        rows, columns = rows // PATCH, columns // PATCH
+        whole = length + DROPPED
+        mask = torch.ones(2, whole, dtype=torch.int64)
+        mask[1, DROPPED + 7 : -KEPT_BEHIND] = 0
+        text = {0: "batch", 1: "sequence"}
+        layers = read_layers(_depth(encoder.config), config.num_text_layers)
+        film = {0: "batch", 3: "height", 4: "width"}
+        multiple = _factor(pipeline)
+        return [
+            ExportComponent(
+                name="text_encoder",
+                component="text_encoder",
+                module=_Encoder(encoder, layers),
+                inputs={"input_ids": graphs.token_ids(whole), "attention_mask": mask},
+                dynamic={"input_ids": text, "attention_mask": text},
+                outputs=[f"hidden_states.{layer}" for layer in layers],
+                config=graphs.model_config(encoder),
+            ),
+            ExportComponent(
+                name="transformer",
+                component="transformer",
+                module=_Transformer(network),
+                inputs={
+                    "hidden_states": graphs.example(2, rows * columns, config.in_channels, like=network),
+                    "timestep": torch.tensor([0.5]),
+                    "position_ids": F.pad(positions(rows, columns, torch.device("cpu")), (0, 0, length, 0)),
+                    "encoder_hidden_states": graphs.example(
+                        2, length, config.num_text_layers, config.text_hidden_dim, like=network
+                    ),
+                    "encoder_attention_mask": mask[:, DROPPED:],
+                },
+                dynamic={
+                    "hidden_states": {0: "batch", 1: "tokens"},
+                    "position_ids": {0: "sequence+tokens"},
+                    "encoder_hidden_states": text,
+                    "encoder_attention_mask": text,
+                },
+                outputs=["out_hidden_states"],
+                config=graphs.model_config(network),
+            ),
+            ExportComponent(
+                name="vae_encoder",
+                component="vae",
+                module=_VaeEncoder(coder),
+                inputs={"sample": graphs.example(2, 3, 1, height, width, like=coder)},
+                dynamic={"sample": film},
+                outputs=["latent_parameters"],
+                config=graphs.model_config(coder),
+                multiples={"height": multiple, "width": multiple},
+            ),
+            ExportComponent(
+                name="vae_decoder",
+                component="vae",
+                module=_VaeDecoder(coder),
+                inputs={
+                    "latent_sample": graphs.example(
+                        2, channels, 1, height // multiple, width // multiple, like=coder
+                    )
+                },
+                dynamic={"latent_sample": film},
+                outputs=["sample"],
+                config=graphs.model_config(coder),
+            ),
+        ]
+
+
+def read_layers(depth: int, count: int) -> tuple[int, ...]:
+    """Numbers of the states that are read of a text encoder: the last of each of `count` parts."""
+    step = depth // count
+    return tuple(range(step - 1, step * count, step))
+
+
+def misfits(parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]) -> list[str]:
+    """Why components do not make up a model that is trained and drawn here; see `loading.Misfits`."""
+    network, coder, encoder = parts["transformer"].config, parts["vae"].config, parts["text_encoder"].config
+    found = answers.flow_misfits(parts["scheduler"])
+    taken, given = network.in_channels, coder.z_dim * PATCH**2
+    if taken != given:
+        found.append(f"its transformer takes {taken} channels, and the VAE gives {given}")
+    if not len(coder.latents_mean) == len(coder.latents_std) == coder.z_dim:
+        found.append(f"its VAE has {coder.z_dim} channels, latents_mean or latents_std have other numbers")
+    wanted, width = network.text_hidden_dim, encoder.text_config.hidden_size
+    if wanted != width:
+        found.append(f"its transformer reads text of width {wanted}, and the text encoder gives {width}")
+    return found
+
+
+def _factor(pipeline: Pipeline) -> int:
+    """Pixels per latent, along one side."""
+    return int(2 ** len(pipeline.vae.config.temperal_downsample))
+
+
+def _scaling(pipeline: Pipeline, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of the latents, [C, 1, 1]."""
+    config = pipeline.vae.config
+    mean, std = (torch.tensor(values).to(like) for values in (config.latents_mean, config.latents_std))
+    return mean.view(-1, 1, 1), std.view(-1, 1, 1)
+
+
+def _depth(config: Any) -> int:
+    """Layers of the text encoder; a graph's configuration is that of its config.json."""
+    text = config.text_config
+    return int(text["num_hidden_layers"] if isinstance(text, dict) else text.num_hidden_layers)
+
+
+def _states(encoder: Any, ids: Tensor, mask: Tensor) -> Any:
+    """Hidden states by number; padding, which stands within a text, has no place of its own."""
+    if not isinstance(encoder, nn.Module):
+        return encoder(ids, attention_mask=mask.long()).hidden_states
+    places = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+    return encoder(
+        input_ids=ids,
+        attention_mask=chat.attending(mask) if ids.is_meta or torch.compiler.is_exporting() else mask,
+        position_ids=places.expand(3, -1, -1),
+        output_hidden_states=True,
+        use_cache=False,
+    ).hidden_states
+
+
+# Graphs -----------------------------------------------------------------------------------------------------
+
+
+class _Encoder(nn.Module):
+    def __init__(self, encoder: nn.Module, layers: Collection[int]) -> None:
+        super().__init__()
+        self.encoder, self.layers = encoder, tuple(layers)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        states = _states(self.encoder, input_ids, attention_mask.bool())
+        return tuple(states[layer] for layer in self.layers)
+
+
+class _Transformer(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        position_ids: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor,
+    ) -> Tensor:
+        made: Tensor = self.network(
+            hidden_states=hidden_states,
+            timestep=timestep,
+            position_ids=position_ids,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask.bool(),
+            return_dict=False,
+        )[0]
+        return made
+
+
+class _VaeEncoder(nn.Module):
+    """Of a film of one frame, which nothing is kept of for a second."""
+
+    def __init__(self, coder: Any) -> None:
+        super().__init__()
+        self.encoder, self.quant_conv = coder.encoder, coder.quant_conv
+
+    def forward(self, sample: Tensor) -> Tensor:
+        moments: Tensor = self.quant_conv(self.encoder(sample))
+        return moments
+
+
+class _VaeDecoder(nn.Module):
+    def __init__(self, coder: Any) -> None:
+        super().__init__()
+        self.decoder, self.post_quant_conv = coder.decoder, coder.post_quant_conv
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        pixels: Tensor = self.decoder(self.post_quant_conv(latent_sample)).clamp(-1, 1)
+        return pixels
+
+
+def _words() -> list[str]:
+    """What the tiny tokenizer takes as one token each, so that the template has as many as the real one's."""
+    inside = BEFORE.partition("\n")[2].partition("<")[0].replace(",", " ,").replace(":", " :").split()
+    first, *others = inside
+    words = {
+        "system",
+        "user",
+        "assistant",
+        first,
+        *others,
+        *(f" {word}" for word in others if word.isalpha()),
+    }
+    return sorted(words - {",", ":"})
+
+
+FAMILY = Krea2()
