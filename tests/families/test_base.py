@@ -242,8 +242,14 @@ def without_weights(base: Path, name: str, to: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("prefix", "dtype"),
+    [
+        ("", torch.bfloat16),
+        ("model.diffusion_model.", torch.float16),
+        ("diffusion_model.", torch.float32),
+    ],
+)
 def test_a_transformer_alone_is_read_exactly(
     name: str, prefix: str, dtype: torch.dtype, bases: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -297,7 +303,7 @@ def as_fp8(made: Tensors, *, ending: str | None, by_row: bool = False) -> Tensor
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("ending", "by_row"),
-    [(None, False), (".scale_weight", False), (".weight_scale", False), (".weight_scale", True)],
+    [(None, False), (".scale_weight", False), (".weight_scale", True)],
 )
 def test_eight_bits_are_read_with_their_scales(
     name: str, ending: str | None, by_row: bool, bases: Callable[[str], Path], tmp_path: Path
@@ -371,7 +377,7 @@ def write_gguf(made: Tensors, file: Path, kind: str, architecture: str = "flux")
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0"])
 def test_gguf_is_read(name: str, kind: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     base = bases(name)
