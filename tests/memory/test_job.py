@@ -328,15 +328,16 @@ def test_a_packed_base_is_packed_while_pictures_are_encoded_on_the_cpu(tiny: Siz
     assert packed == stepping < plain
 
 
-@pytest.mark.parametrize("name", families.runnable())
+MASTERS = (ADAPTER, Levers("bf16", gradient_checkpointing=True, keep_attention=True), (1,))
+
+
 @pytest.mark.parametrize(
-    ("adapter", "levers", "rows"),
+    ("name", "adapter", "levers", "rows"),
     [
-        (ADAPTER, Levers("bf16", gradient_checkpointing=True, keep_attention=True), (2,)),
-        (ADAPTER, Levers("fp16", "int8"), (1, 1)),
-        (None, Levers("bf16"), (2, 1)),
+        *((name, *MASTERS) for name in families.runnable()),
+        ("sd15", ADAPTER, Levers("fp16", "int8"), (1, 1)),
+        ("sd15", None, Levers("bf16"), (2, 1)),
     ],
-    ids=["masters", "packed", "all weights"],
 )
 def test_a_second_step_is_recorded_as_it_would_be_traced(
     monkeypatch: pytest.MonkeyPatch,
