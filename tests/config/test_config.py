@@ -257,7 +257,7 @@ def test_what_is_learned_is_as_the_base_was_trained_unless_said(config: Path):
     ("override", "expected"),
     [
         ("objective.huber_delta=0.5", "objective.huber_delta: has no effect: loss is not huber"),
-        ("objective.shift=0", "objective.shift: must be greater than 0, not 0"),
+        ("objective.shift=0", "objective.shift: must be greater than 0 or 'resolution', not 0"),
         ("objective.noise_offset=-1", "objective.noise_offset: must be at least 0, not -1"),
         ("objective.snr_gamma=0", "objective.snr_gamma: must be greater than 0, not 0"),
         ("objective.prediction=v", "objective.prediction: must be 'epsilon', 'v_prediction' or 'sample'"),

@@ -194,13 +194,22 @@ def _messages(error: ValidationError, schema: type[BaseModel], tree: Any) -> dic
         elif kind in {"tunekit", "tunekit_idle"}:
             key = (*loc, *str(context["key"]).split(".")) if "key" in context else loc
         else:
-            key = loc
-            while key and not _get(tree, key)[0]:  # pydantic names the members of a union in the location
-                key = key[:-1]
+            key = _placed(tree, loc)
         trouble = found.setdefault(key, _Trouble([], is_idle=kind == "tunekit_idle"))
         if message not in trouble.messages:
             trouble.messages.append(message)
-    return found
+    # What is wrong inside of a list says more than that it is no word, which would do as well.
+    inside = {key[:-1] for key in found if key and isinstance(key[-1], int)}
+    return {key: trouble for key, trouble in found.items() if key not in inside}
+
+
+def _placed(tree: Any, loc: Key) -> Key:
+    """A location without the members of unions that pydantic names in it, as far as there are values."""
+    key: Key = ()
+    for part in loc:
+        if _get(tree, (*key, part))[0]:
+            key = (*key, part)
+    return key
 
 
 def _known_instead(schema: type[BaseModel], key: Key) -> str:
