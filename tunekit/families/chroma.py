@@ -87,6 +87,7 @@ class Chroma(Flux):
         adapter_marks="distilled_guidance_layer",
         default_source="lodestones/Chroma1-Base",
         licence="apache-2.0",
+        stored="bf16",
         distilled="flash",
         sampling=SamplingConfig(steps=40, guidance=3.0),
     )

@@ -217,6 +217,7 @@ class FamilyFacts:
         bases: hub ids of other published bases -> component -> what its configuration has instead, so that
             they are planned before they are here.
         licence: of the usual base, as the hub writes it.
+        stored: type that its weights were published in: what is planned while they are not here.
         base_title: the usual base for people, where it is not `title`.
         ss_v2: kohya's name for SD 2.x.
         distilled: regular expression of what names of its published bases that were distilled to few steps
@@ -241,6 +242,7 @@ class FamilyFacts:
     sampling_distilled: SamplingConfig | None = None
     bases: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     licence: str = ""
+    stored: Literal["fp32", "bf16"] = "fp32"
     base_title: str = ""
     ss_v2: bool = False
     distilled: str = ""

@@ -142,6 +142,7 @@ class Flux:
         adapter_marks="double_blocks|single_transformer_blocks|single_blocks",
         default_source="black-forest-labs/FLUX.1-dev",
         licence="flux-1-dev-non-commercial-license",
+        stored="bf16",
         distilled="schnell",
         sampling=SamplingConfig(steps=28, guidance=3.5),
     )

@@ -153,6 +153,7 @@ class Flux2:
             "black-forest-labs/FLUX.2-klein-9B": NINE,
         },
         licence="apache-2.0",
+        stored="bf16",
         sampling=SamplingConfig(steps=STEPS, guidance=4.0),
         sampling_distilled=SamplingConfig(steps=4, guidance=1.0),
     )

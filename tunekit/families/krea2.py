@@ -167,6 +167,7 @@ class Krea2:
         adapter_marks=r"text_fusion|txtfusion|attn\.to_gate|attn\.wq",
         default_source="krea/Krea-2-Raw",
         licence="krea-2-community-license",
+        stored="bf16",
         distilled="turbo",
         sampling=SamplingConfig(steps=28, guidance=4.5),
         sampling_distilled=SamplingConfig(steps=8, guidance=0.0),

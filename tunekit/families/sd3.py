@@ -171,6 +171,7 @@ class SD3:
         adapter_marks=r"joint_blocks|context_block|(^|transformer[._])transformer_blocks[._]\d+[._]attn2[._]",
         default_source="stabilityai/stable-diffusion-3.5-medium",
         licence="stabilityai-ai-community",
+        stored="bf16",
         sampling=SamplingConfig(steps=40, guidance=4.5),
         sampling_distilled=SamplingConfig(steps=4, guidance=1.0),
     )

@@ -117,6 +117,7 @@ class ZImage:
         adapter_marks=r"context_refiner|noise_refiner|cap_embedder|adaLN_modulation\.0",
         default_source="Tongyi-MAI/Z-Image",
         licence="apache-2.0",
+        stored="bf16",
         distilled="turbo",
         sampling=SamplingConfig(steps=30, guidance=4.0),
         sampling_distilled=SamplingConfig(steps=9, guidance=0.0),

@@ -42,7 +42,8 @@ def stored(sizes: Sizes, source: Source) -> dict[str, Stored]:
     if source.name == "tiny":
         return {part.name: Stored(dtype=None, packs=False) for part in sizes.networks}
     path, rest = source.path, source.rest
-    usual = Stored("fp16" if source.variant == "fp16" else "fp32", packs=path is None)
+    published = "fp16" if source.variant == "fp16" else sizes.family.facts.stored
+    usual = Stored(published, packs=path is None)
     found = stored(sizes, rest) if rest else {part.name: usual for part in sizes.networks}
     if path is None:
         return found
