@@ -117,14 +117,21 @@ def test_a_folder_draws_what_diffusers_draws(each: Runtime) -> None:
     each.pipeline.set_progress_bar_config(disable=True)
     known = inspect.signature(type(each.pipeline).__call__).parameters
     options: dict[str, Any] = {"height": 64, "width": 64}  # some draw 1024 px whatever their parts say
-    if "negative_prompt" in known:
-        options["negative_prompt"] = ["blue"] * 2
+    told: dict[str, Any] = {}
     if "max_sequence_length" in known:
         longest = getattr(each.pipeline, each.family.facts.encoders[-1].tokenizer).model_max_length
-        options["max_sequence_length"] = longest
+        told["max_sequence_length"] = longest
+    if "text_encoder_out_layers" in known:
+        layers = each.pipeline.text_encoder.config.num_hidden_layers
+        told["text_encoder_out_layers"] = (layers // 4, layers // 2, 3 * layers // 4)
+    if "negative_prompt" in known:
+        options["negative_prompt"] = ["blue"] * 2
+    else:
+        options["negative_prompt_embeds"] = each.pipeline.encode_prompt(["blue"] * 2, **told)[0]
     wanted = each.pipeline(
-        list(PROMPTS),
+        prompt=list(PROMPTS),
         **options,
+        **told,
         num_inference_steps=3,
         guidance_scale=4.0,
         generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
