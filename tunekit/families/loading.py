@@ -243,9 +243,7 @@ class _Folder:
         """Arguments of the pipeline's constructor that its index has, and that are not known."""
         arguments = set(_arguments(facts)) - set(known)
         return {
-            key: value
-            for key, value in self.index.items()
-            if key in arguments and not isinstance(value, list)
+            key: value for key, value in self.index.items() if key in arguments and not _names_a_class(value)
         }
 
 
@@ -323,6 +321,11 @@ def _find_in_folder(
     beside = [name for name in lacking if not (path / facts.component(name).tokenizer).is_dir()]
     _find_rest(found, folder, facts, dict.fromkeys(beside, rest))
     found.settings = folder.settings(facts, {*found.parts, *fixed})
+
+
+def _names_a_class(value: Any) -> bool:
+    """Whether an entry of model_index.json names a class, or none; other lists are settings."""
+    return isinstance(value, list) and all(item is None or isinstance(item, str) for item in value)
 
 
 def _arguments(facts: FamilyFacts) -> Collection[str]:
