@@ -201,7 +201,7 @@ class Krea2:
                 attention_head_dim=8,
                 num_attention_heads=4,
                 num_key_value_heads=2,
-                intermediate_size=160,
+                intermediate_size=640,
                 timestep_embed_dim=16,
                 text_hidden_dim=20,
                 num_text_layers=3,
@@ -458,7 +458,7 @@ def _depth(config: Any) -> int:
 
 def _states(encoder: Any, ids: Tensor, mask: Tensor) -> Any:
     """Hidden states by number; padding, which stands within a text, has no place of its own."""
-    if not isinstance(encoder, nn.Module):
+    if not hasattr(encoder, "language_model"):  # a graph, which counts places itself
         return encoder(ids, attention_mask=mask.long()).hidden_states
     places = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
     return encoder(
