@@ -44,6 +44,14 @@ def test_every_encoder_of_a_family_counts() -> None:
     assert [cut.limit for cut in cuts(found, [WORDS])] == [40]
 
 
+@pytest.mark.parametrize(("letters", "lost"), [(24, ""), (40, "a" * 12)])
+def test_what_one_encoder_leaves_another_may_read(letters: int, lost: str) -> None:
+    """CLIP's read 22 tokens of a prompt here, T5 30: one before the word and the end among them."""
+    family = families.get("sd3")
+    found = cuts(tokenizers(family.facts, family.tiny()), ["a" * letters])
+    assert [(cut.limit, cut.lost) for cut in found] == ([(30, lost)] if lost else [])
+
+
 def test_where_no_tokenizer_is_here_nothing_is_known(tmp_path: Path) -> None:
     assert tokenizers_of(families.get("sd15"), Source("someone/else")) == []
     (tmp_path / "model_index.json").write_text("[]")

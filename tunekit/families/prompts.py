@@ -1,4 +1,4 @@
-"""What a text encoder does not read of a prompt: whatever lies behind its last token is cut off."""
+"""What no text encoder reads of a prompt: whatever lies behind the last token of all is cut off."""
 
 from __future__ import annotations
 
@@ -34,26 +34,30 @@ class Cut:
 def cuts(tokenizers: Sequence[Any], prompts: Iterable[str]) -> list[Cut]:
     """Which prompts are cut, the longest first.
 
+    What CLIP leaves of a long prompt T5 may read, in families that have both: then nothing is lost.
+
     Args:
-        tokenizers: of the text encoders, or `Chat`s; the first that cuts a prompt tells of it.
+        tokenizers: of the text encoders, or `Chat`s; the one that reads most of a prompt tells of it.
     """
     found = []
     for prompt in dict.fromkeys(prompts):
-        for tokenizer in tokenizers:
-            if isinstance(tokenizer, Chat):
-                count, lost = tokenizer.lost(prompt)
-                if lost:
-                    found.append(Cut(prompt, count, tokenizer.limit, lost))
-                    break
-                continue
-            limit = tokenizer.model_max_length
-            if len(prompt.encode()) + 2 <= limit:  # a token is a byte or more
-                continue
-            ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
-            if len(ids) > limit:
-                found.append(Cut(prompt, len(ids), limit, _lost(tokenizer, prompt, ids)))
-                break
+        each = [_cut(tokenizer, prompt) for tokenizer in tokenizers]
+        cut = [one for one in each if one is not None]
+        if cut and len(cut) == len(each):
+            found.append(min(cut, key=lambda one: len(one.lost)))
     return sorted(found, key=lambda cut: -cut.tokens)
+
+
+def _cut(tokenizer: Any, prompt: str) -> Cut | None:
+    """What one text encoder does not read; None if it reads all."""
+    if isinstance(tokenizer, Chat):
+        count, lost = tokenizer.lost(prompt)
+        return Cut(prompt, count, tokenizer.limit, lost) if lost else None
+    limit = tokenizer.model_max_length
+    if len(prompt.encode()) + 2 <= limit:  # a token is a byte or more
+        return None
+    ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+    return Cut(prompt, len(ids), limit, _lost(tokenizer, prompt, ids)) if len(ids) > limit else None
 
 
 def _lost(tokenizer: Any, prompt: str, ids: Sequence[int]) -> str:
