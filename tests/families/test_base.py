@@ -176,6 +176,45 @@ def sd3_names(own: Tensors) -> Tensors:
     return made
 
 
+def krea2_names(own: Tensors) -> Tensors:
+    """https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/utils.py, krea2_to_diffusers"""
+    inside = {
+        ".attn.to_q.": ".attn.wq.",
+        ".attn.to_k.": ".attn.wk.",
+        ".attn.to_v.": ".attn.wv.",
+        ".attn.to_out.0.": ".attn.wo.",
+        ".attn.to_gate.": ".attn.gate.",
+        ".attn.norm_q.weight": ".attn.qknorm.qnorm.scale",
+        ".attn.norm_k.weight": ".attn.qknorm.knorm.scale",
+        ".ff.": ".mlp.",
+        ".norm1.weight": ".prenorm.scale",
+        ".norm2.weight": ".postnorm.scale",
+        ".scale_shift_table": ".mod.lin",
+    }
+    outside = {
+        "img_in.": "first.",
+        "final_layer.linear.": "last.linear.",
+        "final_layer.norm.weight": "last.norm.scale",
+        "final_layer.scale_shift_table": "last.modulation.lin",
+        "time_embed.linear_1.": "tmlp.0.",
+        "time_embed.linear_2.": "tmlp.2.",
+        "time_mod_proj.": "tproj.1.",
+        "txt_in.norm.weight": "txtmlp.0.scale",
+        "txt_in.linear_1.": "txtmlp.1.",
+        "txt_in.linear_2.": "txtmlp.3.",
+        "text_fusion.": "txtfusion.",
+        "transformer_blocks.": "blocks.",
+    }
+    made = {}
+    for name, value in own.items():
+        begin = next(ours for ours in outside if name.startswith(ours))
+        there = outside[begin] + name.removeprefix(begin)
+        for ours, theirs in inside.items():
+            there = there.replace(ours, theirs)
+        made[there] = value.flatten() if there.endswith(".mod.lin") else value
+    return made
+
+
 def zimage_names(own: Tensors) -> Tensors:
     """https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/ldm/lumina/model.py"""
     made = {}
@@ -202,6 +241,7 @@ NAMES: dict[str, Callable[[Tensors], Tensors]] = {
     "chroma": chroma_names,
     "flux2": flux2_names,
     "sd3": sd3_names,
+    "krea2": krea2_names,
     "zimage": zimage_names,
 }
 
@@ -529,8 +569,10 @@ def test_what_is_missing_unknown_or_of_another_shape_is_named(
     source = Source(str(file), base=str(base))
     denoiser = families.get(name).facts.denoiser_name
     keys = list(NAMES[name](own_of(name, base)))
-    fused = next(key for key in keys if "qkv" in key and key.endswith(".weight"))
-    last = next(key for key in reversed(keys) if key not in families.get(name).facts.denoiser.marks)
+    marks = families.get(name).facts.denoiser.marks
+    weights = [key for key in keys if key.endswith(".weight") and key not in marks]
+    fused = next((key for key in weights if "qkv" in key), weights[0])
+    last = next(key for key in reversed(keys) if key not in marks)
 
     def said(change: Callable[[Tensors], object]) -> str:
         write(name, base, file, change)

@@ -71,6 +71,7 @@ class Component:
         marks: of a denoiser, tensors by which a single file of it is known: all are there, under the names
             that it was published with, and no other family has them all.
         unread: regular expression of tensors in such a file that the network does not have.
+        flat: regular expression of tensors that lie in such a file as one row, without their sides.
         dtype: what it computes in while pictures and captions are encoded; None: what the run says.
         fp16: whether float16 has the range for it. Where not, it stays float32 in a model of float16.
         sensitive: module paths that lose most in few bits.
@@ -91,6 +92,7 @@ class Component:
     layers: Callable[[Collection[str]], list[Published]] | None = None
     marks: tuple[str, ...] = ()
     unread: str = ""
+    flat: str = ""
     dtype: str | None = "fp32"
     fp16: bool = True
     sensitive: tuple[str, ...] = ()

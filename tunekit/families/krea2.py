@@ -6,6 +6,7 @@ Raw is trained. Turbo, which is distilled from it, draws with its adapters too.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,6 +63,12 @@ _INSIDE = {
     "mlp.up": "ff.up",
     "mlp.down": "ff.down",
 }
+_NORMS = {
+    "attn.qknorm.qnorm.scale": "attn.norm_q.weight",
+    "attn.qknorm.knorm.scale": "attn.norm_k.weight",
+    "prenorm.scale": "norm1.weight",
+    "postnorm.scale": "norm2.weight",
+}
 _BLOCKS = {
     "blocks.{}": "transformer_blocks.{}",
     "txtfusion.layerwise_blocks.{}": "text_fusion.layerwise_blocks.{}",
@@ -77,8 +84,14 @@ PUBLISHED: dict[str, str | tuple[str, ...]] = {
     "txtmlp.1": "txt_in.linear_1",
     "txtmlp.3": "txt_in.linear_2",
     "txtfusion.projector": "text_fusion.projector",
+    "txtmlp.0.scale": "txt_in.norm.weight",
+    "last.norm.scale": "final_layer.norm.weight",
+    "last.modulation.lin": "final_layer.scale_shift_table",
+    "blocks.{}.mod.lin": "transformer_blocks.{}.scale_shift_table",
     **{
-        f"{there}.{name}": f"{here}.{own}" for there, here in _BLOCKS.items() for name, own in _INSIDE.items()
+        f"{there}.{name}": f"{here}.{own}"
+        for there, here in _BLOCKS.items()
+        for name, own in {**_INSIDE, **_NORMS}.items()
     },
 }
 """Layers of the transformer as it was published -> modules here."""
@@ -112,6 +125,10 @@ class Krea2:
                 },
                 kohya=("lora_unet",),
                 dotted="diffusion_model",
+                published="model.diffusion_model.",
+                layers=partial(answers.published, PUBLISHED),
+                marks=("first.weight", "blocks.0.attn.wq.weight", "txtfusion.projector.weight"),
+                flat=r"blocks\.\d+\.mod\.lin",
                 dtype=None,
                 sensitive=("img_in", "time_embed", "time_mod_proj", "txt_in", "final_layer"),
                 keeps=("timestep", "position_ids"),

@@ -122,6 +122,8 @@ class _Place:
     rows: tuple[int, int] | None = None
     swapped: bool = False
     transposed: bool = False
+    flat: tuple[int, ...] = ()
+    """The shape of what lies there as one row."""
     pixel: bool = False
     """Whether the matrix lies there as a convolution of one pixel."""
 
@@ -159,7 +161,9 @@ def _denoiser_places(part: Component, own: Mapping[str, Tensor]) -> dict[str, _P
             rows = (first, first + sizes[at]) if len(sizes) > 1 else None
             places[name] = _Place(f"{whole.name}.{leaf}", rows, swapped=whole.swapped)
         else:
-            places[name] = _Place(layers[name].name if name in layers else name)
+            there = layers[name].name if name in layers else name
+            flat = tuple(own[name].shape) if part.flat and re.fullmatch(part.flat, there) else ()
+            places[name] = _Place(there, flat=flat)
     return places
 
 
@@ -274,6 +278,8 @@ def spread(
                 entry = entry.part(*place.rows)
             if place.swapped:
                 entry = entry.exchanged()
+            if place.flat:
+                entry = entry.shaped(place.flat)
             own[name] = entry.turned() if place.transposed and len(entry.shape) == 2 else entry
             used.add(place.name)
         skipped = _left_out(part, network)
@@ -439,6 +445,8 @@ def _published(part: Component, network: nn.Module) -> Iterator[tuple[str, Tenso
             value = torch.cat([piece for _, piece in in_order])
         if place.swapped:
             value = torch.cat(value.chunk(2)[::-1])
+        if place.flat:
+            value = value.flatten()
         if place.transposed:
             value = value.t()
         yield part.published + name, value[..., None, None] if place.pixel else value

@@ -179,6 +179,11 @@ class Entry:
         """The second half of its rows before the first."""
         return replace(self, swapped=True)
 
+    def shaped(self, shape: tuple[int, ...]) -> Entry:
+        """A row as a tensor of that shape, which whoever reads it gives it, if it has as many numbers."""
+        fits = len(self.shape) == 1 and math.prod(shape) == self.shape[0]
+        return replace(self, shape=shape) if fits else self
+
     def turned(self) -> Entry:
         """Rows as columns."""
         return replace(self, transposed=True, shape=tuple(reversed(self.shape)))
