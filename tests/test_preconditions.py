@@ -52,6 +52,28 @@ def test_nothing_is_wrong_with_what_runs(desk: Path):
     assert list(desk.iterdir()) == [desk / "mine.yaml"]
 
 
+def test_a_distilled_base_is_named_before_it_is_trained(desk: Path):
+    """By what its configurations say, or by its name where they are not here."""
+    from tunekit import families
+
+    family = families.get("flux")
+    pipeline = family.tiny()
+    family.save(pipeline, desk / "dev")
+    config = desk / "dev" / "transformer" / "config.json"
+    assert said_of_the_base("model.source=dev") == []
+    config.write_text(config.read_text().replace('"guidance_embeds": true', '"guidance_embeds": false'))
+    for source in ("dev", "black-forest-labs/FLUX.1-schnell"):
+        (note,) = said_of_the_base(f"model.source={source}")
+        assert note.startswith(source) and "black-forest-labs/FLUX.1-dev" in note
+    assert said_of_the_base("model.source=black-forest-labs/FLUX.1-dev") == []
+
+
+def said_of_the_base(*overrides: str) -> list[str]:
+    """What `check` and a run say of the base beforehand."""
+    loaded = load("mine.yaml", ["model.family=flux", *overrides])
+    return [line for line in preconditions.look(loaded, pictures=False).notes if "distilled" in line]
+
+
 @pytest.mark.parametrize(
     ("override", "key", "words"),
     [

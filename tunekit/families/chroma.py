@@ -90,6 +90,7 @@ class Chroma(Flux):
         stored="bf16",
         distilled="flash",
         sampling=SamplingConfig(steps=40, guidance=3.0),
+        sampling_distilled=None,
     )
 
     widths: ClassVar[Mapping[str, tuple[str, str]]] = {"text_encoder": ("d_model", "joint_attention_dim")}

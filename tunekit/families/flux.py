@@ -145,6 +145,7 @@ class Flux:
         stored="bf16",
         distilled="schnell",
         sampling=SamplingConfig(steps=28, guidance=3.5),
+        sampling_distilled=SamplingConfig(steps=4, guidance=0.0),
     )
 
     widths: ClassVar[Mapping[str, tuple[str, str]]] = {
