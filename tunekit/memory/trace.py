@@ -180,6 +180,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     _live: dict[int, tuple[int, weakref.ref[Any]]] = field(default_factory=dict)
     _sizes: dict[int, int] = field(default_factory=dict)
     _phase: str = "start"
+    _sum: tuple[int, int] | None = None
+    """The last event, if it is the birth of a sum of two gradients, and the first one's storage."""
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
@@ -295,6 +297,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = _key(func, args, kwargs)
         known = self._known.get(key) if key is not None else None
         result = known.made() if known is not None else func(*args, **kwargs)
+        first = self._live.get(args[0].untyped_storage()._cdata) if _adds(func, args) else None
         for item in result if isinstance(result, tuple | list) else (result,):
             if isinstance(item, Tensor):
                 self._see(item)
@@ -303,6 +306,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             known = _Known(*self._work(func, args, kwargs, result), shapes)
             if shapes is not None:
                 self._known[key] = known
+        if first is not None and self._phase.endswith("backward"):
+            self._sum = len(self.events) - 1, first[0]
         if known.traffic:
             self.work.append(Work(self._phase, self.place, known.flops, known.traffic, known.half))
         if known.room:
@@ -347,11 +352,26 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key, size = storage._cdata, self._sizes[number]
 
         def dies(_: object) -> None:
-            self.events.append(Event(number, -size, self._phase, self.place))
+            # A gradient that nobody else holds is added to where it lies, unless somebody watches: see `_sum`.
+            place = len(self.events)
+            if self._sum is not None and self._sum == (place - 1, number):
+                place -= 1
+            self.events.insert(place, Event(number, -size, self._phase, self.place))
+            self._sum = None
             if self._live.get(key, (None,))[0] == number:
                 del self._live[key]
 
         self._live[key] = (number, weakref.ref(storage, dies))
+
+
+def _adds(func: Any, args: Sequence[Any]) -> bool:
+    """Whether an operator is what the engine of gradients adds two of the same tensor with."""
+    return (
+        func is torch.ops.aten.add.Tensor
+        and all(isinstance(arg, Tensor) for arg in args)
+        and args[0].shape == args[1].shape
+        and args[0].dtype == args[1].dtype
+    )
 
 
 # Operators seen before --------------------------------------------------------------------------------------
