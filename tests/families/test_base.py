@@ -736,7 +736,7 @@ def test_sizes_and_files_are_those_of_both(bases: Callable[[str], Path], tmp_pat
     known = stored(sizes, source)
     assert known["transformer"] == Stored("other", file.stat().st_size)
     assert known["text_encoder_2"].dtype == "fp32"
-    assert stored(sizes, Source(str(file), base="owner/name"))["vae"] == Stored("fp32")
+    assert stored(sizes, Source(str(file), base="owner/name"))["vae"] == Stored("bf16")
     shutil.rmtree(tmp_path / "base" / "transformer")
     assert families.sizes_of("flux", source).denoiser.config["num_layers"] == 19  # the usual base's
 
