@@ -94,7 +94,11 @@ def test_every_key_of_a_recipe_and_a_pass_is_explained():
         ("prune.ratio", ["prune.ratio"], "a number from 0 below 1 or a section"),
         ("train.betas", ["train.betas"], "a list of 2, each a number from 0 below 1"),
         ("train.schedule", ["train.schedule"], "constant or linear or cosine"),
-        ("adapter.targets", ["adapter.targets"], "a list of text or null"),
+        (
+            "adapter.targets",
+            ["adapter.targets"],
+            "a list of text or attention or attention_feed_forward or all_linear or null",
+        ),
     ],
 )
 def test_keys(name: str, found: list[str], takes: str):
