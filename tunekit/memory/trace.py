@@ -352,7 +352,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key, size = storage._cdata, self._sizes[number]
 
         def dies(_: object) -> None:
-            # A gradient that nobody else holds is added to where it lies, unless somebody watches: see `_sum`.
+            # A gradient that nobody else holds is added to in its place, unless somebody watches: see `_sum`.
             place = len(self.events)
             if self._sum is not None and self._sum == (place - 1, number):
                 place -= 1
