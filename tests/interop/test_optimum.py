@@ -91,13 +91,10 @@ def test_models_saved_here_draw_the_same_there(tiny_source: Path, tmp_path: Path
 @pytest.mark.slow
 def test_core_tests_pass_there(in_optimum: Run) -> None:
     tests = (
-        *(
-            "tests/diffusion/test_sampling.py",
-            "tests/families/test_contract.py",
-            "tests/families/test_weights.py",
-        ),
-        *("tests/families/test_loading.py", "tests/adapters/test_layouts.py", "tests/test_architecture.py"),
-        *("tests/test_runtime.py", "tests/training/test_checkpoint.py"),
+        *("tests/diffusion/test_sampling.py", "tests/families/test_contract.py"),
+        *("tests/families/test_against_diffusers.py", "tests/families/test_weights.py"),
+        *("tests/families/test_loading.py", "tests/adapters/test_layouts.py"),
+        *("tests/training/test_checkpoint.py", "tests/test_architecture.py"),
     )
     done = in_optimum("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, timeout=1800)
     summary = done.stdout.strip().splitlines()[-1]
