@@ -71,7 +71,7 @@ def test_a_distilled_base_is_named_before_it_is_trained(desk: Path):
 def said_of_the_base(*overrides: str) -> list[str]:
     """What `check` and a run say of the base beforehand."""
     loaded = load("mine.yaml", ["model.family=flux", *overrides])
-    return [line for line in preconditions.look(loaded, pictures=False).notes if "distilled" in line]
+    return [line for line in preconditions.look(loaded).notes if "distilled" in line]
 
 
 @pytest.mark.parametrize(

@@ -451,7 +451,7 @@ def read_weights(network: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtyp
 
 
 def _read_weights(network: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
-    modules = dict(network.named_modules())
+    modules = dict(network.named_modules(remove_duplicate=False))
     missing = set(network.state_dict())
     packed = {name for name, _ in _packed_tensors(network)}
     same = tied(network)

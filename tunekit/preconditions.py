@@ -359,5 +359,5 @@ CHECKS: tuple[Callable[[Found], None], ...] = (
     _pictures,
 )
 """The list, in the order in which it is asked; a later check may use what an earlier one found."""
-SLOW = (_base, _resolution, _pictures)
+SLOW = (_base, _distilled, _resolution, _pictures)
 """Those that the recipe's own process asks, and not the command that launches it."""

@@ -154,6 +154,7 @@ class Flux2:
         },
         licence="apache-2.0",
         stored="bf16",
+        since="0.40",  # with transformers 5: before it Qwen3 does not run without data
         sampling=SamplingConfig(steps=STEPS, guidance=4.0),
         sampling_distilled=SamplingConfig(steps=4, guidance=1.0),
     )

@@ -118,6 +118,7 @@ class ZImage:
         default_source="Tongyi-MAI/Z-Image",
         licence="apache-2.0",
         stored="bf16",
+        since="0.40",  # with transformers 5: before it Qwen3 does not run without data
         distilled="turbo",
         sampling=SamplingConfig(steps=30, guidance=4.0),
         sampling_distilled=SamplingConfig(steps=9, guidance=0.0),

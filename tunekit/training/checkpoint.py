@@ -97,6 +97,7 @@ def identity(
         ("memory.base_precision", "same"),
         ("memory.optimizer_in_backward", False),
         ("memory.encode_precision", "fp32"),
+        ("model.base", None),
     ):
         kept[key] = kept.get(key) or usual
         if kept[key] == usual:
