@@ -39,12 +39,12 @@ def digest(pipeline: Any, family: Any) -> str:
 
 
 def test_a_chain_of_six_reads_each_model_once(
-    family: Any,
     tiny_sources: Callable[[str], Path],
     make_adapter: Callable[..., Artifact],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    family = families.get("sdxl")
     reads: Counter[str] = Counter()
     shared: list[tuple[Any, str]] = []
     load = type(family).load
