@@ -16,7 +16,7 @@ from tunekit import install
 from tunekit.artifacts import Artifact
 from tunekit.errors import ChainError, DeviceError, ModelError
 from tunekit.passes.base import Context, check_chain, parse_chain, run_chain
-from tunekit.passes.build_tensorrt import _input_shapes
+from tunekit.passes.build_tensorrt import BuildTensorrt, _input_shapes
 from tunekit.runtime import open_runtime
 
 needs_tensorrt = pytest.mark.skipif(
@@ -77,22 +77,43 @@ def test_it_builds_for_a_model_with_two_text_encoders(
 
 
 def test_axes_are_as_long_as_what_the_encoders_give(tmp_path: Path) -> None:
-    import torch
-
     inputs = {"sample": ["batch", 4, "height", "width"], "states": ["batch", "words", 8], "ids": ["words", 3]}
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, axes) for name, axes in inputs.items()]
     node = helper.make_node("Identity", ["sample"], ["out"])
     out = helper.make_tensor_value_info("out", TensorProto.FLOAT, inputs["sample"])
     onnx.save(helper.make_model(helper.make_graph([node], "unet", values, [out])), tmp_path / "model.onnx")
     axes = {"batch": (1, 2, 6), "height": (8, 16, 16), "width": (8, 8, 16)}
-    known = {"states": torch.empty(1, 11, 8), "ids": torch.empty(11, 3)}
-    assert _input_shapes(tmp_path / "model.onnx", axes, known) == {
-        "sample": [(1, 4, 8, 8), (2, 4, 16, 8), (6, 4, 16, 16)],
+    fed = [
+        {"sample": (rows, 4, height, 8), "states": (rows, 11, 8), "ids": (11, 3)}
+        for rows, height in ((1, 8), (2, 16), (6, 16))
+    ]
+    assert _input_shapes(tmp_path / "model.onnx", axes, fed) == {
+        "sample": [(1, 4, 8, 8), (2, 4, 16, 8), (6, 4, 16, 8)],
         "states": [(1, 11, 8), (2, 11, 8), (6, 11, 8)],
         "ids": [(11, 3)] * 3,
     }
     with pytest.raises(ModelError, match="input states has an axis 'words'; known are batch, height, width"):
-        _input_shapes(tmp_path / "model.onnx", axes, {})
+        _input_shapes(tmp_path / "model.onnx", axes, [])
+
+
+def test_shapes_are_those_that_a_family_gives_its_denoiser(
+    family: Any, tiny_onnxs: Callable[[str], Path]
+) -> None:
+    """Whatever its axes are: pixels, tokens, or both of text and picture."""
+    folder, name = tiny_onnxs(family.name), family.facts.denoiser_name
+    (step,) = parse_chain([{"build_tensorrt": {"devices": ["rtx-4090"], "batch": [1, 1, 3]}}])
+    assert isinstance(step, BuildTensorrt)
+    shapes = step._shapes(family, folder, [name])[name]
+    graph = onnx.load(folder / name / "model.onnx").graph
+    dynamic = {
+        value.name for value in graph.input if any(d.dim_param for d in value.type.tensor_type.shape.dim)
+    }
+    assert shapes.keys() == dynamic
+    first = next(iter(shapes.values()))
+    assert [shape[0] for shape in first] == [1, 2, 6]
+    for value in graph.input:
+        for low, high in zip(shapes.get(value.name, [()])[0], shapes.get(value.name, [()])[-1], strict=True):
+            assert 0 < low <= high
 
 
 def _folder_with(
