@@ -162,9 +162,11 @@ class Planner:
             search.tried.append(plan)
             if _hopeless(plan):
                 return plan
+        found = [self._best(search, tiers)]
         if self.memory.approximate == "if_faster":
-            tiers = [[way for ways in tiers for way in ways]]
-        plan = self._best(search, tiers) or min(
+            found.append(self._best(search, [[way for ways in tiers for way in ways]]))
+        fitting = [plan for plan in found if plan is not None]
+        plan = min(fitting, key=lambda plan: plan.relative_step_time, default=None) or min(
             (*search.tried, self.least(name, room)), key=lambda plan: plan.device_bytes
         )
         return replace(plan, rejected=tuple(search.rejected[-REJECTED:]))
