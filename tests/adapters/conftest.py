@@ -73,7 +73,7 @@ def predict() -> Predict:
 
     def say(family: Family, pipeline: Any) -> Tensor:
         multiple = family.resolution_multiple(pipeline)
-        size = 4 * multiple, 6 * multiple
+        size = 8 * multiple, 8 * multiple
         shape = family.latent_shape(pipeline, *size)
         noisy = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
         told = family.conditioning(family.encode_prompt(pipeline, ["a", "b"]), Frame.whole(*size).rows(2))
