@@ -567,6 +567,8 @@ def attention_kind(target: Target, query: Tensor, mask: Tensor | None) -> str:
 HALF = (torch.bfloat16, torch.float16)
 SMALL_CONVOLUTION = 20480
 """Elements up to which torch leaves one picture's convolution to itself (ConvParams::use_mkldnn)."""
+CHANNEL_BLOCK = 16
+"""Channels that oneDNN lays side by side: a register of AVX-512 in float32 (its layout nChw16c)."""
 EIGHT_BIT = "bitsandbytes.optimizer_update_8bit_blockwise"
 
 
@@ -611,12 +613,10 @@ def _cpu_workspace_bytes(packet: Any, args: Sequence[Any], result: Any, threads:
     if packet is aten.convolution:
         taken, weight = args[0], args[1]
         if _left_alone(taken):
-            window = int(weight[0, 0].numel())
-            if taken.ndim == 5:  # of films: vol2col, at the places of the result
-                columns = taken.shape[1] * result[0, 0].numel() * taken.element_size()
-                return window * int(columns) if window > 1 else 0
-            return window * _bytes(taken) if window > 1 else 0  # im2col
-        return max(_bytes(taken) + _bytes(weight), _bytes(result))
+            window = int(weight[0, 0].numel())  # each place of the result has its own: im2col, vol2col
+            columns = taken.shape[1] * result[0, 0].numel() * taken.element_size()
+            return window * int(columns) if window > 1 else 0
+        return _cpu_convolution_room(taken, weight, result)
     if packet is aten.convolution_backward:
         gradient, taken, weight = args[:3]
         if _left_alone(taken):
@@ -625,6 +625,25 @@ def _cpu_workspace_bytes(packet: Any, args: Sequence[Any], result: Any, threads:
     if packet in (aten.mm, aten.addmm) and args[-1].dtype in HALF:
         return _bytes(args[-1])
     return 0
+
+
+def _cpu_convolution_room(taken: Tensor, weight: Tensor, result: Tensor) -> int:
+    """oneDNN's copies of what a convolution takes and gives, each with its channels in whole blocks.
+
+    Three are there at once while it computes, before the result that torch sees is made; then that of the
+    result alone. A window over fewer channels than a block reads them as they lie.
+    """
+    window, channels = int(weight[0, 0].numel()), int(weight.shape[1])
+    given = _bytes(result) * _blocked(result.shape[1]) // int(result.shape[1])
+    read = _bytes(taken) * _blocked(taken.shape[1]) // int(taken.shape[1])
+    if channels < CHANNEL_BLOCK and window > 1:
+        read = 0
+    weights = _blocked(weight.shape[0]) * _blocked(channels) * window * weight.element_size()
+    return max(read + weights + given - _bytes(result), given)
+
+
+def _blocked(channels: int) -> int:
+    return -(-int(channels) // CHANNEL_BLOCK) * CHANNEL_BLOCK
 
 
 def _left_alone(taken: Tensor) -> bool:
