@@ -628,7 +628,7 @@ def _cpu_workspace_bytes(packet: Any, args: Sequence[Any], result: Any, threads:
 
 
 def _cpu_convolution_room(taken: Tensor, weight: Tensor, result: Tensor) -> int:
-    """oneDNN's copies of what a convolution takes and gives, each with its channels in whole blocks.
+    """Copies that oneDNN makes of what a convolution takes and gives, their channels in whole blocks.
 
     Three are there at once while it computes, before the result that torch sees is made; then that of the
     result alone. A window over fewer channels than a block reads them as they lie.
