@@ -113,6 +113,21 @@ def tiny_onnx(tiny_onnxs: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def fill() -> Callable[..., Path]:
+    """`fill(folder, a="1", sub__b="2")` writes these texts to the files `a` and `sub/b` in it."""
+
+    def write(folder: Path, **files: str) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            path = folder / name.replace("__", "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def make_pictures() -> Callable[..., Path]:
     """`make_pictures(folder, count=4, size=(64, 64), captions=True)` fills a folder."""
     import numpy as np

@@ -21,20 +21,20 @@ from tunekit.artifacts import (
 )
 from tunekit.errors import ArtifactError, ModelError
 
-
-def fill(folder: Path, **files: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        path = folder / name.replace("__", "/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return folder
+Fill = Callable[..., Path]
+Make = Callable[..., Artifact]
 
 
-def make(folder: Path, **changes: object) -> Artifact:
-    fill(folder, weights="w" * 100)
-    artifact = Artifact(path=folder, model_path=folder, format="torch", family="sd15", source=str(folder))
-    return dataclasses.replace(artifact, **changes).write()  # type: ignore[arg-type]
+@pytest.fixture
+def make(fill: Fill) -> Make:
+    """`make(folder, **changes)` is an artifact with one file of 100 bytes."""
+
+    def write(folder: Path, **changes: object) -> Artifact:
+        fill(folder, weights="w" * 100)
+        artifact = Artifact(path=folder, model_path=folder, format="torch", family="sd15", source=str(folder))
+        return dataclasses.replace(artifact, **changes).write()  # type: ignore[arg-type]
+
+    return write
 
 
 def write_adapter(path: Path) -> Path:
@@ -48,7 +48,7 @@ def write_adapter(path: Path) -> Path:
 # Artifacts --------------------------------------------------------------------------------------------------
 
 
-def test_round_trip(tmp_path: Path):
+def test_round_trip(make: Make, tmp_path: Path):
     step = Step(
         "prune",
         "01-prune-00000000",
@@ -71,7 +71,7 @@ def test_round_trip(tmp_path: Path):
     assert read.size_bytes == 100
 
 
-def test_hash_follows_names_and_contents_of_model_files_only(tmp_path: Path):
+def test_hash_follows_names_and_contents_of_model_files_only(fill: Fill, tmp_path: Path):
     def digest(**files: str) -> str:
         folder = tmp_path / str(time.monotonic_ns())
         fill(folder, **files)
@@ -86,7 +86,7 @@ def test_hash_follows_names_and_contents_of_model_files_only(tmp_path: Path):
     assert digest(a="12", b="3") != digest(a="1", b="23")
 
 
-def test_a_step_that_changes_nothing_points_at_its_subject(tmp_path: Path):
+def test_a_step_that_changes_nothing_points_at_its_subject(fill: Fill, make: Make, tmp_path: Path):
     subject = make(tmp_path / "run" / "01-a")
     fill(tmp_path / "run" / "02-verify", pictures__p="x")
     looked = dataclasses.replace(subject, path=tmp_path / "run" / "02-verify", recorded_hash=None).write()
@@ -149,7 +149,7 @@ def change(folder: Path, *keys: str | int, value: object) -> None:
     ],
 )
 def test_records_of_another_shape(
-    tmp_path: Path, keys: tuple[str | int, ...], value: object, message: str
+    make: Make, tmp_path: Path, keys: tuple[str | int, ...], value: object, message: str
 ) -> None:
     make(tmp_path / "x", lineage=(Step("prune", "x"),))
     change(tmp_path / "x", *keys, value=value)
@@ -163,7 +163,7 @@ def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(tmp_path: Path):
         Artifact.load(tmp_path)
 
 
-def test_what_is_not_finite_is_written_as_null_and_read_from_records_of_before(tmp_path: Path):
+def test_what_is_not_finite_is_written_as_null_and_read_from_records_of_before(make: Make, tmp_path: Path):
     step = Step("verify", "x", metrics={"psnr_db": math.nan, "ssim": 0.5}, details={"t": [math.inf]})
     assert make(tmp_path / "x", lineage=(step,)).lineage[0].metrics == {"psnr_db": None, "ssim": 0.5}
     text = (tmp_path / "x" / "artifact.json").read_text()
@@ -205,7 +205,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_a_changed_model_is_not_taken_for_what_was_written(
-    tmp_path: Path, cache: Path, damage: Callable[[Path], object], message: str
+    fill: Fill, make: Make, tmp_path: Path, cache: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     make(tmp_path / "run" / "01-a")
     fill(tmp_path / "run" / "02-b", pictures__p="x")
@@ -219,7 +219,7 @@ def test_a_changed_model_is_not_taken_for_what_was_written(
 
 
 def test_files_are_read_once_after_they_were_moved(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By size and time stamp first; what was found right is remembered by these."""
     hashed: list[Path] = []
@@ -240,7 +240,7 @@ def test_files_are_read_once_after_they_were_moved(
     assert len(hashed) == 2
 
 
-def test_records_of_before_have_one_hash_for_all_files(tmp_path: Path, cache: Path):
+def test_records_of_before_have_one_hash_for_all_files(make: Make, tmp_path: Path, cache: Path):
     make(tmp_path / "x")
     change(tmp_path / "x", "files", value=None)
     assert Artifact.load(tmp_path / "x").files is None
@@ -253,7 +253,7 @@ def test_records_of_before_have_one_hash_for_all_files(tmp_path: Path, cache: Pa
 
 
 def test_where_nothing_can_be_remembered_files_are_read_each_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "x")
     monkeypatch.setattr(kept, "cache_dir", lambda: None)
@@ -267,7 +267,9 @@ def test_where_nothing_can_be_remembered_files_are_read_each_time(
 # Others may see it ------------------------------------------------------------------------------------------
 
 
-def test_a_record_names_no_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_record_names_no_home_folder(
+    fill: Fill, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     home = tmp_path / "secret-name"
     monkeypatch.setenv("HOME", str(home))
     base = fill(home / "models" / "base", **{"model_index.json": "{}"})
@@ -285,7 +287,7 @@ def test_a_record_names_no_home_folder(tmp_path: Path, monkeypatch: pytest.Monke
     assert read.lineage[0].details["note"] == "read ~/models/base, all"
 
 
-def test_records_without_their_model(tmp_path: Path):
+def test_records_without_their_model(make: Make, tmp_path: Path):
     with pytest.raises(ArtifactError, match=r"artifact\.json is missing"):
         Artifact.load(tmp_path)
     subject = make(tmp_path / "01-a")
@@ -299,7 +301,7 @@ def test_records_without_their_model(tmp_path: Path):
 # Run folders and opening ------------------------------------------------------------------------------------
 
 
-def test_a_run_ends_with_the_last_step_of_its_present_chain(tmp_path: Path):
+def test_a_run_ends_with_the_last_step_of_its_present_chain(fill: Fill, make: Make, tmp_path: Path):
     run = RunFolder(tmp_path / "run")
     fill(run.path, **{"config.yaml": "recipe: lora"})
     with pytest.raises(ArtifactError, match="has produced nothing yet"):
@@ -318,14 +320,14 @@ def test_a_run_ends_with_the_last_step_of_its_present_chain(tmp_path: Path):
     assert open_artifact(str(other)).path == other
 
 
-def test_a_run_that_trained_all_weights(tmp_path: Path):
+def test_a_run_that_trained_all_weights(make: Make, tmp_path: Path):
     run = RunFolder(tmp_path)
     make(run.model)
     assert run.trained() == run.model
     assert open_artifact(tmp_path).path == run.model
 
 
-def test_open_folders_and_files_of_others(tmp_path: Path):
+def test_open_folders_and_files_of_others(fill: Fill, tmp_path: Path):
     torch_folder = fill(tmp_path / "d", **{"model_index.json": "{}"})
     onnx_folder = fill(tmp_path / "o", **{"model_index.json": "{}", "unet__model.onnx": "x"})
     assert open_artifact(torch_folder).format == "torch"
@@ -341,7 +343,7 @@ def test_open_folders_and_files_of_others(tmp_path: Path):
     assert hub.hash != open_artifact("somebody/other-model").hash
 
 
-def test_open_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_open_nothing(fill: Fill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     fill(tmp_path / "runs" / "quickstart", **{"config.yaml": ""})
     with pytest.raises(ArtifactError, match=r'there is no "runs/quikstart"\ndid you mean "runs/quickstart"'):

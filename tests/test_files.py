@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,17 +30,10 @@ from tunekit.files import (
     write_text,
 )
 
-
-def fill(folder: Path, **files: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        path = folder / name.replace("__", "/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return folder
+Fill = Callable[..., Path]
 
 
-def test_atomic_folder_appears_when_whole(tmp_path: Path):
+def test_atomic_folder_appears_when_whole(fill: Fill, tmp_path: Path):
     final = tmp_path / "deep" / "x"
     with atomic_folder(final) as folder:
         fill(folder, a="1", sub__b="2")
@@ -49,14 +42,14 @@ def test_atomic_folder_appears_when_whole(tmp_path: Path):
     assert os.listdir(final.parent) == ["x"]
 
 
-def test_atomic_folder_leaves_nothing_when_the_block_fails(tmp_path: Path):
+def test_atomic_folder_leaves_nothing_when_the_block_fails(fill: Fill, tmp_path: Path):
     with pytest.raises(ValueError, match="boom"), atomic_folder(tmp_path / "x") as folder:
         fill(folder, a="1")
         raise ValueError("boom")
     assert os.listdir(tmp_path) == []
 
 
-def test_atomic_folder_replaces_only_with_something_whole(tmp_path: Path):
+def test_atomic_folder_replaces_only_with_something_whole(fill: Fill, tmp_path: Path):
     final = fill(tmp_path / "x", old="1")
     with pytest.raises(KeyboardInterrupt), atomic_folder(final) as folder:
         fill(folder, new="2")
@@ -92,7 +85,7 @@ def dead_pid() -> int:
     return process.pid
 
 
-def test_leftovers_bring_back_what_was_being_replaced(tmp_path: Path):
+def test_leftovers_bring_back_what_was_being_replaced(fill: Fill, tmp_path: Path):
     pid = dead_pid()
     fill(tmp_path / f".x.old-{pid}", a="1")
     fill(tmp_path / f".y.old-{pid}", a="old")
@@ -145,7 +138,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_no_space_left_while_syncing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_no_space_left_while_syncing(fill: Fill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(descriptor: int) -> None:
         with open("/dev/full", "wb", buffering=0) as device:
             device.write(b"1")  # the kernel's own ENOSPC
@@ -177,7 +170,7 @@ def test_errors_of_the_block_other_than_output_pass_through(tmp_path: Path):
     assert not isinstance(caught.value, OutputError)
 
 
-def test_remove_folder(tmp_path: Path):
+def test_remove_folder(fill: Fill, tmp_path: Path):
     fill(tmp_path / "x", a="1")
     remove_folder(tmp_path / "x")
     remove_folder(tmp_path / "x")
@@ -217,7 +210,7 @@ def test_a_link_out_of_a_folder_keeps_what_it_points_at(tmp_path: Path) -> None:
     assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o600
 
 
-def test_leftovers_below_a_cache(tmp_path: Path) -> None:
+def test_leftovers_below_a_cache(fill: Fill, tmp_path: Path) -> None:
     """Ours by their process; those of safetensors, whose process nobody knows, by their age."""
     pid = dead_pid()
     fill(
@@ -248,5 +241,5 @@ def test_text_of_odd_file_names_can_be_written(tmp_path: Path) -> None:
     assert write_text(tmp_path / "a", "caf\udce9").read_text() == "caf\\udce9"
 
 
-def test_directory_size(tmp_path: Path):
+def test_directory_size(fill: Fill, tmp_path: Path):
     assert directory_size(fill(tmp_path / "x", a="123", sub__b="45")) == 5
