@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from tunekit.families import sizes, tiny, weights
-from tunekit.families.chat import Chat, Reader, states
+from tunekit.families.chat import Chat, export, states
 from tunekit.families.prompts import cuts
 
 BEFORE, BEHIND = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
@@ -75,9 +75,9 @@ def test_states_are_those_of_the_text_alone(causal: bool) -> None:
     assert len(both) == 4
     count = int(mask[0].sum())
     alone = states(encoder, ids[:1, :count])
-    reader = Reader(encoder, [1, 2])
-    exported = reader(ids.int(), mask.int())
-    assert reader.names == ["hidden_states.1", "hidden_states.2"]
+    graph = export(encoder, [1, 2], mask.int())
+    exported = graph.module(ids.int(), mask.int())
+    assert graph.outputs == ["hidden_states.1", "hidden_states.2"]
     for number, given in zip((1, 2), exported, strict=True):
         torch.testing.assert_close(both[number][:1, :count], alone[number], atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(given, both[number], atol=1e-6, rtol=1e-5)

@@ -86,7 +86,7 @@ def parts(pipeline: Any, **changes: dict[str, Any]) -> dict[str, Any]:
 def test_parts_that_do_not_belong_together_are_named(
     pipeline: Any, changes: dict[str, dict[str, Any]], said: str | None
 ) -> None:
-    found = flux2._misfits(parts(pipeline, **changes), {})
+    found = flux2.FAMILY.misfits(parts(pipeline, **changes), {})
     if said is None:
         assert found == []
     else:
@@ -129,6 +129,8 @@ def test_both_published_sizes_are_planned_before_they_are_here(
     for part, wanted in ((found.denoiser, billions), (found.encoders[0], text)):
         assert round(sum(p.numel() for p in part.build().parameters()) / 1e9, 3) == wanted
     assert (
-        flux2._misfits({part.name: getattr(found.pipeline(), part.name) for part in found.components}, {})
+        flux2.FAMILY.misfits(
+            {part.name: getattr(found.pipeline(), part.name) for part in found.components}, {}
+        )
         == []
     )

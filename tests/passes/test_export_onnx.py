@@ -21,6 +21,8 @@ from tunekit.diffusion.metrics import psnr_db, relative_error
 from tunekit.errors import ChainError
 from tunekit.passes.base import Context, parse_chain, run_chain
 from tunekit.passes.export_onnx import check_inputs, export_component, graph_config, graph_error
+from tunekit.passes.onnx_int8 import Graph
+from tunekit.passes.paths import unmatched
 from tunekit.runtime import GraphModule, generate_pixels, open_runtime
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +97,15 @@ def test_layout_and_names_are_those_that_other_programs_expect(
         assert text.type.tensor_type.elem_type == onnx.TensorProto.INT32
     known = json.loads((folder / "vae_decoder" / "config.json").read_text())
     assert known.get("scaling_factor") == tiny.vae.config.get("scaling_factor")
+
+
+def test_weights_keep_their_names_so_that_sensitive_layers_are_found(
+    family: Any, tiny_onnxs: Callable[[str], Path]
+) -> None:
+    """What computes in int8 leaves out by these names what loses most."""
+    part = family.facts.denoiser
+    modules = Graph(tiny_onnxs(family.name) / part.name / "model.onnx").modules(part.name)
+    assert unmatched(part.sensitive, modules) is None
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunekit.families import graphs
+from tunekit.families.family import MASK, ExportComponent, FamilyFacts, Pipeline, Tokens, read
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -39,13 +42,7 @@ class Chat:
 
     def read(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids [B, limit], int64, padded or cut; and where there is text, [B, limit], bool."""
-        found = self.tokenizer(
-            [self.written(prompt) for prompt in prompts],
-            padding="max_length",
-            max_length=self.limit,
-            truncation=True,
-            return_tensors="pt",
-        )
+        found = read(self.tokenizer, [self.written(prompt) for prompt in prompts])
         return found.input_ids, found.attention_mask.bool()
 
     def lost(self, prompt: str) -> tuple[int, str]:
@@ -58,6 +55,16 @@ class Chat:
         behind = str(self.tokenizer.decode(found.input_ids[self.limit :]))
         mark = "\N{REPLACEMENT CHARACTER}"
         return count, behind.removesuffix(self.written(mark).partition(mark)[2]) or behind
+
+
+def tokenize(facts: FamilyFacts, pipeline: Pipeline, prompts: list[str]) -> Tokens:
+    """`Family.tokenize` of text encoders that are chat models: ids, and where there is text."""
+    found: Tokens = {}
+    for part in facts.encoders:
+        assert part.chat is not None
+        ids, mask = Chat(getattr(pipeline, part.tokenizer), part.chat).read(prompts)
+        found |= {part.name: ids, part.name + MASK: mask}
+    return found
 
 
 def states(encoder: Any, ids: Tensor, mask: Tensor | None = None) -> Any:
@@ -94,18 +101,13 @@ class Reader(nn.Module):
     """What is exported of a causal language model: token ids and mask to some of its hidden states.
 
     Args:
-        layers: numbers of the states, as in `states`; the graph's outputs are `names`.
+        layers: numbers of the states, as in `states`.
     """
 
     def __init__(self, encoder: nn.Module, layers: Sequence[int]) -> None:
         super().__init__()
         self.encoder = encoder
         self.layers = tuple(layers)
-
-    @property
-    def names(self) -> list[str]:
-        """What its outputs are called, as Optimum does."""
-        return [f"hidden_states.{layer}" for layer in self.layers]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         """[B, tokens] and [B, tokens] whole numbers, 0 where the mask hides padding."""
@@ -117,3 +119,25 @@ class Reader(nn.Module):
             **_spared(self.encoder),
         )
         return tuple(given.hidden_states[layer] for layer in self.layers)
+
+
+def export(
+    encoder: Any, layers: Sequence[int], mask: Tensor, *, module: nn.Module | None = None
+) -> ExportComponent:
+    """The graph of a text encoder that is a chat model.
+
+    Args:
+        layers: numbers of the states that it gives, as in `states`.
+        mask: [2, tokens], whole numbers: an example of its attention mask.
+        module: what is exported in place of a `Reader`.
+    """
+    inputs = {"input_ids": graphs.token_ids(mask.shape[1]), "attention_mask": mask}
+    return ExportComponent(
+        name="text_encoder",
+        component="text_encoder",
+        module=module or Reader(encoder, layers),
+        inputs=inputs,
+        dynamic=dict.fromkeys(inputs, graphs.TEXT_AXES),
+        outputs=[f"hidden_states.{layer}" for layer in layers],  # as Optimum calls them
+        config=graphs.model_config(encoder),
+    )

@@ -23,7 +23,8 @@ from tunekit.families.family import (
     Published,
     Tokens,
 )
-from tunekit.families.flux import PATCH, Flux, bare, pack, positions, unpack
+from tunekit.families.flux import Flux
+from tunekit.families.transformer import PATCH, bare, positions
 
 MASK = "attention_mask"
 """[B, tokens] float32 beside the text: 1 for its tokens and one of padding, 0 for the rest of the padding."""
@@ -78,7 +79,7 @@ class Chroma(Flux):
                 sensitive=("x_embedder", "context_embedder", "distilled_guidance_layer", "proj_out"),
                 keeps=("timestep", "img_ids", "txt_ids"),
             ),
-            sizes.vae(16, quant=False, scaling=0.3611, shift=0.1159, sample_size=1024),
+            sizes.FLUX_VAE,
             sizes.t5_xxl("text_encoder", "tokenizer", 512),
             sizes.scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0, use_dynamic_shifting=True),
         ),
@@ -128,13 +129,7 @@ class Chroma(Flux):
         return False  # its configurations do not tell
 
     def tokenize(self, pipeline: Pipeline, prompts: list[str]) -> Tokens:
-        read = pipeline.tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=pipeline.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
+        read = answers.read(pipeline.tokenizer, prompts)
         return {"text_encoder": read.input_ids, "text_encoder" + answers.MASK: read.attention_mask}
 
     @torch.no_grad()
@@ -163,21 +158,11 @@ class Chroma(Flux):
     def denoise(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        *_, height, width = noisy.shape
-        text, mask = conditioning["encoder_hidden_states"], conditioning[MASK]
-        tokens = pack(noisy)
-        whole = torch.cat([mask, mask.new_ones(tokens.shape[:2])], dim=1)
+        mask = conditioning[MASK]
+        picture = mask.new_ones(len(noisy), noisy.shape[2] * noisy.shape[3] // PATCH**2)
+        whole = torch.cat([mask, picture], dim=1)
         with _masked(bare(denoiser), whole):
-            made = denoiser(
-                hidden_states=tokens,
-                timestep=timestep / 1000,
-                encoder_hidden_states=text,
-                img_ids=positions(height // PATCH, width // PATCH, noisy.device),
-                txt_ids=torch.zeros(text.shape[1], 3, device=noisy.device),
-                attention_mask=whole,
-                return_dict=False,
-            )[0]
-        return unpack(made, height, width)
+            return super().denoise(denoiser, noisy, timestep, {**conditioning, MASK: whole})
 
     def adapter_names(self, component: str, paths: Collection[str]) -> list[Published]:
         """The transformer as it was published, T5's own names."""
@@ -189,34 +174,25 @@ class Chroma(Flux):
         network = pipeline.transformer
         config = network.config
         _, height, width = self.latent_shape(pipeline, *self.default_size(pipeline))
-        rows, columns, length = height // PATCH, width // PATCH, pipeline.tokenizer.model_max_length
-        encoder = graphs.encoder(pipeline, self.facts.encoders[0], ["last_hidden_state"], masked=True)
+        length, places = pipeline.tokenizer.model_max_length, positions(height, width)
+        inputs = {
+            "hidden_states": graphs.example(2, len(places), config.in_channels, like=network),
+            "timestep": torch.tensor([0.5]),
+            "encoder_hidden_states": graphs.example(2, length, config.joint_attention_dim, like=network),
+            "img_ids": places,
+            "txt_ids": torch.zeros(length, 3),
+            MASK: graphs.example(2, length + len(places), like=network).sign().relu(),
+        }
+        dynamic = {
+            "hidden_states": graphs.TOKEN_AXES,
+            "encoder_hidden_states": graphs.TEXT_AXES,
+            "img_ids": {0: "tokens"},
+            "txt_ids": {0: "sequence"},
+            MASK: {0: "batch", 1: "sequence+tokens"},
+        }
         return [
-            encoder,
-            ExportComponent(
-                name="transformer",
-                component="transformer",
-                module=_Transformer(network),
-                inputs={
-                    "hidden_states": graphs.example(2, rows * columns, config.in_channels, like=network),
-                    "timestep": torch.tensor([0.5]),
-                    "encoder_hidden_states": graphs.example(
-                        2, length, config.joint_attention_dim, like=network
-                    ),
-                    "img_ids": positions(rows, columns, torch.device("cpu")),
-                    "txt_ids": torch.zeros(length, 3),
-                    MASK: graphs.example(2, length + rows * columns, like=network).sign().relu(),
-                },
-                dynamic={
-                    "hidden_states": {0: "batch", 1: "tokens"},
-                    "encoder_hidden_states": {0: "batch", 1: "sequence"},
-                    "img_ids": {0: "tokens"},
-                    "txt_ids": {0: "sequence"},
-                    MASK: {0: "batch", 1: "sequence+tokens"},
-                },
-                outputs=["out_hidden_states"],
-                config=graphs.model_config(network),
-            ),
+            graphs.encoder(pipeline, self.facts.encoders[0], ["last_hidden_state"], masked=True),
+            graphs.denoiser("transformer", network, inputs, dynamic),
             *vae.export_vae(pipeline, self.default_size(pipeline)),
         ]
 
@@ -238,32 +214,6 @@ def _masked(network: Any, mask: Tensor) -> Iterator[None]:
         yield
     finally:
         network._gradient_checkpointing_func = checkpointed
-
-
-class _Transformer(nn.Module):
-    def __init__(self, transformer: nn.Module) -> None:
-        super().__init__()
-        self.transformer = transformer
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        img_ids: Tensor,
-        txt_ids: Tensor,
-        attention_mask: Tensor,
-    ) -> Tensor:
-        made: Tensor = self.transformer(
-            hidden_states=hidden_states,
-            timestep=timestep,
-            encoder_hidden_states=encoder_hidden_states,
-            img_ids=img_ids,
-            txt_ids=txt_ids,
-            attention_mask=attention_mask,
-            return_dict=False,
-        )[0]
-        return made
 
 
 FAMILY = Chroma()

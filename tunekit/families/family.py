@@ -1,10 +1,10 @@
-"""What a model family answers. Shared behaviour is functions (`loading`, `unet`, here), not a base class."""
+"""What a model family answers, and functions that answer for several; see `usual` for what most answer."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -199,8 +199,42 @@ class Frame:
         return self.row.expand(count, -1)
 
 
+class Table:
+    """Rows that can be asked for by what they are for."""
+
+    components: tuple[Component, ...]
+
+    def component(self, name: str) -> Component:
+        """The row of that name."""
+        return next(part for part in self.components if part.name == name)
+
+    def of_role(self, role: Role) -> tuple[Component, ...]:
+        """The rows of a role, in order."""
+        return tuple(part for part in self.components if part.role == role)
+
+    @property
+    def networks(self) -> tuple[Component, ...]:
+        """All that has weights."""
+        return tuple(part for part in self.components if part.role != "scheduler")
+
+    @property
+    def denoiser(self) -> Component:
+        """The network that is trained."""
+        return self.of_role("denoiser")[0]
+
+    @property
+    def vae(self) -> Component:
+        """The autoencoder."""
+        return self.of_role("vae")[0]
+
+    @property
+    def encoders(self) -> tuple[Component, ...]:
+        """The text encoders."""
+        return self.of_role("text_encoder")
+
+
 @dataclass(frozen=True)
-class FamilyFacts:
+class FamilyFacts(Table):
     """Constants of a family.
 
     Attributes:
@@ -269,33 +303,10 @@ class FamilyFacts:
         """The class of diffusers that the family makes."""
         return self.pipeline_classes[0]
 
-    def component(self, name: str) -> Component:
-        """The row of that name."""
-        return next(part for part in self.components if part.name == name)
-
-    def of_role(self, role: Role) -> tuple[Component, ...]:
-        """The rows of a role, in order."""
-        return tuple(part for part in self.components if part.role == role)
-
-    @property
-    def denoiser(self) -> Component:
-        """The network that is trained."""
-        return self.of_role("denoiser")[0]
-
     @property
     def denoiser_name(self) -> str:
         """Attribute of the pipeline that is trained; also the prefix of its keys in PEFT files."""
         return self.denoiser.name
-
-    @property
-    def vae(self) -> Component:
-        """The autoencoder."""
-        return self.of_role("vae")[0]
-
-    @property
-    def encoders(self) -> tuple[Component, ...]:
-        """The text encoders."""
-        return self.of_role("text_encoder")
 
     def encoders_of(self, pipeline: Pipeline) -> tuple[Component, ...]:
         """The text encoders that a pipeline has, in order."""
@@ -313,18 +324,13 @@ class FamilyFacts:
 
     def dtypes(self, denoiser: torch.dtype) -> dict[str, torch.dtype]:
         """What each component computes in, in a run whose denoiser computes in `denoiser`."""
-        return {
-            part.name: denoiser if part.dtype is None else DTYPES[part.dtype]
-            for part in self.components
-            if part.role != "scheduler"
-        }
+        return {part.name: denoiser if part.dtype is None else DTYPES[part.dtype] for part in self.networks}
 
     def drawing_dtypes(self, precision: torch.dtype) -> dict[str, torch.dtype]:
         """What each component computes in, where pictures are drawn in `precision`."""
         return {
             part.name: torch.float32 if precision == torch.float16 and not part.fp16 else precision
-            for part in self.components
-            if part.role != "scheduler"
+            for part in self.networks
         }
 
 
@@ -518,18 +524,26 @@ class Family(Planned, Protocol):
 # What most families answer. A family calls these; it may answer otherwise.
 
 
+def read(tokenizer: Any, texts: Sequence[str], length: int | None = None) -> Any:
+    """What a tokenizer of transformers makes of texts: `input_ids` and `attention_mask`, [B, length], int64.
+
+    Args:
+        length: texts are padded or cut to so many tokens; None is the tokenizer's own `model_max_length`.
+    """
+    return tokenizer(
+        list(texts),
+        padding="max_length",
+        max_length=length or tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+
+
 def tokenize(facts: FamilyFacts, pipeline: Pipeline, prompts: list[str]) -> Tokens:
     """`Family.tokenize` of encoders that read ids alone, the padding too."""
     return {
-        encoder.name: tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
+        encoder.name: read(getattr(pipeline, encoder.tokenizer), prompts).input_ids
         for encoder in facts.encoders_of(pipeline)
-        for tokenizer in (getattr(pipeline, encoder.tokenizer),)
     }
 
 
@@ -553,18 +567,26 @@ def begin(scheduler: Any, steps: int, latents: Tensor) -> Tensor:
     return latents * getattr(scheduler, "init_noise_sigma", 1.0)
 
 
-def begin_flow(scheduler: Any, steps: int, latents: Tensor, mu: float | None = None) -> Tensor:
+def begin_flow(
+    scheduler: Any,
+    steps: int,
+    latents: Tensor,
+    mu: float | None = None,
+    *,
+    sigmas: Sequence[float] | None = None,
+) -> Tensor:
     """`Family.begin` of flow matching: from s = 1 to 1 / steps evenly, then shifted by the sampler.
 
     Args:
         mu: the shift's logarithm, for samplers with `use_dynamic_shifting`.
+        sigmas: the same [steps] numbers, where the last bit of a float32 of them matters.
     """
     known = inspect.signature(scheduler.set_timesteps).parameters
     dynamic = "mu" in known and scheduler.config.get("use_dynamic_shifting")  # others refuse it
     options: dict[str, Any] = {"mu": mu} if mu is not None and dynamic else {}
     # Those with flow sigmas of their own make them; the others would go to the scheduler's least sigma.
     if "sigmas" in known and not scheduler.config.get("use_flow_sigmas"):
-        options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+        options["sigmas"] = np.linspace(1.0, 1 / steps, steps) if sigmas is None else list(sigmas)
     else:
         options["num_inference_steps"] = steps
     scheduler.set_timesteps(device=latents.device, **options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,27 +13,21 @@ from torch import Tensor, nn
 from tunekit.config import ObjectiveConfig
 from tunekit.diffusion.objectives import FlowMatching, Objective, ShiftByTokens
 from tunekit.diffusion.sampling import SamplingConfig
-from tunekit.errors import ModelError
+from tunekit.families import chat, graphs, sizes, tiny, vae
 from tunekit.families import family as answers
-from tunekit.families import graphs, loading, sizes, tiny, vae
-from tunekit.families.chat import Chat, Reader, states
 from tunekit.families.family import (
     MASK,
     Component,
     Conditioning,
-    Dtypes,
     ExportComponent,
     FamilyFacts,
-    Packing,
     Pipeline,
     Published,
     Tokens,
 )
+from tunekit.families.transformer import JOINT_ATTENTION, PATCH, Transformer
 from tunekit.families.weights import Entry
-from tunekit.resources import Source
 
-PATCH = 2
-"""2 x 2 latents of the autoencoder are one here, with four times the channels."""
 STEPS = 50
 """Steps that the base is drawn in, for whose shift it is trained."""
 NINE: dict[str, dict[str, Any]] = {
@@ -48,8 +41,7 @@ NINE: dict[str, dict[str, Any]] = {
 }
 """What klein 9B has instead. https://huggingface.co/black-forest-labs/FLUX.2-klein-base-9B"""
 ATTENTION = (
-    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *JOINT_ATTENTION,
     *("attn.to_qkv_mlp_proj", "attn.to_out"),  # of single blocks, with the feed-forward in the same layers
 )
 FEED_FORWARD = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
@@ -89,10 +81,11 @@ SWAPPED = ("final_layer.adaLN_modulation.1",)
 """Of those, the ones that give (shift, scale), which is (scale, shift) here."""
 
 
-class Flux2:
+class Flux2(Transformer):
     """FLUX.2 klein; see `Family` for what each method promises.
 
-    The text is what Qwen3 has after a quarter, half and three quarters of its layers, side by side.
+    2 x 2 latents of the autoencoder are one latent here, with four times the channels. The text is what Qwen3
+    has after a quarter, half and three quarters of its layers, side by side.
     """
 
     name: ClassVar[str] = "flux2"
@@ -159,17 +152,29 @@ class Flux2:
         sampling_distilled=SamplingConfig(steps=4, guidance=1.0),
     )
 
-    def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: Packing = "") -> Pipeline:
-        source = Source.of(source)
-        if source.name == "tiny":
-            return loading.cast(self.tiny(), self.facts, dtypes)
-        return loading.load_pipeline(source, self.facts, dtypes, pack=pack, misfits=_misfits)
+    lists = ("transformer_blocks", "single_transformer_blocks")
 
-    def look(self, source: Source | str) -> list[ModelError]:
-        return loading.look(Source.of(source), self.facts, misfits=_misfits)
-
-    def save(self, pipeline: Pipeline, folder: Path) -> None:
-        loading.save_pipeline(pipeline, folder, self.facts)
+    def misfits(self, parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]) -> list[str]:
+        found = []
+        transformer, autoencoder, encoder = (
+            parts[name].config for name in ("transformer", "vae", "text_encoder")
+        )
+        if transformer.guidance_embeds:
+            found.append("its transformer is told the guidance: it is FLUX.2 dev, and klein is needed")
+        taken, given = transformer.joint_attention_dim, 3 * encoder.hidden_size
+        if taken != given:
+            found.append(
+                f"its transformer reads text of width {taken}, and three layers of its text encoder give"
+                f" {given}: klein 4B has 7680, with Qwen3 4B, and klein 9B has 12288, with Qwen3 8B"
+            )
+        channels = PATCH**2 * autoencoder.latent_channels
+        if tuple(autoencoder.patch_size) != (PATCH, PATCH):
+            found.append(f"its VAE has patch_size {autoencoder.patch_size}, and {PATCH} x {PATCH} is needed")
+        elif transformer.in_channels != channels:
+            found.append(
+                f"its transformer takes {transformer.in_channels} channels, and its VAE gives {channels}"
+            )
+        return found + answers.flow_misfits(parts["scheduler"])
 
     def tiny(self, seed: int = 0) -> Pipeline:
         from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
@@ -216,25 +221,11 @@ class Flux2:
             scheduler=self.facts.component("scheduler").build(),
         )
 
-    def recognizes(self, configs: Mapping[str, Mapping[str, Any]]) -> bool:
-        return True
-
-    def denoiser(self, pipeline: Pipeline) -> nn.Module:
-        network: nn.Module = pipeline.transformer
-        return network
-
     def objective(self, pipeline: Pipeline, config: ObjectiveConfig | None = None) -> Objective:
         """Trained for the shift that pictures of a size are drawn with in the usual number of steps."""
         found = FlowMatching.from_scheduler(pipeline.scheduler, config, patch=1)
         usual = ShiftByTokens(1, mus=(usual_mu(256, STEPS), usual_mu(4096, STEPS)))
         return replace(found, by_tokens=usual)
-
-    def default_size(self, pipeline: Pipeline) -> tuple[int, int]:
-        size = pipeline.vae.config.sample_size
-        return size, size
-
-    def resolution_multiple(self, pipeline: Pipeline) -> int:
-        return vae.vae_factor(pipeline) * PATCH
 
     def is_distilled(self, pipeline: Pipeline) -> bool:
         return bool(getattr(getattr(pipeline, "config", None), "is_distilled", False))
@@ -244,20 +235,16 @@ class Flux2:
         return vae.latent_shape(pipeline.transformer.config.in_channels, factor, factor, height, width)
 
     def tokenize(self, pipeline: Pipeline, prompts: list[str]) -> Tokens:
-        ids, mask = Chat(pipeline.tokenizer, thinking=False).read(prompts)
-        return {"text_encoder": ids, "text_encoder" + MASK: mask}
+        return chat.tokenize(self.facts, pipeline, prompts)
 
     @torch.no_grad()
     def encode_tokens(self, pipeline: Pipeline, tokens: Tokens) -> Conditioning:
         """States of three layers side by side; the denoiser reads what is padding too, as it was trained."""
         encoder = pipeline.text_encoder
         ids, mask = tokens["text_encoder"].to(encoder.device), tokens.get("text_encoder" + MASK)
-        known = states(encoder, ids, mask)
+        known = chat.states(encoder, ids, mask)
         layers = [known[layer] for layer in text_layers(encoder.config)]
         return {"encoder_hidden_states": torch.cat(layers, dim=-1)}
-
-    def encode_prompt(self, pipeline: Pipeline, prompts: list[str]) -> Conditioning:
-        return self.encode_tokens(pipeline, self.tokenize(pipeline, prompts))
 
     def encode_image(self, pipeline: Pipeline, pixels: Tensor) -> Tensor:
         """Channels are shifted and scaled when they are made of patches, each by figures of its own."""
@@ -268,11 +255,6 @@ class Flux2:
     def decode(self, pipeline: Pipeline, latents: Tensor) -> Tensor:
         shift, scale = (figure.to(latents.device) for figure in statistics(pipeline.vae))
         return vae.decoded(pipeline.vae, unpatched(latents * scale + shift))
-
-    def conditioning(
-        self, encoded: Conditioning, frame: Tensor, guidance: float | None = None
-    ) -> Conditioning:
-        return encoded
 
     def cfg_scale(self, pipeline: Pipeline, guidance: float) -> float | None:
         """A distilled base is drawn without a negative prompt, whatever the guidance."""
@@ -297,14 +279,6 @@ class Flux2:
         tokens = latents.shape[2] * latents.shape[3]
         return answers.begin_flow(scheduler, steps, latents, mu=usual_mu(tokens, steps))
 
-    def blocks(self, denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
-        transformer: Any = denoiser
-        return [
-            (f"{name}.{i}", block)
-            for name in ("transformer_blocks", "single_transformer_blocks")
-            for i, block in enumerate(getattr(transformer, name))
-        ]
-
     def picture_state(self, output: Any) -> Tensor | None:
         """Of double blocks; single ones run text and picture as one sequence, and give both."""
         return answers.last_state(output)
@@ -316,45 +290,28 @@ class Flux2:
         network, encoder = pipeline.transformer, pipeline.text_encoder
         channels, height, width = self.latent_shape(pipeline, *self.default_size(pipeline))
         length = pipeline.tokenizer.model_max_length
+        inputs = {
+            "hidden_states": graphs.example(2, height * width, channels, like=network),
+            "encoder_hidden_states": graphs.example(
+                2, length, network.config.joint_attention_dim, like=network
+            ),
+            "timestep": torch.tensor([0.01]),
+            "img_ids": positions(height, width),
+            "txt_ids": ordinals(length),
+        }
+        dynamic = {
+            "hidden_states": graphs.TOKEN_AXES,
+            "encoder_hidden_states": graphs.TEXT_AXES,
+            "img_ids": {0: "tokens"},
+            "txt_ids": {0: "sequence"},
+        }
         shift, scale = statistics(pipeline.vae)
         figures = {"latents_mean": shift.flatten().tolist(), "latents_std": scale.flatten().tolist()}
         autoencoder = vae.export_vae(pipeline, self.default_size(pipeline))
-        reader = Reader(encoder, text_layers(encoder.config))
+        mask = torch.ones(2, length, dtype=torch.int32)
         return [
-            ExportComponent(
-                name="text_encoder",
-                component="text_encoder",
-                module=reader,
-                inputs={
-                    "input_ids": graphs.token_ids(length),
-                    "attention_mask": torch.ones(2, length, dtype=torch.int32),
-                },
-                dynamic={name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")},
-                outputs=reader.names,
-                config=graphs.model_config(encoder),
-            ),
-            ExportComponent(
-                name="transformer",
-                component="transformer",
-                module=_Transformer(network),
-                inputs={
-                    "hidden_states": graphs.example(2, height * width, channels, like=network),
-                    "encoder_hidden_states": graphs.example(
-                        2, length, network.config.joint_attention_dim, like=network
-                    ),
-                    "timestep": torch.tensor([0.01]),
-                    "img_ids": positions(height, width, torch.device("cpu")),
-                    "txt_ids": ordinals(length, torch.device("cpu")),
-                },
-                dynamic={
-                    "hidden_states": {0: "batch", 1: "tokens"},
-                    "encoder_hidden_states": {0: "batch", 1: "sequence"},
-                    "img_ids": {0: "tokens"},
-                    "txt_ids": {0: "sequence"},
-                },
-                outputs=["out_hidden_states"],
-                config=graphs.model_config(network),
-            ),
+            chat.export(encoder, text_layers(encoder.config), mask),
+            graphs.denoiser("transformer", network, inputs, dynamic),
             *(replace(graph, config={**graph.config, **figures}) for graph in autoencoder),
         ]
 
@@ -389,7 +346,7 @@ def statistics(autoencoder: Any) -> tuple[Tensor, Tensor]:
 # Positions and times ----------------------------------------------------------------------------------------
 
 
-def positions(height: int, width: int, device: torch.device) -> Tensor:
+def positions(height: int, width: int, device: torch.device | None = None) -> Tensor:
     """[height * width, 4] int64: 0, row, column and 0 of each latent."""
     rows, columns = torch.meshgrid(
         torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
@@ -398,7 +355,7 @@ def positions(height: int, width: int, device: torch.device) -> Tensor:
     return torch.stack([nothing, rows, columns, nothing], dim=-1).flatten(0, 1)
 
 
-def ordinals(count: int, device: torch.device) -> Tensor:
+def ordinals(count: int, device: torch.device | None = None) -> Tensor:
     """[count, 4] int64: 0, 0, 0 and the number of each token of a text."""
     return nn.functional.pad(torch.arange(count, device=device)[:, None], (3, 0))
 
@@ -420,60 +377,6 @@ def text_layers(config: Any) -> tuple[int, int, int]:
     """After which layers of Qwen3 its states are read: 9, 18 and 27 of 36."""
     count = int(config.num_hidden_layers)
     return count // 4, count // 2, 3 * count // 4
-
-
-# Graphs -----------------------------------------------------------------------------------------------------
-
-
-class _Transformer(nn.Module):
-    def __init__(self, transformer: nn.Module) -> None:
-        super().__init__()
-        self.transformer = transformer
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        timestep: Tensor,
-        img_ids: Tensor,
-        txt_ids: Tensor,
-    ) -> Tensor:
-        made: Tensor = self.transformer(
-            hidden_states=hidden_states,
-            encoder_hidden_states=encoder_hidden_states,
-            timestep=timestep,
-            img_ids=img_ids,
-            txt_ids=txt_ids,
-            return_dict=False,
-        )[0]
-        return made
-
-
-# Whether components make up a model -------------------------------------------------------------------------
-
-
-def _misfits(parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]) -> list[str]:
-    """Why components do not make up a model that is trained and drawn here; see `loading.Misfits`."""
-    found = []
-    transformer, autoencoder, encoder = (
-        parts[name].config for name in ("transformer", "vae", "text_encoder")
-    )
-    if transformer.guidance_embeds:
-        found.append("its transformer is told the guidance: it is FLUX.2 dev, and klein is needed")
-    taken, given = transformer.joint_attention_dim, 3 * encoder.hidden_size
-    if taken != given:
-        found.append(
-            f"its transformer reads text of width {taken}, and three layers of its text encoder give {given}:"
-            " klein 4B has 7680, with Qwen3 4B, and klein 9B has 12288, with Qwen3 8B"
-        )
-    channels = PATCH**2 * autoencoder.latent_channels
-    if tuple(autoencoder.patch_size) != (PATCH, PATCH):
-        found.append(f"its VAE has patch_size {autoencoder.patch_size}, and {PATCH} x {PATCH} is needed")
-    elif transformer.in_channels != channels:
-        found.append(
-            f"its transformer takes {transformer.in_channels} channels, and its VAE gives {channels}"
-        )
-    return found + answers.flow_misfits(parts["scheduler"])
 
 
 FAMILY = Flux2()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,11 @@ from torch import Tensor, nn
 
 from tunekit.families.family import Component, ExportComponent, Pipeline
 
+ROW_AXES = {0: "batch"}
 PICTURE_AXES = {0: "batch", 2: "height", 3: "width"}
+TEXT_AXES = {0: "batch", 1: "sequence"}
+TOKEN_AXES = {0: "batch", 1: "tokens"}
+"""Tokens of a picture."""
 
 
 def model_config(model: Any) -> dict[str, Any]:
@@ -29,6 +33,60 @@ def example(*shape: int, like: nn.Module) -> Tensor:
 def token_ids(length: int) -> Tensor:
     """An input of text encoders; int32 is what Optimum and diffusers' ONNX pipeline feed without a cast."""
     return torch.arange(2 * length, dtype=torch.int32).reshape(2, length) % 100
+
+
+def denoiser(
+    name: str,
+    network: Any,
+    inputs: Mapping[str, Tensor],
+    dynamic: Mapping[str, Mapping[int, str]],
+    *,
+    module: nn.Module | None = None,
+    flags: Collection[str] = (),
+    multiples: Mapping[str, int] | None = None,
+) -> ExportComponent:
+    """The graph of a transformer.
+
+    Args:
+        name: of its row in the family's table.
+        inputs: see `ExportComponent`, as `dynamic` and `multiples`.
+        module: what is exported in place of the network; None is the network, given its inputs by name.
+        flags: see `Called`.
+    """
+    return ExportComponent(
+        name=name,
+        component=name,
+        module=Called(name, network, inputs, flags=flags) if module is None else module,
+        inputs=dict(inputs),
+        dynamic={key: dict(axes) for key, axes in dynamic.items()},
+        outputs=["out_hidden_states"],
+        config=model_config(network),
+        multiples=dict(multiples or {}),
+    )
+
+
+class Called(nn.Module):
+    """A network that is given its inputs one after the other, as exporters do; gives its first output.
+
+    Args:
+        name: what the network is called within, and its weights in the graph.
+        inputs: keywords, in order.
+        flags: of them, those that are booleans to the network and whole numbers in a graph.
+    """
+
+    def __init__(
+        self, name: str, network: nn.Module, inputs: Collection[str], *, flags: Collection[str] = ()
+    ) -> None:
+        super().__init__()
+        self.name, self.inputs, self.flags = name, tuple(inputs), frozenset(flags)
+        self.add_module(name, network)
+
+    def forward(self, *values: Tensor) -> Tensor:
+        given = dict(zip(self.inputs, values, strict=True))
+        for flag in self.flags:
+            given[flag] = given[flag].bool()
+        made: Tensor = self.get_submodule(self.name)(**given, return_dict=False)[0]
+        return made
 
 
 def encoder(
@@ -57,7 +115,7 @@ def encoder(
         component=row.name,
         module=_Encoder(network, outputs, count),
         inputs=inputs,
-        dynamic={name: {0: "batch", 1: "sequence"} for name in inputs},
+        dynamic=dict.fromkeys(inputs, TEXT_AXES),
         outputs=[*outputs, *(f"hidden_states.{index}" for index in range(count))],
         config=model_config(network),
     )

@@ -7,18 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tunekit.config import ObjectiveConfig
-from tunekit.diffusion.objectives import FlowMatching, Objective, ShiftByTokens
 from tunekit.diffusion.sampling import SamplingConfig
-from tunekit.errors import ModelError
-from tunekit.families import chat, graphs, loading, tiny, vae
+from tunekit.families import chat, graphs, tiny, vae
 from tunekit.families import family as answers
 from tunekit.families.family import (
     MASK,
@@ -32,12 +28,10 @@ from tunekit.families.family import (
     Published,
     Tokens,
 )
-from tunekit.families.flux import pack, positions, unpack
+from tunekit.families.transformer import PATCH, Transformer, from_zero, pack, positions, unpack
 from tunekit.families.weights import Entry
 from tunekit.resources import Source
 
-PATCH = 2
-"""The transformer takes 2 x 2 latents as one token."""
 SIDE = 1024
 """Of the pictures that it was made for, in pixels; no configuration has it."""
 BEFORE = (
@@ -97,7 +91,7 @@ PUBLISHED: dict[str, str | tuple[str, ...]] = {
 """Layers of the transformer as it was published -> modules here."""
 
 
-class Krea2:
+class Krea2(Transformer):
     """Krea 2; see `Family` for what each method promises.
 
     https://huggingface.co/docs/diffusers/api/pipelines/krea2
@@ -192,19 +186,25 @@ class Krea2:
     )
 
     def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: Packing = "") -> Pipeline:
-        source = Source.of(source)
-        if source.name == "tiny":
-            return loading.cast(self.tiny(), self.facts, dtypes)
-        made = loading.load_pipeline(source, self.facts, dtypes, pack=pack, misfits=misfits)
+        made = super().load(source, dtypes, pack=pack)
         if made.config.is_distilled:  # so that its sampler says by itself how it is drawn
             made.scheduler.register_to_config(base_shift=TURBO_MU, max_shift=TURBO_MU)
         return made
 
-    def look(self, source: Source | str) -> list[ModelError]:
-        return loading.look(Source.of(source), self.facts, misfits=misfits)
-
-    def save(self, pipeline: Pipeline, folder: Path) -> None:
-        loading.save_pipeline(pipeline, folder, self.facts)
+    def misfits(self, parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]) -> list[str]:
+        network, coder, encoder = (parts[name].config for name in ("transformer", "vae", "text_encoder"))
+        found = answers.flow_misfits(parts["scheduler"])
+        taken, given = network.in_channels, coder.z_dim * PATCH**2
+        if taken != given:
+            found.append(f"its transformer takes {taken} channels, and the VAE gives {given}")
+        if not len(coder.latents_mean) == len(coder.latents_std) == coder.z_dim:
+            found.append(
+                f"its VAE has {coder.z_dim} channels, latents_mean or latents_std have other numbers"
+            )
+        wanted, width = network.text_hidden_dim, encoder.text_config.hidden_size
+        if wanted != width:
+            found.append(f"its transformer reads text of width {wanted}, and the text encoder gives {width}")
+        return found
 
     def tiny(self, seed: int = 0) -> Pipeline:
         from diffusers import AutoencoderKLQwenImage, Krea2Pipeline, Krea2Transformer2DModel
@@ -255,16 +255,6 @@ class Krea2:
             text_encoder_select_layers=read_layers(6, 3),
         )
 
-    def recognizes(self, configs: Mapping[str, Mapping[str, Any]]) -> bool:
-        return True
-
-    def denoiser(self, pipeline: Pipeline) -> nn.Module:
-        network: nn.Module = pipeline.transformer
-        return network
-
-    def objective(self, pipeline: Pipeline, config: ObjectiveConfig | None = None) -> Objective:
-        return FlowMatching.from_scheduler(pipeline.scheduler, config, patch=PATCH)
-
     def is_distilled(self, pipeline: Pipeline) -> bool:
         return bool(getattr(pipeline.config, "is_distilled", False))
 
@@ -282,13 +272,8 @@ class Krea2:
     def tokenize(self, pipeline: Pipeline, prompts: list[str]) -> Tokens:
         """[template, prompt, padding, end of the template]."""
         tokenizer = pipeline.tokenizer
-        first = tokenizer(
-            [BEFORE + prompt for prompt in prompts],
-            padding="max_length",
-            max_length=tokenizer.model_max_length + DROPPED - KEPT_BEHIND,
-            truncation=True,
-            return_tensors="pt",
-        )
+        length = tokenizer.model_max_length + DROPPED - KEPT_BEHIND
+        first = answers.read(tokenizer, [BEFORE + prompt for prompt in prompts], length)
         last = tokenizer([BEHIND] * len(prompts), return_tensors="pt")
         return {
             "text_encoder": torch.cat([first.input_ids, last.input_ids], dim=1),
@@ -304,15 +289,12 @@ class Krea2:
             ids = F.pad(ids, (DROPPED, 0))
             mask = torch.ones_like(ids, dtype=torch.bool)
         ids, mask = ids.to(encoder.device), mask.to(encoder.device)
-        layers = read_layers(_depth(encoder.config), pipeline.transformer.config.num_text_layers)
+        layers = _read_layers(encoder.config, pipeline.transformer.config)
         states = _states(encoder, ids, mask)
         return {
             "encoder_hidden_states": torch.stack([states[layer] for layer in layers], dim=2)[:, DROPPED:],
             "encoder_attention_mask": mask[:, DROPPED:],
         }
-
-    def encode_prompt(self, pipeline: Pipeline, prompts: list[str]) -> Conditioning:
-        return self.encode_tokens(pipeline, self.tokenize(pipeline, prompts))
 
     def encode_image(self, pipeline: Pipeline, pixels: Tensor) -> Tensor:
         """A picture is a film of one frame."""
@@ -324,20 +306,14 @@ class Krea2:
         shift, scale = _scaling(pipeline, latents)
         return vae.decoded(pipeline.vae, (latents * scale + shift).unsqueeze(2)).squeeze(2)
 
-    def conditioning(
-        self, encoded: Conditioning, frame: Tensor, guidance: float | None = None
-    ) -> Conditioning:
-        return encoded
-
     def cfg_scale(self, pipeline: Pipeline, guidance: float) -> float | None:
-        """Counted from 0: with + guidance * (with - without)."""
-        return 1 + guidance if guidance > 0 else None
+        return from_zero(guidance)
 
     def denoise(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
         *_, height, width = noisy.shape
-        places = positions(height // PATCH, width // PATCH, noisy.device)
+        places = positions(height, width, noisy.device)
         text = conditioning["encoder_hidden_states"].shape[1]
         made = denoiser(
             hidden_states=pack(noisy),
@@ -348,17 +324,6 @@ class Krea2:
         )[0]
         return unpack(made, height, width)
 
-    def begin(self, scheduler: Any, steps: int, latents: Tensor) -> Tensor:
-        mu = ShiftByTokens.from_scheduler(scheduler, PATCH).mu(tuple(latents.shape))
-        return answers.begin_flow(scheduler, steps, latents, mu)
-
-    def blocks(self, denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
-        transformer: Any = denoiser
-        return [(f"transformer_blocks.{i}", block) for i, block in enumerate(transformer.transformer_blocks)]
-
-    def picture_state(self, output: Any) -> Tensor | None:
-        return answers.first_state(output)
-
     def adapter_names(self, component: str, paths: Collection[str]) -> list[Published]:
         """The transformer as it was published."""
         return answers.published(PUBLISHED, paths)
@@ -368,46 +333,29 @@ class Krea2:
         config, length = network.config, pipeline.tokenizer.model_max_length
         height, width = self.default_size(pipeline)
         channels, rows, columns = self.latent_shape(pipeline, height, width)
-        rows, columns = rows // PATCH, columns // PATCH
-        whole = length + DROPPED
-        mask = torch.ones(2, whole, dtype=torch.int64)
+        mask = torch.ones(2, length + DROPPED, dtype=torch.int64)
         mask[1, DROPPED + 7 : -KEPT_BEHIND] = 0
-        text = {0: "batch", 1: "sequence"}
-        layers = read_layers(_depth(encoder.config), config.num_text_layers)
+        layers, places = _read_layers(encoder.config, config), positions(rows, columns)
+        inputs = {
+            "hidden_states": graphs.example(2, len(places), config.in_channels, like=network),
+            "timestep": torch.tensor([0.5]),
+            "position_ids": F.pad(places, (0, 0, length, 0)),
+            "encoder_hidden_states": graphs.example(
+                2, length, config.num_text_layers, config.text_hidden_dim, like=network
+            ),
+            "encoder_attention_mask": mask[:, DROPPED:],
+        }
+        dynamic = {
+            "hidden_states": graphs.TOKEN_AXES,
+            "position_ids": {0: "sequence+tokens"},
+            "encoder_hidden_states": graphs.TEXT_AXES,
+            "encoder_attention_mask": graphs.TEXT_AXES,
+        }
         film = {0: "batch", 3: "height", 4: "width"}
         multiple = _factor(pipeline)
         return [
-            ExportComponent(
-                name="text_encoder",
-                component="text_encoder",
-                module=_Encoder(encoder, layers),
-                inputs={"input_ids": graphs.token_ids(whole), "attention_mask": mask},
-                dynamic={"input_ids": text, "attention_mask": text},
-                outputs=[f"hidden_states.{layer}" for layer in layers],
-                config=graphs.model_config(encoder),
-            ),
-            ExportComponent(
-                name="transformer",
-                component="transformer",
-                module=_Transformer(network),
-                inputs={
-                    "hidden_states": graphs.example(2, rows * columns, config.in_channels, like=network),
-                    "timestep": torch.tensor([0.5]),
-                    "position_ids": F.pad(positions(rows, columns, torch.device("cpu")), (0, 0, length, 0)),
-                    "encoder_hidden_states": graphs.example(
-                        2, length, config.num_text_layers, config.text_hidden_dim, like=network
-                    ),
-                    "encoder_attention_mask": mask[:, DROPPED:],
-                },
-                dynamic={
-                    "hidden_states": {0: "batch", 1: "tokens"},
-                    "position_ids": {0: "sequence+tokens"},
-                    "encoder_hidden_states": text,
-                    "encoder_attention_mask": text,
-                },
-                outputs=["out_hidden_states"],
-                config=graphs.model_config(network),
-            ),
+            chat.export(encoder, layers, mask, module=_Encoder(encoder, layers)),
+            graphs.denoiser("transformer", network, inputs, dynamic, flags=["encoder_attention_mask"]),
             ExportComponent(
                 name="vae_encoder",
                 component="vae",
@@ -422,11 +370,7 @@ class Krea2:
                 name="vae_decoder",
                 component="vae",
                 module=_VaeDecoder(coder),
-                inputs={
-                    "latent_sample": graphs.example(
-                        2, channels, 1, height // multiple, width // multiple, like=coder
-                    )
-                },
+                inputs={"latent_sample": graphs.example(2, channels, 1, rows, columns, like=coder)},
                 dynamic={"latent_sample": film},
                 outputs=["sample"],
                 config=graphs.model_config(coder),
@@ -438,21 +382,6 @@ def read_layers(depth: int, count: int) -> tuple[int, ...]:
     """Numbers of the states that are read of a text encoder: the last of each of `count` parts."""
     step = depth // count
     return tuple(range(step - 1, step * count, step))
-
-
-def misfits(parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]) -> list[str]:
-    """Why components do not make up a model that is trained and drawn here; see `loading.Misfits`."""
-    network, coder, encoder = parts["transformer"].config, parts["vae"].config, parts["text_encoder"].config
-    found = answers.flow_misfits(parts["scheduler"])
-    taken, given = network.in_channels, coder.z_dim * PATCH**2
-    if taken != given:
-        found.append(f"its transformer takes {taken} channels, and the VAE gives {given}")
-    if not len(coder.latents_mean) == len(coder.latents_std) == coder.z_dim:
-        found.append(f"its VAE has {coder.z_dim} channels, latents_mean or latents_std have other numbers")
-    wanted, width = network.text_hidden_dim, encoder.text_config.hidden_size
-    if wanted != width:
-        found.append(f"its transformer reads text of width {wanted}, and the text encoder gives {width}")
-    return found
 
 
 def _factor(pipeline: Pipeline) -> int:
@@ -467,10 +396,11 @@ def _scaling(pipeline: Pipeline, like: Tensor) -> tuple[Tensor, Tensor]:
     return mean.view(-1, 1, 1), std.view(-1, 1, 1)
 
 
-def _depth(config: Any) -> int:
-    """Layers of the text encoder; a graph's configuration is that of its config.json."""
-    text = config.text_config
-    return int(text["num_hidden_layers"] if isinstance(text, dict) else text.num_hidden_layers)
+def _read_layers(encoder: Any, transformer: Any) -> tuple[int, ...]:
+    """Those of a text encoder's configuration, which a graph has as its config.json, for a transformer's."""
+    text = encoder.text_config
+    depth = text["num_hidden_layers"] if isinstance(text, dict) else text.num_hidden_layers
+    return read_layers(int(depth), transformer.num_text_layers)
 
 
 def _states(encoder: Any, ids: Tensor, mask: Tensor) -> Any:
@@ -498,30 +428,6 @@ class _Encoder(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         states = _states(self.encoder, input_ids, attention_mask.bool())
         return tuple(states[layer] for layer in self.layers)
-
-
-class _Transformer(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        position_ids: Tensor,
-        encoder_hidden_states: Tensor,
-        encoder_attention_mask: Tensor,
-    ) -> Tensor:
-        made: Tensor = self.network(
-            hidden_states=hidden_states,
-            timestep=timestep,
-            position_ids=position_ids,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask.bool(),
-            return_dict=False,
-        )[0]
-        return made
 
 
 class _VaeEncoder(nn.Module):

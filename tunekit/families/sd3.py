@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tunekit.config import ObjectiveConfig
-from tunekit.diffusion.objectives import FlowMatching, Objective, ShiftByTokens
 from tunekit.diffusion.sampling import SamplingConfig
-from tunekit.errors import ConfigError, ModelError
+from tunekit.errors import ConfigError
 from tunekit.families import family as answers
-from tunekit.families import graphs, loading, sizes, tiny, unet, vae
+from tunekit.families import graphs, sizes, tiny, unet, vae
 from tunekit.families.family import (
     Component,
     Conditioning,
-    Dtypes,
     ExportComponent,
     FamilyFacts,
-    Packing,
     Pipeline,
     Published,
     Tokens,
 )
+from tunekit.families.transformer import (
+    JOINT_ATTENTION,
+    JOINT_FEED_FORWARD,
+    PATCH,
+    Transformer,
+    shift,
+)
 from tunekit.families.weights import Entry
-from tunekit.resources import Source
-
-PATCH = 2
-"""The transformer takes 2 x 2 latents as one token."""
 
 ABSENT: dict[str, Any] = {"image_encoder": None, "feature_extractor": None}
 """Parts of the pipeline that are left out: those of IP-Adapters."""
@@ -40,11 +38,9 @@ CLIP = ["text_embeds", "last_hidden_state"]
 T5 = "text_encoder_3"
 """The text encoder that may be missing: 4.8 of the 8 G parameters of 3.5 medium."""
 ATTENTION = (
-    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *JOINT_ATTENTION,
     *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
 )
-FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
 _BLOCK, _PICTURE, _TEXT = "transformer_blocks.{}", "joint_blocks.{}.x_block", "joint_blocks.{}.context_block"
 # https://github.com/Stability-AI/sd3.5/blob/main/mmditx.py
@@ -101,7 +97,7 @@ def layers(paths: Collection[str]) -> list[Published]:
     return answers.published(PUBLISHED, paths, swapped=(*SWAPPED, last))
 
 
-class SD3:
+class SD3(Transformer):
     """Stable Diffusion 3.5 and 3; see `Family` for what each method promises.
 
     The network is Esser et al. 2024 (arXiv:2403.03206). 3.5 medium has a second attention over the picture
@@ -158,7 +154,7 @@ class SD3:
             sizes.scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0),
         ),
         lora_targets=ATTENTION,
-        presets={"attention": ATTENTION, "attention_feed_forward": (*ATTENTION, *FEED_FORWARD)},
+        presets={"attention": ATTENTION, "attention_feed_forward": (*ATTENTION, *JOINT_FEED_FORWARD)},
         ss_base_model_version="sd3.5",
         modelspec_architecture="stable-diffusion-v3-medium",
         distilled=r"(large)[-_]turbo",  # its configurations are those of 3.5 large
@@ -176,17 +172,39 @@ class SD3:
         sampling_distilled=SamplingConfig(steps=4, guidance=1.0),
     )
 
-    def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: Packing = "") -> Pipeline:
-        source = Source.of(source)
-        if source.name == "tiny":
-            return loading.cast(self.tiny(), self.facts, dtypes)
-        return loading.load_pipeline(source, self.facts, dtypes, pack=pack, fixed=ABSENT, misfits=misfits)
+    absent = ABSENT
 
-    def look(self, source: Source | str) -> list[ModelError]:
-        return loading.look(Source.of(source), self.facts, fixed=ABSENT, misfits=misfits)
-
-    def save(self, pipeline: Pipeline, folder: Path) -> None:
-        loading.save_pipeline(pipeline, folder, self.facts)
+    def misfits(self, parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]) -> list[str]:
+        network, found = parts["transformer"].config, vae.misfits(parts["vae"].config)
+        taken, given = network.in_channels, parts["vae"].config.latent_channels
+        if taken != given:
+            found.append(
+                f"its transformer takes {taken} channels and the VAE gives {given}: a plain text-to-image"
+                " model is needed"
+            )
+        if network.out_channels not in (None, taken):
+            found.append(f"its transformer gives {network.out_channels} channels and takes {taken}")
+        if network.patch_size != PATCH or not isinstance(network.pos_embed_max_size, int):
+            found.append(
+                f"its transformer has patch_size {network.patch_size} and pos_embed_max_size"
+                f" {network.pos_embed_max_size}; {PATCH} and a whole number are needed"
+            )
+        clip = [parts[name].config for name in ("text_encoder", "text_encoder_2")]
+        pooled, wide = (sum(getattr(each, key) for each in clip) for key in ("projection_dim", "hidden_size"))
+        if pooled != network.pooled_projection_dim:
+            found.append(
+                f"its transformer reads a text of {network.pooled_projection_dim} numbers, and text_encoder"
+                f" and text_encoder_2 give {pooled}"
+            )
+        width, t5 = network.joint_attention_dim, parts[T5]
+        if t5 is not None and t5.config.d_model != width:
+            found.append(f"its transformer reads text of width {width}, and {T5} gives {t5.config.d_model}")
+        if wide > width:
+            found.append(
+                f"its transformer reads text of width {width}, and text_encoder and text_encoder_2 give"
+                f" {wide}"
+            )
+        return found + answers.flow_misfits(parts["scheduler"])
 
     def tiny(self, seed: int = 0) -> Pipeline:
         from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -228,30 +246,13 @@ class SD3:
             scheduler=self.facts.component("scheduler").build(),
         )
 
-    def recognizes(self, configs: Mapping[str, Mapping[str, Any]]) -> bool:
-        return True
-
-    def denoiser(self, pipeline: Pipeline) -> nn.Module:
-        network: nn.Module = pipeline.transformer
-        return network
-
-    def objective(self, pipeline: Pipeline, config: ObjectiveConfig | None = None) -> Objective:
-        return FlowMatching.from_scheduler(pipeline.scheduler, config, patch=PATCH)
-
     def default_size(self, pipeline: Pipeline) -> tuple[int, int]:
         side = int(pipeline.transformer.config.sample_size) * vae.vae_factor(pipeline)
         return side, side
 
-    def resolution_multiple(self, pipeline: Pipeline) -> int:
-        return vae.vae_factor(pipeline) * int(pipeline.transformer.config.patch_size)
-
-    def is_distilled(self, pipeline: Pipeline) -> bool:
-        return False  # they do not tell
-
     def latent_shape(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, int, int]:
-        channels, multiple = pipeline.transformer.config.in_channels, self.resolution_multiple(pipeline)
-        shape = vae.latent_shape(channels, vae.vae_factor(pipeline), multiple, height, width)
-        largest = int(pipeline.transformer.config.pos_embed_max_size) * multiple
+        shape = super().latent_shape(pipeline, height, width)
+        largest = int(pipeline.transformer.config.pos_embed_max_size) * self.resolution_multiple(pipeline)
         for size in (height, width):
             if size > largest:
                 raise ConfigError(
@@ -259,9 +260,6 @@ class SD3:
                     hint=f"{largest} px at most, along each side",
                 )
         return shape
-
-    def tokenize(self, pipeline: Pipeline, prompts: list[str]) -> Tokens:
-        return answers.tokenize(self.facts, pipeline, prompts)
 
     @torch.no_grad()
     def encode_tokens(self, pipeline: Pipeline, tokens: Tokens) -> Conditioning:
@@ -287,23 +285,6 @@ class SD3:
             "pooled_projections": torch.cat(pooled, dim=-1),
         }
 
-    def encode_prompt(self, pipeline: Pipeline, prompts: list[str]) -> Conditioning:
-        return self.encode_tokens(pipeline, self.tokenize(pipeline, prompts))
-
-    def encode_image(self, pipeline: Pipeline, pixels: Tensor) -> Tensor:
-        return vae.encode_image(pipeline, pixels)
-
-    def decode(self, pipeline: Pipeline, latents: Tensor) -> Tensor:
-        return vae.decode(pipeline, latents)
-
-    def conditioning(
-        self, encoded: Conditioning, frame: Tensor, guidance: float | None = None
-    ) -> Conditioning:
-        return encoded
-
-    def cfg_scale(self, pipeline: Pipeline, guidance: float) -> float | None:
-        return answers.cfg_scale(guidance)
-
     def denoise(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
@@ -312,15 +293,11 @@ class SD3:
         return made
 
     def begin(self, scheduler: Any, steps: int, latents: Tensor) -> Tensor:
+        """Down to the sampler's own least noise, not to 1 / steps as other transformers."""
         if not scheduler.config.get("use_dynamic_shifting"):
             return answers.begin(scheduler, steps, latents)
-        mu = ShiftByTokens.from_scheduler(scheduler, PATCH).mu(tuple(latents.shape))
-        scheduler.set_timesteps(steps, device=latents.device, mu=mu)
+        scheduler.set_timesteps(steps, device=latents.device, mu=shift(scheduler, latents))
         return latents
-
-    def blocks(self, denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
-        transformer: Any = denoiser
-        return [(f"transformer_blocks.{i}", block) for i, block in enumerate(transformer.transformer_blocks)]
 
     def picture_state(self, output: Any) -> Tensor | None:
         return answers.last_state(output)  # the text comes first, and is None behind the last block
@@ -338,92 +315,30 @@ class SD3:
         t5 = getattr(pipeline, "tokenizer_3", None)
         tokens = t5.model_max_length if t5 is not None else self.facts.component(T5).tokens
         length = pipeline.tokenizer.model_max_length + tokens
-        found = [
-            graphs.encoder(
-                pipeline, row, ["last_hidden_state"] if row.name == T5 else CLIP, states=row.name != T5
-            )
-            for row in self.facts.encoders_of(pipeline)
-        ]
+        inputs = {
+            "hidden_states": graphs.example(2, channels, height, width, like=network),
+            "timestep": torch.tensor([10.0]),
+            "encoder_hidden_states": graphs.example(2, length, config.joint_attention_dim, like=network),
+            "pooled_projections": graphs.example(2, config.pooled_projection_dim, like=network),
+        }
+        dynamic = {
+            "hidden_states": graphs.PICTURE_AXES,
+            "encoder_hidden_states": graphs.TEXT_AXES,
+            "pooled_projections": graphs.ROW_AXES,
+        }
         return [
-            *found,
-            ExportComponent(
-                name="transformer",
-                component="transformer",
-                module=_Transformer(network),
-                inputs={
-                    "hidden_states": graphs.example(2, channels, height, width, like=network),
-                    "timestep": torch.tensor([10.0]),
-                    "encoder_hidden_states": graphs.example(
-                        2, length, config.joint_attention_dim, like=network
-                    ),
-                    "pooled_projections": graphs.example(2, config.pooled_projection_dim, like=network),
-                },
-                dynamic={
-                    "hidden_states": graphs.PICTURE_AXES,
-                    "encoder_hidden_states": {0: "batch", 1: "sequence"},
-                    "pooled_projections": {0: "batch"},
-                },
-                outputs=["out_hidden_states"],
-                config=graphs.model_config(network),
-                multiples={"height": config.patch_size, "width": config.patch_size},
+            *(
+                graphs.encoder(pipeline, row, ["last_hidden_state"])
+                if row.name == T5
+                else graphs.encoder(pipeline, row, CLIP, states=True)
+                for row in self.facts.encoders_of(pipeline)
+            ),
+            graphs.denoiser(
+                *("transformer", network, inputs, dynamic),
+                multiples={"height": PATCH, "width": PATCH},
             ),
             *vae.export_vae(pipeline, self.default_size(pipeline)),
         ]
-
-
-def misfits(parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]) -> list[str]:
-    """Why components do not make up a model that is trained and drawn here; see `loading.Misfits`."""
-    network, found = parts["transformer"].config, vae.misfits(parts["vae"].config)
-    taken, given = network.in_channels, parts["vae"].config.latent_channels
-    if taken != given:
-        found.append(
-            f"its transformer takes {taken} channels and the VAE gives {given}: a plain text-to-image model"
-            " is needed"
-        )
-    if network.out_channels not in (None, taken):
-        found.append(f"its transformer gives {network.out_channels} channels and takes {taken}")
-    if network.patch_size != PATCH or not isinstance(network.pos_embed_max_size, int):
-        found.append(
-            f"its transformer has patch_size {network.patch_size} and pos_embed_max_size"
-            f" {network.pos_embed_max_size}; {PATCH} and a whole number are needed"
-        )
-    clip = [parts[name].config for name in ("text_encoder", "text_encoder_2")]
-    pooled, wide = (sum(getattr(each, key) for each in clip) for key in ("projection_dim", "hidden_size"))
-    if pooled != network.pooled_projection_dim:
-        found.append(
-            f"its transformer reads a text of {network.pooled_projection_dim} numbers, and text_encoder and"
-            f" text_encoder_2 give {pooled}"
-        )
-    width, t5 = network.joint_attention_dim, parts[T5]
-    if t5 is not None and t5.config.d_model != width:
-        found.append(f"its transformer reads text of width {width}, and {T5} gives {t5.config.d_model}")
-    if wide > width:
-        found.append(
-            f"its transformer reads text of width {width}, and text_encoder and text_encoder_2 give {wide}"
-        )
-    return found + answers.flow_misfits(parts["scheduler"])
-
-
-class _Transformer(nn.Module):
-    def __init__(self, transformer: nn.Module) -> None:
-        super().__init__()
-        self.transformer = transformer
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        pooled_projections: Tensor,
-    ) -> Tensor:
-        made: Tensor = self.transformer(
-            hidden_states,
-            encoder_hidden_states,
-            pooled_projections,
-            timestep,
-            return_dict=False,
-        )[0]
-        return made
 
 
 FAMILY = SD3()

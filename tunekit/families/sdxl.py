@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tunekit.config import ObjectiveConfig
-from tunekit.diffusion.objectives import Discrete, Objective
 from tunekit.diffusion.sampling import SamplingConfig
-from tunekit.errors import ModelError
-from tunekit.families import family as answers
-from tunekit.families import graphs, loading, sizes, tiny, unet, vae
+from tunekit.families import graphs, sizes, tiny, unet, vae
 from tunekit.families.family import (
     Component,
     Conditioning,
-    Dtypes,
     ExportComponent,
     FamilyFacts,
-    Packing,
     Pipeline,
     Published,
     Tokens,
 )
-from tunekit.resources import Source
 
 ABSENT: dict[str, Any] = {"image_encoder": None, "feature_extractor": None, "add_watermarker": False}
 """Parts of the pipeline that are left out."""
 
 
-class SDXL:
+class SDXL(unet.UNet):
     """Stable Diffusion XL; see `Family` for what each method promises.
 
     The denoiser's `time_ids` are the picture's original size, its crop and its size (Podell et al. 2023,
@@ -108,22 +100,10 @@ class SDXL:
         sampling=SamplingConfig(steps=30, guidance=5.0),
     )
 
-    def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: Packing = "") -> Pipeline:
-        source = Source.of(source)
-        if source.name == "tiny":
-            return loading.cast(self.tiny(), self.facts, dtypes)
-        return loading.load_pipeline(
-            source, self.facts, dtypes, pack=pack, fixed=ABSENT, misfits=unet.misfits
-        )
-
-    def look(self, source: Source | str) -> list[ModelError]:
-        return loading.look(Source.of(source), self.facts, fixed=ABSENT, misfits=unet.misfits)
-
-    def save(self, pipeline: Pipeline, folder: Path) -> None:
-        loading.save_pipeline(pipeline, folder, self.facts)
+    absent = ABSENT
 
     def tiny(self, seed: int = 0) -> Pipeline:
-        from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+        from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
         # Neither 77 tokens nor 8 pixels per latent, and two encoders of unequal width.
         tokenizers = [tiny.clip_tokenizer(max_length=40) for _ in range(2)]
@@ -152,20 +132,8 @@ class SDXL:
             seed,
             "unet",
         )
-        autoencoder = tiny.randomized(
-            lambda: AutoencoderKL(
-                sample_size=64,
-                block_out_channels=(16, 16, 32),
-                down_block_types=("DownEncoderBlock2D",) * 3,
-                up_block_types=("UpDecoderBlock2D",) * 3,
-                norm_num_groups=8,
-                scaling_factor=0.5,
-            ),
-            seed,
-            "vae",
-        )
         return StableDiffusionXLPipeline(
-            vae=autoencoder,
+            vae=unet.tiny_autoencoder(seed),
             text_encoder=encoders[0],
             text_encoder_2=encoders[1],
             tokenizer=tokenizers[0],
@@ -175,32 +143,6 @@ class SDXL:
             force_zeros_for_empty_prompt=True,
             add_watermarker=False,
         )
-
-    def recognizes(self, configs: Mapping[str, Mapping[str, Any]]) -> bool:
-        return True
-
-    def denoiser(self, pipeline: Pipeline) -> nn.Module:
-        network: nn.Module = pipeline.unet
-        return network
-
-    def objective(self, pipeline: Pipeline, config: ObjectiveConfig | None = None) -> Objective:
-        return Discrete.from_scheduler(pipeline.scheduler, config)
-
-    def default_size(self, pipeline: Pipeline) -> tuple[int, int]:
-        return unet.default_size(pipeline)
-
-    def resolution_multiple(self, pipeline: Pipeline) -> int:
-        return vae.vae_factor(pipeline) * unet.unet_factor(pipeline)
-
-    def is_distilled(self, pipeline: Pipeline) -> bool:
-        return False  # they do not tell
-
-    def latent_shape(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, int, int]:
-        channels, multiple = pipeline.unet.config.in_channels, self.resolution_multiple(pipeline)
-        return vae.latent_shape(channels, vae.vae_factor(pipeline), multiple, height, width)
-
-    def tokenize(self, pipeline: Pipeline, prompts: list[str]) -> Tokens:
-        return answers.tokenize(self.facts, pipeline, prompts)
 
     @torch.no_grad()
     def encode_tokens(self, pipeline: Pipeline, tokens: Tokens) -> Conditioning:
@@ -216,7 +158,7 @@ class SDXL:
 
     def encode_prompt(self, pipeline: Pipeline, prompts: list[str]) -> Conditioning:
         """Encodes; the empty prompt is zeros where the pipeline says so, as SDXL's own training had it."""
-        encoded = self.encode_tokens(pipeline, self.tokenize(pipeline, prompts))
+        encoded = super().encode_prompt(pipeline, prompts)
         if getattr(pipeline.config, "force_zeros_for_empty_prompt", False):
             for row, prompt in enumerate(prompts):
                 if not prompt:
@@ -224,19 +166,10 @@ class SDXL:
                         value[row] = 0
         return encoded
 
-    def encode_image(self, pipeline: Pipeline, pixels: Tensor) -> Tensor:
-        return vae.encode_image(pipeline, pixels)
-
-    def decode(self, pipeline: Pipeline, latents: Tensor) -> Tensor:
-        return vae.decode(pipeline, latents)
-
     def conditioning(
         self, encoded: Conditioning, frame: Tensor, guidance: float | None = None
     ) -> Conditioning:
         return {**encoded, "time_ids": frame}
-
-    def cfg_scale(self, pipeline: Pipeline, guidance: float) -> float | None:
-        return answers.cfg_scale(guidance)
 
     def denoise(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, conditioning: Conditioning
@@ -251,15 +184,6 @@ class SDXL:
         )[0]
         return made
 
-    def begin(self, scheduler: Any, steps: int, latents: Tensor) -> Tensor:
-        return answers.begin(scheduler, steps, latents)
-
-    def blocks(self, denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
-        return unet.blocks(denoiser)
-
-    def picture_state(self, output: Any) -> Tensor | None:
-        return answers.first_state(output)
-
     def adapter_names(self, component: str, paths: Collection[str]) -> list[Published]:
         """Kohya's tools train the U-Net as it was published; diffusers' names occur too, and are read."""
         if component != "unet":
@@ -268,44 +192,21 @@ class SDXL:
 
     def export_components(self, pipeline: Pipeline) -> list[ExportComponent]:
         network = pipeline.unet
-        channels, height, width = self.latent_shape(pipeline, *self.default_size(pipeline))
-        multiple = unet.unet_factor(pipeline)
-        length = pipeline.tokenizer.model_max_length
+        length, width = pipeline.tokenizer.model_max_length, network.config.cross_attention_dim
         pooled = pipeline.text_encoder_2.config.projection_dim
-        exported = [
-            graphs.encoder(pipeline, row, outputs, states=True)
-            for row, outputs in zip(
-                self.facts.encoders,
-                (["last_hidden_state", "pooler_output"], ["text_embeds", "last_hidden_state"]),
-                strict=True,
-            )
-        ]
+        inputs = {
+            "sample": unet.example(self, pipeline),
+            "timestep": torch.tensor([10.0]),
+            "encoder_hidden_states": graphs.example(2, length, width, like=network),
+            "text_embeds": graphs.example(2, pooled, like=network),
+            # Of the network's type, as other programs feed it; float16 has every size up to 2048.
+            "time_ids": graphs.example(2, 6, like=network),
+        }
+        first, second = self.facts.encoders
         return [
-            *exported,
-            ExportComponent(
-                name="unet",
-                component="unet",
-                module=_UNet(network),
-                inputs={
-                    "sample": graphs.example(2, channels, height, width, like=network),
-                    "timestep": torch.tensor([10.0]),
-                    "encoder_hidden_states": graphs.example(
-                        2, length, network.config.cross_attention_dim, like=network
-                    ),
-                    "text_embeds": graphs.example(2, pooled, like=network),
-                    # Of the network's type, as other programs feed it; float16 has every size up to 2048.
-                    "time_ids": graphs.example(2, 6, like=network),
-                },
-                dynamic={
-                    "sample": graphs.PICTURE_AXES,
-                    "encoder_hidden_states": {0: "batch", 1: "sequence"},
-                    "text_embeds": {0: "batch"},
-                    "time_ids": {0: "batch"},
-                },
-                outputs=["out_sample"],
-                config={"time_cond_proj_dim": None, **graphs.model_config(network)},
-                multiples={"height": multiple, "width": multiple},
-            ),
+            graphs.encoder(pipeline, first, ["last_hidden_state", "pooler_output"], states=True),
+            graphs.encoder(pipeline, second, ["text_embeds", "last_hidden_state"], states=True),
+            unet.export(pipeline, inputs, module=_UNet(network)),
             *vae.export_vae(pipeline, self.default_size(pipeline)),
         ]
 

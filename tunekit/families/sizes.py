@@ -22,7 +22,7 @@ from tunekit.families.family import (
     Family,
     Pipeline,
     Planned,
-    Role,
+    Table,
     Tokens,
     as_kept,
 )
@@ -31,7 +31,7 @@ from tunekit.resources import Source
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(Table):
     """A family's table of components, at the size of one base.
 
     Attributes:
@@ -45,34 +45,6 @@ class Sizes:
     components: tuple[Component, ...]
     assumed: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def component(self, name: str) -> Component:
-        """The row of that name."""
-        return next(part for part in self.components if part.name == name)
-
-    def of_role(self, role: Role) -> tuple[Component, ...]:
-        """The rows of a role, in order."""
-        return tuple(part for part in self.components if part.role == role)
-
-    @property
-    def networks(self) -> tuple[Component, ...]:
-        """All that has weights."""
-        return tuple(part for part in self.components if part.role != "scheduler")
-
-    @property
-    def denoiser(self) -> Component:
-        """The network that is trained."""
-        return self.of_role("denoiser")[0]
-
-    @property
-    def vae(self) -> Component:
-        """The autoencoder."""
-        return self.of_role("vae")[0]
-
-    @property
-    def encoders(self) -> tuple[Component, ...]:
-        """The text encoders."""
-        return self.of_role("text_encoder")
 
     @property
     def title(self) -> str:
@@ -389,6 +361,10 @@ def vae(
     return Component(
         "vae", "vae", "diffusers:AutoencoderKL", config, published="first_stage_model.", fp16=fp16
     )
+
+
+FLUX_VAE = vae(16, quant=False, scaling=0.3611, shift=0.1159, sample_size=1024)
+"""That of FLUX.1, which Chroma and Z-Image took. https://huggingface.co/black-forest-labs/FLUX.1-dev"""
 
 
 def scheduler(name: str, **config: Any) -> Component:

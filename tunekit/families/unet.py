@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from tunekit.diffusion.objectives import Discrete
+from tunekit.config import ObjectiveConfig
+from tunekit.diffusion.objectives import Discrete, Objective
 from tunekit.errors import TunekitError
-from tunekit.families.family import Pipeline, Published
+from tunekit.families import family as answers
+from tunekit.families import graphs, tiny
+from tunekit.families.family import ExportComponent, Pipeline, Published
+from tunekit.families.usual import Usual
 from tunekit.families.vae import misfits as vae_misfits
 from tunekit.families.vae import vae_factor
 from tunekit.families.weights import Entry
@@ -21,6 +25,39 @@ TARGETS = (
 """Adapter targets: all that is linear in the transformer blocks."""
 PRESETS = {"attention": TARGETS[:4], "attention_feed_forward": TARGETS[:6]}
 """See `FamilyFacts.presets`."""
+
+
+class UNet(Usual):
+    """A U-Net that learns noise of a discrete schedule, or v."""
+
+    def misfits(self, parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]) -> list[str]:
+        return misfits(parts, tensors)
+
+    def objective(self, pipeline: Pipeline, config: ObjectiveConfig | None = None) -> Objective:
+        return Discrete.from_scheduler(pipeline.scheduler, config)
+
+    def default_size(self, pipeline: Pipeline) -> tuple[int, int]:
+        size = pipeline.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * vae_factor(pipeline), width * vae_factor(pipeline)
+
+    def resolution_multiple(self, pipeline: Pipeline) -> int:
+        return vae_factor(pipeline) * unet_factor(pipeline)
+
+    def begin(self, scheduler: Any, steps: int, latents: Tensor) -> Tensor:
+        return answers.begin(scheduler, steps, latents)
+
+    def blocks(self, denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
+        unet: Any = denoiser
+        down = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
+        up = [(f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks)]
+        middle = [("mid_block", unet.mid_block)] if unet.mid_block is not None else []  # BK-SDM has none
+        return [*down, *middle, *up]
+
+
+def unet_factor(pipeline: Pipeline) -> int:
+    """The number that both sides of the latents have to be divisible by."""
+    return int(2 ** (len(pipeline.unet.config.block_out_channels) - 1))
 
 
 # Whether components make up a model ------------------------------------------------------------------------
@@ -81,32 +118,7 @@ def _is_count(number: object) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and number > 0
 
 
-# Sizes ------------------------------------------------------------------------------------------------------
-
-
-def unet_factor(pipeline: Pipeline) -> int:
-    """The number that both sides of the latents have to be divisible by."""
-    return int(2 ** (len(pipeline.unet.config.block_out_channels) - 1))
-
-
-def default_size(pipeline: Pipeline) -> tuple[int, int]:
-    """See `Family.default_size`."""
-    size = pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return height * vae_factor(pipeline), width * vae_factor(pipeline)
-
-
-# The network ------------------------------------------------------------------------------------------------
-
-
-def blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
-    """See `Family.blocks`."""
-    unet: Any = denoiser
-    down = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
-    up = [(f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks)]
-    middle = [("mid_block", unet.mid_block)] if unet.mid_block is not None else []  # BK-SDM has none
-    return [*down, *middle, *up]
-
+# Names -----------------------------------------------------------------------------------------------------
 
 _INSIDE = (
     (".norm1", ".in_layers.0"),
@@ -199,3 +211,52 @@ def _published(path: str, down: int, up: int, attended: Collection[str]) -> str:
         for ours, theirs in _INSIDE:
             name = name.replace(ours, theirs)
     return name
+
+
+# Graphs and tiny ones ---------------------------------------------------------------------------------------
+
+
+def example(family: UNet, pipeline: Pipeline) -> Tensor:
+    """Two rows of noisy latents of the size that a model was made for."""
+    shape = family.latent_shape(pipeline, *family.default_size(pipeline))
+    return graphs.example(2, *shape, like=pipeline.unet)
+
+
+def export(
+    pipeline: Pipeline, inputs: Mapping[str, Tensor], *, module: nn.Module | None = None
+) -> ExportComponent:
+    """The graph of the U-Net.
+
+    Args:
+        inputs: see `ExportComponent`; rows, but for "sample", "timestep" and "encoder_hidden_states".
+        module: what is exported in place of the network, which is given its inputs by name.
+    """
+    network, multiple = pipeline.unet, unet_factor(pipeline)
+    axes: dict[str, dict[int, str]] = {
+        "sample": graphs.PICTURE_AXES,
+        "encoder_hidden_states": graphs.TEXT_AXES,
+    }
+    return ExportComponent(
+        name="unet",
+        component="unet",
+        module=module or graphs.Called("unet", network, inputs),
+        inputs=dict(inputs),
+        dynamic={name: axes.get(name, graphs.ROW_AXES) for name in inputs if name != "timestep"},
+        outputs=["out_sample"],
+        config={"time_cond_proj_dim": None, **graphs.model_config(network)},
+        multiples={"height": multiple, "width": multiple},
+    )
+
+
+def tiny_autoencoder(seed: int) -> Any:
+    """The small autoencoder of Stable Diffusion's kind: 4 pixels per latent, 4 channels."""
+    return tiny.autoencoder(
+        4,
+        seed,
+        block_out_channels=(16, 16, 32),
+        norm_num_groups=8,
+        use_quant_conv=True,
+        use_post_quant_conv=True,
+        scaling_factor=0.5,
+        shift_factor=None,
+    )

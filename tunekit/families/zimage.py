@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,28 +15,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tunekit.config import ObjectiveConfig
-from tunekit.diffusion.objectives import FlowMatching, Objective, ShiftByTokens
+from tunekit.diffusion.objectives import FlowMatching, Objective
 from tunekit.diffusion.sampling import SamplingConfig
-from tunekit.errors import ModelError
-from tunekit.families import chat, graphs, loading, sizes, tiny, vae
+from tunekit.families import chat, graphs, sizes, tiny, vae
 from tunekit.families import family as answers
 from tunekit.families.family import (
     MASK,
     Component,
     Conditioning,
-    Dtypes,
     ExportComponent,
     FamilyFacts,
-    Packing,
     Pipeline,
     Published,
     Tokens,
 )
+from tunekit.families.transformer import PATCH, Transformer, from_zero, shift
 from tunekit.families.weights import Entry
-from tunekit.resources import Source
 
-PATCH = 2
-"""The transformer takes 2 x 2 latents as one token."""
 MULTIPLE = 32
 """Tokens of a text, and those of a picture, are filled up to a multiple of this with one that is learned."""
 TRAINING_SHIFT = 2.0
@@ -45,7 +39,6 @@ TRAINING_SHIFT = 2.0
 https://github.com/kohya-ss/musubi-tuner/blob/main/docs/zimage.md"""
 TURBO_SHIFT = 3.0
 """Of the scheduler of Z-Image-Turbo, which is the one thing in its configurations that is not the base's."""
-
 
 ATTENTION = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 
@@ -64,7 +57,7 @@ PUBLISHED: dict[str, str | tuple[str, ...]] = {
 """Layers of the single file that ComfyUI opens -> modules here; of several the rows are stacked there."""
 
 
-class ZImage:
+class ZImage(Transformer):
     """Z-Image; see `Family` for what each method promises.
 
     https://github.com/Tongyi-MAI/Z-Image
@@ -103,7 +96,7 @@ class ZImage:
                 sensitive=("all_x_embedder", "cap_embedder", "t_embedder", "all_final_layer"),
                 keeps=("timestep", "t"),
             ),
-            sizes.vae(16, quant=False, scaling=0.3611, shift=0.1159, sample_size=1024),
+            sizes.FLUX_VAE,
             sizes.qwen3("text_encoder", "4B", thinking=True),
             sizes.scheduler("FlowMatchEulerDiscreteScheduler", shift=6.0),
         ),
@@ -124,20 +117,32 @@ class ZImage:
         sampling_distilled=SamplingConfig(steps=9, guidance=0.0),
     )
 
-    def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: Packing = "") -> Pipeline:
-        source = Source.of(source)
-        if source.name == "tiny":
-            return loading.cast(self.tiny(), self.facts, dtypes)
-        return loading.load_pipeline(source, self.facts, dtypes, pack=pack, misfits=misfits)
+    lists = ("noise_refiner", "layers")  # those that see the picture; a text is refined by its own
 
-    def look(self, source: Source | str) -> list[ModelError]:
-        return loading.look(Source.of(source), self.facts, misfits=misfits)
-
-    def save(self, pipeline: Pipeline, folder: Path) -> None:
-        loading.save_pipeline(pipeline, folder, self.facts)
+    def misfits(self, parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]) -> list[str]:
+        network, coder, encoder = (parts[name].config for name in ("transformer", "vae", "text_encoder"))
+        found = [*vae.misfits(coder), *answers.flow_misfits(parts["scheduler"])]
+        if network.in_channels != coder.latent_channels:
+            found.append(
+                f"its transformer takes {network.in_channels} channels, and the VAE gives"
+                f" {coder.latent_channels}"
+            )
+        if network.cap_feat_dim != encoder.hidden_size:
+            found.append(
+                f"its transformer reads text of width {network.cap_feat_dim}, and the text encoder gives"
+                f" {encoder.hidden_size}"
+            )
+        if (tuple(network.all_patch_size), tuple(network.all_f_patch_size)) != ((PATCH,), (1,)):
+            found.append(
+                f"its transformer takes patches of {network.all_patch_size} latents:"
+                f" {PATCH} x {PATCH} are known"
+            )
+        if network.siglip_feat_dim is not None:
+            found.append("its transformer reads pictures too (siglip_feat_dim): it is Z-Image-Omni")
+        return found
 
     def tiny(self, seed: int = 0) -> Pipeline:
-        from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
+        from diffusers import ZImagePipeline, ZImageTransformer2DModel
 
         # Neither 512 tokens nor 8 pixels per latent, and 6 channels, not 16.
         tokenizer = tiny.qwen_tokenizer(max_length=56)
@@ -156,21 +161,8 @@ class ZImage:
             seed,
             "transformer",
         )
-        autoencoder = tiny.randomized(
-            lambda: AutoencoderKL(
-                sample_size=64,
-                block_out_channels=(16, 16, 24),
-                down_block_types=("DownEncoderBlock2D",) * 3,
-                up_block_types=("UpDecoderBlock2D",) * 3,
-                norm_num_groups=8,
-                latent_channels=6,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-                scaling_factor=0.5,
-                shift_factor=0.125,
-            ),
-            seed,
-            "vae",
+        autoencoder = tiny.autoencoder(
+            6, seed, block_out_channels=(16, 16, 24), norm_num_groups=8, scaling_factor=0.5
         )
         return ZImagePipeline(
             vae=autoencoder,
@@ -180,38 +172,15 @@ class ZImage:
             scheduler=self.facts.component("scheduler").build(),
         )
 
-    def recognizes(self, configs: Mapping[str, Mapping[str, Any]]) -> bool:
-        return True
-
-    def denoiser(self, pipeline: Pipeline) -> nn.Module:
-        network: nn.Module = pipeline.transformer
-        return network
-
     def objective(self, pipeline: Pipeline, config: ObjectiveConfig | None = None) -> Objective:
         return FlowMatching.from_scheduler(pipeline.scheduler, config, patch=PATCH, shift=TRAINING_SHIFT)
 
     def is_distilled(self, pipeline: Pipeline) -> bool:
-        shift = getattr(pipeline.scheduler.config, "shift", None)
-        return shift is not None and shift <= TURBO_SHIFT
-
-    def default_size(self, pipeline: Pipeline) -> tuple[int, int]:
-        side = int(pipeline.vae.config.sample_size)
-        return side, side
-
-    def resolution_multiple(self, pipeline: Pipeline) -> int:
-        return vae.vae_factor(pipeline) * PATCH
-
-    def latent_shape(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, int, int]:
-        channels, multiple = pipeline.transformer.config.in_channels, self.resolution_multiple(pipeline)
-        return vae.latent_shape(channels, vae.vae_factor(pipeline), multiple, height, width)
+        known = getattr(pipeline.scheduler.config, "shift", None)
+        return known is not None and known <= TURBO_SHIFT
 
     def tokenize(self, pipeline: Pipeline, prompts: list[str]) -> Tokens:
-        found: Tokens = {}
-        for part in self.facts.encoders:
-            assert part.chat is not None
-            ids, mask = chat.Chat(getattr(pipeline, part.tokenizer), part.chat).read(prompts)
-            found |= {part.name: ids, part.name + MASK: mask}
-        return found
+        return chat.tokenize(self.facts, pipeline, prompts)
 
     @torch.no_grad()
     def encode_tokens(self, pipeline: Pipeline, tokens: Tokens) -> Conditioning:
@@ -221,23 +190,8 @@ class ZImage:
         states = chat.states(encoder, ids.to(encoder.device), mask)
         return {"encoder_hidden_states": states[encoder.config.num_hidden_layers - 1], "attention_mask": mask}
 
-    def encode_prompt(self, pipeline: Pipeline, prompts: list[str]) -> Conditioning:
-        return self.encode_tokens(pipeline, self.tokenize(pipeline, prompts))
-
-    def encode_image(self, pipeline: Pipeline, pixels: Tensor) -> Tensor:
-        return vae.encode_image(pipeline, pixels)
-
-    def decode(self, pipeline: Pipeline, latents: Tensor) -> Tensor:
-        return vae.decode(pipeline, latents)
-
-    def conditioning(
-        self, encoded: Conditioning, frame: Tensor, guidance: float | None = None
-    ) -> Conditioning:
-        return encoded
-
     def cfg_scale(self, pipeline: Pipeline, guidance: float) -> float | None:
-        """Counted from 0: with + guidance * (with - without)."""
-        return 1 + guidance if guidance > 0 else None
+        return from_zero(guidance)
 
     def denoise(
         self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, conditioning: Conditioning
@@ -259,20 +213,9 @@ class ZImage:
         return -torch.stack(rows).squeeze(2)
 
     def begin(self, scheduler: Any, steps: int, latents: Tensor) -> Tensor:
-        mu = ShiftByTokens.from_scheduler(scheduler, PATCH).mu(tuple(latents.shape))
-        return answers.begin_flow(scheduler, steps, latents, mu=mu)
-
-    def blocks(self, denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
-        """Those that see the picture; the text is refined by two more of its own."""
-        transformer: Any = denoiser
-        return [
-            (f"{name}.{i}", block)
-            for name in ("noise_refiner", "layers")
-            for i, block in enumerate(getattr(transformer, name))
-        ]
-
-    def picture_state(self, output: Any) -> Tensor | None:
-        return answers.first_state(output)
+        """The network multiplies time by 1000, so the last bit counts: float32, as diffusers has it."""
+        sigmas = torch.linspace(1.0, 1 / steps, steps).tolist()
+        return answers.begin_flow(scheduler, steps, latents, shift(scheduler, latents), sigmas=sigmas)
 
     def adapter_names(self, component: str, paths: Collection[str]) -> list[Published]:
         """The names of diffusers, which ComfyUI reads too; those of its own file occur, and are read."""
@@ -283,63 +226,29 @@ class ZImage:
         channels, height, width = self.latent_shape(pipeline, *self.default_size(pipeline))
         length = pipeline.tokenizer.model_max_length
         mask = (torch.arange(length) < torch.tensor([[length], [length // 2]])).long()
-        text = {0: "batch", 1: "sequence"}
-        reader = chat.Reader(encoder, [encoder.config.num_hidden_layers - 1])
+        inputs = {
+            "hidden_states": graphs.example(2, channels, height, width, like=network),
+            "timestep": torch.tensor([0.25]),
+            "encoder_hidden_states": graphs.example(2, length, network.config.cap_feat_dim, like=network),
+            "attention_mask": mask,
+        }
+        dynamic = {
+            "hidden_states": graphs.PICTURE_AXES,
+            "encoder_hidden_states": graphs.TEXT_AXES,
+            "attention_mask": graphs.TEXT_AXES,
+        }
         return [
-            ExportComponent(
-                name="text_encoder",
-                component="text_encoder",
-                module=reader,
-                inputs={"input_ids": graphs.token_ids(length), "attention_mask": mask},
-                dynamic={"input_ids": text, "attention_mask": text},
-                outputs=reader.names,
-                config=graphs.model_config(encoder),
-            ),
-            ExportComponent(
-                name="transformer",
-                component="transformer",
+            chat.export(encoder, [encoder.config.num_hidden_layers - 1], mask),
+            graphs.denoiser(
+                "transformer",
+                network,
+                inputs,
+                dynamic,
                 module=_Transformer(network),
-                inputs={
-                    "hidden_states": graphs.example(2, channels, height, width, like=network),
-                    "timestep": torch.tensor([0.25]),
-                    "encoder_hidden_states": graphs.example(
-                        2, length, network.config.cap_feat_dim, like=network
-                    ),
-                    "attention_mask": mask,
-                },
-                dynamic={
-                    "hidden_states": graphs.PICTURE_AXES,
-                    "encoder_hidden_states": text,
-                    "attention_mask": text,
-                },
-                outputs=["out_hidden_states"],
-                config=graphs.model_config(network),
                 multiples={"height": PATCH, "width": PATCH},
             ),
             *vae.export_vae(pipeline, self.default_size(pipeline)),
         ]
-
-
-def misfits(parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]) -> list[str]:
-    """Why components do not make up a model that is trained and drawn here; see `loading.Misfits`."""
-    network, coder, encoder = parts["transformer"].config, parts["vae"].config, parts["text_encoder"].config
-    found = [*vae.misfits(coder), *answers.flow_misfits(parts["scheduler"])]
-    if network.in_channels != coder.latent_channels:
-        found.append(
-            f"its transformer takes {network.in_channels} channels, and the VAE gives {coder.latent_channels}"
-        )
-    if network.cap_feat_dim != encoder.hidden_size:
-        found.append(
-            f"its transformer reads text of width {network.cap_feat_dim}, and the text encoder gives"
-            f" {encoder.hidden_size}"
-        )
-    if (tuple(network.all_patch_size), tuple(network.all_f_patch_size)) != ((PATCH,), (1,)):
-        found.append(
-            f"its transformer takes patches of {network.all_patch_size} latents: {PATCH} x {PATCH} are known"
-        )
-    if network.siglip_feat_dim is not None:
-        found.append("its transformer reads pictures too (siglip_feat_dim): it is Z-Image-Omni")
-    return found
 
 
 # The graph --------------------------------------------------------------------------------------------------
@@ -360,15 +269,15 @@ class _Transformer(nn.Module):
         tables = known.precompute_freqs_cis(known.axes_dims, known.axes_lens, known.theta)
         self.turns = [torch.view_as_real(table) for table in tables]
         shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-        self.network: Any = copy.deepcopy(network, shared)  # modules of its own, with the same weights
-        for module in self.network.modules():
+        self.transformer: Any = copy.deepcopy(network, shared)  # modules of its own, with the same weights
+        for module in self.transformer.modules():
             if hasattr(module, "set_processor"):
                 module.set_processor(_Attention())
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor
     ) -> Tensor:
-        network, (batch, channels, height, width) = self.network, hidden_states.shape
+        network, (batch, channels, height, width) = self.transformer, hidden_states.shape
         rows, columns = height // PATCH, width // PATCH
         count = rows * columns
         time = network.t_embedder(timestep * network.t_scale).to(hidden_states.dtype)

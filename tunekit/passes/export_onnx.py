@@ -12,6 +12,7 @@ The folder holds `{text_encoder, <denoiser>, vae_encoder, vae_decoder}/model.onn
 from __future__ import annotations
 
 import ast
+import inspect
 import logging
 import math
 import warnings
@@ -155,9 +156,12 @@ def export_component(
     import onnx_ir
     import torch
 
-    dynamic = tuple(
+    dynamic: tuple[Any, ...] = tuple(
         dict.fromkeys(component.dynamic.get(name, {}), torch.export.Dim.DYNAMIC) for name in component.inputs
     )
+    taken = inspect.signature(component.module.forward).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in taken):
+        dynamic = (dynamic,)  # to the exporter, `*values` is one argument
     with _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
