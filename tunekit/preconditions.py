@@ -207,14 +207,15 @@ def _targets(found: Found) -> None:
 
 
 def _distilled(found: Found) -> None:
-    """Whether the base is one that training spoils."""
+    """Notes of a base that was distilled to few steps what training makes of it."""
     if not found.is_trained or found.model is None:
         return
     from tunekit import families
 
+    model = found.section("model")
     with found.about("model.source"):
-        sizes = families.sizes_of(found.section("model").family, found.section("model").opened)
-        if said := families.distilled(sizes, found.section("model").source):
+        sizes = families.sizes_of(model.family, model.opened)
+        if said := families.distilled(sizes, model.source):
             found.notes.append(f"{found.model.source}: {said}")
 
 

@@ -29,8 +29,10 @@ ARCHITECTURE = "general.architecture"
 SHAPE = "comfy.gguf.orig_shape."
 """Where the shape of a tensor is kept that was laid out in another one to be quantized."""
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""Kinds of settings that are numbers -> what `struct` calls them."""
 _TEXT, _LIST = 8, 9
 _MOST_NAMED = 10**6
+"""Tensors, or settings: a header that counts more is a damaged one."""
 _CUT = "the file is cut, damaged or of another kind: load it again from where it came"
 
 
@@ -152,19 +154,21 @@ def type_names(file: Path, found: Header) -> dict[str, str]:
         ModelError: types that cannot be read as floats, which are named.
         MissingPackageError: without the package `gguf`.
     """
-    kinds = {stored.kind for stored in found.tensors.values()}
-    names, unread = {}, []
-    for kind in sorted(kinds):
+    kinds = [stored.kind for stored in found.tensors.values()]
+    names, unread = {}, set()
+    for kind in sorted(set(kinds)):
+        names[kind] = f"number {kind}"
         try:
             known = _kinds()(kind)
             names[kind] = str(known.name)
-            _floats(bytes(_block(known)[1]), known, _block(known)[1])
+            _, row = _block(known)
+            _floats(bytes(row), known, row)
         except (ValueError, NotImplementedError):
-            unread.append(names.get(kind, f"number {kind}"))
+            unread.add(kind)
     if unread:
-        count = sum(1 for s in found.tensors.values() if names.get(s.kind, f"number {s.kind}") in unread)
+        count, listed = sum(kind in unread for kind in kinds), (names[kind] for kind in sorted(unread))
         raise ModelError(
-            f"{count} of its tensors are of a type that cannot be read: {', '.join(unread)}",
+            f"{count} of its tensors are of a type that cannot be read: {', '.join(listed)}",
             where=str(file),
             hint="use a file in another type, such as Q8_0 or Q4_K_M, or a newer gguf: pip install -U gguf",
         )
@@ -185,7 +189,7 @@ def _block(kind: Any) -> tuple[int, int]:
 
 
 def _floats(raw: bytes, kind: Any, row: int) -> Tensor:
-    """Rows of so many bytes, as float32."""
+    """Quantized rows of `row` bytes each, as float32 [rows, elements]."""
     import numpy as np
 
     made = _package("gguf.quants").dequantize(np.frombuffer(raw, np.uint8).reshape(-1, row), kind)
