@@ -256,7 +256,7 @@ NOT_COMPARED = (
     "Fizgig, peaks with previews (10.3 GB in bf16): their sampler and decoder are not ours.",
     "diffusers, DreamBooth on 8 GB: DeepSpeed keeps weights and optimizer state in host memory.",
     "Hugging Face, FLUX.1 with all weights (120 GB): their estimate, not a measurement.",
-    "Hugging Face, FLUX.1 in float8 (36.57 GB): a type that tunekit does not train in.",
+    "Hugging Face, FLUX.1 in float8 (36.57 GB): a type that tunekit does not compute in.",
     "finetrainers, CogVideoX: no such family here.",
 )
 

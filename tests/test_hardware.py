@@ -20,9 +20,30 @@ def test_rows_are_whole(facts: hardware.DeviceFacts):
         assert facts.bandwidth_bytes_s and 5e10 < facts.bandwidth_bytes_s < 1e13
     if facts.compute_capability:
         assert facts.supports_bf16 == (facts.compute_capability >= (8, 0))
-    assert set(facts.lacks) <= {"bf16", "flash attention", "fused attention", "bitsandbytes"}
+    assert set(facts.lacks) <= {"bf16", "flash attention", "fused attention", "bitsandbytes", "float8"}
     assert ("bf16" in facts.lacks) == (not facts.supports_bf16)
     assert ("fused attention" in facts.lacks) == (not facts.has_fused_attention)
+
+
+def test_a_device_without_8_bit_floats_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch):
+    """As MPS, where torch refuses to bring such a tensor."""
+    import torch
+
+    device = probe("cpu")
+    assert hardware.without_packing(device, "fp8") is None
+    real = torch.Tensor.to
+
+    def without(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        if self.dtype == torch.float8_e4m3fn:
+            raise TypeError("Trying to convert Float8_e4m3fn to the MPS backend")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", without)
+    assert hardware.without_packing(device, "int8") is None
+    error = hardware.without_packing(device, "fp8")
+    assert error is not None and error.key == "memory.base_precision"
+    assert "does not have on cpu" in error.message and error.hint == "use int8, which takes as much memory"
+    assert "\n" not in error.message
 
 
 @pytest.mark.parametrize("facts", [facts for facts in TABLE.values() if "GeForce" in facts.title])

@@ -103,15 +103,16 @@ def test_batches_are_shared_by_the_processes(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("overrides", "what"),
+    ("overrides", "what", "card"),
     [
-        (("memory.base_precision=nf4",), "nf4 needs bitsandbytes"),
-        (("train.optimizer=adamw8bit", "adapter=null"), "adamw8bit needs bitsandbytes"),
+        (("memory.base_precision=nf4",), "nf4 needs bitsandbytes", "radeon-pro-w6800"),
+        (("train.optimizer=adamw8bit", "adapter=null"), "adamw8bit needs bitsandbytes", "radeon-pro-w6800"),
+        (("memory.base_precision=fp8",), "fp8 needs float8", "apple-m2"),
     ],
 )
-def test_what_a_card_lacks_is_refused(overrides: tuple[str, ...], what: str) -> None:
-    with pytest.raises(DeviceError, match=f"{what}, which does not run on Radeon PRO W6800"):
-        planning.plan_config(config(*TINY, *overrides), device="radeon-pro-w6800")
+def test_what_a_card_lacks_is_refused(overrides: tuple[str, ...], what: str, card: str) -> None:
+    with pytest.raises(DeviceError, match=f"{what}, which does not run on {hardware.find(card).title}"):
+        planning.plan_config(config(*TINY, *overrides), device=card)
 
 
 def test_what_this_machine_lacks_is_told_with_its_line(

@@ -38,7 +38,7 @@ class DeviceFacts:
         has_fused_attention: whether torch has an attention kernel there, backward too, that keeps no score
             matrix.
         lacks: what does not run there, for messages: "bf16", "flash attention" (another fused kernel does),
-            "fused attention" (none does), "bitsandbytes".
+            "fused attention" (none does), "bitsandbytes", "float8".
     """
 
     name: str
@@ -199,7 +199,8 @@ TABLE: dict[str, DeviceFacts] = {
         ),
         # 16 bit is as fast as float32 on the M1: https://github.com/philipturner/metal-benchmarks
         # Not checked: the M2. No fused attention has a backward: https://github.com/pytorch/pytorch/issues/179294
-        # Of bitsandbytes, 0.50 brought nf4; the 8-bit optimizers do not run.
+        # Of bitsandbytes, 0.50 brought nf4; the 8-bit optimizers do not run. 8-bit floats cannot be there:
+        # https://github.com/pytorch/pytorch/issues/148420
         DeviceFacts(
             "apple-m2",
             "Apple M2, 24 GB",
@@ -212,7 +213,7 @@ TABLE: dict[str, DeviceFacts] = {
             3.6e12,
             3.6e12,
             has_fused_attention=False,
-            lacks=("fused attention", "bitsandbytes"),
+            lacks=("fused attention", "bitsandbytes", "float8"),
         ),
         # Its operations are a guess: processors differ too much.
         DeviceFacts(
@@ -450,6 +451,24 @@ def without_precision(device: Device, precision: str) -> DeviceError | None:
         hint="use memory.precision=bf16, which has the range of fp32, or fp32",
         key="memory.precision",
     )
+
+
+def without_packing(device: Device, base_precision: str | None) -> DeviceError | None:
+    """What is to be said where a device cannot hold a base as it was asked for; else None."""
+    if base_precision != "fp8":
+        return None
+    import torch
+
+    try:
+        torch.ones(1).to(torch.float8_e4m3fn).to(device.torch_device).float()
+    except (RuntimeError, TypeError, NotImplementedError):
+        return DeviceError(
+            f"memory.base_precision=fp8 needs 8-bit floats, which torch {torch.__version__} does not have on"
+            f" {device.torch_device}",
+            hint="use int8, which takes as much memory",
+            key="memory.base_precision",
+        )
+    return None
 
 
 def forget() -> None:

@@ -22,8 +22,9 @@ FILE = "tunekit_layers.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 VERSION = 1
 NF4_BLOCK = 64
+FP8 = torch.float8_e4m3fn
 
-Scheme = Literal["int8", "int4", "nf4"]
+Scheme = Literal["int8", "fp8", "int4", "nf4"]
 Float = nn.Linear | nn.Conv2d
 """What can be packed."""
 
@@ -61,8 +62,9 @@ class _InputOnly(torch.autograd.Function):
 class _Quantized(nn.Module):
     """What QuantLinear and QuantConv2d share: the packed weight and the way through it.
 
-    int8: one scale per output channel. int4: symmetric, two values per byte, one bf16 scale per `group`
-    inputs of a channel. nf4: bitsandbytes' 4-bit normal float in blocks of 64.
+    int8: one scale per output channel. fp8: likewise, of 8-bit floats (e4m3), which are unpacked to
+    be computed with: no card needs arithmetic in 8 bits. int4: symmetric, two values per byte,
+    one bf16 scale per `group` inputs of a channel. nf4: bitsandbytes' 4-bit normal float in blocks of 64.
     """
 
     scheme: Scheme
@@ -87,6 +89,7 @@ class _Quantized(nn.Module):
         groups, blocks = -(-columns // group), -(-weight.numel() // NF4_BLOCK)
         sizes: dict[Scheme, tuple[tuple[int, ...], torch.dtype, tuple[int, ...], torch.dtype]] = {
             "int8": ((rows, columns), torch.int8, (rows, 1), torch.float32),
+            "fp8": ((rows, columns), FP8, (rows, 1), torch.float32),
             "int4": ((rows, groups * group // 2), torch.uint8, (rows, groups), torch.bfloat16),
             "nf4": ((blocks * NF4_BLOCK // 2, 1), torch.uint8, (blocks,), torch.float32),
         }
@@ -103,7 +106,7 @@ class _Quantized(nn.Module):
         """The weight in its own shape and `dtype`."""
         if self.scheme == "nf4":
             return _unpack_nf4(self.packed, self.scale, self.shape, dtype)
-        if self.scheme == "int8":
+        if self.scheme in ("int8", "fp8"):
             # In place: on the CPU a product of int8 and float32 would make a float32 copy of the former too.
             return self.packed.to(self.scale.dtype).mul_(self.scale).to(dtype).view(self.shape)
         low, high = (self.packed & 15).to(torch.int8) - 8, (self.packed >> 4).to(torch.int8) - 8
@@ -126,11 +129,14 @@ class _Quantized(nn.Module):
         return y + (bias.view(-1, 1, 1) if isinstance(self, nn.Conv2d) else bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # `.half()` on a pipeline must not round the scales: keep their values, follow only the device.
-        scale = self.scale
+        # `.half()` on a pipeline must neither round the scales nor widen floats of 8 bits: they keep their
+        # values, and follow only the device.
+        kept = {name: self._buffers.pop(name) for name in ("packed", "scale")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.scale.dtype != scale.dtype:
-            self.scale = scale.to(self.scale.device)
+        for name, held in kept.items():
+            assert held is not None
+            made = fn(held)
+            self._buffers[name] = made if made.dtype == held.dtype else held.to(made.device)
         return self
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -290,6 +296,11 @@ def _pack_int8(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return (weight / scale).round().clamp(-127, 127).to(torch.int8), scale
 
 
+def _pack_fp8(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / torch.finfo(FP8).max
+    return (weight / scale).to(FP8), scale
+
+
 def _pack_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """The scale of a group is the one of a few candidates with the least squared error.
 
@@ -322,7 +333,7 @@ def _pack_nf4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return packed, state.absmax
 
 
-_PACKERS = {"int8": _pack_int8, "int4": _pack_int4, "nf4": _pack_nf4}
+_PACKERS = {"int8": _pack_int8, "fp8": _pack_fp8, "int4": _pack_int4, "nf4": _pack_nf4}
 
 
 def _unpack_nf4(packed: Tensor, scale: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -537,7 +548,7 @@ def _resized(module: nn.Module, sizes: dict[str, int] | None) -> nn.Module:
     """A float layer like `module`, with other sizes; its weights are not set."""
     bias = module._parameters.get("bias")
     like: Tensor = bias if bias is not None else next(iter(module.state_dict().values()))
-    dtype = like.dtype if like.is_floating_point() else torch.float32
+    dtype = like.dtype if like.is_floating_point() and like.itemsize > 1 else torch.float32
     place: dict[str, Any] = {"device": like.device, "dtype": dtype}
     sizes = sizes or _sizes(module) or {}
     if isinstance(module, nn.Linear):

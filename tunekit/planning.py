@@ -161,6 +161,7 @@ def unmet(loaded: Loaded, *, processes: int = 1) -> list[TunekitError]:
     train = config.train
     if device is not None:
         note(hardware.without_precision(device, memory.precision), "memory.precision")
+        note(hardware.without_packing(device, memory.base_precision), "memory.base_precision")
         facts = hardware.resembling(device)
         if facts is not None:
             for key, lacking in _lacking(config, facts):
@@ -466,12 +467,15 @@ def _lacking(config: TrainingRunConfig, facts: hardware.DeviceFacts) -> Iterator
     """What was set that needs what a card lacks."""
     needs = []
     if config.memory.base_precision == "nf4":
-        needs.append(("memory.base_precision", "nf4 needs bitsandbytes"))
+        needs.append(("memory.base_precision", "nf4", "bitsandbytes"))
+    if config.memory.base_precision == "fp8":
+        needs.append(("memory.base_precision", "fp8", "float8"))
     if optimizers.find(config.train.optimizer).extra:
-        needs.append(("train.optimizer", f"{config.train.optimizer} needs bitsandbytes"))
-    for key, what in needs if "bitsandbytes" in facts.lacks else ():
-        message = f"{what}, which does not run on {facts.title}"
-        yield key, DeviceError(message, hint="leave it out; int8 and adafactor run everywhere", key=key)
+        needs.append(("train.optimizer", config.train.optimizer, "bitsandbytes"))
+    for key, what, needed in needs:
+        if needed in facts.lacks:
+            message = f"{what} needs {needed}, which does not run on {facts.title}"
+            yield key, DeviceError(message, hint="leave it out; int8 and adafactor run everywhere", key=key)
 
 
 def _here(config: TrainingRunConfig, device: str | None, budget: int | None) -> _Place:

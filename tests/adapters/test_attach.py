@@ -121,14 +121,22 @@ def test_state_goes_out_and_in(family: Family, trained: Trained, predict: Predic
         load_adapter_state(family.denoiser(fresh), state)
 
 
+@pytest.mark.parametrize(("scheme", "most"), [("int8", 0.02), ("fp8", 0.1)])
 def test_a_quantized_base_takes_an_adapter(
-    family: Family, tmp_path: Path, trained: Trained, save: Save, predict: Predict
+    scheme: layers.Scheme,
+    most: float,
+    family: Family,
+    tmp_path: Path,
+    trained: Trained,
+    save: Save,
+    predict: Predict,
 ) -> None:
+    """Merged it is rounded again, which changes about as much as packing it did."""
     save(tmp_path, trained(family, LORA), family, LORA)
 
     def packed() -> Any:
         pipeline = family.tiny()
-        layers.quantize(family.denoiser(pipeline), "int8")
+        layers.quantize(family.denoiser(pipeline), scheme)
         return pipeline
 
     loaded, merged = packed(), packed()
@@ -137,8 +145,10 @@ def test_a_quantized_base_takes_an_adapter(
     modules = dict(family.denoiser(merged).named_modules())
     target = family.facts.lora_targets[0]
     module = next(module for path, module in modules.items() if path.endswith(target))
-    assert isinstance(module, layers.QuantLinear) and module.scheme == "int8"
-    assert relative_error(predict(family, merged), predict(family, loaded)) < 0.02
+    assert isinstance(module, layers.QuantLinear) and module.scheme == scheme
+    error = relative_error(predict(family, merged), predict(family, loaded))
+    print(f"{family.name}: {scheme} merged against loaded {error:.1e}")
+    assert error < most
     assert relative_error(predict(family, merged), predict(family, packed())) > 0.1
 
 

@@ -370,6 +370,12 @@ def test_eight_bits_are_read_with_their_scales(
         assert torch.equal(again[key], value), key
     for key, value in own.items():  # and it is the matrix that was meant, but for 3 bits of mantissa
         assert (made[key] - value).abs().max() <= value.abs().max() / 16, key
+    packed = getattr(load(name, source, pack="fp8"), denoiser)  # which stays as it is, rounded once
+    for path, layer in packed.named_modules():
+        if isinstance(layer, layers.QuantLinear):
+            assert layer.scheme == "fp8" and torch.equal(
+                layer.dequantize(torch.float32), made[f"{path}.weight"]
+            )
 
 
 def test_a_format_that_is_not_known_is_named(bases: Callable[[str], Path], tmp_path: Path) -> None:

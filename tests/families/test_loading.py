@@ -270,7 +270,7 @@ def test_files_are_known_of_folders_alone(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "nf4"])
 @pytest.mark.parametrize("name", families.runnable())
 def test_packed_while_read_is_packed_afterwards(
     name: str, scheme: layers.Scheme, dtype: torch.dtype, tmp_path: Path
@@ -618,7 +618,7 @@ def test_text_encoders_of_either_spelling(folder: Path) -> None:
     assert half.text_encoder.dtype == torch.bfloat16 and not half.text_encoder.training
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int4", "nf4"])
 def test_quantized_layers_survive(tmp_path: Path, scheme: layers.Scheme) -> None:
     if scheme == "nf4":
         pytest.importorskip("bitsandbytes")

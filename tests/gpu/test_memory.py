@@ -55,6 +55,7 @@ def named(levers: Levers, units: tuple[str, ...]) -> Levers:
         (job(), Levers("bf16", gradient_checkpointing=True)),
         (job(), Levers("bf16", gradient_checkpointing=True, keep_attention=True)),
         (job(), Levers("bf16", "int8", gradient_checkpointing=True)),
+        (job(), Levers("bf16", "fp8", gradient_checkpointing=True)),
         (job(), Levers("bf16", "nf4", gradient_checkpointing=True)),
         (job(), Levers("bf16", gradient_checkpointing=True, offload=ALL)),
         (job(None, optimizer="adamw8bit"), Levers("bf16", gradient_checkpointing=True)),

@@ -25,7 +25,7 @@ from tunekit.resources import Source
 ADAPTER = AdapterConfig(rank=4, alpha=4)
 FAMILY = families.get("sd15")
 SPEED = Speed(25e12, 12e12, 360e9)
-PACKED = ("int8", "nf4")
+PACKED = ("int8", "fp8", "nf4")
 
 
 def job_of(source: str, precision: str = "fp32") -> Job:

@@ -250,7 +250,7 @@ def test_sizes_and_times_keep_their_digits_in_sixteen_bits(named: bool) -> None:
     assert {seen[0].dtype for seen in (latents_seen, pooled_seen)} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "nf4"])
 def test_a_base_that_was_packed_while_it_was_read_is_not_packed_again(tmp_path: Any, scheme: str) -> None:
     """Packed a second time, from 16 bits or from its own packed weights, it would be another base."""
     if scheme == "nf4":

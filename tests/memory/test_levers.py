@@ -51,7 +51,7 @@ OBJECTIVE = FAMILY.objective(FAMILY.tiny())
 ADAPTER = AdapterConfig(rank=4, alpha=4)
 DORA = AdapterConfig(kind="dora", rank=4, alpha=4)
 SIZE = (64, 64)
-PACKED = ("int8", "nf4")
+PACKED = ("int8", "fp8", "nf4")
 
 # bitsandbytes says that it does not page on the CPU.
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -146,15 +146,13 @@ def test_kept_attention_takes_the_bytes_of_its_outputs_and_saves_their_work(
 def test_a_packed_base_takes_what_its_bits_and_scales_take(
     tiny: Sizes, traced: Callable[..., StepTrace], scheme: str
 ) -> None:
-    """int8: a byte per weight and a float per row, about a quarter of fp32; nf4: 4.5 bits per weight."""
+    """int8, fp8: a byte per weight and a float per row, about a quarter of fp32; nf4: 4.5 bits per weight."""
     denoiser = tiny.denoiser.build()
     weights = {name: item.weight for name, item in denoiser.named_modules() if isinstance(item, nn.Linear)}
     packed = [weights[name] for name in quantize_base(denoiser, scheme)]
     full = sum(4 * weight.numel() for weight in packed)
-    small = {
-        "int8": sum(weight.numel() + 4 * len(weight) for weight in packed),
-        "nf4": sum(weight.numel() * 4.5 / 8 for weight in packed),
-    }[scheme]
+    bytewise = sum(weight.numel() + 4 * len(weight) for weight in packed)
+    small = sum(weight.numel() * 4.5 / 8 for weight in packed) if scheme == "nf4" else bytewise
     print(f"{scheme}: {32 * small / full:.2f} bits per weight")
     before, after = (
         traced(Levers(base_precision=base, gradient_checkpointing=True)).trace.peak()
@@ -162,7 +160,7 @@ def test_a_packed_base_takes_what_its_bits_and_scales_take(
     )
     assert before.ledger["base weights"] - after.ledger["base weights"] == full - small
     assert before.size - after.size == full - small
-    share = {"int8": 0.25, "nf4": 4.5 / 32}[scheme]
+    share = 4.5 / 32 if scheme == "nf4" else 0.25
     assert small / full == pytest.approx(share, rel=0.1)
 
 
@@ -285,6 +283,7 @@ MEASURED: dict[str, tuple[Levers, dict[str, Any]]] = {
     "a part checkpointed": (replace(EVERY, gradient_checkpointing="some"), {}),
     "attention kept": (replace(EVERY, keep_attention=True), {}),
     "int8": (replace(EVERY, base_precision="int8"), {}),
+    "fp8": (replace(EVERY, base_precision="fp8"), {}),
     "nf4": (replace(EVERY, base_precision="nf4"), {}),
     "offloaded": (replace(EVERY, offload="all"), {}),
     "in backward": (replace(EVERY, optimizer_in_backward=True), WHOLE),
@@ -344,9 +343,10 @@ def test_tiles_bound_the_memory_of_a_preview(tiny: Sizes) -> None:
     assert torch.equal(FAMILY.decode(whole, small), FAMILY.decode(tiled, small))
 
 
-def test_unpacking_int8_takes_no_more_than_the_weight_in_float32() -> None:
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_unpacking_eight_bits_takes_no_more_than_the_weight_in_float32(scheme: layers.Scheme) -> None:
     """As the trace has it: on the CPU no copy of the packed weight is made on the way."""
-    packed = layers.quantize_layer(nn.Linear(256, 512, bias=False), "int8")
+    packed = layers.quantize_layer(nn.Linear(256, 512, bias=False), scheme)
     meter = Meter(torch.device("cpu"))
     for dtype in (torch.float32, torch.bfloat16):
         with meter.phase(str(dtype)):
@@ -540,6 +540,7 @@ def test_an_optimizer_in_backward_learns_the_same(learn: Learn, optimizer: str) 
 
 BOUNDS = {
     "int8": (Levers(base_precision="int8"), 1e-3),
+    "fp8": (Levers(base_precision="fp8"), 3e-3),
     "nf4": (Levers(base_precision="nf4"), 1e-2),
     "masters": (Levers("bf16"), 2e-3),
     "masters on nf4": (Levers("bf16", "nf4"), 1e-2),
@@ -636,7 +637,7 @@ def test_kept_attention_changes_no_bit_of_a_gradient_and_is_not_computed_again()
 # Weights on the host
 
 
-@pytest.mark.parametrize("base", ["same", "int8"])
+@pytest.mark.parametrize("base", ["same", "int8", "fp8"])
 def test_offloaded_weights_draw_the_same_previews(units: tuple[str, ...], base: str) -> None:
     there, away = (
         ready(Levers(base_precision=base, gradient_checkpointing=True, offload=names))
@@ -726,9 +727,10 @@ def test_masters_keep_updates_that_bf16_would_round_away(learn: Learn) -> None:
     [
         (Levers("bf16", gradient_checkpointing=True), ADAPTER),
         (Levers("bf16", "int8"), DORA),
+        (Levers("bf16", "fp8"), ADAPTER),
         (Levers(optimizer_in_backward=True), None),
     ],
-    ids=["masters", "masters of dora on int8", "in backward"],
+    ids=["masters", "masters of dora on int8", "masters on fp8", "in backward"],
 )
 def test_a_run_that_was_cut_off_goes_on_exactly(
     learn: Learn, tmp_path: Path, levers: Levers, adapter: AdapterConfig | None
@@ -783,6 +785,7 @@ def test_levers_that_name_no_block_are_refused(levers: Levers, where: str, expec
     ("levers", "key"),
     [
         (Levers(base_precision="int8"), "base_precision"),
+        (Levers(base_precision="fp8"), "base_precision"),
         (Levers(base_precision="nf4"), "base_precision"),
         (Levers(gradient_checkpointing=True, offload=["mid_block.resnets.1"]), "offload"),
     ],

@@ -144,21 +144,22 @@ def test_without_replan_it_stops_after_a_checkpoint(
     assert not (tmp_path / "runs" / "run" / "plan.json").exists()
 
 
+@pytest.mark.parametrize("base", ["int8", "fp8"])
 def test_a_run_that_was_begun_keeps_what_changes_what_is_learned(
-    run_here: Callable[..., Path], configured: Callable[..., Path], lora_tree: Tree, tmp_path: Path
+    run_here: Callable[..., Path], configured: Callable[..., Path], lora_tree: Tree, tmp_path: Path, base: str
 ) -> None:
     """On a card with more memory a new plan would leave the base as it is; the begun one is packed."""
-    tree = planned(lora_tree, base_precision="int8")
+    tree = planned(lora_tree, base_precision=base)
     tree["train"] = {**lora_tree["train"], "schedule": "constant", "max_steps": 6, "warmup_steps": 0}
     tree["train"]["validate_every"] = None
     tree["preview"] = {}
     config = configured(tmp_path, tree)
     run = run_here(config)
-    assert plan_of(run)["base_precision"] == "int8"
+    assert plan_of(run)["base_precision"] == base
     loaded = load(config, ["memory.base_precision=null", "train.max_steps=9"])
     settled, plan = planning.settle(loaded.config)
     assert plan is not None
-    assert settled.memory.base_precision == "int8"
+    assert settled.memory.base_precision == base
     run_here(config, "memory.base_precision=null", "train.max_steps=9")
     with pytest.raises(ResumeError, match=r"memory\.base_precision"):
         run_here(config, "memory.base_precision=nf4", "train.max_steps=12")

@@ -104,10 +104,12 @@ class MemoryConfig(Section):
     """Arithmetic of the denoiser; trained parameters stay fp32. auto is bf16 where the device has it, fp16 on
     older GPUs, fp32 on the CPU."""
     base_precision: Annotated[
-        Literal["same", "int8", "nf4"] | None, Lever(words=_base, resumable=False, exact=False)
+        Literal["same", "int8", "fp8", "nf4"] | None, Lever(words=_base, resumable=False, exact=False)
     ] = None
-    """Frozen weights of the linear layers in the blocks: same as precision, or packed (nf4 needs
-    bitsandbytes). null leaves it to the planner, and is same without one."""
+    """Frozen weights of the linear layers in the blocks: same as precision, or packed. int8 and fp8 (e4m3)
+    take a byte each, nf4 half of one; int8 rounds least, nf4 most and needs bitsandbytes. fp8 keeps weights
+    that a file has in fp8 as they are, and computes in precision on any card. null leaves it to the planner,
+    which takes int8 or nf4, and is same without one."""
     micro_batch: Annotated[BatchSize | None, Lever(words=_micro_batch)] = None
     """Samples per forward on one device; default batch_size / processes. Changes nothing that is learned."""
     gradient_checkpointing: Annotated[bool | Names | None, Lever(words=_checkpointing)] = None

@@ -115,7 +115,7 @@ class TrainingRunConfig(RunConfig):
         if memory.class_batch is not None and not getattr(getattr(self, "data", None), "class_prompt", None):
             idle("memory.class_batch", "no class pictures are drawn")
         frozen_only = "needs a frozen base: all weights are trained with adapter=null"
-        if self.adapter is None and memory.base_precision in ("int8", "nf4"):
+        if self.adapter is None and memory.base_precision not in (None, "same"):
             wrong("memory.base_precision", frozen_only)
         if self.adapter is None and memory.offload:
             wrong("memory.offload", frozen_only)

@@ -41,7 +41,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Dtypes = torch.dtype | Mapping[str, torch.dtype]
 """Type of all weights, or component name -> type of its own; those that are not named are float32."""
 
-Packing = Literal["", "int8", "nf4"]
+Packing = Literal["", "int8", "fp8", "nf4"]
 """How the linear layers in a denoiser's blocks are kept; "" is as floats."""
 
 Role = Literal["denoiser", "vae", "text_encoder", "scheduler"]
@@ -453,7 +453,8 @@ class Family(Planned, Protocol):
         Args:
             source: what to open, and how.
             dtypes: of weights that are not packed.
-            pack: "int8" or "nf4" packs the linear layers in the denoiser's blocks while they are read.
+            pack: "int8", "fp8" or "nf4" packs the linear layers in the denoiser's blocks while they are read;
+                with "fp8" those that are stored in that type, e4m3, stay as they are.
 
         Raises:
             ModelError: nothing there, not this family, pickled or non-finite weights.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from tunekit import layers
 from tunekit.artifacts import FILES
@@ -115,9 +115,11 @@ def load_pipeline(
         for part in facts.components:
             network = found.parts.get(part.name)
             if isinstance(network, nn.Module):
+                packed: list[str] = []
                 if pack and part.role == "denoiser":
-                    layers.quantize(network, pack, only=layers.block_linears(network))
-                tensors = weights.tensors(found.tensors[part.name])
+                    packed = layers.quantize(network, pack, only=layers.block_linears(network))
+                as_stored = packed if pack == "fp8" else ()
+                tensors = weights.tensors(found.tensors[part.name], as_stored=as_stored)
                 layers.read_weights(network, tensors, _dtype_of(dtypes, part.name))
         with _quiet():
             pipeline = pipeline_class(**found.parts, **{**found.settings, **fixed})
@@ -855,12 +857,18 @@ def check_finite(pipeline: Pipeline, source: str) -> None:
     for name, component in components(pipeline).items():
         if isinstance(component, nn.Module):
             for key, tensor in component.state_dict().items():
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                if tensor.is_floating_point() and not _finite(tensor):
                     raise ModelError(
                         f"{name}: tensor {key} holds NaN or infinity",
                         where=source,
                         hint="the file is damaged, or its training diverged: use another version of it",
                     )
+
+
+def _finite(tensor: Tensor) -> bool:
+    if tensor.dtype == layers.FP8:  # torch does not ask these; they have no infinity, and NaN of either sign
+        return not bool((tensor.view(torch.uint8) & 127).eq(127).any())
+    return bool(torch.isfinite(tensor).all())
 
 
 def pipeline_class_name(source: Source) -> str:

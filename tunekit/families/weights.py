@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -194,16 +194,36 @@ class Entry:
         Args:
             get: reads some rows of a tensor of the file, or all.
         """
-        value = get(self.name, self.rows)
-        if self.scale is not None:
-            scale = get(self.scale.name, None).float()
-            if scale.numel() > 1:
-                scale = scale.reshape(-1, *[1] * (value.dim() - 1))
-                scale = scale[slice(*self.rows)] if self.rows else scale
-            value = value.float() * scale.reshape(scale.shape if scale.numel() > 1 else ())
-        if self.swapped:
-            value = torch.cat(value.chunk(2)[::-1])
+        value, scale = self._stored(get)
+        if scale is not None:
+            value = value.float() * scale
         return value.t().contiguous() if self.transposed else value
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is a matrix that lies there as `layers` pack one in fp8."""
+        return FLOATS.get(self.dtype) == layers.FP8 and len(self.shape) == 2 and not self.transposed
+
+    def packed(self, get: Get) -> tuple[Tensor, Tensor]:
+        """Of a tensor that `is_packed`: its values as they are stored, and a scale for each row, float32."""
+        value, scale = self._stored(get)
+        scale = torch.ones(()) if scale is None else scale
+        return value, scale.expand(len(value), 1).contiguous()
+
+    def _stored(self, get: Get) -> tuple[Tensor, Tensor | None]:
+        """Values, and what they are multiplied by: one number, or one for each row; None where nothing is."""
+
+        def ordered(rows: Tensor) -> Tensor:
+            return torch.cat(rows.chunk(2)[::-1]) if self.swapped else rows
+
+        value = get(self.name, self.rows)
+        if self.scale is None:
+            return ordered(value), None
+        scale = get(self.scale.name, None).float()
+        if scale.numel() == 1:
+            return ordered(value), scale.reshape(())
+        scale = scale.reshape(-1, *[1] * (value.dim() - 1))
+        return ordered(value), ordered(scale[slice(*self.rows)] if self.rows else scale)
 
 
 def entries(files: Iterable[Path], *, allow_pickle: bool = False) -> dict[str, Entry]:
@@ -431,8 +451,13 @@ def _is_known(network: nn.Module, what: str, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def tensors(kept: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
-    """Reads what `fitted` found, file by file: a network's own names and the tensors."""
+def tensors(kept: Mapping[str, Entry], *, as_stored: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Reads what `fitted` found, file by file: a network's own names and the tensors.
+
+    Args:
+        as_stored: layers whose weights, where they lie there so, are given as `packed` and `scale` in fp8.
+    """
+    stays = set(as_stored)
     by_file: dict[Path, list[tuple[str, Entry]]] = {}
     for name, entry in kept.items():
         by_file.setdefault(entry.file, []).append((name, entry))
@@ -440,7 +465,13 @@ def tensors(kept: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
         held = {entry.name: entry.held for _, first in wanted for entry in _with_scale(first)}
         with _reading(file, held) as get:
             for name, entry in wanted:
-                yield name, entry.taken(get)
+                layer = name.removesuffix(".weight")
+                if layer in stays and entry.is_packed:
+                    values, scale = entry.packed(get)
+                    yield f"{layer}.packed", values
+                    yield f"{layer}.scale", scale
+                else:
+                    yield name, entry.taken(get)
 
 
 def _with_scale(entry: Entry) -> tuple[Entry, ...]:

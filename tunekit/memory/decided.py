@@ -18,7 +18,8 @@ class Levers:
 
     Attributes:
         precision: "fp32", "bf16" or "fp16" arithmetic; frozen weights are kept in it.
-        base_precision: "same" as `precision`, or "int8" or "nf4" for the frozen linear layers of the blocks.
+        base_precision: "same" as `precision`, or "int8", "fp8" or "nf4" for the frozen linear layers of the
+            blocks.
         micro_batch: samples per forward; None for the whole batch.
         gradient_checkpointing: units that are computed twice.
         keep_attention: of those, the ones that keep the outputs of their attentions.

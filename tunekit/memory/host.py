@@ -85,8 +85,10 @@ def base_of(job: Job, levers: Levers) -> Base:
             network.to(dtype)
         held = tensors(network)
         base.own[part.name] = bytes_of(*held)
-        # torch.isfinite has the absolute values, and three masks.
-        rooms = [t.numel() * (t.element_size() + 3) for t in held if t.is_floating_point()]
+        # torch.isfinite has the absolute values, and three masks; of floats of 8 bits, two sets of bytes.
+        rooms = [
+            t.numel() * (t.element_size() + 3 if t.itemsize > 1 else 2) for t in held if t.is_floating_point()
+        ]
         base = replace(base, checking=max(base.checking, *rooms))
         known = job.stored.get(part.name, Stored(None))
         if known.dtype is None:

@@ -55,7 +55,7 @@ class Way:
 
     Attributes:
         rank: how far it is from exact: 0 is; 1 int8 base or 8-bit optimizer state; 2 nf4 base.
-        base_precision: "same", "int8" or "nf4".
+        base_precision: "same", "int8" or "nf4"; "fp8" where it is set: int8 takes as much and rounds less.
         optimizer: a row of `optimizers`.
         optimizer_in_backward: whether parameters are updated during the backward pass.
     """

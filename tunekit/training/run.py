@@ -99,15 +99,18 @@ def open_accelerator(
         adapter: what is trained, which decides whether autocast is needed (`levers.autocast_of`).
 
     Raises:
-        DeviceError: the device is not there, or cannot compute in that precision.
+        DeviceError: the device is not there, or has not that precision, or not that of the base.
         ConfigError: there are more processes than samples per step.
     """
     from accelerate import Accelerator
 
     device = hardware.probe(memory.device)
-    wrong = hardware.without_precision(device, memory.precision)
-    if wrong is not None:
-        raise wrong
+    for wrong in (
+        hardware.without_precision(device, memory.precision),
+        hardware.without_packing(device, memory.base_precision),
+    ):
+        if wrong is not None:
+            raise wrong
     if device.torch_device.startswith("cuda"):
         torch.cuda.set_device(device.index)
     mixed = autocast_of(memory.precision, adapter)
