@@ -72,6 +72,12 @@ def main(config, loaded):
         raise RuntimeError("could not create a primitive")
     if config.what == "much":
         raise MemoryError
+    if config.what == "term":  # in the middle of what makes an error of ours of whatever goes wrong
+        try:
+            os.kill(os.getpid(), 15)
+            time.sleep(5)
+        except Exception as error:
+            raise DataError("the runtime cannot run it") from error
     if config.what == "wait":
         Path("waiting").write_text(str(os.getpid()))
         time.sleep(60)
@@ -115,6 +121,11 @@ def direct(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
         ("gone", 1, "error: runs/x/metrics.jsonl: could not be read or written: No such file or directory\n"),
         ("memory", 1, "error: memory ran out (could not create a primitive)\n"),
         ("much", 1, "error: memory ran out\n"),
+        (
+            "term",
+            143,
+            "stopped; nothing was being trained\ngive the same command again to continue\n",
+        ),
     ],
 )
 def test_exit_codes_and_messages(here: Path, what: str, code: int, said: str):

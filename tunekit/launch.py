@@ -70,6 +70,9 @@ def run_recipe(main: Callable[[C, Loaded], None], schema: type[C]) -> None:
             report_warnings(loaded.warnings)
         while not _done(main, loaded):
             pass
+    except _Stopped as stop:
+        console().doing(None)
+        _fail(stop.error, debug=debug)
     except KeyboardInterrupt:
         _leave(Interrupted.exit_code)
     except Exception as error:
@@ -118,11 +121,20 @@ def _done(main: Callable[[C, Loaded], None], loaded: Loaded) -> bool:
     return False
 
 
+class _Stopped(KeyboardInterrupt):
+    """A signal. No `Exception`: what a runtime or a file makes of those must not make a failure of it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.error = Interrupted(
+            "stopped; nothing was being trained", hint="give the same command again to continue"
+        )
+        self.error.exit_code = 128 + number
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
     """Signal handler outside of the training loop, which has its own."""
-    error = Interrupted("stopped; nothing was being trained", hint="give the same command again to continue")
-    error.exit_code = 128 + number
-    raise error
+    raise _Stopped(number)
 
 
 def _rank() -> int:
