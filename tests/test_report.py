@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -334,3 +335,28 @@ def test_final_is_a_folder_with_the_model(run: RunFolder) -> None:
 def test_missing_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no run"):
         report.load(tmp_path / "nowhere")
+
+
+def test_trials_are_points_and_the_best_are_joined(run: RunFolder):
+    trials = [
+        {"passes": "nothing", "speedup": 1.0, "psnr_db": 90.0, "front": "*", "kept": "yes"},
+        {"passes": "<b>bold</b>", "speedup": 4.0, "psnr_db": 31.0, "front": "*", "kept": "winner"},
+        {"passes": "worse", "speedup": 2.0, "psnr_db": 20.0, "front": "", "kept": "no"},
+        {"passes": "broken", "speedup": None, "psnr_db": 20.0, "front": "", "kept": "no"},
+    ]
+    told = {"table": "trials", "across": "speedup", "up": "psnr_db"}
+    lineage = Artifact.load(sorted(run.path.glob("0*"))[-1]).lineage
+    details = {"trials": trials, "scatter": told}
+    add_step(run, 9, "search", lineage, metrics={"trials": 3}, details=details)
+    run.write_chain([path.name for path in sorted(run.path.glob("0*"))])
+    page = report.write(run.path).read_text(encoding="utf-8")
+    assert page.count("<circle") == 3 and page.count("<polyline") == 3  # two losses, and the front
+    assert "PSNR against speedup" in page and "&lt;b&gt;bold&lt;/b&gt;: 4.00x, 31.0 dB" in page
+    assert "<b>bold" not in page
+    for wrong in ({"table": "gone"}, {"across": "nobody"}, {"up": 3}, ["no"]):
+        details = {"trials": trials, "scatter": {**told, **wrong} if isinstance(wrong, dict) else wrong}
+        add_step(run, 10, "search", lineage, metrics={"trials": 3}, details=details)
+        run.write_chain([path.name for path in sorted(run.path.glob("[01]*"))[-1:]])
+        assert "<circle" not in report.write(run.path).read_text(encoding="utf-8")
+        for path in run.path.glob("10-*"):
+            shutil.rmtree(path)

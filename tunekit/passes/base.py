@@ -158,6 +158,23 @@ class Pass(Section):
         """
         return None
 
+    def result(self, format: str) -> str:
+        """The format of what it makes.
+
+        Args:
+            format: of the artifact that comes in.
+        """
+        return self.produces or format
+
+    @classmethod
+    def options(cls, target: str) -> Sequence[Sequence[Any]]:
+        """What a search may put in this pass's place: chains as in YAML, the mildest first.
+
+        Args:
+            target: what the model shall run on, a key of `passes.search.TARGETS`.
+        """
+        return ()
+
     @classmethod
     def summary(cls) -> str:
         """First line of the docstring."""
@@ -179,6 +196,7 @@ class Context:
         data: the pictures the model was trained on, where the run knows them.
         say: shows one line of progress.
         folder: where to write; it is renamed to the step's folder when the pass returns.
+        shared_cache: where encoded and drawn pictures are kept; None means beside the run.
         family: name of the model family.
         history: the chain's input and the artifact after each earlier step; the last one is the pass's input.
         models: those that were read from disk, and what was recorded with them.
@@ -191,6 +209,7 @@ class Context:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     data: DataConfig | DreamboothData | None = None
     say: Callable[[str], None] = print
+    shared_cache: Path | None = None
     folder: Path = Path()
     family: str = ""
     history: tuple[Artifact, ...] = ()
@@ -341,9 +360,15 @@ class Context:
 
     @property
     def cache(self) -> Path:
-        """Where encoded and drawn pictures are kept: the one of training, shared by all runs."""
+        """Where encoded and drawn pictures are kept: that of training, shared by all runs."""
         named = self.data.cache if self.data else None
-        return Path(named).expanduser() if named else self.run_dir.parent / ".cache"
+        return Path(named).expanduser() if named else self.shared_cache or self.run_dir.parent / ".cache"
+
+    def aside(self, name: str) -> Context:
+        """For chains beside this one, in a folder of the run; what is cached is shared."""
+        return dataclasses.replace(
+            self, run_dir=self.run_dir / name, shared_cache=self.cache, folder=Path(), models=Models()
+        )
 
     @property
     def pictures(self) -> Any:
@@ -473,7 +498,7 @@ def formats(start: str, passes: Iterable[Pass]) -> list[str]:
     found = [start]
     for step in passes:
         if not step.looks:
-            found.append(step.produces or found[-1])
+            found.append(step.result(found[-1]))
     return found
 
 
@@ -507,7 +532,7 @@ def check_chain(
         if trouble:
             message = f"optimize[{index}] ({step.kind}) {trouble}"
             raise ChainError(message, where=where(index, None), key=f"optimize[{index}]")
-        current = step.produces or current
+        current = step.result(current)
     return current
 
 
@@ -597,7 +622,7 @@ def _run_step(step: Pass, context: Context, final: Path) -> Artifact:
             path=folder,
             model_path=parent.model_path if step.looks else folder,
             source=parent.source if step.looks else str(folder),
-            format=outcome.format or step.produces or parent.format,
+            format=outcome.format or step.result(parent.format),
             family=parent.family,
             base=parent.base if step.looks else None,
             opened=parent.opened if step.looks else None,  # what was written here is plain

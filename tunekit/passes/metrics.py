@@ -101,6 +101,16 @@ PARAMETERS = Metric(
 RELATIVE_ERROR = Metric(
     "relative_error", "relative error", lower_is_better=True, rank=60, column="rel. error"
 )
+PSNR = Metric(
+    "psnr_db",
+    "PSNR",
+    "dB",
+    lower_is_better=False,
+    rank=70,
+    column="PSNR",
+    tile=Tile("fidelity of the last model", ("SSIM {ssim}",)),
+)
+SSIM = Metric("ssim", "SSIM", lower_is_better=False, form=".4f", rank=71, column="SSIM")
 
 
 @cache

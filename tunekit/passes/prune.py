@@ -78,6 +78,11 @@ class Prune(Pass):
             refuse("must be greater than 0: nothing would leave; leave the pass out instead")
         return value
 
+    @classmethod
+    def options(cls, target: str) -> Sequence[Sequence[Any]]:
+        """Rising shares of what is computed, each healed."""
+        return [[{cls.kind: {"ratio": ratio, "cost": "macs"}}, "heal"] for ratio in (0.1, 0.2, 0.3, 0.45)]
+
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """Finds settings that contradict each other."""
         if isinstance(self.ratio, dict) and set(self.ratio) != set(self.targets):

@@ -94,6 +94,14 @@ class Quantize(Pass):
             no_effect(self, ("group",), "scheme is not int4")
         return self
 
+    @classmethod
+    def options(cls, target: str) -> Sequence[Sequence[Any]]:
+        """Small files, then products in int8 where the target has them."""
+        if target == "torch":
+            return [[{cls.kind: {"scheme": scheme}}] for scheme in ("int8", "int4")]
+        modes = ("weight_only", "static") if target in ("cpu", "openvino") else ("weight_only",)
+        return [[{cls.kind: {"mode": mode}}] for mode in modes]
+
     def gives(self) -> frozenset[str]:
         """Weights in few bits, and what is computed in uint8."""
         uint8 = self.mode == "dynamic" or (self.mode == "static" and self.activations == "uint8")

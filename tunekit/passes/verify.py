@@ -26,7 +26,7 @@ from tunekit.artifacts import PICTURES
 from tunekit.config import SamplingConfig, SamplingSteps
 from tunekit.errors import ChainError, output_errors
 from tunekit.passes.base import SAMPLING, Context, Distinct, Outcome, Pass, Start, formats
-from tunekit.passes.metrics import RELATIVE_ERROR, Metric, Tile
+from tunekit.passes.metrics import PSNR, RELATIVE_ERROR, SSIM, Metric
 from tunekit.passes.providers import Provider, cannot_run, everywhere, gpu_answers
 
 if TYPE_CHECKING:
@@ -48,19 +48,7 @@ class Verify(Pass):
     kind: ClassVar[str] = "verify"
     accepts: ClassVar[frozenset[str]] = frozenset({"torch", "onnx", "tensorrt"})
     looks: ClassVar[bool] = True
-    metrics: ClassVar[tuple[Metric, ...]] = (
-        RELATIVE_ERROR,
-        Metric(
-            "psnr_db",
-            "PSNR",
-            "dB",
-            lower_is_better=False,
-            rank=70,
-            column="PSNR",
-            tile=Tile("fidelity of the last model", ("SSIM {ssim}",)),
-        ),
-        Metric("ssim", "SSIM", lower_is_better=False, form=".4f", rank=71, column="SSIM"),
-    )
+    metrics: ClassVar[tuple[Metric, ...]] = (RELATIVE_ERROR, PSNR, SSIM)
 
     against: Literal["parent", "first"] = "parent"
     """parent: the model before the last step that changed it; first: the whole fine-tuned model, in torch."""

@@ -14,6 +14,7 @@ from tunekit.errors import ArtifactError
 from tunekit.provenance import shown, shown_yaml
 from tunekit.records import PhaseRecord, PlanRecord, read
 from tunekit.registry import PASSES
+from tunekit.report import scatter
 from tunekit.report.curve import draw
 from tunekit.report.material import Material, plain_number, tables
 from tunekit.report.pictures import Album, drawing
@@ -108,6 +109,7 @@ def render(material: Material, content: Mapping[str, Any], *, live: bool) -> str
         rows=[_table_row(row, figures, columns, declared) for row in models],
         table_notes=_notes(models, chain),
         versions=_versions(material, album, columns),
+        scatters=[{**one, "svg": Markup(one["svg"])} for one in _scatters(chain, declared)],  # noqa: S704
         tables=list(_detail_tables(chain, declared)),
         config=config if len(config) <= MOST_LINES * 1000 else f"{config[: MOST_LINES * 1000]} ...",
         footer="Made by tunekit from the run's artifact.json files. For programs: report.json.",
@@ -431,6 +433,19 @@ def _versions(material: Material, album: Album, columns: Sequence[Metric]) -> di
             for label, images in rows.items()
         ],
     }
+
+
+def _scatters(chain: Sequence[Step], declared: Sequence[Metric]) -> Iterable[dict[str, str]]:
+    """Of each step that says so, a table of its details as points: `scatter: {table, across, up}`."""
+    known = {metric.name: metric for metric in declared}
+    for step in chain:
+        told = step.details.get("scatter")
+        if not isinstance(told, Mapping):
+            continue
+        across, up = known.get(str(told.get("across"))), known.get(str(told.get("up")))
+        rows = dict(tables(step.details)).get(str(told.get("table")))
+        if rows and across and up and (svg := scatter.draw(rows, across, up)):
+            yield {"title": f"{step.artifact}: {up.title} against {across.title}", "svg": svg}
 
 
 def _detail_tables(chain: Sequence[Step], declared: Sequence[Metric]) -> Iterable[dict[str, Any]]:

@@ -1,0 +1,75 @@
+"""The order in which a search tries combinations, on landscapes that are known."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from tunekit.passes.tradeoff import GAIN, Found, Point, Tradeoff
+
+ERRORS = ((0.0, 0.2, 0.5, 2.0), (0.0, 0.1, 0.3), (0.0, 0.05, 0.2, 0.4, 0.9, 3.0))
+COSTS = ((1.0, 0.8, 0.6, 0.4), (1.0, 0.5, 0.99), (1.0, 0.8, 0.6, 0.4, 0.3, 0.2))
+
+
+def truth(point: Point, wrong: float = 1.0) -> Found:
+    error = sum(axis[choice] for axis, choice in zip(ERRORS, point, strict=True))
+    if sum(choice > 0 for choice in point) > 1:
+        error *= wrong
+    cost = math.prod(axis[choice] for axis, choice in zip(COSTS, point, strict=True))
+    return Found({"psnr": error}, 100 * cost)
+
+
+def explore(limit: float, wrong: float = 1.0, broken: frozenset[Point] = frozenset()) -> Tradeoff:
+    search = Tradeoff([len(axis) for axis in ERRORS], {"psnr": limit})
+    while (point := search.next()) is not None:
+        assert point not in search.known
+        search.known[point] = None if point in broken else truth(point, wrong)
+    return search
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.1, 0.45, 0.8, 1.3, 10.0])
+@pytest.mark.parametrize("wrong", [0.7, 1.0, 1.4])
+def test_it_finds_what_trying_everything_finds(limit: float, wrong: float) -> None:
+    search = explore(limit, wrong)
+    every = itertools.product(*(range(len(axis)) for axis in ERRORS))
+    cheapest = min(found.cost for point in every if (found := truth(point, wrong)).keeps(search.limits))
+    best = search.known[search.best()[0]]
+    assert best is not None and best.cost <= cheapest / (1 - GAIN)
+    assert len(search.known) <= 25  # of 72
+
+
+def test_the_first_that_misses_ends_an_axis() -> None:
+    tried = explore(0.45).known
+    assert (0, 0, 4) in tried and (0, 0, 5) not in tried
+
+
+def test_what_makes_nothing_cheaper_is_left_out_of_combinations() -> None:
+    search = explore(10.0)
+    assert search.useless() == [(1, 2)]
+    assert not [point for point in search.known if point[1] == 2 and sum(point) > 2]
+
+
+def test_what_cannot_be_made_is_gone_round() -> None:
+    search = explore(10.0, broken=frozenset({(3, 0, 0), (0, 0, 5)}))
+    assert not [point for point, found in search.known.items() if found and (point[0] == 3 or point[2] == 5)]
+    assert search.best()[0] == (2, 1, 4)
+    assert explore(1.0, broken=frozenset({(0, 0, 0)})).best() == []
+
+
+def test_an_error_that_is_no_number_keeps_no_limit() -> None:
+    assert not Found({"psnr": math.nan}, 1.0).keeps({"psnr": 1.0})
+
+
+def test_the_front() -> None:
+    search = explore(10.0)
+    front = [search.known[point] for point in search.front("psnr")]
+    for one, other in itertools.pairwise(front):
+        assert one is not None and other is not None
+        assert one.cost < other.cost and one.errors["psnr"] > other.errors["psnr"]
+    for found in search.known.values():
+        assert found is not None
+        assert any(
+            o is not None and o.cost <= found.cost and o.errors["psnr"] <= found.errors["psnr"] for o in front
+        )
