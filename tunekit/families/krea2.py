@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tunekit.diffusion.sampling import SamplingConfig
-from tunekit.families import chat, graphs, tiny, vae
+from tunekit.families import chat, graphs, sizes, tiny, vae
 from tunekit.families import family as answers
 from tunekit.families.family import (
     MASK,
@@ -128,42 +128,7 @@ class Krea2(Transformer):
                 keeps=("timestep", "position_ids"),
             ),
             Component("vae", "vae", "diffusers:AutoencoderKLQwenImage", {"z_dim": 16}, fp16=False),
-            # Sizes: https://huggingface.co/Qwen/Qwen3-VL-4B-Instruct, config.json
-            Component(
-                "text_encoder",
-                "text_encoder",
-                "transformers:Qwen3VLModel",
-                {
-                    "text_config": {
-                        "hidden_size": 2560,
-                        "intermediate_size": 9728,
-                        "num_hidden_layers": 36,
-                        "num_attention_heads": 32,
-                        "num_key_value_heads": 8,
-                        "head_dim": 128,
-                        "vocab_size": 151936,
-                        "max_position_embeddings": 262144,
-                        "rope_theta": 5000000.0,
-                        "rope_scaling": {
-                            "rope_type": "default",
-                            "mrope_interleaved": True,
-                            "mrope_section": [24, 20, 20],
-                        },
-                    },
-                    "vision_config": {
-                        "depth": 24,
-                        "hidden_size": 1024,
-                        "intermediate_size": 4096,
-                        "out_hidden_size": 2560,
-                        "deepstack_visual_indexes": [5, 11, 17],
-                    },
-                    "tie_word_embeddings": True,
-                },
-                tokenizer="tokenizer",
-                tokens=512,
-                dtype="bf16",
-                fp16=False,
-            ),
+            sizes.qwen3_vl("text_encoder", tokens=512),
             Component(
                 "scheduler",
                 "scheduler",
@@ -263,11 +228,11 @@ class Krea2(Transformer):
         return side, side
 
     def resolution_multiple(self, pipeline: Pipeline) -> int:
-        return _factor(pipeline) * PATCH
+        return vae.film_factor(pipeline) * PATCH
 
     def latent_shape(self, pipeline: Pipeline, height: int, width: int) -> tuple[int, int, int]:
         channels, multiple = pipeline.vae.config.z_dim, self.resolution_multiple(pipeline)
-        return vae.latent_shape(channels, _factor(pipeline), multiple, height, width)
+        return vae.latent_shape(channels, vae.film_factor(pipeline), multiple, height, width)
 
     def tokenize(self, pipeline: Pipeline, prompts: list[str]) -> Tokens:
         """[template, prompt, padding, end of the template]."""
@@ -297,14 +262,10 @@ class Krea2(Transformer):
         }
 
     def encode_image(self, pipeline: Pipeline, pixels: Tensor) -> Tensor:
-        """A picture is a film of one frame."""
-        mean, std = (part.squeeze(2) for part in vae.posterior(pipeline.vae, pixels.unsqueeze(2)))
-        shift, scale = _scaling(pipeline, mean)
-        return torch.cat([(mean - shift) / scale, std / scale], dim=1)
+        return vae.encode_frame(pipeline, pixels)
 
     def decode(self, pipeline: Pipeline, latents: Tensor) -> Tensor:
-        shift, scale = _scaling(pipeline, latents)
-        return vae.decoded(pipeline.vae, (latents * scale + shift).unsqueeze(2)).squeeze(2)
+        return vae.decode_frame(pipeline, latents)
 
     def cfg_scale(self, pipeline: Pipeline, guidance: float) -> float | None:
         return from_zero(guidance)
@@ -352,7 +313,7 @@ class Krea2(Transformer):
             "encoder_attention_mask": graphs.TEXT_AXES,
         }
         film = {0: "batch", 3: "height", 4: "width"}
-        multiple = _factor(pipeline)
+        multiple = vae.film_factor(pipeline)
         return [
             chat.export(encoder, layers, mask, module=_Encoder(encoder, layers)),
             graphs.denoiser("transformer", network, inputs, dynamic, flags=["encoder_attention_mask"]),
@@ -382,18 +343,6 @@ def read_layers(depth: int, count: int) -> tuple[int, ...]:
     """Numbers of the states that are read of a text encoder: the last of each of `count` parts."""
     step = depth // count
     return tuple(range(step - 1, step * count, step))
-
-
-def _factor(pipeline: Pipeline) -> int:
-    """Pixels per latent, along one side."""
-    return int(2 ** len(pipeline.vae.config.temperal_downsample))
-
-
-def _scaling(pipeline: Pipeline, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel of the latents, [C, 1, 1]."""
-    config = pipeline.vae.config
-    mean, std = (torch.tensor(values).to(like) for values in (config.latents_mean, config.latents_std))
-    return mean.view(-1, 1, 1), std.view(-1, 1, 1)
 
 
 def _read_layers(encoder: Any, transformer: Any) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The autoencoder that most families share: sizes, coding, graphs."""
+"""Autoencoders that families share: sizes, coding, graphs."""
 
 from __future__ import annotations
 
@@ -94,6 +94,34 @@ def decoded(vae: Any, latents: Tensor) -> Tensor:
     pixels = pixels.float()
     # What is not a number must not look like white.
     return (pixels / 2 + 0.5).clamp(0, 1).masked_fill_(~pixels.isfinite(), torch.nan)
+
+
+# Autoencoders of films, to which a picture is a film of one frame -------------------------------------------
+
+
+def film_factor(pipeline: Pipeline) -> int:
+    """Pixels per latent, along one side."""
+    return int(2 ** len(pipeline.vae.config.temperal_downsample))
+
+
+def encode_frame(pipeline: Pipeline, pixels: Tensor) -> Tensor:
+    """See `Family.encode_image`."""
+    mean, std = (part.squeeze(2) for part in posterior(pipeline.vae, pixels.unsqueeze(2)))
+    shift, scale = film_scaling(pipeline, mean)
+    return torch.cat([(mean - shift) / scale, std / scale], dim=1)
+
+
+def decode_frame(pipeline: Pipeline, latents: Tensor) -> Tensor:
+    """See `Family.decode`."""
+    shift, scale = film_scaling(pipeline, latents)
+    return decoded(pipeline.vae, (latents * scale + shift).unsqueeze(2)).squeeze(2)
+
+
+def film_scaling(pipeline: Pipeline, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of the latents, [C, 1, 1]."""
+    config = pipeline.vae.config
+    mean, std = (torch.tensor(values).to(like) for values in (config.latents_mean, config.latents_std))
+    return mean.view(-1, 1, 1), std.view(-1, 1, 1)
 
 
 # Graphs -----------------------------------------------------------------------------------------------------
