@@ -93,7 +93,7 @@ def targets_of(
         return list(wanted)
     paths = modules_of(denoiser)
     if not isinstance(wanted, str):
-        return _that_are_there(default_targets, paths)
+        return _that_are_there(_named(default_targets, paths), paths)
     if wanted == "all_linear":
         return [path for path, layer in paths.items() if isinstance(layer, nn.Linear)]
     if wanted not in presets:
@@ -101,12 +101,14 @@ def targets_of(
             f'this family has no preset "{wanted}" of adapter targets',
             hint=f"there are: {', '.join([*presets, 'all_linear'])}; or name modules",
         )
-    named = [
-        path
-        for target in presets[wanted]
-        for path in (fnmatch.filter(paths, target) if "*" in target else [target])
+    return _that_are_there(_named(presets[wanted], paths), paths)
+
+
+def _named(targets: Sequence[str], paths: Collection[str]) -> list[str]:
+    """A family's targets, and in place of one with "*", the whole paths that it stands for."""
+    return [
+        path for target in targets for path in (fnmatch.filter(paths, target) if "*" in target else [target])
     ]
-    return _that_are_there(named, paths)
 
 
 def _that_are_there(targets: Sequence[str], paths: Collection[str]) -> list[str]:

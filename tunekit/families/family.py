@@ -242,9 +242,10 @@ class FamilyFacts(Table):
         pipeline_classes: `_class_name`s of model_index.json that this family loads; the first is the one
             it makes.
         components: the table, at the size of `default_source`.
-        lora_targets: modules that an adapter goes on where the user names none.
-        presets: "attention" and "attention_feed_forward" -> modules, for a user who names one of these; in a
-            whole path, "*" stands for anything.
+        lora_targets: modules that an adapter goes on where the user names none; in a whole path, "*" stands
+            for anything.
+        presets: "attention" and "attention_feed_forward" -> modules, for a user who names one of these; with
+            "*" as there.
         sampling: how its pictures are drawn where neither the user nor the model says.
         sampling_distilled: the same of bases that were distilled to few steps, where it is another.
         ss_base_model_version: what kohya's tools write for this base, e.g. "sd_v1".
