@@ -274,6 +274,21 @@ def test_nothing_fits(planner: Planner) -> None:
     assert "base weights" in str(text)
 
 
+def test_what_fits_to_the_byte_has_a_time_too(planner: Planner) -> None:
+    """Estimates may be too high for all that is searched, where the least that is needed does fit."""
+    way = planner._ways(room(10**12))[-1][-1]
+    every = planner._costs(CPU, way, planner._levers(way, 1, gradient_checkpointing=True))
+    least = planner.least("card", room(10**12))
+    searched: list[Plan | None] = []
+    plan_of = replace(planner)
+    plan_of._best = lambda search, tiers: searched.append(None)  # type: ignore[method-assign, assignment]
+    plan = plan_of.plan("card", room(least.device_bytes))
+    assert searched and plan.fits and plan.device_bytes == least.device_bytes
+    assert plan.levers == least.levers and len(every.units) == len(plan.levers.gradient_checkpointing)
+    assert plan.relative_step_time > 1
+    assert least.relative_step_time == 0
+
+
 def test_the_json_is_what_is_promised(planner: Planner) -> None:
     content = planner.plan("large", room(10**12)).as_json()
     assert content["version"] == 1

@@ -167,7 +167,7 @@ class Planner:
             found.append(self._best(search, [[way for ways in tiers for way in ways]]))
         fitting = [plan for plan in found if plan is not None]
         plan = min(fitting, key=lambda plan: plan.relative_step_time, default=None) or min(
-            (*search.tried, self.least(name, room)), key=lambda plan: plan.device_bytes
+            (*search.tried, self.least(name, room, search.seconds)), key=lambda plan: plan.device_bytes
         )
         return replace(plan, rejected=tuple(search.rejected[-REJECTED:]))
 
@@ -201,8 +201,13 @@ class Planner:
                 late.append(found)
         return late[0] if late else None
 
-    def least(self, name: str, room: Room) -> Plan:
-        """The plan that needs least, whatever it costs; its time is not looked at (0)."""
+    def least(self, name: str, room: Room, seconds: float = 0.0) -> Plan:
+        """The plan that needs least, whatever it costs.
+
+        Args:
+            seconds: of a step of the unconstrained job, to which its time is told if it fits; with 0 it is
+                not looked at, and 0.
+        """
         way = self._ways(room)[-1][-1]
         size = self._sizes(way)[-1]
         every = self.memory.gradient_checkpointing is not False
@@ -212,6 +217,8 @@ class Planner:
             units = plan.levers.gradient_checkpointing
             levers = replace(levers, gradient_checkpointing=units, offload=units)
             plan = self._check(name, room, way, levers, 0.0)
+        if plan.fits and seconds:
+            plan = replace(plan, relative_step_time=self._time(room, way, plan.levers) / seconds)
         return plan
 
     def _ways(self, room: Room) -> list[list[Way]]:
