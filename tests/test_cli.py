@@ -591,7 +591,7 @@ def test_families_that_are_planned_only(name: str, here: Path, tunekit_command: 
     for command in ("check", "run"):
         done = tunekit_command(command, "sdxl/lora", f"model.family={name}", f"data.path={here}")
         assert done.returncode == 2
-        assert f'the family "{name}" can be planned (tunekit plan), but not be run yet' in done.stderr
+        assert f'the family "{name}" is planned only: tunekit plan takes it' in done.stderr
 
 
 def test_a_run_is_planned_within_its_budget(config: Path, pictures: Path, tunekit_command: Command):

@@ -65,16 +65,25 @@ def get(name: str) -> Family:
     family: Family = FAMILIES.get(name)
     if not family.facts.runs:
         raise ConfigError(
-            f'the family "{name}" can be planned (tunekit plan), but not be run yet',
+            f'the family "{name}" is planned only: tunekit plan takes it, and nothing is run with it yet',
             hint=f"families that run: {', '.join(runnable())}",
         )
+    _check_is_there(family)
+    return family
+
+
+def _check_is_there(family: Planned) -> None:
+    """Refuses a family whose classes the installed diffusers does not have.
+
+    Raises:
+        ConfigError: says which version has them.
+    """
     if not family.facts.is_there:
         here, needed = version("diffusers"), family.facts.since
         raise ConfigError(
-            f'the family "{name}" needs diffusers {needed} or later, and {here} is installed',
+            f'the family "{family.name}" needs diffusers {needed} or later, and {here} is installed',
             hint=f"families that run with it: {', '.join(runnable())}",
         )
-    return family
 
 
 def runnable() -> list[str]:
@@ -86,11 +95,12 @@ def sizes_of(name: str, source: Source | str) -> Sizes:
     """What the base `source` of a family is made of, without its weights.
 
     Raises:
-        ConfigError: an unknown family, or one that has no tiny version.
+        ConfigError: an unknown family, one that has no tiny version, or one that needs a newer diffusers.
         ModelError: a folder that is not what it should be.
     """
-    source = Source.of(source)
-    return _tiny_sizes(name) if source.name == "tiny" else sizes.sized(planned(name), source)
+    source, family = Source.of(source), planned(name)
+    _check_is_there(family)
+    return _tiny_sizes(name) if source.name == "tiny" else sizes.sized(family, source)
 
 
 def distilled(sizes: Sizes, source: str) -> str:
