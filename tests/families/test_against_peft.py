@@ -47,6 +47,7 @@ class Sample:
 def samples(family: Family, pipeline: Any, rows: slice) -> Sample:
     draw = torch.Generator().manual_seed(3)
     latents, noise = torch.randn(2, 2, *family.latent_shape(pipeline, 64, 64), generator=draw)
+    latents[1] *= 1.5  # so that the losses of the rows are unlike, whatever the network makes of them
     times = torch.tensor(TIMESTEPS)
     return Sample(latents[rows], noise[rows], times[rows], list(PROMPTS[rows]), list(FRAMES[rows]))
 
@@ -376,7 +377,9 @@ def test_a_batch_is_the_mean_of_its_rows(family: Family, kind: str) -> None:
     worst = max(difference(gradient, means[name]) for name, gradient in both.gradients.items())
     print(f"largest difference {worst:.1e}")
     assert worst <= 5 * TOLERANCE  # kernels sum in another order for another batch size
-    assert abs(float(both.loss[0] / both.loss[1]) - 1) > 1e-3  # the rows are not alike
+    unlike = abs(float(both.loss[0] / both.loss[1]) - 1)
+    print(f"losses {both.loss.tolist()}, unlike by {unlike:.2g}")
+    assert unlike > 0.01
 
 
 @torch.no_grad()
