@@ -131,12 +131,12 @@ class _Quantized(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # `.half()` on a pipeline must neither round the scales nor widen floats of 8 bits: they keep their
         # values, and follow only the device.
-        kept = {name: self._buffers.pop(name) for name in ("packed", "scale")}
+        packed, scale = self.packed, self.scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, held in kept.items():
-            assert held is not None
-            made = fn(held)
-            self._buffers[name] = made if made.dtype == held.dtype else held.to(made.device)
+        if self.packed.dtype != packed.dtype:
+            self.packed = packed.to(self.packed.device)
+        if self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)
         return self
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:

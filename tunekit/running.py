@@ -278,7 +278,7 @@ class Run:
         for line in left_out(config.model.opened, family.facts):
             self.say(f"base: {line}")
         trained = torch.float32 if config.adapter is None else DTYPES[memory.precision]
-        pack = memory.base_precision if memory.base_precision not in (None, "same") else ""
+        pack = memory.base_precision if memory.base_precision in ("int8", "fp8", "nf4") else ""
         with self.meter.phase("load"), console().phase("loading the base"):
             pipeline = family.load(config.model.opened, family.facts.dtypes(trained), pack=pack)
         pipeline.scheduler = configured(pipeline.scheduler, config.objective)
