@@ -14,6 +14,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+# Of many objects --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def collected_once() -> Iterator[None]:
+    """Lets the garbage collector look at what a block makes when it ends, and at nothing else.
+
+    Who makes objects by the million wakes it again and again, and each time it may go through all that is
+    loaded: a second with the libraries that are needed here.
+    """
+    if not gc.isenabled():  # who disabled it, will collect
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect(0)
+        gc.enable()
+
+
 # Without data -----------------------------------------------------------------------------------------------
 
 

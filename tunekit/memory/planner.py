@@ -35,6 +35,7 @@ from tunekit.memory.plan import PHASES, Phase, Plan, code, measures, versions
 from tunekit.memory.room import DISPATCH_SECONDS, HOST_LINK, Room
 from tunekit.memory.step import splits, trace_step
 from tunekit.memory.trace import ACTIVATIONS, Target
+from tunekit.networks import collected_once
 from tunekit.units import format_bytes
 
 TRIES = 6
@@ -625,7 +626,11 @@ class Planner:
         key = digest([what, code(), versions(), job.described()])
         if key not in self._known:
             kept = self.cache.read(key) if self.cache else None
-            self._known[key] = kept if kept is not None else make()
+            if kept is None:
+                with collected_once():
+                    self._known[key] = make()
+            else:
+                self._known[key] = kept
             if kept is None and self.cache:
                 self.cache.write(key, self._known[key])
         found: dict[str, Any] = self._known[key]

@@ -193,8 +193,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Tracer:
         # What is collected within would die at a moment that differs from run to run.
-        gc.disable()
-        self._stack.callback(gc.enable)
+        if gc.isenabled():
+            gc.disable()
+            self._stack.callback(gc.enable)
         self._stack.enter_context(attention_of(self.target))
         if self._casts:
             self._stack.enter_context(self._casts.on())

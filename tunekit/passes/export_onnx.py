@@ -18,6 +18,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -156,13 +157,16 @@ def export_component(
     import onnx_ir
     import torch
 
+    from tunekit.networks import collected_once
+
     dynamic: tuple[Any, ...] = tuple(
         dict.fromkeys(component.dynamic.get(name, {}), torch.export.Dim.DYNAMIC) for name in component.inputs
     )
     taken = inspect.signature(component.module.forward).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in taken):
         dynamic = (dynamic,)  # to the exporter, `*values` is one argument
-    with _quiet(), torch.no_grad():
+    _read_translations_once()
+    with _quiet(), collected_once(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 component.module.eval(),
@@ -391,6 +395,22 @@ def _nan_is_worst(error: float) -> float:
 def as_tuple(value: Any) -> tuple[Any, ...]:
     """A module's output as a tuple."""
     return value if isinstance(value, tuple) else (value,)
+
+
+@cache
+def _read_translations_once() -> None:
+    """Lets the exporter keep its table of translations, which it makes anew for each graph.
+
+    It parses the source of some 500 functions for that, a second or more each time. A torch that has no such
+    table exports as before.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        make = ONNXRegistry.from_torchlib
+    except (ImportError, AttributeError):
+        return
+    ONNXRegistry.from_torchlib = staticmethod(cache(make))  # type: ignore[method-assign,assignment]
 
 
 @contextmanager
