@@ -7,6 +7,7 @@ and when written. Each file here imports only those before it: delta, names, lay
 
 from __future__ import annotations
 
+from tunekit.adapters import _compiled_later  # noqa: F401 - before anything else imports peft
 from tunekit.adapters.attach import (
     adapter_state,
     add_adapter,
