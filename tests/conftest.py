@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Commands that the tests start read tunekit as it was compiled for the first of them.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # What is kept between runs (traces and plans above all) is kept for all tests, not beside the user's own.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _home = tempfile.TemporaryDirectory(prefix="tunekit-tests-")
@@ -32,8 +35,37 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 ROOT = Path(__file__).resolve().parent.parent
 
 
+LONG = [
+    "recipes/test_families.py",
+    "test_runtime.py",
+    "test_cli.py",
+    "passes/test_export_onnx.py",
+    "recipes/test_lora.py",
+    "passes/test_heal.py",
+    "passes/test_models.py",
+    "memory/test_trace.py",
+    "test_planning.py",
+    "memory/test_levers.py",
+    "passes/test_quantize.py",
+    "test_documents.py",
+    "passes/test_base.py",
+    "families/test_against_peft.py",
+    "training/test_loop.py",
+    "passes/test_merge.py",
+    "memory/test_planner.py",
+    "memory/test_job.py",
+]
+"""Files that take more than half a minute, the longest first: so no process is left alone at the end."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is none; torch is asked only if there are such tests."""
+    """Long files come first, if tests are shared out.
+
+    Tests marked `gpu` are skipped where there is none; torch is asked only if there are such tests.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        rank = {ROOT / "tests" / name: place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: rank.get(item.path, len(rank)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -42,6 +74,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays to the end: the garbage collector need not go through it, over and over.
+
+    With the large libraries that is a million objects, a second each time.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        for name in ("tunekit.adapters", "diffusers.models", "onnxscript", "transformers.modeling_utils"):
+            with suppress(ImportError):
+                importlib.import_module(name)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")
