@@ -36,6 +36,7 @@ __all__ = [
     "COMFYUI_ENDINGS",
     "PICTURES",
     "RECORD",
+    "SAMPLED",
     "VERSION",
     "Artifact",
     "Metric",
@@ -62,6 +63,9 @@ PICTURES = "pictures"
 
 CARD = "README.md"
 """The model card beside a record; it says who made the model and when, and is no part of it."""
+
+SAMPLED = "sampling"
+"""Of a step's details: how the model that it made is drawn with, where the step decided that."""
 
 Metric = float | int | bool | str | None
 
@@ -296,6 +300,16 @@ class Artifact:
     def step(self) -> Step | None:
         """The step that made this artifact."""
         return self.lineage[-1] if self.lineage else None
+
+    @property
+    def made_for(self) -> tuple[str, int] | None:
+        """The step that decided in how many sampling steps it is drawn, and how many; None where none did."""
+        for step in reversed(self.lineage):
+            decided = step.details.get(SAMPLED)
+            steps = decided.get("steps") if isinstance(decided, dict) else None
+            if isinstance(steps, int):
+                return step.kind, steps
+        return None
 
     def write(self) -> Artifact:
         """Writes `artifact.json` into `path`, with the hash; returns the artifact as it will be loaded.

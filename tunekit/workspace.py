@@ -599,6 +599,7 @@ class Options(Opening, total=False):
 
     steps: int
     guidance: float
+    guidance_interval: tuple[float, float]
     negative_prompt: str
     height: int
     width: int
@@ -627,7 +628,7 @@ def generate(
             "cuda:1", "xpu", "mps"); provider (of ONNX models: "cpu", "cuda", "tensorrt", "openvino"); dtype
             ("fp32", "bf16", "fp16", of torch and OpenVINO); adapter (to put on the source); variant (of its
             weight files, such as "fp16"); base (folder or hub id with what a single file of a transformer
-            alone lacks). steps, guidance, negative_prompt, height, width, scheduler: the
+            alone lacks). steps, guidance, guidance_interval, negative_prompt, height, width, scheduler: the
             model's own where they are not given. batch (pictures at once), tiled (decode large ones in
             tiles), on_step.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tunekit import families
-from tunekit.config import SamplingConfig
+from tunekit.config import SamplingConfig, validate
 from tunekit.diffusion.metrics import relative_error
 from tunekit.diffusion.sampling import Guided, Step, initial_latents, sample, sample_steps, sampler
 from tunekit.errors import ConfigError
@@ -113,6 +113,39 @@ def test_another_sampler_may_be_asked_for(pipeline: Any, name: str | None, setti
     assert relative_error(latents, expected) <= 1e-5
     pipeline.scheduler = own
     assert relative_error(latents, ours(pipeline, PROMPTS, SEEDS)) > 0.01
+
+
+def test_guidance_in_a_part_of_the_steps(pipeline: Any) -> None:
+    """The others run the denoiser once, with the prompt alone."""
+    use(pipeline, "DDIMScheduler")
+    given = arguments(pipeline, PROMPTS, SEEDS)
+    denoise, rows = given["denoise"], []
+
+    def counted(latents: Tensor, *rest: Any) -> Tensor:
+        rows.append(len(latents))
+        result: Tensor = denoise(latents, *rest)
+        return result
+
+    def drawn(interval: tuple[float, float] | None) -> Tensor:
+        rows.clear()
+        guided = given["guided"]._replace(interval=interval)
+        return sample(**{**given, "denoise": counted, "guided": guided})
+
+    everywhere, nowhere = drawn(None), ours(pipeline, PROMPTS, SEEDS, guidance=1.0)
+    assert rows == [4] * 4
+    assert torch.equal(drawn((0.0, 1.0)), everywhere)
+    early = drawn((0.0, 0.5))
+    assert rows == [4, 4, 2, 2]
+    drawn((0.2, 0.6))
+    assert rows == [2, 4, 4, 2]
+    between = relative_error(early, everywhere)
+    assert 0 < between < relative_error(nowhere, everywhere)
+
+
+@pytest.mark.parametrize("interval", [[0.5, 0.5], [0.6, 0.2], [-0.1, 1], [0, 2], [0.1]])
+def test_an_interval_begins_before_it_ends(interval: list[float]) -> None:
+    with pytest.raises(ConfigError, match="guidance_interval"):
+        validate(SamplingConfig, {"guidance_interval": interval}, lambda key: "here")
 
 
 @pytest.mark.parametrize("name", ["NoSuchScheduler", "UNet2DConditionModel"])

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from tunekit.config.schema import Multiple, SamplingSteps, Section, Text
+from tunekit.config.schema import Multiple, SamplingSteps, Section, Text, refuse
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _some(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] >= value[1]:
+        refuse("must begin before it ends; leave guidance out with guidance: 1 instead")
+    return value
 
 
 class SamplingConfig(Section):
@@ -16,6 +24,9 @@ class SamplingConfig(Section):
     """Sampling steps."""
     guidance: Annotated[float, Field(ge=0, le=1000)] | None = None
     """Guidance scale as the family counts it; of classifier-free guidance, up to 1 is none in most."""
+    guidance_interval: Annotated[tuple[Share, Share], AfterValidator(_some)] | None = None
+    """From which share of the sampling steps to which guidance is on, such as [0, 0.6]; the other steps run
+    the denoiser once each, not twice. null: in all."""
     negative_prompt: Text | None = None
     """What the pictures should not show."""
     height: Multiple | None = None

@@ -225,6 +225,9 @@ def _drawn(
     settings = f"{material.model_hash} {shape} {guidance} {DRAWING_STEPS}"
     if material.sampling.scheduler:
         settings += f" {json.dumps(material.sampling.scheduler, sort_keys=True)}"
+    interval = material.sampling.guidance_interval
+    if interval:
+        settings += f" {interval}"
     files = [
         material.cache
         / "drawn"
@@ -249,7 +252,7 @@ def _drawn(
             pipeline.scheduler,
             initial_latents([seed + index for index in part], shape).to(device),
             conditioning([prompts[index] for index in part]),
-            None if scale is None else Guided(conditioning([""] * len(part)), scale),
+            None if scale is None else Guided(conditioning([""] * len(part)), scale, interval),
             material.sampling.model_copy(update={"steps": DRAWING_STEPS}),
             begin=family.begin,
             seeds=[seed + index for index in part],

@@ -41,6 +41,14 @@ class Guided(NamedTuple):
     """Of the negative prompts, dim 0 of all tensors is the batch."""
     scale: float
     """See `Family.cfg_scale`."""
+    interval: tuple[float, float] | None = None
+    """From which share of the steps to which it is on (Kynkaanniemi et al. 2024, arXiv:2404.07724); None: in
+    all."""
+
+    def at(self, step: int, total: int) -> bool:
+        """Whether it is on in a step, counted from 0."""
+        low, high = self.interval or (0.0, 1.0)
+        return low <= step / total < high
 
 
 ZERO_SNR = "rescale_betas_zero_snr"
@@ -151,7 +159,7 @@ def sample(
     """Denoise unit noise to scaled latents, step for step as diffusers' pipelines do.
 
     Args:
-        denoise: the denoiser; called once per step, with guidance on 2B rows: negative first.
+        denoise: the denoiser; called once per step, where guidance is on, on 2B rows: negative first.
         scheduler: a configured diffusers scheduler; a fresh copy is used, so it keeps no state between calls.
         latents: [B, C, h, w] from `initial_latents`.
         conditioning: of the prompts, dim 0 is B.
@@ -197,18 +205,22 @@ def sample_steps(
     scheduler = sampler(scheduler, sampling)
     options = _step_options(scheduler, latents, seeds)
     latents = begin(scheduler, sampling.steps, latents)
+    both = conditioning
     if guided is not None:
-        conditioning = {key: torch.cat([guided.negative[key], value]) for key, value in conditioning.items()}
+        both = {key: torch.cat([guided.negative[key], value]) for key, value in conditioning.items()}
+    total = len(scheduler.timesteps)
     for i, timestep in enumerate(scheduler.timesteps):
-        rows = torch.cat([latents, latents]) if guided is not None else latents
+        scale = guided.scale if guided is not None and guided.at(i, total) else None
+        rows = latents if scale is None else torch.cat([latents, latents])
         if hasattr(scheduler, "scale_model_input"):  # those for flow matching have none
             rows = scheduler.scale_model_input(rows, timestep)
-        prediction = denoise(rows, timestep.float().expand(len(rows)), conditioning)
-        if guided is not None:
+        told = conditioning if scale is None else both
+        prediction = denoise(rows, timestep.float().expand(len(rows)), told)
+        if scale is not None:
             without, with_prompt = prediction.chunk(2)
-            prediction = without + guided.scale * (with_prompt - without)
+            prediction = without + scale * (with_prompt - without)
         latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
-        yield Step(i + 1, len(scheduler.timesteps), latents)
+        yield Step(i + 1, total, latents)
 
 
 def _step_options(scheduler: Any, latents: Tensor, seeds: Sequence[int] | None) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator
 
 import tunekit
-from tunekit.artifacts import RECORD, Artifact, RunFolder, Step, atomic_folder, clean_leftovers
+from tunekit.artifacts import RECORD, SAMPLED, Artifact, RunFolder, Step, atomic_folder, clean_leftovers
 from tunekit.config import SamplingConfig, Section, validate
 from tunekit.errors import ChainError, TunekitError, VerificationFailed, did_you_mean
 from tunekit.passes.metrics import Metric, Value, describe_metrics, format_metric
@@ -73,7 +73,9 @@ __all__ = [
     "run_chain",
 ]
 
-SAMPLING = frozenset({"steps", "guidance", "negative_prompt", "height", "width", "scheduler"})
+SAMPLING = frozenset(
+    {"steps", "guidance", "guidance_interval", "negative_prompt", "height", "width", "scheduler"}
+)
 """Of what a pass can read: how pictures are drawn."""
 EVERYTHING = frozenset({"seed", "prompts", "data", "models", *SAMPLING})
 """What a pass can read: these, "parent" and "first". "models" are all of the chain so far."""
@@ -106,6 +108,9 @@ class Pass(Section):
     looks: ClassVar[bool] = False
     """True for a pass that changes nothing: its artifact is the model it was given, and the report shows its
     figures in that model's row."""
+    redraws: ClassVar[bool] = False
+    """True for a pass that changes how a model is drawn with and nothing else: its artifact is another model,
+    in the very files of the one it was given."""
     refuses: ClassVar[Mapping[str, str]] = {}
     """Trait of the model -> why this pass cannot take it; "{giver}" is the pass that gave it."""
     metrics: ClassVar[tuple[Metric, ...]] = ()
@@ -122,7 +127,7 @@ class Pass(Section):
         few bits. "fp32", "fp16": what its graphs compute in. Passes of a package may have traits of their
         own.
         """
-        return frozenset() if self.looks else frozenset({"changed"})
+        return frozenset() if self.looks or self.redraws else frozenset({"changed"})
 
     def reads(self, context: Context) -> frozenset[str]:
         """What the result depends on, beside the settings and the model that comes in.
@@ -226,7 +231,7 @@ class Context:
         if against == "parent":
             return models[-2] if len(models) > 1 and models[-2].format != "adapter" else None
         whole = [model for model in models if model.format == "torch"]
-        return whole[0] if whole and whole[0].source != models[-1].source else None
+        return whole[0] if whole and whole[0] is not models[-1] else None
 
     def later(self, step: Pass) -> list[Artifact]:
         """What steps after this one can want: its input, what that is compared with, the first model."""
@@ -407,7 +412,7 @@ def learned_from(context: Context) -> frozenset[str]:
     """What passes read that learn from examples: the run's pictures, or else those that the model draws."""
     if context.data:
         return frozenset({"seed", "data"})
-    return frozenset({"seed", "prompts", "guidance", "height", "width", "scheduler"})
+    return frozenset({"seed", "prompts", *SAMPLING} - {"steps", "negative_prompt"})
 
 
 NO_EXAMPLES = (
@@ -429,7 +434,8 @@ class Outcome:
     format: str | None = None
     """Format of the result where it is not the one the class states."""
     sampling: SamplingConfig | None = None
-    """How the result is drawn with, where that is otherwise than its parent: one that learned few steps."""
+    """How the result is drawn with, where that is otherwise than its parent: one that learned few steps. The
+    step's details keep it, and `tunekit generate` says where other steps are asked for."""
     failure: str | None = None
     """Set when a threshold was missed: the step is kept with its figures, then the chain stops."""
 
@@ -438,7 +444,8 @@ def distinct_models(history: Iterable[Artifact]) -> list[Artifact]:
     """`history` without the artifacts of passes that only look at a model."""
     models: list[Artifact] = []
     for artifact in history:
-        if not models or artifact.source != models[-1].source:
+        redrawn = artifact.step is not None and artifact.step.details.get(SAMPLED)
+        if not models or artifact.source != models[-1].source or redrawn:
             models.append(artifact)
     return models
 
@@ -613,6 +620,9 @@ def _run_step(step: Pass, context: Context, final: Path) -> Artifact:
         lost: list[str] = []
         details = _finite(dict(outcome.details), "", [])
         figures = _finite(dict(outcome.metrics), "", lost)
+        if outcome.sampling is not None:
+            details[SAMPLED] = outcome.sampling.model_dump(mode="json", exclude_none=True)
+        kept = step.looks or step.redraws  # the files are those of the model that came in
         failure = outcome.failure
         if lost and "not finite" not in (failure or ""):
             failure = "; ".join(filter(None, [f"{', '.join(lost)}: not finite", failure]))
@@ -620,14 +630,14 @@ def _run_step(step: Pass, context: Context, final: Path) -> Artifact:
             details["failure"] = failure
         result = Artifact(
             path=folder,
-            model_path=parent.model_path if step.looks else folder,
-            source=parent.source if step.looks else str(folder),
+            model_path=parent.model_path if kept else folder,
+            source=parent.source if kept else str(folder),
             format=outcome.format or step.result(parent.format),
             family=parent.family,
-            base=parent.base if step.looks else None,
-            opened=parent.opened if step.looks else None,  # what was written here is plain
+            base=parent.base if kept else None,
+            opened=parent.opened if kept else None,  # what was written here is plain
             sampling=(outcome.sampling or SamplingConfig()).over(inherited(parent, context.sampling)),
-            recorded_hash=parent.hash if step.looks else None,
+            recorded_hash=parent.hash if kept else None,
         )
         metrics: dict[str, Value] = figures
         if not step.looks:
@@ -675,11 +685,21 @@ def _made(run: RunFolder, step: Pass, context: Context) -> Path | None:
 
 
 def _up_to_date(found: Artifact, step: Pass, context: Context) -> Artifact:
-    """A step that is there; how its model is drawn may be said otherwise now, where that is all there is."""
-    if step.reads(context) >= SAMPLING:
-        return found
-    sampling = inherited(context.history[-1], context.sampling)
-    return found if found.sampling == sampling else dataclasses.replace(found, sampling=sampling).write()
+    """A step that is there; how its model is drawn, and what was done before, may be otherwise now."""
+    parent, own = context.history[-1], found.lineage[-1]
+    changes: dict[str, Any] = {}
+    if _made_by(parent.lineage) != _made_by(found.lineage[:-1]):
+        changes["lineage"] = (*parent.lineage, own)
+    if not step.reads(context) >= SAMPLING:
+        said = SamplingConfig.model_validate(own.details.get(SAMPLED) or {})
+        sampling = said.over(inherited(parent, context.sampling))
+        if found.sampling != sampling:
+            changes["sampling"] = sampling
+    return dataclasses.replace(found, **changes).write() if changes else found
+
+
+def _made_by(lineage: Sequence[Step]) -> list[tuple[str, str]]:
+    return [(step.kind, step.artifact) for step in lineage]
 
 
 def _key(step: Pass, context: Context) -> str:
@@ -696,7 +716,12 @@ def _key(step: Pass, context: Context) -> str:
     shared: dict[str, Any] = {
         "models": {name: model.hash for name, model in seen.items()},
         "sampling": {
-            name: {key: getattr(sampling, key) for key in drawn}
+            name: {
+                key: value
+                for key in drawn
+                # what not every version knew is named where it is set
+                if (value := getattr(sampling, key)) is not None or key != "guidance_interval"
+            }
             for name, model in seen.items()
             if drawn and (sampling := context.sampling_of(model))
         },

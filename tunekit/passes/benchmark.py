@@ -5,9 +5,9 @@ What the figures mean:
 - `denoiser_ms_p50`, `denoiser_ms_p95`: one call of the denoiser at the picture's size on two rows (with and
   without the prompt, as guidance asks); milliseconds of wall time.
 - `picture_ms_p50`, `picture_ms_p95`: one picture from prompt to pixels, text encoder and VAE included.
-- `speedup`: how many times faster a picture is than with the baseline. Each round measures all models one
-  after the other and gives one ratio; this is their median, so that a busy moment of the machine counts on
-  both sides.
+- `speedup`: how many times faster a whole picture is than with the baseline, each in its own steps. Each
+  round measures all models one after the other and gives one ratio; this is their median, so that a busy
+  moment of the machine counts on both sides.
 - `slower`: the speed-up is below 1 by more than rounds usually differ (3 %).
 - `size_bytes`: of the model's files; `size_ratio`: over the baseline's.
 - `peak_memory_bytes`: by how much, at its peak, the memory of a fresh process grows while this model is
@@ -69,6 +69,7 @@ MEASURED = (
     Metric("peak_memory_bytes", "peak memory", "bytes", lower_is_better=True, rank=50, column="peak memory"),
 )
 """Of each model by itself."""
+STEPS = Metric("picture_steps", "steps of a picture", under="picture_ms_p50", small="{} steps")
 _FASTER = "a picture, faster by"
 COMPARED = (
     Metric(
@@ -79,7 +80,15 @@ COMPARED = (
         rank=41,
         under="speedup",
         small="{} of fine-tuned",
-        tile=Tile(_FASTER, ("{picture_ms_p50} a picture", "against the fine-tuned model in torch")),
+        tile=Tile(
+            _FASTER,
+            (
+                "{picture_ms_p50} a picture",
+                "of {picture_steps} steps",
+                "against the fine-tuned model in torch",
+                "of {picture_steps_first} steps",
+            ),
+        ),
     ),
     Metric(
         "speedup",
@@ -90,6 +99,7 @@ COMPARED = (
         column="speed-up",
         tile=Tile(_FASTER, ("{picture_ms_p50} a picture", "against its parent")),
     ),
+    Metric("picture_steps_first", "steps of the first model's picture"),
     Metric("slower", "slower", under="speedup"),
     Metric("size_ratio", "size ratio", "x", lower_is_better=True),
 )
@@ -102,7 +112,7 @@ class Benchmark(Pass):
     kind: ClassVar[str] = "benchmark"
     accepts: ClassVar[frozenset[str]] = frozenset({"torch", "onnx", "tensorrt"})
     looks: ClassVar[bool] = True
-    metrics: ClassVar[tuple[Metric, ...]] = (*MEASURED, *COMPARED)
+    metrics: ClassVar[tuple[Metric, ...]] = (*MEASURED, STEPS, *COMPARED)
 
     steps: SamplingSteps | None = None
     """Sampling steps of a picture, for every model; null: each model's own."""
@@ -133,7 +143,12 @@ class Benchmark(Pass):
     def run(self, artifact: Artifact, context: Context) -> Outcome:
         """Measures the model, its parent and the first whole model of the chain."""
         parent, first = context.reference("parent"), context.reference("first")
-        models = {model.source: model for model in (parent, first, artifact) if model is not None}
+        sides = {  # the same files may be two models, drawn otherwise
+            _name(drawn): drawn
+            for model in (parent, first, artifact)
+            if model is not None
+            for drawn in (replace(model, sampling=context.sampling_of(model)),)
+        }
         settings = Settings(
             prompts=context.prompts or (PROMPT,),
             sampling=SamplingConfig(steps=self.steps),
@@ -144,27 +159,36 @@ class Benchmark(Pass):
             memory=self.memory,
             seed=context.seed,
         )
-        sides = [replace(model, sampling=context.sampling_of(model)) for model in models.values()]
-        result = compare(sides, settings, context.say, context.running)
-        figures = dict(zip(models, result["artifacts"], strict=True))
-        own = figures[artifact.source]
-        metrics = {metric.name: own[metric.name] for metric in MEASURED}
+        result = compare(list(sides.values()), settings, context.say, context.running)
+        figures = dict(zip(sides, result["artifacts"], strict=True))
+
+        def found(model: Artifact) -> dict[str, Any]:
+            row: dict[str, Any] = figures[_name(replace(model, sampling=context.sampling_of(model)))]
+            return row
+
+        own = found(artifact)
+        metrics = _measured(own)
         for reference, suffix in ((parent, ""), (first, "_first")):
             if reference is not None:
-                against = figures[reference.source]
+                against = found(reference)
                 metrics |= {f"{name}{suffix}": value for name, value in ratios(own, against).items()}
+        if first is not None:
+            metrics["picture_steps_first"] = found(first)["steps"]
         if parent is None:
             note = "no parent to compare with: the chain has only one whole model so far"
         else:
             word = "SLOWER" if metrics["slower"] else "speed-up"
-            note = f"{word}: {metrics['speedup']:.2f}x its parent's speed ({figures[parent.source]['title']})"
+            note = f"{word}: {metrics['speedup']:.2f}x its parent's speed ({_said(found(parent))})"
+            if first is not None and found(first) is not found(parent):
+                note += f", {metrics['speedup_first']:.2f}x the first model's ({_said(found(first))})"
+            note += f", whole pictures, in {own['steps']} steps"
         context.say(note)
         if busy := result["settings"]["busy"]:
             note += f"; {busy}"
         others = {
-            model.path.name: {metric.name: figures[source][metric.name] for metric in MEASURED}
-            for source, model in models.items()
-            if model.path is not None and source != artifact.source
+            model.path.name: _measured(figures[name])
+            for name, model in sides.items()
+            if model.path is not None and figures[name] is not own
         }
         shown = ("title", "steps", *(metric.name for metric in MEASURED))
         table = [{name: row[name] for name in shown} for row in result["artifacts"]]
@@ -172,6 +196,20 @@ class Benchmark(Pass):
             metrics=metrics,
             details={"note": note, "settings": result["settings"], "artifacts": others, "models": table},
         )
+
+
+def _name(model: Artifact) -> str:
+    """Of a model among others; its sampling is whole."""
+    return f"{model.source} {model.sampling.model_dump_json() if model.sampling else ''}"
+
+
+def _measured(row: dict[str, Any]) -> dict[str, Any]:
+    """Figures of one artifact of `compare`."""
+    return {**{metric.name: row[metric.name] for metric in MEASURED}, STEPS.name: row["steps"]}
+
+
+def _said(row: dict[str, Any]) -> str:
+    return f"{row['title']}, {row['steps']} steps"
 
 
 @dataclass(frozen=True)

@@ -519,10 +519,9 @@ class _Judge:
             memory=memory,
             seed=self.context.seed,
         )
-        unique = {model.source: model for model in models}
-        sides = [
-            dataclasses.replace(model, sampling=self.context.sampling_of(model)) for model in unique.values()
-        ]
+        # The same files may be two models, drawn otherwise.
+        drawn = [dataclasses.replace(model, sampling=self.context.sampling_of(model)) for model in models]
+        sides = [side for index, side in enumerate(drawn) if side not in drawn[:index]]
         rows: list[dict[str, Any]] = compare(sides, settings, running=self.aside.running)["artifacts"]
         return rows if len(rows) == len(models) else [rows[0], {**rows[0], "speedup": 1.0}]
 

@@ -7,7 +7,7 @@ Everything is compared with a reference, on the same inputs and seeds:
 - the final pictures, before they are rounded to 8 bits: PSNR and SSIM.
 
 Each side draws as it says itself (`Artifact.sampling`). A model of four steps and its parent of thirty have
-no steps in common, so of them only the pictures are compared.
+no steps in common, so of them only the pictures are compared, each in all the steps that it takes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 PROMPTS = ("a red apple", "a smiling face", "a house", "a blue car")
 """Drawn where the run states none."""
 STEPS = 20
-"""Sampling steps at most, where none are asked for: more show nothing that these do not."""
+"""Sampling steps at most where both sides take the same and none are asked for: more show nothing new."""
 AT_ONCE = 4
 
 
@@ -58,7 +58,7 @@ class Verify(Pass):
     pictures: int = Field(4, ge=1, le=64)
     """How many pictures are drawn; the run's prompts are taken in turn."""
     steps: SamplingSteps | None = None
-    """Sampling steps of a picture, for both sides; null: each model's own, at most 20."""
+    """Sampling steps of a picture, for both sides; null: each model's own, at most 20 if they are equal."""
     tiled: bool = False
     """Decode pictures in tiles, which takes less memory where they are larger than the model's own."""
     max_relative_error: float | None = Field(None, gt=0, le=1e6)
@@ -125,9 +125,11 @@ class Verify(Pass):
         prompts = list(islice(cycle(context.prompts or PROMPTS), self.pictures))
         seeds = [context.seed + i for i in range(self.pictures)]
 
+        alike = _way(context.sampling_of(reference)) == _way(context.sampling_of(artifact))
+
         def draw(model: Artifact, runtime: Runtime, size: SamplingConfig) -> _Drawn:
             sampling = size.over(context.sampling_of(model)).over(runtime.sampling)
-            steps = self.steps or min(sampling.steps or STEPS, STEPS)
+            steps = self.steps or (min(sampling.steps or STEPS, STEPS) if alike else sampling.steps)
             return _draw(runtime, prompts, seeds, sampling.model_copy(update={"steps": steps}))
 
         # Pictures can be compared at one size alone: that of the model that is looked at.
@@ -141,7 +143,7 @@ class Verify(Pass):
             trials = _trials(runtime, prompts, context.seed, wanted.sampling)
             expected = [trial.run(runtime) for trial in trials]
         size = SamplingConfig(height=wanted.sampling.height, width=wanted.sampling.width)
-        saved = _save(wanted.pixels, "reference", name, prompts, seeds, context)
+        saved = save_pictures(wanted.pixels, "reference", name, prompts, seeds, context)
 
         sides = []
         here = everywhere() if artifact.format == "onnx" else (None,)
@@ -154,7 +156,7 @@ class Verify(Pass):
                 got = [trial.run(runtime) for trial in trials]
                 sides.append(_compare(runtime.title, got, expected, found, wanted))
                 context.say(f"{runtime.title}: PSNR {sides[-1].psnr_db:.1f} dB, SSIM {sides[-1].ssim:.4f}")
-            saved += _save(found.pixels, provider or "candidate", title, prompts, seeds, context)
+            saved += save_pictures(found.pixels, provider or "candidate", title, prompts, seeds, context)
         note = f"reference: {name}; {self.pictures} pictures of {found.sampling.steps} steps"
         if sides[-1].trajectory is None:
             note += (
@@ -241,9 +243,17 @@ class Verify(Pass):
 
 def describe(artifact: Artifact, runtime: Runtime) -> str:
     """A model in a few words: the step that made it, or its folder or hub id; and what runs it."""
+    from tunekit.registry import PASSES
+
+    looking = {kind for kind, cls in PASSES.items() if cls.looks}
     name = artifact.model_path.name if artifact.model_path else artifact.source
-    made_by = next((step.kind for step in artifact.lineage if step.artifact == name), name)
+    made_by = next((step.kind for step in reversed(artifact.lineage) if step.kind not in looking), name)
     return f"{made_by} ({runtime.title})"
+
+
+def _way(sampling: SamplingConfig) -> SamplingConfig:
+    """From noise to a picture, whatever its size and its prompts are."""
+    return sampling.model_copy(update={"height": None, "width": None, "negative_prompt": None})
 
 
 # Components ------------------------------------------------------------------------------------------------
@@ -456,9 +466,10 @@ def _compare(title: str, got: list[Tensor], expected: list[Tensor], found: _Draw
     )
 
 
-def _save(
+def save_pictures(
     pixels: Tensor, name: str, label: str, prompts: list[str], seeds: list[int], context: Context
 ) -> list[dict[str, Any]]:
+    """Writes pictures [N, 3, H, W] into the step's folder; returns them as `Outcome.pictures` lists them."""
     from tunekit.runtime import to_images
 
     folder = context.folder / PICTURES

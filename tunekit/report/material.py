@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunekit.artifacts import CARD, Artifact, RunFolder, Step
+from tunekit.artifacts import CARD, SAMPLED, Artifact, RunFolder, Step
 from tunekit.errors import ArtifactError, ConfigError
 from tunekit.provenance import public, shown
 from tunekit.records import finite, metrics_of, read_bytes
@@ -128,7 +128,7 @@ def gather(run: RunFolder) -> Material:
     if passes and last:
         names = {path.name for path in passes}
         found.chain = [step for step in last.lineage if step.artifact in names]
-    found.final = run.folder_of(last) if last else None
+    found.final = _final(run, last, found.chain) if last else None
     try:
         metrics = metrics_of(run.metrics)
         found.rows = metrics.rows
@@ -139,6 +139,14 @@ def gather(run: RunFolder) -> Material:
         found.trouble.append(f"metrics.jsonl {error.message}")
     _read_config(run, found)
     return found
+
+
+def _final(run: RunFolder, last: Artifact, chain: list[Step]) -> str | None:
+    """The folder to open: that of the model, or of a later step that decided how it is drawn with."""
+    folder = run.folder_of(last)
+    names = [step.artifact for step in chain]
+    later = chain[names.index(folder) + 1 :] if folder in names else chain
+    return next((step.artifact for step in reversed(later) if SAMPLED in step.details), folder)
 
 
 def _read_config(run: RunFolder, found: Material) -> None:

@@ -90,7 +90,8 @@ class Runtime:
         scale = self.cfg_scale(sampling)
         if scale is None:
             return None
-        return Guided(self.conditioning([sampling.negative_prompt or ""] * prompts, sampling), scale)
+        negative = self.conditioning([sampling.negative_prompt or ""] * prompts, sampling)
+        return Guided(negative, scale, sampling.guidance_interval)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Encode pixels [B, 3, H, W] in [-1, 1] to scaled mean and std, [B, 2C, h, w]."""

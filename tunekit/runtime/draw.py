@@ -137,6 +137,13 @@ def remarks(runtime: Runtime, prompts: Sequence[str], sampling: SamplingConfig) 
         if lost := runtime.unread(prompt):
             start = prompt if len(prompt) <= 40 else f"{prompt[:37]}..."
             said.append(f'the prompt "{start}" is longer than the text encoder reads; left out: "{lost}"')
+    decided = runtime.artifact.made_for if runtime.artifact else None
+    if decided and whole.steps not in (None, decided[1]):
+        said.append(
+            f"{decided[0]} made this model for {decided[1]} sampling steps, and {whole.steps} are asked for"
+        )
+    if whole.guidance_interval and not guided:
+        said.append("the guidance interval has no effect: this model is drawn without guidance")
     if whole.negative_prompt and not guided:
         more = whole.model_copy(update={"guidance": 10.0})
         said.append(

@@ -106,6 +106,7 @@ class Previewer:
             tile_vae(pipeline.vae, factor=pixels_per_latent(self.family, pipeline))
         shape = self.family.latent_shape(pipeline, sampling.height, sampling.width)
         frame = Frame.whole(sampling.height, sampling.width).rows(1)
+        interval = sampling.guidance_interval
 
         def denoise(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
             return self.family.denoise(model, latents, timestep, conditioning)
@@ -130,7 +131,9 @@ class Previewer:
                         pipeline.scheduler,
                         initial_latents(seeds, shape).to(device),
                         told(prompt),
-                        None if scale is None else Guided(told(sampling.negative_prompt or ""), scale),
+                        None
+                        if scale is None
+                        else Guided(told(sampling.negative_prompt or ""), scale, interval),
                         sampling,
                         begin=self.family.begin,
                         seeds=seeds,
