@@ -30,8 +30,9 @@ def test_all_passes_of_the_road_are_there():
         "build_tensorrt",
         "verify",
         "benchmark",
+        "tune_sampler",
     } <= set(NAMES)
-    assert not {"base", "prunable", "onnx_int8"} & set(NAMES)  # what passes are made of
+    assert not {"base", "prunable", "onnx_int8", "samplers"} & set(NAMES)  # what passes are made of
 
 
 @pytest.mark.parametrize("name", NAMES)
