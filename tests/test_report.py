@@ -65,6 +65,7 @@ def run(tmp_path: Path) -> RunFolder:
         lineage,
         settings={"scheme": "int8"},
         metrics={"size_bytes": 1000, "relative_error": 0.01},
+        details={"sensitivity": [{"layer": "a", "layer_error": 0.02}, {"layer": "b", "layer_error": 0.005}]},
     )
     pictures = [
         {"file": f"pictures/{label}.png", "label": label, "prompt": "an <owl>", "seed": 3}
@@ -102,6 +103,17 @@ def test_page_is_one_self_contained_file_with_every_picture(run: RunFolder) -> N
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)
     assert page.count("data:image/png;base64,") == 3 + 2
     assert "before" in page and "after" in page and "step 20" in page
+
+
+def test_what_layers_cost_is_drawn(run: RunFolder) -> None:
+    page = report.write(run.path).read_text(encoding="utf-8")
+    table = page[page.index("02-quantize-00000002: sensitivity") :]
+    table = table[: table.index("</table>")]
+    assert "error in int8" in table
+    assert re.findall(r'<td>0\.(\d+)<span class="bar" style="width:(\d+)%">', table) == [
+        ("02", "100"),
+        ("005", "25"),
+    ]
 
 
 def test_page_escapes_prompts(run: RunFolder) -> None:

@@ -166,7 +166,7 @@ def test_nodes_it_cannot_take_are_named(tiny_onnx: Path, tmp_path: Path, kind: s
     print(raised.value)
     assert "TensorRT-RTX cannot read text_encoder" in str(raised.value)
     assert named in str(raised.value)
-    assert "quantize: {mode: static, activations: int8}" in str(raised.value)
+    assert "quantize: {target: tensorrt}" in str(raised.value)
     assert not list((tmp_path / "run").glob("*build_tensorrt*"))
 
 

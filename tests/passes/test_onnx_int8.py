@@ -8,7 +8,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tunekit.passes.onnx_int8 import Graph, measure_ranges
+from tunekit.passes.onnx_int8 import FLAVOURS, Flavour, Graph, measure_ranges
+from tunekit.passes.onnx_probe import Probe, sparing
 
 DRAW = np.random.default_rng(0)
 
@@ -77,9 +78,9 @@ def written(model: Path, tmp_path: Path, mode: str) -> Path:
     graph = Graph(model)
     found = graph.layers()
     if mode in ("uint8", "int8"):
-        signed = mode == "int8"
-        ranges = measure_ranges(model, found, [feeds(seed) for seed in range(6)], signed=signed)
-        graph.compute_static(found, ranges, signed=signed)
+        flavour = FLAVOURS["tensorrt" if mode == "int8" else "cpu"]
+        ranges = measure_ranges(model, found, [feeds(seed) for seed in range(6)], signed=flavour.signed)
+        graph.compute_static(found, ranges, flavour)
     elif mode == "dynamic":
         graph.compute_dynamic(found)
     else:
@@ -183,7 +184,7 @@ def test_seven_bits_stay_within_64(model: Path):
     graph = Graph(model)
     found = [layer for layer in graph.layers() if layer.path not in ("table", "gemm")]
     ranges = measure_ranges(model, found, [feeds(0)], signed=False)
-    graph.compute_static(found, ranges, signed=False, bits=7)
+    graph.compute_static(found, ranges, Flavour(), bits=7)
     values = [numpy_helper.to_array(t) for name, t in graph.initializers.items() if name.endswith("_int8")]
     assert len(values) == 3 and all(np.abs(value).max() == 63 for value in values)
 
@@ -197,3 +198,23 @@ def test_weights_beside_the_graph_are_read_and_calibrated(model: Path, tmp_path:
     path = written(outside, tmp_path, "uint8")
     assert error(run(path), run(model)) < 0.025
     assert not path.with_name("model.onnx_data").exists()  # small enough for one file now
+
+
+def test_the_probe_rounds_what_the_written_graph_rounds(model: Path, tmp_path: Path):
+    calls = [feeds(seed) for seed in range(4)]
+    for flavour in (FLAVOURS["cpu"], FLAVOURS["tensorrt"]):
+        graph = Graph(model)
+        layers = graph.computable(graph.layers(), flavour)
+        ranges = measure_ranges(model, layers, calls, signed=flavour.signed)
+        probe = Probe(model, [layer.weight for layer in layers], ranges, flavour)
+        assert np.allclose(probe.run((), feeds(9))[0], run(model), atol=1e-5)
+        graph.compute_static(layers, ranges, flavour)
+        graph.save(tmp_path / "one" / "model.onnx")
+        wanted = run(tmp_path / "one" / "model.onnx")
+        assert error(probe.run(range(len(layers)), feeds(9))[0], wanted) < 0.005
+        costs, shifts = probe.costs(calls, seconds=60)
+        assert {cost.path for cost in costs} == {layer.path for layer in layers}
+        assert all(cost.error > 0 for cost in costs) and len(shifts) == len(layers)
+        (all_together,) = probe.costs(calls, seconds=0)[0][:1]
+        assert all_together.share < 1 or all_together.path == ""
+        assert sparing(costs, share=0.0) == []

@@ -24,7 +24,7 @@ from tunekit.passes.paths import resolve, unmatched
 from tunekit.passes.quantize import Quantize
 from tunekit.runtime import generate_pixels, open_runtime
 
-FAMILY = families.get("sd15")
+FAMILY, SDXL = families.get("sd15"), families.get("sdxl")
 PROMPTS = ("a cat", "a dog")
 # Lowest signal-to-noise ratio of the tiny model's output. Random weights are harder on rounding than
 # trained ones: a trained 11M U-Net has 44 dB where this has 34.
@@ -112,16 +112,17 @@ def test_other_parts_of_a_torch_model_are_refused(tiny_source: Path, tmp_path: P
 @pytest.fixture(scope="module")
 def results(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     folder = tmp_path_factory.mktemp("quantized")
+    signed = ["conv_in", "up_blocks.-1"]
     return {
-        "weight_only": quantized(tiny_onnx, folder),
-        "dynamic": quantized(tiny_onnx, folder, mode="dynamic"),
-        "static": quantized(tiny_onnx, folder, mode="static", samples=8),
-        "signed": quantized(
-            tiny_onnx, folder, mode="static", samples=8, activations="int8", keep=["conv_in", "up_blocks.-1"]
-        ),
+        "weight_only": quantized(tiny_onnx, folder, mode="weight_only", components=PARTS),
+        "dynamic": quantized(tiny_onnx, folder, mode="dynamic", components=PARTS),
+        "static": quantized(tiny_onnx, folder, samples=8, components=PARTS, keep=SENSITIVE),
+        "signed": quantized(tiny_onnx, folder, target="tensorrt", samples=8, keep=signed, components=PARTS),
     }
 
 
+PARTS = ["unet", "vae_encoder", "vae_decoder"]
+SENSITIVE = list(FAMILY.facts.denoiser.sensitive)
 MODES = ["weight_only", "dynamic", "static", "signed"]
 
 
@@ -136,7 +137,7 @@ def test_an_onnx_model_gets_small_and_stays_near(mode: str, results: dict[str, A
     assert metrics["sqnr_db"] > LEAST_SQNR_DB.get(mode, 15)
     assert result.size_bytes == metrics["size_bytes"] < 0.35 * open_artifact(tiny_onnx).size_bytes
     components = {row["component"]: row for row in result.lineage[-1].details["components"]}
-    assert set(components) == {"unet", "vae_decoder", "vae_encoder"}  # text encoders lose most
+    assert list(components) == PARTS
     assert all(row["size_bytes"] < 0.5 * row["size_bytes_before"] for row in components.values())
     assert all(
         metrics[f"relative_error_{name}"] == row["relative_error"] > 0 for name, row in components.items()
@@ -145,7 +146,9 @@ def test_an_onnx_model_gets_small_and_stays_near(mode: str, results: dict[str, A
     assert {row["mode"] for name, row in components.items() if name != "unet"} == {"weight_only"}
     assert (metrics["int8_computed_layers"] > 0) == (mode != "weight_only")
     noted = json.loads(Path(result.source, "unet", "config.json").read_text())
-    activations = {"static": {"activations": "uint8"}, "signed": {"activations": "int8"}}.get(mode, {})
+    static = {"activations": "uint8", "target": "cpu"}
+    signed = {"activations": "int8", "target": "tensorrt"}
+    activations = {"static": static, "signed": signed}.get(mode, {})
     own = "static" if mode == "signed" else mode
     assert noted["quantization"] == {"scheme": "int8", "mode": own, **activations}
 
@@ -173,7 +176,7 @@ def test_openvino_reads_the_same_file_as_well(mode: str, results: dict[str, Arti
 def test_calibration_is_the_models_own_and_repeatable(
     results: dict[str, Artifact], tiny_onnx: Path, tmp_path: Path
 ):
-    again = quantized(tiny_onnx, tmp_path, mode="static", samples=8)
+    again = quantized(tiny_onnx, tmp_path, samples=8, components=PARTS, keep=SENSITIVE)
     assert again.hash == results["static"].hash
 
 
@@ -214,7 +217,9 @@ def test_kept_layers_compute_in_floats(results: dict[str, Artifact]):
         found = graph(results[mode])
         makers = {output: node for node in found.node for output in node.output}
         convolutions = {
-            node.input[1].removesuffix("_dequantized"): node for node in found.node if node.op_type == "Conv"
+            node.input[1].removesuffix("_dequantized").removesuffix("_float"): node
+            for node in found.node
+            if node.op_type == "Conv"
         }
 
         def computes_in_int8(name: str, convolutions: Any = convolutions, makers: Any = makers) -> bool:
@@ -240,19 +245,19 @@ def test_what_tensorrt_refuses_is_not_in_its_files(results: dict[str, Artifact])
 
 def test_a_model_with_two_text_encoders(tiny_onnxs: Callable[[str], Path], tmp_path: Path):
     source = tiny_onnxs("sdxl")
-    result = quantized(source, tmp_path, family="sdxl", mode="static", samples=8)
+    result = quantized(source, tmp_path, family="sdxl", samples=8, keep=list(SDXL.facts.denoiser.sensitive))
     metrics = result.lineage[-1].metrics
     print(f"sdxl: {metrics['sqnr_db']:.1f} dB")
     assert metrics["sqnr_db"] > 11  # twice as many layers as SD 1.x's smallest, all with random weights
     rows = {row["component"]: row for row in result.lineage[-1].details["components"]}
-    assert set(rows) == {"unet", "vae_encoder", "vae_decoder"}
     assert rows["unet"]["computed"] > 50
+    assert {name for name, row in rows.items() if row["mode"] == "fp16"} == set(rows) - {"unet"}
     # What the family knows to be sensitive is stored in int8 and computed in floats.
     kept = {f"unet.add_embedding.linear_{index}.weight" for index in (1, 2)}
     quantizers = [node for node in graph(result).node if node.op_type == "QuantizeLinear"]
     users = {node.input[1]: node for node in graph(result).node if node.op_type in ("Gemm", "MatMul")}
     for name in kept:
-        feeder = users[f"{name}_dequantized"].input[0]
+        feeder = users[f"{name}_float"].input[0]
         assert not any(feeder.startswith(node.output[0].removesuffix("_q")) for node in quantizers)
     assert psnr_db(draw(result, "sdxl"), draw(source, "sdxl")) > 15
 
@@ -270,15 +275,94 @@ def test_only_some_components(tiny_onnx: Path, tmp_path: Path):
         quantized(tiny_onnx, tmp_path, components=["vea_decoder"])
 
 
+# What stays in floats --------------------------------------------------------------------------------------
+
+
+def test_layers_are_measured_and_the_worst_stay_in_floats(tiny_onnx: Path, tmp_path: Path):
+    result = quantized(tiny_onnx, tmp_path, samples=8)
+    details = result.lineage[-1].details
+    rows = details["sensitivity"]
+    saved = json.loads(Path(result.source, "unet", "sensitivity.json").read_text())
+    assert saved == {"version": 1, "layers": rows}
+    others = {row["component"]: row["mode"] for row in details["components"][1:]}
+    assert others == dict.fromkeys(["text_encoder", "vae_decoder", "vae_encoder"], "fp16")
+    assert result.size_bytes < 0.4 * open_artifact(tiny_onnx).size_bytes
+    errors = [row["layer_error"] for row in rows]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0 and len(rows) > 50
+    assert sum(row["work"] for row in rows) == pytest.approx(1)
+    floats = [row for row in rows if row["computed_in"] == "float"]
+    assert 0 < sum(row["work"] for row in floats) <= 0.05
+    convolutions = {node.input[1]: node for node in graph(result).node if node.op_type == "Conv"}
+    makers = {output: node.op_type for node in graph(result).node for output in node.output}
+    for row in rows:
+        kind = "float" if row["computed_in"] == "float" else "dequantized"
+        if "conv" in row["layer"]:
+            node = convolutions[f"unet.{row['layer']}.weight_{kind}"]
+            assert kind == "float" or makers[node.input[0]] == "DequantizeLinear"
+    named = quantized(tiny_onnx, tmp_path, samples=8, keep=SENSITIVE)
+    assert result.lineage[-1].metrics["sqnr_db"] > named.lineage[-1].metrics["sqnr_db"]
+
+
+def test_as_few_layers_as_a_psnr_takes(tiny_onnx: Path, tmp_path: Path):
+    tries = {}
+    for psnr in (10.0, 30.0):
+        details = (
+            quantized(tiny_onnx, tmp_path, samples=8, minutes=0.03, keep={"psnr": psnr}).lineage[-1].details
+        )
+        tries[psnr] = {row["layers"]: row["psnr_db"] for row in details["pictures"]}
+        floats = [row for row in details["sensitivity"] if row["computed_in"] == "float"]
+        assert len(floats) == min(count for count, found in tries[psnr].items() if found >= psnr)
+    assert set(tries[10.0]) == {0}
+    with pytest.raises(ArtifactError, match=r"psnr: 149} cannot be met: with \d+ of \d+ layers .* dB"):
+        quantized(tiny_onnx, tmp_path / "never", samples=8, minutes=0.03, keep={"psnr": 149})
+    assert not list((tmp_path / "never" / "run").glob("*-quantize-*"))
+
+
+def test_where_time_is_short_modules_are_measured_together(tiny_onnx: Path, tmp_path: Path):
+    result = quantized(tiny_onnx, tmp_path, samples=8, minutes=1e-6, keep={"share": 0.4})
+    rows = result.lineage[-1].details["sensitivity"]
+    assert {row["layer"] for row in rows} == {"unet"} or len(rows) < 10
+    assert sum(row["work"] for row in rows) == pytest.approx(1)
+
+
+def test_a_runtime_that_computes_garbage_is_named(
+    tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    openvino = pytest.importorskip("tunekit.runtime.openvino")
+    run = openvino.OpenVinoGraph.run
+
+    def shuffled(graph: Any, feeds: Any) -> Any:
+        return {name: np.flip(value, -1).copy() for name, value in run(graph, feeds).items()}
+
+    monkeypatch.setattr(openvino.OpenVinoGraph, "run", shuffled)
+    with pytest.raises(ArtifactError, match=r"unet runs in openvino and gives garbage .*onnxruntime"):
+        quantized(tiny_onnx, tmp_path, mode="weight_only")
+    assert not list((tmp_path / "run").glob("*-quantize-*"))
+    quantized(tiny_onnx, tmp_path, mode="weight_only", target="tensorrt")  # nothing that OpenVINO is to run
+
+
+def test_without_prompts_there_is_nothing_to_measure_on(tiny_onnx: Path, tmp_path: Path):
+    context = Context(run_dir=tmp_path / "run", device="cpu", say=lambda line: None)
+    with pytest.raises(ChainError, match=r"no prompts to measure ranges on.*preview: {prompts"):
+        run_chain([Quantize()], open_artifact(tiny_onnx, family="sd15"), context)
+    assert not (tmp_path / "run").exists()
+
+
 # Settings --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"samples": 8}, "samples: has no effect: mode is not static"),
+        ({"mode": "dynamic", "samples": 8}, "samples: has no effect: mode is dynamic"),
+        ({"target": "cuda", "ranges": "minmax"}, "ranges: has no effect: mode is weight_only"),
+        ({"mode": "dynamic", "keep": {"psnr": 40}}, "keep: has no effect: mode is dynamic"),
+        ({"keep": ["conv_in"], "minutes": 2}, "minutes: has no effect: keep names the layers"),
+        ({"target": "tensorrt", "activations": "uint8"}, "activations: uint8 is not what target tensorrt"),
+        ({"keep": {"psnr": 40, "share": 0.1}}, "takes either psnr"),
+        ({"samples": 2}, "samples: must be at least 4"),
         ({"mode": "dynamic", "activations": "int8"}, "activations: has no effect"),
-        ({"reduce_range": True}, "reduce_range: has no effect"),
+        ({"mode": "weight_only", "reduce_range": True}, "reduce_range: has no effect"),
         ({"group": 64}, "group: has no effect"),
         ({"scheme": "int4", "group": 9}, "group: must be a multiple of 2"),
         ({"scheme": "int5"}, "scheme"),
@@ -323,7 +407,7 @@ def test_success_with_nothing_done_is_an_error(results: dict[str, Artifact], tin
 
     halves = changed(tiny_onnx, tmp_path / "halves", by_others)
     with pytest.raises(ArtifactError, match=r"no weights that could be quantized: they are float16"):
-        quantized(halves, tmp_path / "half")
+        quantized(halves, tmp_path / "half", mode="weight_only")
     with pytest.raises(ArtifactError, match="nothing of the unet would be computed in int8"):
         every = ["down_blocks", "mid_block", "up_blocks", "time_embedding"]
         quantized(tiny_onnx, tmp_path, mode="dynamic", keep=every)
@@ -357,7 +441,7 @@ def test_weights_lie_wherever_others_put_them(
             path.rename(blobs / str(number))
             path.symlink_to(os.path.relpath(blobs / str(number), path.parent))
     before = {path: path.stat().st_mtime_ns for path in source.rglob("*")}
-    result = quantized(source, tmp_path, mode="static", samples=8)
+    result = quantized(source, tmp_path, samples=8, components=PARTS, keep=SENSITIVE)
     assert {path: path.stat().st_mtime_ns for path in source.rglob("*")} == before
     for component in ("unet", "vae_decoder", "vae_encoder"):  # no stale weights beside the new ones
         assert sorted(path.name for path in Path(result.source, component).iterdir()) == [
@@ -377,10 +461,10 @@ def test_weights_that_are_missing_or_outside_are_refused(tiny_onnx: Path, tmp_pa
     content = weights.read_bytes()
     weights.write_bytes(content[:1000])
     with pytest.raises(ModelError, match="too short"):
-        quantized(source, tmp_path)
+        quantized(source, tmp_path, mode="weight_only")
     weights.unlink()
     with pytest.raises(ModelError, match=r"weights\.pb are missing"):
-        quantized(source, tmp_path)
+        quantized(source, tmp_path, mode="weight_only")
     graph = onnx.load(source / "unet" / "model.onnx", load_external_data=False)
     for tensor in graph.graph.initializer:
         for entry in tensor.external_data:

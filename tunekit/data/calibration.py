@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tunekit.config import DataConfig, DreamboothData, SamplingConfig
@@ -32,6 +33,8 @@ UNCONDITIONAL = 0.2
 """Share of examples with the empty caption: with guidance, half of all calls of a denoiser have none."""
 DRAWING_STEPS = 20
 DRAWN_TOGETHER = 4
+VERSION = 1
+"""Of files of calls; to be raised when what is in them changes its meaning."""
 
 Call = tuple[Tensor, Tensor, Conditioning]
 """What a denoiser is given: latents [B, C, h, w], timesteps [B] and conditioning."""
@@ -171,9 +174,15 @@ def calls(model: Drawer, material: Material) -> list[Call]:
     """What the denoiser is called with while the model draws the run's prompts and captions.
 
     Pictures are drawn, `DRAWN_TOGETHER` at a time, until there are `material.count` calls; of all that were
-    made so many are taken evenly, so that every timestep occurs, and with guidance both halves do.
+    made so many are taken evenly, so that every timestep occurs, and with guidance both halves do. They are
+    kept in the cache, named after the model's hash and all else that they depend on.
     """
     sampling, seed, texts = material.sampling, material.seed, _texts(material)
+    described = [VERSION, material.model_hash, material.count, seed, texts, sampling.model_dump(mode="json")]
+    name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+    file = material.cache / "calls" / f"{name}.safetensors"
+    if is_whole(file):
+        return _read_calls(file, material.count)
     shape = model.latent_shape(*material.size)
     recorded: list[Call] = []
 
@@ -196,7 +205,25 @@ def calls(model: Drawer, material: Material) -> list[Call]:
             seeds=seeds,
         )
         drawn += DRAWN_TOGETHER
-    return [recorded[index * len(recorded) // material.count] for index in range(material.count)]
+    taken = [recorded[index * len(recorded) // material.count] for index in range(material.count)]
+    tensors: dict[str, Tensor] = {}
+    for number, (latents, times, conditioning) in enumerate(taken):
+        tensors |= {f"{number}.latents": latents, f"{number}.times": times}
+        tensors |= {f"{number}.told.{key}": value for key, value in conditioning.items()}
+    save_tensors(file, {key: value.clone() for key, value in tensors.items()})  # rows may share their memory
+    return taken
+
+
+def _read_calls(file: Path, count: int) -> list[Call]:
+    tensors = load_file(file)
+    told: list[Conditioning] = [{} for _ in range(count)]
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        if name.startswith("told."):
+            told[int(number)][name.removeprefix("told.")] = value
+    return [
+        (tensors[f"{number}.latents"], tensors[f"{number}.times"], told[number]) for number in range(count)
+    ]
 
 
 def _texts(material: Material) -> list[str]:

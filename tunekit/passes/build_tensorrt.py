@@ -51,7 +51,7 @@ class BuildTensorrt(Pass):
     produces: ClassVar[str | None] = "tensorrt"
     refuses: ClassVar[Mapping[str, str]] = {
         "uint8": "comes after {giver}, and TensorRT reads no uint8 activations; write"
-        " `quantize: {{mode: static, activations: int8}}` before it, or mode weight_only"
+        " `quantize: {{target: tensorrt}}` before it, or mode weight_only"
     }
     metrics: ClassVar[tuple[Metric, ...]] = (SIZE, Metric("engines", "engines", "count"))
 
@@ -320,7 +320,7 @@ def _build(trt: Any, graph: Path, shapes: Shapes, engine: str) -> bytes:
         raise ModelError(
             f"TensorRT-RTX cannot read {component}: {said}",
             where=str(graph),
-            hint="it takes fp32, fp16, and int8 as `quantize: {mode: static, activations: int8}` writes it:"
+            hint="it takes fp32, fp16, and int8 as `quantize: {target: tensorrt}` writes it:"
             " symmetric, without int32 biases",
         )
     config = builder.create_builder_config()

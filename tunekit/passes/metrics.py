@@ -48,6 +48,7 @@ class Metric:
             true.
         small: how it is written there.
         tile: its place among the first figures.
+        bars: in tables of details it is drawn as well, beside the largest of its column.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Metric:
     under: str = ""
     small: str = "{}"
     tile: Tile | None = None
+    bars: bool = False
 
     def format(self, value: Value) -> str:
         """A value of it, with its unit."""

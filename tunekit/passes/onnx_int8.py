@@ -2,12 +2,9 @@
 
 Three ways to write an int8 layer, by what computes it:
 
-- `store`: the weight is int8 in the file and a float in the computation. Halves nothing but bytes, costs no
-accuracy
-  to speak of, runs everywhere.
+- `store`: the weight is int8 in the file and a float in the computation. Saves bytes, and runs everywhere.
 - `compute_dynamic`: MatMul and Gemm in int8, the activation's range taken from each input as it comes.
-- `compute_static`: Conv and MatMul in int8 between QuantizeLinear and DequantizeLinear, ranges measured
-before.
+- `compute_static`: Conv and MatMul in int8 between QuantizeLinear and DequantizeLinear.
 
 Figures that led to the choices here (2 cores of an AMD EPYC with AVX512-VNNI, onnxruntime 1.31, 11M U-Net,
 one thread): fp32 20.6 ms, dynamic 17.6, static 10.8; OpenVINO reads the static file to the same accuracy;
@@ -16,29 +13,62 @@ TensorRT-RTX builds from `store` and from static with signed activations and flo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from tunekit.errors import NonFiniteError, output_errors
-from tunekit.runtime.onnx_files import EXTERNAL, load_graph, load_whole
+from tunekit.runtime.onnx_files import EXTERNAL, load_graph, load_whole, weight_bytes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Feeds = dict[str, Array]
 Range = tuple[float, float]
+Method = Literal["mse", "percentile", "minmax"]
 
 SMALLEST = 1024
 """Weights with fewer elements stay floats: their scales and nodes would cost more than they save."""
 KEPT_VALUES = 1024
 """Values kept of each tensor and call for choosing its range."""
+OUTSIDE = 1e-4
+"""Share of the values on either side that a range by percentile leaves out."""
 FETCHED_AT_ONCE = 64
+"""Values of a graph that are fetched in one run of it, as those of a large model would not all fit."""
+SMALL = 200_000_000
+"""Bytes of weights below which all are."""
 PROTOBUF_LIMIT = 2_000_000_000
 COMPUTED = ("Conv", "MatMul", "Gemm")
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """What an int8 layer looks like to whom it is made for.
+
+    Attributes:
+        signed: activations are symmetric int8; otherwise uint8 with a zero point.
+        outputs: results of Convs are quantized too, without which onnxruntime computes them in floats.
+        biases: biases are int32, which onnxruntime wants and TensorRT refuses.
+        gemm: Gemms are computed in int8; onnxruntime has none with a float result, and a denoiser's see one
+            row per picture anyway.
+    """
+
+    signed: bool = False
+    outputs: bool = True
+    biases: bool = True
+    gemm: bool = False
+
+
+FLAVOURS = {
+    "cpu": Flavour(),
+    "openvino": Flavour(outputs=False, biases=False, gemm=True),
+    "cuda": Flavour(signed=True, outputs=False, biases=False, gemm=True),
+    "tensorrt": Flavour(signed=True, outputs=False, biases=False, gemm=True),
+}
+"""By the target that a file is made for."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +80,16 @@ class Layer:
         weight: name of the initializer.
         axis: of the weight: output channels, or the rows of a table.
         path: the module it came from, e.g. "unet.conv_in".
+        weights: how many there are.
+        channels: how many of them are its results'.
     """
 
     node: NodeProto
     weight: str
     axis: int
     path: str
+    weights: int = 0
+    channels: int = 1
 
     @property
     def computes(self) -> bool:
@@ -66,9 +100,14 @@ class Layer:
 class Graph:
     """One model.onnx, to be changed in place."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, weights: bool = True) -> None:
+        """Reads it.
+
+        Args:
+            weights: those in other files too; otherwise they are only named, and stay where they are.
+        """
         self.path = path
-        self.model: ModelProto = load_whole(path)
+        self.model: ModelProto = load_whole(path) if weights else load_graph(path)
         # Shapes in between go stale when types change; onnxruntime works them out itself.
         del self.model.graph.value_info[:]
         self.nodes: list[NodeProto] = list(self.model.graph.node)
@@ -88,13 +127,20 @@ class Graph:
                 continue
             axis = _channel_axis(node, len(tensor.dims))
             if axis is not None:
-                found.append(Layer(node, tensor.name, axis, tensor.name.removesuffix(".weight")))
+                path, channels = tensor.name.removesuffix(".weight"), tensor.dims[axis]
+                found.append(Layer(node, tensor.name, axis, path, _count(tensor), channels))
         return found
 
     def modules(self, component: str) -> list[str]:
         """Paths of all modules with weights, within the component."""
         paths = (name.rpartition(".")[0].removeprefix(f"{component}.") for name in self.initializers)
         return sorted({path for path in paths if path})
+
+    def convolutional(self) -> float:
+        """Share of the large weights that are in convolutions, 0 to 1."""
+        layers = self.layers()
+        inside = sum(layer.weights for layer in layers if layer.node.op_type == "Conv")
+        return inside / max(1, sum(layer.weights for layer in layers))
 
     def types(self) -> str:
         """What the large weights are, for people: "they are float16"."""
@@ -114,6 +160,24 @@ class Graph:
         for layer in layers:
             index = list(layer.node.input).index(layer.weight)
             layer.node.input[index] = self._stored(layer, fold=fold)
+
+    def halve(self, layers: Iterable[Layer]) -> None:
+        """Keeps the weights of `layers` as float16 in the file; they are floats in the computation.
+
+        For what int8 would cost too much: of builtin/emoji-64, the last layer's weights in int8 alone leave
+        43 dB. Runtimes convert them once, when they load the file. What float16 cannot hold stays as it is.
+        """
+        for layer in layers:
+            weight = numpy_helper.to_array(self.initializers[layer.weight])
+            if np.abs(weight).max() > np.finfo(np.float16).max:
+                continue
+            if layer.weight not in self._replaced:
+                half, name = f"{layer.weight}_half", f"{layer.weight}_float"
+                self._add(half, weight.astype(np.float16))
+                self._prepend([helper.make_node("Cast", [half], [name], to=TensorProto.FLOAT)])
+                self._replaced[layer.weight] = name
+            index = list(layer.node.input).index(layer.weight)
+            layer.node.input[index] = self._replaced[layer.weight]
 
     def compute_dynamic(self, layers: Iterable[Layer], *, bits: int = 8) -> int:
         """Computes MatMul and Gemm layers in int8 with ranges of the moment, stores others; returns how many.
@@ -142,34 +206,60 @@ class Graph:
             count += 1
         return count
 
+    def computable(self, layers: Iterable[Layer], flavour: Flavour) -> list[Layer]:
+        """Those of `layers` that `compute_static` computes in int8; it stores the others."""
+        return [
+            layer
+            for layer in layers
+            if layer.computes and not _scaled(layer.node) and (layer.node.op_type != "Gemm" or flavour.gemm)
+        ]
+
     def compute_static(
-        self, layers: Iterable[Layer], ranges: dict[str, Range], *, signed: bool, bits: int = 8
+        self, layers: Iterable[Layer], ranges: Mapping[str, Range], flavour: Flavour, *, bits: int = 8
     ) -> int:
         """Computes layers in int8 between QuantizeLinear and DequantizeLinear; returns how many.
 
         Args:
-            ranges: of every layer's input, and of every Conv's output; see `measure_ranges`.
-            signed: symmetric int8 activations and float biases, as TensorRT demands. Otherwise uint8 with a
-                zero point, int32 biases, and Conv outputs quantized too, without which onnxruntime computes
-                in floats.
+            ranges: of every layer's input, and of every Conv's output; see `measure`.
             bits: of weights; 7 keeps sums of two products within 16 bits, for processors without VNNI.
         """
-        count = 0
-        for layer in layers:
+        layers, signed = list(layers), flavour.signed
+        computable = self.computable(layers, flavour)
+        self.store([layer for layer in layers if layer not in computable], fold=not signed)
+        for layer in computable:
             node = layer.node
-            # onnxruntime has no int8 Gemm with a float result; a denoiser's see one row per picture anyway.
-            if not layer.computes or _scaled(node) or (node.op_type == "Gemm" and not signed):
-                self.store([layer], fold=not signed)
-                continue
             node.input[1] = self._stored(layer, fold=False, bits=bits)
             x_scale = self._activation(node.input[0], ranges, signed=signed)
-            if len(node.input) > 2 and node.input[2] in self.initializers and not signed:
+            if len(node.input) > 2 and node.input[2] in self.initializers and flavour.biases:
                 node.input[2] = self._stored_bias(node.input[2], x_scale, f"{layer.weight}_scale")
             node.input[0] = self._activations[node.input[0], signed]
-            if node.op_type == "Conv" and not signed:
+            if node.op_type == "Conv" and flavour.outputs:
                 self._quantize_output(node, ranges)
-            count += 1
-        return count
+        return len(computable)
+
+    def shift(self, layer: Layer, by: Array) -> bool:
+        """Adds `by` [channels] to a layer's bias; False where it has none of its own.
+
+        The bias of a MatMul is what an Add right behind it adds.
+        """
+        node = layer.node
+        place: tuple[NodeProto, int] | None = None
+        if node.op_type in ("Conv", "Gemm") and len(node.input) > 2:
+            place = node, 2
+        elif node.op_type == "MatMul":
+            users = [other for other in self.nodes if node.output[0] in other.input]
+            if len(users) == 1 and users[0].op_type == "Add":
+                place = users[0], 1 - list(users[0].input).index(node.output[0])
+        if place is None or place[0].input[place[1]] not in self.initializers:
+            return False
+        user, index = place
+        old = numpy_helper.to_array(self.initializers[user.input[index]])
+        if old.shape != by.shape:
+            return False
+        name = f"{layer.weight.removesuffix('.weight')}.bias_corrected"
+        self._add(name, (old + by).astype(old.dtype))
+        user.input[index] = name
+        return True
 
     def save(self, path: Path) -> None:
         """Writes the graph; weights above 2 GB go beside it."""
@@ -208,13 +298,7 @@ class Graph:
 
     def _quantized(self, layer: Layer, *, bits: int = 8, as_matmul: bool = False) -> tuple[str, str]:
         """Adds the int8 weight, as MatMul takes it if asked, and its scales; returns their names."""
-        weight = numpy_helper.to_array(self.initializers[layer.weight])
-        others = tuple(dim for dim in range(weight.ndim) if dim != layer.axis)
-        most = 2 ** (bits - 1) - 1
-        scale = np.maximum(np.abs(weight).max(axis=others), 1e-30).astype(np.float32) / np.float32(most)
-        shape = [1] * weight.ndim
-        shape[layer.axis] = -1
-        values = np.clip(np.rint(weight / scale.reshape(shape)), -most, most).astype(np.int8)
+        values, scale, _ = self._levels(layer, bits)
         names = f"{layer.weight}_int8", f"{layer.weight}_scale"
         if as_matmul and layer.axis == 0:
             values = np.ascontiguousarray(values.T)
@@ -222,6 +306,22 @@ class Graph:
         self._add(names[0], values)
         self._add(names[1], scale)
         return names
+
+    def rounded(self, layer: Layer, *, bits: int = 8) -> Array:
+        """A layer's weight as floats that int8 can hold."""
+        values, scale, shape = self._levels(layer, bits)
+        return values.astype(np.float32) * scale.reshape(shape)
+
+    def _levels(self, layer: Layer, bits: int) -> tuple[Array, Array, list[int]]:
+        """The int8 weight, a scale per channel, and the shape in which they multiply."""
+        weight = numpy_helper.to_array(self.initializers[layer.weight])
+        others = tuple(dim for dim in range(weight.ndim) if dim != layer.axis)
+        most = 2 ** (bits - 1) - 1
+        scale = np.maximum(np.abs(weight).max(axis=others), 1e-30).astype(np.float32) / np.float32(most)
+        shape = [1] * weight.ndim
+        shape[layer.axis] = -1
+        values = np.clip(np.rint(weight / scale.reshape(shape)), -most, most).astype(np.int8)
+        return values, scale, shape
 
     def _stored_bias(self, bias: str, x_scale: float, weight_scale: str) -> str:
         scale = numpy_helper.to_array(self.initializers[weight_scale]) * np.float32(x_scale)
@@ -233,19 +333,19 @@ class Graph:
         self._prepend([node])
         return name
 
-    def _activation(self, name: str, ranges: dict[str, Range], *, signed: bool) -> float:
+    def _activation(self, name: str, ranges: Mapping[str, Range], *, signed: bool) -> float:
         """Adds Q and DQ behind the value `name`, once; returns the scale."""
-        scale, zero = _scale(ranges[name], signed=signed)
+        scale, zero = rounding(ranges[name], signed=signed)
         if (name, signed) not in self._activations:
             self._activations[name, signed] = f"{name}_dequantized"
             self._insert_behind(name, self._q_and_dq(name, f"{name}_dequantized", scale, zero, signed=signed))
         return scale
 
-    def _quantize_output(self, node: NodeProto, ranges: dict[str, Range]) -> None:
+    def _quantize_output(self, node: NodeProto, ranges: Mapping[str, Range]) -> None:
         y = node.output[0]
         if (y, False) in self._activations:
             return
-        scale, zero = _scale(ranges[y], signed=False)
+        scale, zero = rounding(ranges[y], signed=False)
         node.output[0] = f"{y}_float"
         self._insert_behind(f"{y}_float", self._q_and_dq(f"{y}_float", y, scale, zero, signed=False))
         self._activations[y, False] = y  # whoever takes it takes it quantized
@@ -309,7 +409,7 @@ def _channel_axis(node: NodeProto, rank: int) -> int | None:
     return 0 if node.op_type == "Gemm" and _attribute(node, "transB", 0) else 1
 
 
-def _scale(found: Range, *, signed: bool) -> tuple[float, int]:
+def rounding(found: Range, *, signed: bool) -> tuple[float, int]:
     """Scale and zero point for a range; zero itself is always hit exactly."""
     low, high = min(found[0], 0.0), max(found[1], 0.0)
     if signed:
@@ -334,17 +434,22 @@ def _save(model: ModelProto, path: Path) -> None:
 
 
 def measure_ranges(
-    path: Path, layers: Sequence[Layer], calls: Sequence[Feeds], *, signed: bool
+    path: Path,
+    layers: Sequence[Layer],
+    calls: Sequence[Feeds],
+    *,
+    signed: bool,
+    method: Method = "mse",
 ) -> dict[str, Range]:
     """Ranges of the layers' inputs and outputs, from real calls of the float graph (tables have none).
-
-    The range of a value is the one with the least squared rounding and clipping error over `KEPT_VALUES`
-    values of each call; the extremes alone would spend most of the 256 levels on a few outliers.
 
     Args:
         path: of the float graph.
         calls: feeds, e.g. from the model's own trajectories.
         signed: symmetric ranges.
+        method: "minmax": the extremes; "percentile": without the outermost `OUTSIDE` of the values on either
+            side; "mse": what has the least squared rounding and clipping error over `KEPT_VALUES` values of
+            each call, as the extremes alone would spend most of the 256 levels on a few outliers.
 
     Raises:
         NonFiniteError: a value is NaN or infinite.
@@ -356,28 +461,42 @@ def measure_ranges(
     session = _session_with_outputs(path, names)
     outputs = {node.name for node in session.get_outputs()} & set(names)
     inputs = [name for name in names if name not in outputs]
+    at_once = FETCHED_AT_ONCE if weight_bytes(path) > SMALL else max(1, len(names))
     for number, feeds in enumerate(calls):
-        for start in range(0, len(names), FETCHED_AT_ONCE):  # all at once would not fit for a large model
-            wanted = [name for name in names[start : start + FETCHED_AT_ONCE] if name in outputs]
+        for start in range(0, len(names), at_once):
+            wanted = [name for name in names[start : start + at_once] if name in outputs]
             fetched = dict(zip(wanted, session.run(wanted, feeds), strict=True)) if wanted else {}
-            for name in names[start : start + FETCHED_AT_ONCE]:
+            for name in names[start : start + at_once]:
                 value = np.asarray(fetched[name] if name not in inputs else feeds[name], np.float32).ravel()
                 bottom, top = float(value.min()), float(value.max())
                 if not np.isfinite([bottom, top]).all():
                     raise NonFiniteError(f"{name} holds values that are not finite", where=str(path))
                 low, high = extremes[name]
                 extremes[name] = (min(low, bottom), max(high, top))
-                draw = np.random.default_rng(number)
-                few = value.size <= KEPT_VALUES
-                kept[name].append(value if few else draw.choice(value, KEPT_VALUES, replace=False))
-    return {name: _best_range(np.concatenate(kept[name]), extremes[name], signed=signed) for name in names}
+                if method != "minmax":
+                    few = value.size <= KEPT_VALUES
+                    places = np.random.default_rng(number).integers(0, value.size, KEPT_VALUES)
+                    kept[name].append(value if few else value[places])
+    if method == "minmax":
+        return extremes
+    return {
+        name: _inner_range(np.concatenate(kept[name]))
+        if method == "percentile"
+        else _best_range(np.concatenate(kept[name]), extremes[name], signed=signed)
+        for name in names
+    }
+
+
+def _inner_range(values: Array) -> Range:
+    low, high = np.quantile(values, [OUTSIDE, 1 - OUTSIDE])
+    return float(low), float(high)
 
 
 def _best_range(values: Array, extremes: Range, *, signed: bool) -> Range:
     best, least = extremes, np.inf
     for share in np.linspace(1.0, 0.3, 15):
         candidate = (extremes[0] * share, extremes[1] * share)
-        scale, zero = _scale(candidate, signed=signed)
+        scale, zero = rounding(candidate, signed=signed)
         bottom, top = (-127, 127) if signed else (0, 255)
         levels = np.clip(np.rint(values / scale) + zero, bottom, top)
         error = float(np.square((levels - zero) * scale - values).mean())
@@ -388,14 +507,19 @@ def _best_range(values: Array, extremes: Range, *, signed: bool) -> Range:
 
 def _session_with_outputs(path: Path, names: Sequence[str]) -> Any:
     """A session of the graph at `path` in which the values `names` can be fetched; writes no file."""
-    import onnxruntime
-
     model = load_graph(path)
     made = {name for node in model.graph.node for name in node.output}
     known = {value.name for value in model.graph.output}
     model.graph.output.extend(
         helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names if name in made - known
     )
+    return open_in_memory(model, path)
+
+
+def open_in_memory(model: ModelProto, path: Path) -> Any:
+    """A session of a graph that is in no file; weights that are only named lie beside `path`."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if outside := [tensor.name for tensor in model.graph.initializer if tensor.data_location == EXTERNAL]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -455,12 +455,24 @@ def _detail_tables(chain: Sequence[Step], declared: Sequence[Metric]) -> Iterabl
             told = lines[:MOST_LINES]
             keys = list(dict.fromkeys(key for line in told for key in line))[:MOST_LINES]
             metrics = {key: _metric(key, declared) for key in keys}
+            bars = {key: _bars(metrics[key], [line.get(key) for line in told]) for key in keys}
             yield {
                 "title": f"{step.artifact}: {name.replace('_', ' ')}"
                 + (f" ({len(told)} of {len(lines)} lines)" if len(told) < len(lines) else ""),
                 "head": [_head(key, metrics[key]) for key in keys],
-                "body": [[_plain(line.get(key), metrics[key]) for key in keys] for line in told],
+                "body": [
+                    [(_plain(line.get(key), metrics[key]), bars[key](line.get(key))) for key in keys]
+                    for line in told
+                ],
             }
+
+
+def _bars(metric: Metric | None, values: Sequence[Any]) -> Callable[[Any], int]:
+    """Gives the width of a value's bar, in percent of the column's largest; 0 for none."""
+    largest = max((value for value in values if plain_number(value)), default=0)
+    if metric is None or not metric.bars or largest <= 0:
+        return lambda value: 0
+    return lambda value: max(1, round(100 * value / largest)) if plain_number(value) else 0
 
 
 def _metric(name: str, declared: Sequence[Metric]) -> Metric | None:

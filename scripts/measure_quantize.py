@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""What int8 gains and costs on the CPU: benchmarks/quantize_cpu.json, and a table.
+
+    .venv/bin/python scripts/measure_quantize.py runs/quickstart/01-merge-* WORK
+
+The model is exported and quantized in several ways below WORK (what is there already is taken). Speed:
+processor time of one call of the denoiser on one guidance pair, one thread, median of rounds in which every
+way has its turn. Fidelity: PSNR of pictures drawn from prompts of the base, which no range was measured on,
+against the model in floats with the same seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunekit.artifacts import Artifact, open_artifact
+from tunekit.config import DataConfig, SamplingConfig
+from tunekit.diffusion.metrics import psnr_db
+from tunekit.passes.base import Context, parse_chain, run_chain
+from tunekit.runtime import generate_pixels, open_runtime
+
+ROOT = Path(__file__).resolve().parent.parent
+STYLE = ("red apple", "panda face", "hamburger", "rocket", "red heart", "soccer ball")
+BASE = ("cat face", "house", "banana", "airplane", "crying face", "blue book", "tiger", "pizza")
+"""Prompts of the base; the style's, with `, 3d style`, are what ranges are measured on."""
+PARTS = ["unet", "vae_decoder", "vae_encoder"]
+SENSITIVE = ["conv_in", "conv_out", "time_embedding"]
+WAYS: dict[str, dict[str, Any]] = {
+    "weight_only": {"mode": "weight_only", "components": PARTS},
+    "dynamic": {"mode": "dynamic"},
+    "named layers in floats": {"keep": SENSITIVE},
+    "default": {},
+    "target: openvino": {"target": "openvino"},
+    "named layers, minmax": {"keep": SENSITIVE, "ranges": "minmax"},
+    "named layers, percentile": {"keep": SENSITIVE, "ranges": "percentile"},
+}
+RUNS = (("default", "openvino"), ("target: openvino", "openvino"))
+"""Ways that are measured in OpenVINO too."""
+STEPS, GUIDANCE, ROUNDS = 20, 4.0, 15
+
+
+def made(model: Path, work: Path) -> dict[str, Artifact]:
+    """The model in floats and in each way, by name."""
+    context = Context(
+        run_dir=work,
+        family="sd15",
+        device="cpu",
+        prompts=tuple(f"{name}, 3d style" for name in STYLE),
+        sampling=SamplingConfig(steps=30, guidance=GUIDANCE),
+        data=DataConfig(path="builtin/pictures/style", resolution=64),
+    )
+    start = open_artifact(model, family="sd15")
+    found = {"torch fp32": start, "fp32": run_chain(parse_chain(["export_onnx"]), start, context)}
+    for name, settings in WAYS.items():
+        found[name] = run_chain(parse_chain([{"quantize": settings}]), found["fp32"], context)
+    return found
+
+
+def measure(models: dict[str, Artifact]) -> list[dict[str, Any]]:
+    """A row per way and runtime."""
+    sampling = SamplingConfig(steps=STEPS, guidance=GUIDANCE)
+    seeds = list(range(len(BASE)))
+    opened: dict[tuple[str, str], Callable[[], Any]] = {}
+    rows: list[dict[str, Any]] = []
+    wanted: torch.Tensor | None = None
+    names = [
+        *((name, "cpu" if artifact.format == "onnx" else "torch") for name, artifact in models.items()),
+        ("fp32", "openvino"),
+        *RUNS,
+    ]
+    for name, provider in names:
+        runtime = open_runtime(
+            models[name],
+            family="sd15",
+            device="cpu",
+            provider=None if provider == "torch" else provider,
+            threads=1,
+        )
+        pixels = generate_pixels(runtime, list(BASE), sampling, seeds=seeds)
+        wanted = pixels if wanted is None else wanted
+        found = [psnr_db(one, other) for one, other in zip(pixels, wanted, strict=True)]
+        size = (2, *runtime.latent_shape(*runtime.default_size))
+        conditioning = runtime.conditioning([BASE[0], ""], sampling.over(runtime.sampling))
+        latents, steps = (
+            torch.randn(size, generator=torch.Generator().manual_seed(0)),
+            torch.tensor([500, 500]),
+        )
+        opened[name, provider] = lambda r=runtime, x=latents, t=steps, c=conditioning: r.denoise(x, t, c)
+        rows.append(
+            {
+                "way": name,
+                "runtime": runtime.title,
+                "psnr_db": statistics.mean(found),
+                "psnr_db_worst": min(found),
+                "size_bytes": models[name].size_bytes,
+            }
+        )
+        print(f"{name} in {runtime.title}: {rows[-1]['psnr_db']:.1f} dB", flush=True)
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in opened}
+    for _ in range(ROUNDS):
+        for key, call in opened.items():
+            started = time.process_time()
+            call()
+            times[key].append(1000 * (time.process_time() - started))
+    first = statistics.median(times[names[0]])
+    for row, key in zip(rows, names, strict=True):
+        row["denoiser_ms"] = statistics.median(times[key])
+        row["faster"] = first / row["denoiser_ms"]
+    return rows
+
+
+def main() -> None:
+    """Measures, prints the table and writes the record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("work", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    models = made(options.model, options.work)
+    rows = measure(models)
+    packages = ("torch", "onnxruntime", "openvino", "onnx")
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "machine": platform.processor() or platform.machine(),
+        "cpu": next(
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if "model name" in line
+            ),
+            "",
+        ),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "what": {"steps": STEPS, "guidance": GUIDANCE, "prompts": BASE, "rounds": ROUNDS, "threads": 1},
+        "rows": rows,
+    }
+    target = ROOT / "benchmarks" / "quantize_cpu.json"
+    target.write_text(json.dumps(record, indent=2) + "\n")
+    print("\n| way | runtime | denoiser | against torch | PSNR mean (worst) | size |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        print(
+            f"| {row['way']} | {row['runtime']} | {row['denoiser_ms']:.1f} ms | {row['faster']:.2f}x |"
+            f" {row['psnr_db']:.1f} ({row['psnr_db_worst']:.1f}) dB | {row['size_bytes'] / 1e6:.1f} MB |"
+        )
+
+
+if __name__ == "__main__":
+    main()
