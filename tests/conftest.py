@@ -236,6 +236,27 @@ def tiny_onnxs(
 
 
 @pytest.fixture(scope="session")
+def tiny_irs(
+    tiny_onnxs: Callable[[str], Path], once: Callable[[str], AbstractContextManager[Path]]
+) -> Callable[[str], Path]:
+    """`tiny_irs("sdxl")`: that ONNX artifact as one of OpenVINO, in fp32. Only to be read."""
+    pytest.importorskip("openvino")
+    from tunekit.artifacts import Artifact
+    from tunekit.passes.base import Context, run_chain
+    from tunekit.passes.export_openvino import ExportOpenvino
+
+    @cache
+    def make(name: str) -> Path:
+        source = Artifact.load(tiny_onnxs(name))
+        with once(f"openvino-{name}") as folder:
+            made = run_chain([ExportOpenvino()], source, Context(run_dir=folder, say=lambda line: None))
+        assert made.path is not None
+        return made.path
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny_source(tiny_sources: Callable[[str], Path]) -> Path:
     """The tiny SD 1.x pipeline."""
     return tiny_sources("sd15")

@@ -535,7 +535,7 @@ def test_doctor_names_what_is_missing_and_the_line_that_installs_it(
     assert caught.value.exit_code == 1
     said = " ".join(capsys.readouterr().out.split())
     assert f"peft {install.again()}" in said
-    assert f"openvino (run ONNX through OpenVINO) {install.with_extra('openvino')}" in said
+    assert f"openvino (export to OpenVINO and run it) {install.with_extra('openvino')}" in said
 
 
 # plan -------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tunekit import families, install, workspace
 from tunekit.adapters import add_adapter, at_strength, save_adapter
-from tunekit.artifacts import Artifact
+from tunekit.artifacts import Artifact, open_artifact
 from tunekit.cli.drawing import _scales
 from tunekit.config import AdapterConfig, SamplingConfig
 from tunekit.diffusion.metrics import psnr_db, relative_error
@@ -37,6 +37,7 @@ from tunekit.errors import (
     OutputError,
     TunekitError,
 )
+from tunekit.resources import Source
 from tunekit.runtime import (
     GraphModule,
     Runtime,
@@ -73,12 +74,11 @@ def each(request: pytest.FixtureRequest, tiny_sources: Callable[[str], Path]) ->
     return open_runtime(tiny_sources(request.param), family=request.param, **CPU)
 
 
-@pytest.fixture(scope="module", params=["cpu", "openvino"])
-def graphs(request: pytest.FixtureRequest, each: Runtime, tiny_onnxs: Callable[[str], Path]) -> Runtime:
-    """Its graphs."""
-    if request.param == "openvino":
-        pytest.importorskip("openvino")
-    return open_runtime(tiny_onnxs(each.family.name), provider=request.param, **CPU)
+@pytest.fixture(scope="module", params=["onnx", "openvino"])
+def graphs(request: pytest.FixtureRequest, each: Runtime) -> Runtime:
+    """Its graphs; OpenVINO's files are made of the ONNX ones."""
+    made = request.getfixturevalue({"onnx": "tiny_onnxs", "openvino": "tiny_irs"}[request.param])
+    return open_runtime(made(each.family.name), **CPU)
 
 
 def trained(seed: int = 0) -> Any:
@@ -609,6 +609,49 @@ def test_a_missing_component(tiny_onnx: Path, tmp_path: Path) -> None:
         runtime.encode_image(torch.zeros(1, 3, 64, 64))
     shutil.rmtree(folder / "unet")
     assert "unet is missing" in why(ArtifactError, folder, family="sd15")
+
+
+def test_openvino_files_run_in_openvino_alone(tiny_irs: Callable[[str], Path], adapter: Path) -> None:
+    folder = tiny_irs("sd15")
+    assert "OpenVINO runs its own files" in why(ConfigError, folder, provider="openvino")
+    assert "no effect on a model in openvino" in why(ConfigError, folder, adapter=adapter)
+    message = why(DeviceError, folder, device="xpu:3")  # OpenVINO is asked, not torch
+    assert "OpenVINO finds no device GPU.3" in message and "it finds CPU" in message
+    assert 'there is no device "gpu"' in why(DeviceError, folder, device="gpu")
+    runtime = open_runtime(folder, dtype="bf16", threads=1, **CPU)
+    compiled = runtime.pipeline.unet.graph.compiled
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+    with pytest.raises(ModelError, match="unet is an OpenVINO graph, and this needs a torch model"):
+        FAMILY.load(Source(str(folder)))
+
+
+def test_openvino_files_that_are_damaged(tiny_irs: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_irs("sd15"), tmp_path / "model")
+    xml, weights = (folder / "unet" / f"openvino_model.{ending}" for ending in ("xml", "bin"))
+    whole = weights.read_bytes()
+    weights.write_bytes(bytes(reversed(whole)))
+    assert "unet/openvino_model.bin does not hold what was written" in why(ArtifactError, folder)
+    (folder / "artifact.json").unlink()  # without it, nobody knows what was written
+    opened = open_artifact(folder, family="sd15")
+    assert opened.format == "openvino"
+    weights.write_bytes(whole[: len(whole) // 2])
+    message = why(ModelError, opened)
+    assert "OpenVINO cannot load it" in message and str(xml) in message and "Exception from" not in message
+    weights.unlink()
+    assert "openvino_model.bin is missing" in why(ModelError, opened)
+    weights.write_bytes(whole)
+    graph = xml.read_text()
+    xml.write_text(graph.replace('version="opset1"', 'version="opset99"').replace('value="20', 'value="29'))
+    message = why(ModelError, opened)
+    assert "written by OpenVINO 29" in message and "install the newer one" in message
+    xml.write_text(graph.replace('version="11"', 'version="12"', 1).replace("<layers>", "<nodes>", 1))
+    assert "it is IR 12, and OpenVINO" in why(ModelError, opened)
+    xml.write_text("not a graph")
+    assert str(xml) in why(ModelError, opened)
+    xml.write_text(graph)
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"openvino": {"precision": "int3"}}))
+    assert 'it says precision "int3"' in why(ModelError, opened)
 
 
 @pytest.mark.parametrize("provider", ["cpu", "openvino"])

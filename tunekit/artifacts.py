@@ -61,6 +61,9 @@ COMFYUI_ENDINGS = (".kohya.safetensors", ".comfyui.safetensors")
 PICTURES = "pictures"
 """Folder inside an artifact for the pictures of its step; no part of the model, so not hashed."""
 
+GRAPHS = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}
+"""Format -> the file in each component's folder by which a pipeline in that format is known."""
+
 CARD = "README.md"
 """The model card beside a record; it says who made the model and when, and is no part of it."""
 
@@ -709,8 +712,8 @@ def open_artifact(source: Path | str, *, family: str | None = None) -> Artifact:
     """Finds out what `source` is.
 
     Args:
-        source: a run folder (its final artifact), a pass or adapter folder, an adapter file, a diffusers or
-            ONNX pipeline folder, a single checkpoint file, "builtin/...", "tiny", or a hub id.
+        source: a run folder (its final artifact), a pass or adapter folder, an adapter file, a diffusers,
+            ONNX or OpenVINO pipeline folder, a single checkpoint file, "builtin/...", "tiny", or a hub id.
         family: the family, where the folder does not say itself.
 
     Raises:
@@ -744,7 +747,8 @@ def open_artifact(source: Path | str, *, family: str | None = None) -> Artifact:
     if (path / RECORD).is_file():
         return Artifact.load(path)
     if (path / "model_index.json").is_file():
-        return bare("onnx" if any(path.glob("*/model.onnx")) else "torch")
+        kinds = (kind for kind, file in GRAPHS.items() if any(path.glob(f"*/{file}")))
+        return bare(next(kinds, "torch"))
     if (path / ADAPTER_FILE).is_file():
         return bare("adapter")
     if (path / "trainable.safetensors").is_file() and (path / "state.json").is_file():

@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from tunekit import install
 from tunekit.errors import ArtifactError, TunekitError
 
-FORMATS = ("adapter", "torch", "onnx", "tensorrt")
+FORMATS = ("adapter", "torch", "onnx", "openvino", "tensorrt")
 """Of artifacts."""
 MOST_BYTES = 256 * 2**20
 """A text file of ours is never larger: half a million steps of metrics are 80 MB."""

@@ -120,7 +120,7 @@ class Verified:
 
     Attributes:
         place: its file, or the folder of an artifact.
-        what: "adapter", "torch", "onnx", "tensorrt" of artifacts, else "record".
+        what: "adapter", "torch", "onnx", "openvino", "tensorrt" of artifacts, else "record".
         problem: what is wrong; "" if nothing is.
     """
 

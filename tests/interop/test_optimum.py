@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 
+from tunekit import families
 from tunekit.config import SamplingConfig
 from tunekit.diffusion.metrics import psnr_db
 from tunekit.runtime import generate_pixels, open_runtime
@@ -21,6 +22,13 @@ from tunekit.runtime import generate_pixels, open_runtime
 pytestmark = pytest.mark.interop
 
 HERE = Path(__file__).resolve().parent
+OF_OPTIMUM_INTEL = {
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
+}
+"""Pipelines of our families that optimum-intel 1.27 has."""
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -74,6 +82,26 @@ def test_optimum_draws_the_same_pictures(tiny_onnx: Path, tmp_path: Path, in_opt
         psnr = psnr_db(pixels(Path(request["out"])), ours)  # type: ignore[arg-type]
         print(f"Optimum, {request['height']} x {request['width']}: {psnr:.1f} dB")
         assert psnr >= 60
+
+
+@pytest.mark.parametrize("name", families.runnable())
+def test_optimum_intel_draws_the_same_pictures(
+    name: str, tiny_irs: Callable[[str], Path], tmp_path: Path, in_optimum: Run
+) -> None:
+    facts = families.get(name).facts
+    if facts.pipeline_class not in OF_OPTIMUM_INTEL:
+        pytest.skip(f"optimum-intel has no pipeline for {facts.title}")
+    few = {"steps": 4, "guidance": 3.0, "height": 48, "width": 80}
+    asked = {"folder": str(tiny_irs(name)), "prompts": ["a red cat", "the moon"], "seeds": [1, 2]}
+    request = {**asked, **few, "precision": "f32", "out": str(tmp_path / "there.npy")}
+    (tmp_path / "requests.json").write_text(json.dumps([request]))
+    done = in_optimum(HERE / "draw_with_optimum_intel.py", tmp_path / "requests.json")
+    assert f"OV{facts.pipeline_class}" in done.stdout
+    runtime = open_runtime(tiny_irs(name), device="cpu")
+    ours = generate_pixels(runtime, ["a red cat", "the moon"], SamplingConfig(**few), seeds=[1, 2])
+    psnr = psnr_db(pixels(tmp_path / "there.npy"), ours)
+    print(f"optimum-intel, {name}: {psnr:.1f} dB")
+    assert psnr >= 60
 
 
 def test_models_saved_here_draw_the_same_there(tiny_source: Path, tmp_path: Path, in_optimum: Run) -> None:

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tunekit import layers
-from tunekit.artifacts import FILES
+from tunekit.artifacts import FILES, GRAPHS
 from tunekit.diffusion.sampling import is_flow, scheduler_class
 from tunekit.errors import MissingPackageError, ModelError, TunekitError, output_errors
 from tunekit.families import gguf_files, single_file, weights
@@ -61,6 +61,7 @@ __all__ = [
     "weight_files",
 ]
 
+_GRAPHS = {"onnx": "an ONNX graph", "openvino": "an OpenVINO graph"}
 MODEL_INDEX = "model_index.json"
 GGUF = gguf_files.SUFFIX
 BASE = "model.base"
@@ -295,12 +296,13 @@ def _find_in_folder(
     rest = _rest(source, base, facts)
     networks = [part for part in facts.components if part.role != "scheduler"]
     for part in networks:
-        if (path / part.name / "model.onnx").is_file():
-            raise ModelError(
-                f"{part.name} is an ONNX graph, and this needs a torch model",
-                where=str(path),
-                hint="give the model that it was exported from",
-            )
+        for kind, file in GRAPHS.items():
+            if (path / part.name / file).is_file():
+                raise ModelError(
+                    f"{part.name} is {_GRAPHS[kind]}, and this needs a torch model",
+                    where=str(path),
+                    hint="give the model that it was exported from",
+                )
     if source.variant and not any(source.variant in variants(path / part.name) for part in networks):
         there = sorted({name or "the plain one" for part in networks for name in variants(path / part.name)})
         raise ModelError(

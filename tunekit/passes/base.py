@@ -102,7 +102,7 @@ class Pass(Section):
     kind: ClassVar[str]
     """Name in YAML; equals the file's stem."""
     accepts: ClassVar[frozenset[str]]
-    """Artifact formats it can take: "adapter", "torch", "onnx", "tensorrt"."""
+    """Artifact formats it can take, of `records.FORMATS`."""
     produces: ClassVar[str | None] = None
     """Format of the result; None means the format it was given."""
     looks: ClassVar[bool] = False
@@ -782,17 +782,23 @@ _WORDS = {
     "adapter": "an adapter",
     "torch": "a torch model",
     "onnx": "an onnx model",
+    "openvino": "an openvino model",
     "tensorrt": "a tensorrt model",
 }
 
 
 def _order_hint(step: Pass, given: str) -> str | None:
+    from tunekit.registry import PASSES
+
     if given == "adapter":
         return "put `merge: {}` before it"
     if step.accepts == {"adapter"}:
         return f"this model is whole, there is nothing to {step.kind}: leave the step out"
-    if given == "torch" and "onnx" in step.accepts:
-        return "put `export_onnx: {}` before it"
+    if (own := f"{step.kind}_{given}") in PASSES.names():
+        return f"for a model in {given} that is {own}"
+    for wanted in ("onnx", "openvino"):
+        if given in ("torch", "onnx") and wanted in step.accepts:
+            return f"put `export_{wanted}: {{}}` before it"
     if "torch" in step.accepts:
-        return "move it before export_onnx"
+        return "move it before the export"
     return None

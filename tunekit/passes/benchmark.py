@@ -110,7 +110,7 @@ class Benchmark(Pass):
     """Measures latency, peak memory and size beside the parent and the fine-tuned model, in turns."""
 
     kind: ClassVar[str] = "benchmark"
-    accepts: ClassVar[frozenset[str]] = frozenset({"torch", "onnx", "tensorrt"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"torch", "onnx", "openvino", "tensorrt"})
     looks: ClassVar[bool] = True
     metrics: ClassVar[tuple[Metric, ...]] = (*MEASURED, STEPS, *COMPARED)
 
@@ -134,6 +134,8 @@ class Benchmark(Pass):
                 "would have to run TensorRT engines, but no NVIDIA GPU answers here; measure the ONNX model"
                 " instead (put it before build_tensorrt), or run the chain where the card is"
             )
+        if format == "openvino":
+            return cannot_run(["openvino"])
         return cannot_run([self.provider] if self.provider else ())
 
     def reads(self, context: Context) -> frozenset[str]:
@@ -478,8 +480,9 @@ def _measure_memory(request: dict[str, Any]) -> int | None:
     tiny = torch_runtime(family, family.tiny(), device=place.torch_device, threads=request["threads"])
     generate(tiny, ["warm up"], SamplingConfig(steps=1), seeds=[0])
     tiny.close()
-    if artifact.format == "onnx":
-        __import__("openvino" if str(request["provider"]).startswith("openvino") else "onnxruntime")
+    if artifact.format in ("onnx", "openvino"):
+        by_openvino = "openvino" in (artifact.format, str(request["provider"]).partition("_")[0])
+        __import__("openvino" if by_openvino else "onnxruntime")
     del tiny
     gc.collect()
     few = SamplingConfig(**{**request["sampling"], "steps": 2})

@@ -126,7 +126,7 @@ class ExportOnnx(Pass):
                     "relative_error": error,
                 }
             )
-        _write_rest(family, pipeline, [component.name for component in components], context.folder)
+        write_rest(family, pipeline, [component.name for component in components], context.folder)
         if self.dtype == "fp16" and not failures and (trouble := _overflow(family, context.folder)):
             failures.append(trouble)
         error = max((row["relative_error"] for row in table), key=_nan_is_worst)
@@ -303,11 +303,21 @@ def _name_weights(model: Any) -> None:
             model.graph.initializers[name] = weight
 
 
-def _write_rest(family: Family, pipeline: Any, components: list[str], folder: Path) -> None:
+def write_rest(
+    family: Family,
+    pipeline: Any,
+    components: Sequence[str],
+    folder: Path,
+    *,
+    read_by: tuple[str, str] = ("diffusers", "OnnxRuntimeModel"),
+) -> None:
     """Writes scheduler, tokenizers and the `model_index.json` that Optimum and diffusers read.
 
     That keeps the pipeline's own settings, such as SDXL's `force_zeros_for_empty_prompt`, and names the parts
     it does not have.
+
+    Args:
+        read_by: package and class that read the components.
     """
     import diffusers
 
@@ -326,7 +336,7 @@ def _write_rest(family: Family, pipeline: Any, components: list[str], folder: Pa
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", type(pipeline.scheduler).__name__],
         **{name: ["transformers", type(getattr(pipeline, name)).__name__] for name in tokenizers},
-        **{name: ["diffusers", "OnnxRuntimeModel"] for name in components},
+        **{name: list(read_by) for name in components},
     }
     write_json(folder / "model_index.json", index)
 

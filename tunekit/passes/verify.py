@@ -46,7 +46,7 @@ class Verify(Pass):
     """Compares the model with its reference: components, trajectory and pictures."""
 
     kind: ClassVar[str] = "verify"
-    accepts: ClassVar[frozenset[str]] = frozenset({"torch", "onnx", "tensorrt"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"torch", "onnx", "openvino", "tensorrt"})
     looks: ClassVar[bool] = True
     metrics: ClassVar[tuple[Metric, ...]] = (RELATIVE_ERROR, PSNR, SSIM)
 
@@ -79,7 +79,7 @@ class Verify(Pass):
                 "would have to run TensorRT engines, but no NVIDIA GPU answers here; verify the ONNX model"
                 " instead (put it before build_tensorrt), or run the chain where the card is"
             )
-        return cannot_run(self.providers or ())
+        return cannot_run(("openvino",) if format == "openvino" else self.providers or ())
 
     def reads(self, context: Context) -> frozenset[str]:
         """What it compares with, and what it draws."""
@@ -140,8 +140,8 @@ class Verify(Pass):
             for remark in remarks(runtime, prompts, context.sampling_of(reference)):
                 context.say(remark)
             wanted = draw(reference, runtime, SamplingConfig(height=own.height, width=own.width))
-            trials = _trials(runtime, prompts, context.seed, wanted.sampling)
-            expected = [trial.run(runtime) for trial in trials]
+            tried = trials(runtime, prompts, context.seed, wanted.sampling)
+            expected = [trial.run(runtime) for trial in tried]
         size = SamplingConfig(height=wanted.sampling.height, width=wanted.sampling.width)
         saved = save_pictures(wanted.pixels, "reference", name, prompts, seeds, context)
 
@@ -153,7 +153,7 @@ class Verify(Pass):
                 title = describe(artifact, runtime)
                 context.say(title)
                 found = draw(artifact, runtime, size)
-                got = [trial.run(runtime) for trial in trials]
+                got = [trial.run(runtime) for trial in tried]
                 sides.append(_compare(runtime.title, got, expected, found, wanted))
                 context.say(f"{runtime.title}: PSNR {sides[-1].psnr_db:.1f} dB, SSIM {sides[-1].ssim:.4f}")
             saved += save_pictures(found.pixels, provider or "candidate", title, prompts, seeds, context)
@@ -163,12 +163,12 @@ class Verify(Pass):
                 f", of the reference {wanted.sampling.steps}; its way to them is another, and not compared"
             )
         finite = wanted.finite and all(bool(value.isfinite().all()) for value in expected)
-        return self._outcome(note, trials, sides, saved, finite)
+        return self._outcome(note, tried, sides, saved, finite)
 
     def _outcome(
         self,
         note: str,
-        trials: list[_Trial],
+        trials: list[Trial],
         sides: list[_Side],
         pictures: list[dict[str, Any]],
         finite: bool,
@@ -260,7 +260,7 @@ def _way(sampling: SamplingConfig) -> SamplingConfig:
 
 
 @dataclass(frozen=True)
-class _Trial:
+class Trial:
     """One component on one input, to be run by both sides."""
 
     component: str
@@ -272,11 +272,12 @@ class _Trial:
 
     @property
     def row(self) -> dict[str, Any]:
+        """It, as a table of the report has it."""
         size = f"{self.size[0]} x {self.size[1]}" if self.size else ""
         return {"component": self.component, "batch": self.batch, "pixels": size, "timestep": self.timestep}
 
 
-def _trials(reference: Runtime, prompts: list[str], seed: int, sampling: SamplingConfig) -> list[_Trial]:
+def trials(reference: Runtime, prompts: list[str], seed: int, sampling: SamplingConfig) -> list[Trial]:
     """Three batch sizes, each with a resolution of its own and with an early, a middle and a late timestep.
 
     Conditioning and pictures are those of the reference, so that a component is judged alone.
@@ -298,17 +299,17 @@ def _trials(reference: Runtime, prompts: list[str], seed: int, sampling: Samplin
         texts = [prompts[i % len(prompts)] for i in range(batch)]
         for encoder in reference.family.facts.encoders_of(reference.pipeline):
             run = partial(_encode, encoder=encoder.name, prompts=texts)
-            trials.append(_Trial(encoder.name, batch, None, None, run))
+            trials.append(Trial(encoder.name, batch, None, None, run))
         told = reference.conditioning(
             texts, sampling.model_copy(update={"height": size[0], "width": size[1]})
         )
         latents = initial_latents(range(seed, seed + batch), reference.latent_shape(*size))
         for timestep in (last, last // 2, last // 50):
             given = (latents, torch.tensor(timestep), told)
-            trials.append(_Trial("denoiser", batch, size, timestep, partial(_denoise, given=given)))
+            trials.append(Trial("denoiser", batch, size, timestep, partial(_denoise, given=given)))
         pixels = reference.decode(latents) * 2 - 1
-        trials.append(_Trial("vae_decoder", batch, size, None, partial(_decode, latents=latents)))
-        trials.append(_Trial("vae_encoder", batch, size, None, partial(_encode_image, pixels=pixels)))
+        trials.append(Trial("vae_decoder", batch, size, None, partial(_decode, latents=latents)))
+        trials.append(Trial("vae_encoder", batch, size, None, partial(_encode_image, pixels=pixels)))
     return sorted(trials, key=lambda trial: trial.component)
 
 

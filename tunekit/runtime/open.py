@@ -16,7 +16,7 @@ from tunekit.resources import Source
 from tunekit.runtime.base import Runtime, torch_runtime
 from tunekit.runtime.graph import model_folder
 from tunekit.runtime.onnx import ORT_PROVIDERS, open_in_onnxruntime, ort_providers
-from tunekit.runtime.openvino import open_in_openvino
+from tunekit.runtime.openvino import open_in_openvino, open_ir
 from tunekit.runtime.tensorrt import open_engines
 
 PROVIDERS = (*ORT_PROVIDERS, "openvino", "openvino_bf16")  # of ONNX artifacts
@@ -37,12 +37,12 @@ def open_runtime(
     """Open anything that can draw.
 
     Args:
-        source: an artifact, a run folder, an adapter (with its base), a diffusers or ONNX folder, engines,
-            a hub id, "builtin/..." or "tiny"; a `Source` says how it is opened, too.
+        source: an artifact, a run folder, an adapter (with its base), a diffusers, ONNX or OpenVINO folder,
+            engines, a hub id, "builtin/..." or "tiny"; a `Source` says how it is opened, too.
         family: the family's name, where the source does not say it.
         device: "auto", "cpu", "cuda", "cuda:1", "xpu" or "mps".
         dtype: "fp32", "bf16" or "fp16", of torch and OpenVINO; what is not given is what the device is good
-            at, fp32 on a processor. ONNX files state their own.
+            at, fp32 on a processor. ONNX files state their own; OpenVINO's note what they are meant for.
         provider: of ONNX artifacts: "cpu", "cuda", "tensorrt", or "openvino" (the package, which reads the
             same model.onnx; "openvino_bf16" is the same with dtype bf16); chosen by the device if not given.
         adapter: an adapter to put on a torch source, unmerged.
@@ -71,11 +71,11 @@ def open_runtime(
     if dtype is not None and precision is None:
         raise ConfigError(f'unknown dtype "{dtype}"', hint=f"one of {', '.join(DTYPES)}")
 
-    if artifact.format in ("onnx", "tensorrt"):
+    if artifact.format in ("onnx", "openvino", "tensorrt"):
         if adapter is not None:
             raise ConfigError(
                 f"an adapter has no effect on a model in {artifact.format}",
-                hint="merge it first: a chain of merge, then export_onnx",
+                hint="merge it first: a chain of merge, then an export",
             )
         if artifact.format == "tensorrt":
             if provider is not None:
@@ -83,6 +83,12 @@ def open_runtime(
             if precision is not None:
                 raise ConfigError("dtype has no effect on TensorRT engines: their precision is built in")
             return open_engines(artifact, chosen, device)
+        if artifact.format == "openvino":
+            if provider is not None:
+                raise ConfigError(
+                    "provider has no effect on a model in openvino: OpenVINO runs its own files"
+                )
+            return open_ir(artifact, chosen, device, precision, threads)
         return _open_onnx(artifact, chosen, device, precision, provider, threads)
 
     if provider is not None:

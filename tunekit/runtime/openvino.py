@@ -1,23 +1,32 @@
-"""OpenVINO, which reads the same model.onnx."""
+"""OpenVINO, which reads files of its own (IR: a graph in XML, its weights beside it) and ONNX files."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tunekit.artifacts import Artifact
+from tunekit import hardware
+from tunekit.artifacts import GRAPHS, Artifact
 from tunekit.errors import DeviceError, ModelError, require
-from tunekit.families.family import Family
+from tunekit.families.family import DTYPES, Family
 from tunekit.hardware import Device
+from tunekit.records import read_mapping
 from tunekit.runtime.base import Runtime
-from tunekit.runtime.graph import Array, first_line, graph_pipeline
+from tunekit.runtime.graph import Array, first_line, graph_pipeline, model_folder
 from tunekit.runtime.onnx_files import external_files, load_whole
 
+IR = GRAPHS["openvino"]
+"""The graph in a component's folder; its weights are in `openvino_model.bin`."""
+NOTE = "openvino"
+"""Key of a component's config.json: `{"precision": "bf16"}`, what it computes in unless told otherwise."""
 MOST_IN_MEMORY = 2_000_000_000
 """Bytes of a graph that protobuf can hold."""
+IR_VERSION = 11
+"""Of the files, since OpenVINO 2022.1."""
 _TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -34,19 +43,61 @@ def open_in_openvino(
     device = "GPU" if place.kind == "xpu" else "CPU"
     title = f"openvino {_TYPES[precision]} {device}"
     pipeline = graph_pipeline(
-        folder, family, lambda path: OpenVinoGraph(path / "model.onnx", device, precision, threads)
+        folder, family, lambda path: OpenVinoGraph(path / GRAPHS["onnx"], device, precision, threads)
     )
     return Runtime(family, pipeline, title, artifact, threads=threads)
 
 
+def open_ir(
+    artifact: Artifact, family: Family, device: str, precision: torch.dtype | None, threads: int | None
+) -> Runtime:
+    """Open a folder of OpenVINO's own files.
+
+    Args:
+        device: "xpu" is a GPU of Intel, which OpenVINO finds by itself; anything else is the processor.
+        precision: to compute in; None for what each component says.
+
+    Raises:
+        DeviceError: it is not there.
+        ModelError: a file is damaged, or of a newer OpenVINO.
+    """
+    folder = model_folder(artifact)
+    kind, _, number = device.partition(":")
+    if kind != "xpu":  # torch need not know the GPU
+        kind, number = hardware.probe(device).kind, ""
+    where = ("GPU" + (f".{number}" if number else "")) if kind == "xpu" else "CPU"
+    pipeline = graph_pipeline(
+        folder,
+        family,
+        lambda path: OpenVinoGraph(path / IR, where, precision or noted_precision(path), threads),
+    )
+    taken = family.denoiser(pipeline).graph.precision
+    return Runtime(family, pipeline, f"openvino {taken} {where}", artifact, threads=threads)
+
+
+def noted_precision(folder: Path) -> torch.dtype:
+    """What the config.json of a component says it computes in; float32 where it says nothing.
+
+    Raises:
+        ModelError: something that is no precision.
+    """
+    config = folder / "config.json"
+    noted = read_mapping(config).get(NOTE)
+    name = noted.get("precision") if isinstance(noted, dict) else None
+    found = torch.float32 if name is None else DTYPES.get(str(name))
+    if found is None:
+        raise ModelError(f'it says precision "{name}"', where=str(config), hint=f"one of {', '.join(DTYPES)}")
+    return found
+
+
 class OpenVinoGraph:
-    """A model.onnx in OpenVINO."""
+    """A graph in OpenVINO: one of its own files, or a model.onnx."""
 
     max_rows: int | None = None
     unbatched: frozenset[str] = frozenset()
 
     def __init__(self, path: Path, device: str, precision: torch.dtype, threads: int | None) -> None:
-        openvino = require("openvino", extra="openvino", why='provider "openvino" needs')
+        openvino = require("openvino", extra="openvino", why="running a model in OpenVINO needs")
         # Without the hint OpenVINO takes bf16 where the processor has it, which nobody asked for.
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": _TYPES[precision],
@@ -59,15 +110,17 @@ class OpenVinoGraph:
             settings["INFERENCE_NUM_THREADS"] = threads
         self.path = path
         core = openvino.Core()
-        if device not in core.available_devices:
+        there = list(core.available_devices)
+        if device not in there and f"{device}.0" not in there:
             raise DeviceError(
-                f"OpenVINO finds no device {device}", hint=f"it finds {', '.join(core.available_devices)}"
+                f"OpenVINO finds no device {device}", hint=f"it finds {', '.join(there) or 'none'}"
             )
         try:
-            self.compiled = core.compile_model(_read(core, path), device, settings)
+            self.compiled = core.compile_model(read(core, path), device, settings)
         except RuntimeError as error:
-            raise ModelError(f"OpenVINO cannot load it: {first_line(error)}", where=str(path)) from error
+            raise ModelError(_why(path, error), where=str(path), hint=_newer(path)) from error
         self.request = self.compiled.create_infer_request()
+        self.precision: str = self._taken(openvino, _TYPES[precision])
         self.inputs = {
             port.get_any_name(): (
                 np.dtype(port.get_element_type().to_dtype()),
@@ -88,12 +141,45 @@ class OpenVinoGraph:
             ) from error
         return {name: results[i].copy() for i, name in enumerate(self.outputs)}
 
+    def _taken(self, openvino: Any, wanted: str) -> str:
+        """What it computes in: a device without the type that is wanted takes a wider one."""
+        try:
+            found = self.compiled.get_property("INFERENCE_PRECISION_HINT")
+        except RuntimeError:  # a device that does not say
+            return wanted
+        names = {"f32": openvino.Type.f32, "bf16": openvino.Type.bf16, "f16": openvino.Type.f16}
+        return next((name for name, kind in names.items() if kind == found), wanted)
 
-def _read(core: Any, path: Path) -> Any:
-    """OpenVINO reads no weights through links that leave the folder; such a graph it gets whole."""
+
+def read(core: Any, path: Path) -> Any:
+    """Read a graph of either kind into OpenVINO.
+
+    Raises:
+        ModelError: it or its weights are missing.
+        RuntimeError: OpenVINO cannot read it.
+    """
+    if path.name == IR:
+        for file in (path, path.with_suffix(".bin")):
+            if not file.is_file():
+                raise ModelError(
+                    f"its {file.name} is missing",
+                    where=str(path.parent),
+                    hint="copy it from the model that this is a copy of, or export again",
+                )
+        return core.read_model(path)
+    graph = onnx_input(path)
+    return core.read_model(graph) if isinstance(graph, Path) else core.read_model(graph, b"")
+
+
+def onnx_input(path: Path) -> Path | bytes:
+    """What OpenVINO can read of an ONNX graph: no weights through links that leave the folder.
+
+    Raises:
+        ModelError: there are such, and more than a graph can hold.
+    """
     linked = any(file.is_symlink() for file in path.parent.iterdir())  # most have none, and this is cheap
     if not linked or not any(path.parent.joinpath(name).is_symlink() for name in external_files(path)):
-        return core.read_model(path)
+        return path
     model = load_whole(path)
     if model.ByteSize() > MOST_IN_MEMORY:
         raise ModelError(
@@ -101,4 +187,37 @@ def _read(core: Any, path: Path) -> Any:
             where=str(path),
             hint="copy the folder with what they point to: cp -rL FOLDER COPY",
         )
-    return core.read_model(model.SerializeToString(), b"")
+    return model.SerializeToString()
+
+
+def _why(path: Path, error: RuntimeError) -> str:
+    """What OpenVINO says, which names places in its own sources first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if not re.match(r"(Exception from|Check '.*failed at) ", line)]
+    told = (said or lines or [type(error).__name__])[0]
+    return f"OpenVINO cannot load it: {told}"
+
+
+def _newer(path: Path) -> str | None:
+    """A hint where the file was written by a newer OpenVINO than the one that is installed."""
+    if path.name != IR:
+        return None
+    import openvino
+
+    with path.open("rb") as file:
+        head = file.read(4096)
+        file.seek(max(0, path.stat().st_size - 65_536))
+        tail = file.read()
+    here = openvino.__version__.partition("-")[0]
+    again = "install the newer one, or export the model again with this one"
+    kind = re.search(rb'<net [^>]*version="(\d{1,6})"', head)
+    if kind and int(kind[1]) > IR_VERSION:
+        return f"it is IR {int(kind[1])}, and OpenVINO {here} reads up to {IR_VERSION}: {again}"
+    made = re.search(rb'name="(?:OpenVINO Runtime|Runtime_version)" value="(\d{4}(?:\.\d{1,4}){1,2})', tail)
+    if made and _numbers(made[1].decode()) > _numbers(here):
+        return f"it was written by OpenVINO {made[1].decode()}, and {here} is installed here: {again}"
+    return None
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".") if part.isdigit()]

@@ -1,0 +1,167 @@
+"""OpenVINO's own files: layout and names, what they compute, what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tunekit import families, install
+from tunekit.artifacts import Artifact, open_artifact
+from tunekit.config import SamplingConfig
+from tunekit.diffusion.metrics import psnr_db
+from tunekit.errors import ChainError, VerificationFailed
+from tunekit.passes.base import Context, check_chain, parse_chain, run_chain
+from tunekit.passes.export_openvino import MAX_RELATIVE_ERROR
+from tunekit.runtime import generate_pixels, open_runtime
+
+openvino = pytest.importorskip("openvino")
+
+PROMPTS = ("a red cat", "the moon")
+FEW = SamplingConfig(steps=3)
+
+
+def run(chain: list[Any], source: Path | Artifact, folder: Path, family: str = "sd15") -> Artifact:
+    given = source if isinstance(source, Artifact) else open_artifact(source, family=family)
+    context = Context(run_dir=folder, prompts=PROMPTS, sampling=FEW, device="cpu", say=lambda line: None)
+    return run_chain(parse_chain(chain), given, context)
+
+
+def draw(source: Artifact | Path, **options: Any) -> torch.Tensor:
+    return generate_pixels(open_runtime(source, device="cpu", **options), PROMPTS, FEW, seeds=[0, 1])
+
+
+def test_layout_and_names_are_those_that_optimum_intel_expects(
+    family: Any, tiny_irs: Callable[[str], Path], tiny_onnxs: Callable[[str], Path]
+) -> None:
+    """One name for each input and output, in the order of the ONNX graphs: it goes by both."""
+    folder, facts = tiny_irs(family.name), family.facts
+    artifact = Artifact.load(folder)
+    assert artifact.format == "openvino" and artifact.step is not None
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == facts.pipeline_class
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    known = {
+        path.relative_to(tiny_onnxs(family.name)).as_posix()
+        for path in tiny_onnxs(family.name).rglob("*")
+        if path.is_file() and not path.name.startswith("model.onnx")
+    }
+    parts = family.export_components(family.tiny())
+    for part in parts:
+        known |= {f"{part.name}/openvino_model.{ending}" for ending in ("xml", "bin")}
+        graph = openvino.Core().read_model(folder / part.name / "openvino_model.xml")
+        assert [value.names for value in graph.inputs] == [{name} for name in part.inputs]
+        assert [value.names for value in graph.outputs] == [{name} for name in part.outputs]
+        config = json.loads((folder / part.name / "config.json").read_text())
+        assert config["openvino"] == {"precision": "fp32"}
+        assert index[part.name] == ["openvino", "Model"]
+        assert str(folder.parent) not in (folder / part.name / "openvino_model.xml").read_text()
+    assert there == known
+    metrics = artifact.step.metrics
+    print(family.name, {name: value for name, value in metrics.items() if "error" in name})
+    assert {row["component"] for row in artifact.step.details["components"]} == {part.name for part in parts}
+    assert 0 < metrics["relative_error"] < MAX_RELATIVE_ERROR["fp32"]  # type: ignore[operator]
+    assert metrics["size_bytes"] == artifact.size_bytes
+
+
+@pytest.fixture(scope="module")
+def narrow(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The tiny model, from torch, in bf16; looked at as a chain does."""
+    chain = [
+        {"export_openvino": {"precision": "bf16"}},
+        {"verify": {"pictures": 1, "steps": 2}},
+        {"benchmark": {"repeats": 1, "steps": 1, "memory": False}},
+    ]
+    return run(chain, tiny_source, tmp_path_factory.mktemp("narrow"))
+
+
+def test_a_torch_model_becomes_one_in_bf16(
+    narrow: Artifact, tiny_source: Path, tiny_irs: Callable[[str], Path]
+) -> None:
+    step = next(step for step in narrow.lineage if step.kind == "export_openvino")
+    print(step.metrics)
+    assert 1e-4 < step.metrics["relative_error"] < MAX_RELATIVE_ERROR["bf16"]  # type: ignore[operator]
+    assert narrow.size_bytes < 0.8 * Artifact.load(tiny_irs("sd15")).size_bytes
+    assert not list(Path(narrow.source).glob(".*"))
+    runtime = open_runtime(narrow, device="cpu")
+    taken = runtime.pipeline.unet.graph.precision
+    assert runtime.title == f"openvino {taken} CPU" and taken in ("bf16", "f32")
+    drawn, whole = draw(narrow), draw(tiny_source, family="sd15")
+    assert psnr_db(drawn, whole) > 25
+    assert psnr_db(draw(narrow, dtype="fp32"), whole) > 45  # weights were rounded to 16 bits
+
+
+def test_it_is_looked_at_like_any_other(narrow: Artifact) -> None:
+    verify, benchmark = narrow.lineage[-2:]
+    assert verify.metrics["psnr_db"] > 25 and "openvino" in verify.details["runtimes"][0]["runtime"]
+    assert benchmark.metrics["denoiser_ms_p50"] > 0 and benchmark.metrics["speedup"] > 0
+
+
+def test_graphs_in_int8_stay_so(tiny_onnx: Path, tmp_path: Path) -> None:
+    chain = [{"quantize": {"mode": "static", "samples": 8}}, "export_openvino"]
+    made = run(chain, Artifact.load(tiny_onnx), tmp_path)
+    parent = open_artifact(next(tmp_path.glob("*quantize*")))
+    print(made.lineage[-1].metrics)
+    assert made.size_bytes < 1.3 * parent.size_bytes
+    assert psnr_db(draw(made), draw(parent)) > 25
+    with pytest.raises(ChainError, match="finds a model that is quantized already, by quantize"):
+        check_chain(parse_chain([*chain, "quantize_openvino"]), "onnx")
+
+
+def test_a_component_that_overflows_computes_in_fp32(
+    tiny_onnxs: Callable[[str], Path], tmp_path: Path
+) -> None:
+    name = next(name for name in families.runnable() if families.get(name).facts.overflowing)
+    made = run([{"export_openvino": {"precision": "fp16"}}], Artifact.load(tiny_onnxs(name)), tmp_path)
+    noted = {
+        file.parent.name: json.loads(file.read_text())["openvino"]["precision"]
+        for file in Path(made.source).glob("*/config.json")
+    }
+    overflowing = families.get(name).facts.overflowing
+    whole = {part for part in noted if part.partition("_")[0] in overflowing or part in overflowing}
+    assert {part for part, precision in noted.items() if precision == "fp32"} == whole
+    assert whole and noted[families.get(name).facts.denoiser_name] == "fp16"
+
+
+def test_what_computes_garbage_stops_the_chain(
+    tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunekit.runtime.openvino import OpenVinoGraph
+
+    right = OpenVinoGraph.run
+
+    def wrong(self: OpenVinoGraph, feeds: Any) -> Any:
+        made = right(self, feeds)
+        return (
+            {name: value[..., ::-1].copy() for name, value in made.items()} if "out_sample" in made else made
+        )
+
+    monkeypatch.setattr(OpenVinoGraph, "run", wrong)
+    with pytest.raises(VerificationFailed, match="unet in OpenVINO differs from its parent by"):
+        run(["export_openvino", "benchmark"], Artifact.load(tiny_onnx), tmp_path)
+    assert [path.name.partition("-")[0] for path in tmp_path.iterdir() if path.is_dir()] == ["01"]
+
+
+def test_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(chain: list[Any], start: str = "torch") -> str:
+        with pytest.raises(ChainError) as caught:
+            check_chain(parse_chain(chain), start)
+        return str(caught.value)
+
+    assert "whose packed weights it would unpack" in refused(["quantize", "export_openvino"])
+    assert "merge" in refused(["export_openvino"], "adapter")
+    message = refused(["export_openvino", "quantize"])
+    assert "needs an onnx model or a torch model but the step before it gives openvino" in message
+    assert "quantize_openvino" in message
+    assert "no effect on a model in openvino" in refused(
+        ["export_openvino", {"verify": {"providers": ["cpu"]}}]
+    )
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    for chain in (["export_openvino"], ["export_onnx", "export_openvino"]):
+        assert f'needs the package "openvino": {install.with_extra("openvino")}' in refused(chain)
+    assert "(provider openvino)" in refused(["benchmark"], "openvino")
