@@ -543,6 +543,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def trials(self) -> Path:
+        """Folder of the models that searches tried; each is a chain like that of a run."""
+        return self.path / "search"
+
+    @property
     def chain_file(self) -> Path:
         """The pass folders of the present chain, in order."""
         return self.path / "chain.json"

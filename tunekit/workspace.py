@@ -444,7 +444,7 @@ class UnusedFolder:
 
 
 def prune_folders(run: str, *, dry: bool = False) -> list[UnusedFolder]:
-    """Removes the folders of passes that the present chain of a run does not name any more.
+    """Removes the folders of passes that the present chain of a run does not name any more, and all trials.
 
     What an artifact of this or of a neighbouring run points at stays.
 
@@ -469,6 +469,7 @@ def prune_folders(run: str, *, dry: bool = False) -> list[UnusedFolder]:
             for path in sorted(folder.path.iterdir())
             if PASS_FOLDER.fullmatch(path.name) and path.name not in used and path.is_dir()
         ]
+        unused += [folder.trials] if folder.trials.is_dir() else []  # what a search found is a copy
         users = _users(folder, unused)
         found = [UnusedFolder(path, directory_size(path), users.get(path.resolve(), "")) for path in unused]
         if not dry:

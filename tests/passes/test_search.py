@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tunekit import workspace
 from tunekit.artifacts import Artifact, open_artifact
 from tunekit.config import SamplingConfig
 from tunekit.errors import ArtifactError, ChainError
@@ -115,6 +116,14 @@ def test_a_search_that_was_killed_makes_nothing_twice(
     assert all(after[name] == time for name, time in before.items() if name[:2].isdigit())
     tried = [line for line in again if ": trying " in line]
     assert len(tried) == len(rows(result)) - 2
+
+
+def test_trials_go_and_the_result_stays(tiny_sources: Callable[[str], Path], tmp_path: Path) -> None:
+    made = searched(tiny_sources("sd15"), tmp_path, passes=[{"quantize": [{"scheme": "int8"}]}])
+    (gone,) = workspace.prune_folders(str(tmp_path / "run"))
+    assert gone.path.name == "search"
+    assert not gone.path.exists()
+    assert Artifact.load(made.path).hash == made.hash  # type: ignore[arg-type]
 
 
 def test_time_that_is_over_ends_it_with_the_best_so_far(

@@ -76,6 +76,12 @@ class QuantizeOpenvino(Pass):
             no_effect(self, ("samples", "keep"), "method is weight_only")
         return self
 
+    @classmethod
+    def options(cls, target: str) -> Sequence[Sequence[Any]]:
+        """Convolutions in int8, then all."""
+        methods = ("hybrid", "ptq") if target == "openvino" else ()
+        return [[{cls.kind: {"method": method}}] for method in methods]
+
     def gives(self) -> frozenset[str]:
         """Weights in few bits."""
         return frozenset({"changed", "packed"})

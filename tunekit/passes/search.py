@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tunekit.artifacts import RECORD, model_files, write_json
+from tunekit.artifacts import RECORD, RunFolder, model_files, write_json
 from tunekit.config import SamplingConfig, Section, refuse, wrong
 from tunekit.errors import (
     ArtifactError,
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 
     from tunekit.artifacts import Artifact
 
-FOLDER = "search"
 TRIALS = "trials.json"
 VERSION = 1
 ROUNDS = 3
@@ -75,19 +74,20 @@ class Target:
     """What a model is made for.
 
     Attributes:
-        export: the pass that makes its format; None: it stays in torch.
-        provider: what runs it there.
+        export: the pass that makes its format, as in YAML; None: it stays in torch.
+        provider: what runs it there, of an ONNX model.
+        format: of the result.
     """
 
-    export: str | None
+    export: Any
     provider: Provider | None = None
     format: str = "onnx"
 
 
 TARGETS: Mapping[str, Target] = {
     "cpu": Target("export_onnx", "cpu"),
-    "openvino": Target("export_onnx", "openvino"),
-    "cuda": Target("export_onnx", "cuda"),
+    "openvino": Target({"export_openvino": {"precision": "bf16"}}, format="openvino"),
+    "cuda": Target({"export_onnx": {"dtype": "fp16"}}, "cuda"),
     "torch": Target(None, format="torch"),
 }
 
@@ -137,6 +137,8 @@ class Search(Pass):
     passes: Annotated[list[str | dict[str, list[dict[str, Any]]]], Field(min_length=1)] = [
         "prune",
         "quantize",
+        "quantize_openvino",
+        "tune_sampler",
     ]
     """What may be done: passes, with choices of their own; or a pass and the settings to try, the mildest
     first: `{prune: [{ratio: 0.2}, {ratio: 0.4}]}`."""
@@ -205,7 +207,7 @@ class Search(Pass):
         axes = self._axes()
         judge = _Judge(self, artifact, context)
         tradeoff = Tradeoff([len(axis.choices) for axis in axes], self.keep.limits)
-        book = _Book(context.run_dir / FOLDER / TRIALS, self, judge)
+        book = _Book(RunFolder(context.run_dir).trials / TRIALS, self, judge)
         made: dict[Point, _Trial] = {}
         began, before, told = time.monotonic(), 0.0, False
         while (point := tradeoff.next()) is not None:
@@ -249,9 +251,9 @@ class Search(Pass):
         export = TARGETS[self.target].export
         if export is None:
             return chosen
-        steps = parse_chain(chosen)
-        early = [item for item, step in zip(chosen, steps, strict=True) if "onnx" not in step.accepts]
-        late = [item for item, step in zip(chosen, steps, strict=True) if "onnx" in step.accepts]
+        steps, format = parse_chain(chosen), TARGETS[self.target].format
+        early = [item for item, step in zip(chosen, steps, strict=True) if format not in step.accepts]
+        late = [item for item, step in zip(chosen, steps, strict=True) if format in step.accepts]
         return [*early, export, *late]
 
     def _placed(self, items: Sequence[Any]) -> list[Pass]:
@@ -449,7 +451,8 @@ class _Judge:
         prompts = context.prompts or PROMPTS
         # With one prompt alone, what nobody saw are other seeds of it.
         self.prompts = {False: list(prompts[::2]), True: list(prompts[1::2] or prompts)}
-        self.aside = dataclasses.replace(context.aside(FOLDER), prompts=tuple(self.prompts[False]))
+        aside = context.aside(RunFolder(context.run_dir).trials.name)
+        self.aside = dataclasses.replace(aside, prompts=tuple(self.prompts[False]))
         self._wanted: dict[bool, Tensor] = {}
 
     def drawn(self, *, unseen: bool) -> tuple[list[str], list[int]]:
@@ -610,11 +613,17 @@ def describe(chain: Sequence[Any]) -> str:
     words = []
     for item in chain:
         ((kind, settings),) = item.items() if isinstance(item, Mapping) else ((item, None),)
-        told = [
-            f"{key} {value}" for key, value in (settings or {}).items() if not isinstance(value, dict | list)
-        ]
-        words.append(" ".join([str(kind), *told]))
+        words.append(" ".join([str(kind), *_told(settings or {})]))
     return ", ".join(words) or "nothing"
+
+
+def _told(settings: Mapping[str, Any]) -> list[str]:
+    """Settings in words; of lists, nothing."""
+    return [
+        " ".join([key, *_told(value)]) if isinstance(value, Mapping) else f"{key} {value}"
+        for key, value in settings.items()
+        if not isinstance(value, list)
+    ]
 
 
 def _as_error(name: str, value: float) -> float:
