@@ -198,7 +198,7 @@ WHOLE = ["adapter=null", "train.max_grad_norm=null", "memory.optimizer_in_backwa
         (["memory.keep_attention=true"], "memory.keep_attention: has no effect: no block is checkpointed"),
         (
             ["memory.base_precision=int4"],
-            "memory.base_precision: must be 'same', 'int8' or 'nf4', not \"int4\"",
+            "memory.base_precision: must be 'same', 'int8', 'fp8' or 'nf4', not \"int4\"",
         ),
     ],
 )

@@ -378,6 +378,21 @@ def test_eight_bits_are_read_with_their_scales(
             )
 
 
+@pytest.mark.parametrize("pack", ["", "fp8"])
+def test_what_is_no_number_in_eight_bits_is_found(
+    pack: str, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    file, block = tmp_path / "fp8.safetensors", "single_blocks.0.linear1.weight"
+
+    def change(made: Tensors) -> None:
+        as_fp8(made, ending=None)
+        made[block].view(torch.uint8)[1, 2] = 255
+
+    write("flux", bases("flux"), file, change)
+    with pytest.raises(ModelError, match=r"transformer: tensor single_transformer_blocks\.0.*holds NaN"):
+        load("flux", Source(str(file), base=str(bases("flux"))), pack=pack)
+
+
 def test_a_format_that_is_not_known_is_named(bases: Callable[[str], Path], tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
 

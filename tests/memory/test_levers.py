@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tunekit import families, layers, optimizers
 from tunekit.config import AdapterConfig, TrainConfig
 from tunekit.diffusion.batch import Batch
+from tunekit.diffusion.metrics import relative_error
 from tunekit.errors import ConfigError, MissingPackageError
 from tunekit.families import Frame, Sizes
 from tunekit.memory import job as jobs
@@ -315,6 +316,40 @@ def test_a_real_step_takes_what_was_predicted(
     one = levers.micro_batch or 1
     row = script.compare(job, levers, "cpu", rows=(one, one) if levers.precision == "bf16" else (one,))
     assert abs(row["error_allocated"]) < 0.01
+
+
+@pytest.mark.parametrize("scheme", PACKED)
+@pytest.mark.parametrize("name", families.runnable())
+def test_every_family_steps_on_a_packed_base(script: Any, name: str, scheme: layers.Scheme) -> None:
+    """A real step takes what was predicted, and learns what it would of floats with the packed values."""
+    if scheme == "nf4":
+        pytest.importorskip("bitsandbytes")
+    family = families.get(name)
+    job = Job(families.sizes_of(name, "tiny"), ADAPTER, size=SIZE)
+    row = script.compare(job, Levers(base_precision=scheme, gradient_checkpointing=True), "cpu")
+    assert abs(row["error_allocated"]) < 0.01
+
+    pipeline = family.tiny()
+    size = family.default_size(pipeline)
+    noisy = torch.randn(2, *family.latent_shape(pipeline, *size), generator=torch.Generator().manual_seed(3))
+    encoded = family.encode_prompt(pipeline, ["a disc", "the moon"])
+    told = family.conditioning(encoded, Frame.whole(*size).rows(2))
+    plain, packed = (family.denoiser(family.tiny()) for _ in range(2))
+    for path in layers.block_linears(plain):
+        layer: Any = plain.get_submodule(path)
+        layer.weight.data = layers.quantize_layer(layer, scheme).dequantize(torch.float32)
+    outputs, gradients = [], []
+    for denoiser, base in ((plain, "same"), (packed, scheme)):
+        fitted = fit(denoiser, ADAPTER, family.facts, Levers(base_precision=base), device="cpu")
+        outputs.append(family.denoise(fitted.module, noisy, torch.tensor([20.0, 700.0]), told))
+        outputs[-1].square().mean().backward()
+        gradients.append({key: p.grad for key, p in fitted.parameters.items() if p.grad is not None})
+    found = [layer for layer in packed.modules() if isinstance(layer, layers.QuantLinear)]
+    assert found and {layer.scheme for layer in found} == {scheme}
+    assert relative_error(outputs[1], outputs[0]) < 1e-5
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-4, atol=1e-5, msg=key)
 
 
 def test_tiles_bound_the_memory_of_a_preview(tiny: Sizes) -> None:
