@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tunekit import install
+from tunekit import families, install
 from tunekit.artifacts import Artifact
 from tunekit.errors import ChainError, DeviceError, ModelError
 from tunekit.passes.base import Context, check_chain, parse_chain, run_chain
@@ -55,25 +55,52 @@ def test_one_engine_per_capability(tiny_onnx: Path, tmp_path: Path) -> None:
             open_runtime(made)
 
 
+@pytest.mark.parametrize(
+    "whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["denoiser", "every network"]
+)
 @needs_tensorrt
-def test_it_builds_for_a_model_with_two_text_encoders(
-    tiny_onnxs: Callable[[str], Path], tmp_path: Path
+def test_it_builds_for_every_family(
+    family: Any, whole: bool, tiny_onnxs: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    """The denoiser, which takes longest to build and differs most, or all networks."""
+    source = Artifact.load(tiny_onnxs(family.name))
+    if not whole:
+        source = _denoiser_alone(source, family.facts.denoiser_name, tmp_path / "model")
+    assert source.model_path is not None
+    graphs = {path.parent.name for path in source.model_path.glob("*/model.onnx")}
+    assert family.facts.denoiser_name in graphs and (len(graphs) > 3) == whole
     chain = parse_chain([{"build_tensorrt": {"devices": ["rtx-4090"], "batch": [1, 1, 3]}}])
-    source = Artifact.load(tiny_onnxs("sdxl"))
     made = run_chain(chain, source, Context(run_dir=tmp_path, say=lambda line: None))
-    assert made.path is not None
-    built = {path.parent.name for path in made.path.glob("*/sm89.engine")}
-    assert built == {*COMPONENTS, "text_encoder_2"}
-    assert {"tokenizer", "tokenizer_2", "scheduler"} <= {path.name for path in made.path.iterdir()}
-    shapes = json.loads((made.path / "engines.json").read_text())["shapes"]
-    for encoder in ("text_encoder", "text_encoder_2"):
-        assert shapes[encoder] == {"input_ids": [[1, 40], [1, 40], [3, 40]]}
+    assert made.path is not None and made.step is not None
+    built = {path.parent.name: path.stat().st_size for path in made.path.glob("*/sm89.engine")}
+    assert built.keys() == graphs and min(built.values()) > 10_000
+    beside = {"scheduler", *(part.tokenizer for part in family.facts.encoders)}
+    assert beside <= {path.name for path in made.path.iterdir()}
+    print(family.name, {row["component"]: row["seconds"] for row in made.step.details["engines"]})
+
+
+def _denoiser_alone(source: Artifact, name: str, folder: Path) -> Artifact:
+    """A copy that has no other graph."""
+    assert source.path is not None
+    shutil.copytree(source.path, folder)
+    for graph in folder.glob("*/model.onnx*"):
+        if graph.parent.name != name:
+            graph.unlink()
+    return Artifact.load(folder, check=False)  # it is changed on purpose
+
+
+def test_shapes_of_a_model_with_two_text_encoders(tiny_onnxs: Callable[[str], Path]) -> None:
+    (step,) = parse_chain([{"build_tensorrt": {"devices": ["rtx-4090"], "batch": [1, 1, 3]}}])
+    assert isinstance(step, BuildTensorrt)
+    names = ["text_encoder", "text_encoder_2", "unet"]
+    shapes = step._shapes(families.get("sdxl"), tiny_onnxs("sdxl"), names)
+    for encoder in names[:2]:
+        assert shapes[encoder] == {"input_ids": [(1, 40), (1, 40), (3, 40)]}
     assert shapes["unet"] == {
-        "sample": [[1, 4, 8, 8], [2, 4, 16, 16], [6, 4, 16, 16]],
-        "encoder_hidden_states": [[1, 40, 80], [2, 40, 80], [6, 40, 80]],
-        "text_embeds": [[1, 24], [2, 24], [6, 24]],
-        "time_ids": [[1, 6], [2, 6], [6, 6]],
+        "sample": [(1, 4, 8, 8), (2, 4, 16, 16), (6, 4, 16, 16)],
+        "encoder_hidden_states": [(1, 40, 80), (2, 40, 80), (6, 40, 80)],
+        "text_embeds": [(1, 24), (2, 24), (6, 24)],
+        "time_ids": [(1, 6), (2, 6), (6, 6)],
     }
 
 
