@@ -204,13 +204,15 @@ def networks(family: families.Family, pipeline: Any) -> dict[str, torch.nn.Modul
 
 
 def shard(folder: Path, family: families.Family, variant: str | None = None) -> dict[str, int]:
-    """Write the weights of all networks again, in many small files; returns how many."""
+    """Write the weights of all networks again, each in four files at least; returns in how many."""
     pipeline = family.load(str(folder))
     counts = {}
     for name, network in networks(family, pipeline).items():
         for file in (folder / name).glob("*.safetensors"):
             file.unlink()
-        network.save_pretrained(folder / name, max_shard_size="100KB", variant=variant)
+        sizes = sorted(tensor.nbytes for tensor in network.state_dict().values())
+        quarter = sum(sizes[:-1]) // 4  # the largest, which may be most of it, fills one by itself
+        network.save_pretrained(folder / name, max_shard_size=quarter, variant=variant)
         counts[name] = len(list((folder / name).glob("*.safetensors")))
     return counts
 
@@ -235,7 +237,8 @@ def test_shards_are_read_like_one_file(name: str, variant: str | None, tmp_path:
     family = families.get(name)
     family.save(family.tiny(), tmp_path)
     counts = shard(tmp_path, family, variant)
-    assert counts[family.facts.denoiser_name] > 2
+    print(name, counts)
+    assert min(counts.values()) > 3
     source = Source(str(tmp_path), variant=variant)
     files = source_files(source, family.facts)
     for part, count in counts.items():
