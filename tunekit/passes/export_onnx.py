@@ -420,7 +420,7 @@ def _read_translations_once() -> None:
         make = ONNXRegistry.from_torchlib
     except (ImportError, AttributeError):
         return
-    ONNXRegistry.from_torchlib = staticmethod(cache(make))  # type: ignore[method-assign,assignment]
+    ONNXRegistry.from_torchlib = staticmethod(cache(make))  # type: ignore[method-assign]
 
 
 @contextmanager
