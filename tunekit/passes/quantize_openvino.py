@@ -152,7 +152,7 @@ class QuantizeOpenvino(Pass):
             context.folder,
             without={path for graph in graphs.values() for path in (graph, graph.with_suffix(".bin"))},
         )
-        table = []
+        table: list[dict[str, Any]] = []
         for component, graph in graphs.items():
             context.say(component)
             model = openvino_int8.Model(graph)
@@ -185,8 +185,8 @@ class QuantizeOpenvino(Pass):
             del model
         error = self._error(artifact, context, tested)
         metrics: dict[str, Value] = {
-            "quantized_layers": sum(int(row["layers"]) for row in table),
-            "int8_computed_layers": sum(int(row["computed"]) for row in table),
+            "quantized_layers": sum(row["layers"] for row in table),
+            "int8_computed_layers": sum(row["computed"] for row in table),
             "relative_error": error,
             "sqnr_db": -20 * math.log10(max(1e-9, error)),
         }
@@ -245,7 +245,7 @@ def fed(runtime: Runtime, calls: Sequence[Call]) -> list[Feeds]:
 
     from tunekit.errors import NonFiniteError
 
-    module = runtime.family.denoiser(runtime.pipeline)
+    module: Any = runtime.family.denoiser(runtime.pipeline)
     graph = module.graph
     module.graph = noting = _Noting(graph)
     try:

@@ -71,7 +71,8 @@ def open_ir(
         family,
         lambda path: OpenVinoGraph(path / IR, where, precision or noted_precision(path), threads),
     )
-    taken = family.denoiser(pipeline).graph.precision
+    denoiser: Any = family.denoiser(pipeline)
+    taken = denoiser.graph.precision
     return Runtime(family, pipeline, f"openvino {taken} {where}", artifact, threads=threads)
 
 
@@ -187,7 +188,7 @@ def onnx_input(path: Path) -> Path | bytes:
             where=str(path),
             hint="copy the folder with what they point to: cp -rL FOLDER COPY",
         )
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def _why(path: Path, error: RuntimeError) -> str:
@@ -213,7 +214,7 @@ def _newer(path: Path) -> str | None:
     kind = re.search(rb'<net [^>]*version="(\d{1,6})"', head)
     if kind and int(kind[1]) > IR_VERSION:
         return f"it is IR {int(kind[1])}, and OpenVINO {here} reads up to {IR_VERSION}: {again}"
-    made = re.search(rb'name="(?:OpenVINO Runtime|Runtime_version)" value="(\d{4}(?:\.\d{1,4}){1,2})', tail)
+    made = re.search(rb'(?:"OpenVINO Runtime"|<Runtime_version) value="(\d{4}(?:\.\d{1,4}){1,2})', tail)
     if made and _numbers(made[1].decode()) > _numbers(here):
         return f"it was written by OpenVINO {made[1].decode()}, and {here} is installed here: {again}"
     return None
