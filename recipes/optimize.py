@@ -28,9 +28,10 @@ class Config(sections.RunConfig):
     optimize: list[dict[str, Any] | str] = Field(min_length=1, max_length=100)
     """Passes to run, in order."""
     preview: sections.PreviewConfig = sections.PreviewConfig()
-    """Pictures of verify and benchmark; prompts also calibrate quantize, and feed heal if data is null."""
+    """Pictures of verify and benchmark; prompts also calibrate quantize; without data, heal and distill
+    learn from them."""
     data: sections.DataConfig | None = None
-    """Pictures that prune and heal learn from; null lets the model draw some."""
+    """Pictures that prune, heal and distill learn from; null lets the model draw some."""
     memory: sections.MemoryConfig = sections.MemoryConfig()
     """The device."""
 

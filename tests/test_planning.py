@@ -337,6 +337,22 @@ def test_a_chain_that_heals_is_planned_with_its_teacher() -> None:
     assert smaller.phases["heal"]["peak_allocated_bytes"] < plan.phases["heal"]["peak_allocated_bytes"]
 
 
+def test_a_chain_that_distills_is_planned_with_its_teacher() -> None:
+    """With an adapter, teacher and student are one network; without, there are two."""
+    lora, full = (
+        planning.plan_config(
+            config(*TINY, f"optimize=[merge, {{distill: {{batch_size: 2, adapter: {adapter}}}}}]"),
+            device="rtx-3060",
+        )[0].phases["distill"]["ledger"]
+        for adapter in ("{rank: 4}", "null")
+    )
+    print(lora, full)
+    assert not lora.get("teacher")
+    assert lora["kept by the task"] == pytest.approx(lora["adapter"], rel=0.01)  # the running mean
+    assert full["teacher"] == pytest.approx(full["weights"], rel=0.01)
+    assert full["kept by the task"] == pytest.approx(full["weights"], rel=0.01)
+
+
 def test_a_heal_that_does_not_fit_is_refused_before_anything_is_trained() -> None:
     chain = "optimize=[merge, {prune: {ratio: 0.3}}, {heal: {batch_size: 8}}]"
     loaded = config("data.resolution=256", "train.batch_size=1", chain)

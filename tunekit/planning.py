@@ -32,8 +32,9 @@ from tunekit.units import format_bytes, parse_budget
 if TYPE_CHECKING:
     from torch import nn
 
+    from tunekit.config import AdapterConfig
     from tunekit.memory.job import Job
-    from tunekit.memory.levers import Fitted
+    from tunekit.memory.levers import Fitted, Levers
     from tunekit.memory.plan import Plan
     from tunekit.memory.planner import After, Planner
     from tunekit.memory.room import Room
@@ -440,7 +441,7 @@ def _digest(config: TrainingRunConfig, place: _Place, name: str, processes: int,
         name,
         processes,
         roomy,
-        _heals(config),
+        _taught(config),
         versions(),
         code(),
     ]
@@ -538,7 +539,7 @@ def _planner(
         batch_size=-(-config.train.batch_size * rows // processes),
         memory=memory,
         may_change_optimizer=config.train.optimizer == optimizers.AUTO,
-        after=_healing(config, job),
+        after=_afterwards(config, job),
         cache=Kept.of("traces"),
         say=say,
     )
@@ -555,50 +556,107 @@ def _planner(
     return planner, room, tuple(notes)
 
 
-def _heals(config: TrainingRunConfig) -> list[Any]:
+def _taught(config: TrainingRunConfig) -> list[Any]:
     """The passes of the chain that train."""
-    return [item for item in config.optimize if "heal" in (item if isinstance(item, dict) else [item])]
+    kinds = ("heal", "distill")
+    return [
+        item
+        for item in config.optimize
+        if any(kind in ([item] if isinstance(item, str) else item) for kind in kinds)
+    ]
 
 
-def _healing(config: TrainingRunConfig, job: Job) -> list[After]:
-    """What the chain's heal trains: all weights, as if nothing had been pruned, beside a teacher of the size.
+def _afterwards(config: TrainingRunConfig, job: Job) -> list[After]:
+    """What the chain's passes train: a model of the base's size, as if nothing had been pruned.
 
     Raises:
-        ChainError: its settings are wrong.
+        ChainError: their settings are wrong.
     """
-    items = _heals(config)
+    items = _taught(config)
     if not items:
         return []
     from tunekit.config import TrainConfig
     from tunekit.memory.job import Job, bytes_of
-    from tunekit.memory.levers import Levers
     from tunekit.memory.planner import After
     from tunekit.passes.base import parse_chain
-    from tunekit.training.distill import Distillation
 
-    sizes = job.sizes
-    # Both models are read whole, in float32, before their denoisers leave for the device.
-    read = 2 * sum(bytes_of(*part.build().parameters()) for part in sizes.networks)
+    # Models are read whole, in float32, before their denoisers leave for the device.
+    read = sum(bytes_of(*part.build().parameters()) for part in job.sizes.networks)
     found = []
-    for settings in [step.model_dump() for step in parse_chain(items)]:
-        size, weight = settings["batch_size"], settings["feature_weight"]
-        micro_batch = settings["micro_batch"] or size
-
-        def make(fitted: Fitted, weight: float = weight) -> Distillation:
-            teacher: nn.Module = sizes.denoiser.build()
-            return Distillation(fitted, sizes.family, teacher, job.learned(), weight)
-
+    for step in parse_chain(items):
+        if step.kind == "distill" and not job.sizes.family.facts.runs:
+            continue  # nobody knows its sampler
+        one = _healing(step, job) if step.kind == "heal" else _distilling(step, config, job)
         taught = Job(
-            sizes,
-            None,
-            optimizers.find(settings["optimizer"]).name,
-            settings["precision"],
+            job.sizes,
+            one.adapter,
+            optimizers.find(one.step.optimizer).name,
+            one.step.precision,
             job.size,
             TrainConfig(max_steps=1, lr=1.0).max_grad_norm,
             mixed=job.mixed,
-            make_task=make,
-            task=f"distillation {weight}",
+            make_task=one.make,
+            task=one.name,
         )
-        levers = Levers(settings["precision"], micro_batch=micro_batch)
-        found.append(After("heal", taught, levers, size, read))
+        found.append(After(step.kind, taught, one.levers, one.step.batch_size, one.models * read))
     return found
+
+
+@dataclass(frozen=True)
+class _Taught:
+    """A pass that trains.
+
+    Attributes:
+        step: reads optimizer, precision and batch_size.
+        adapter: what it trains; None is all weights.
+        make: its task.
+        name: of the task.
+        levers: how its memory is arranged.
+        models: whole ones that it reads.
+    """
+
+    step: Any
+    adapter: AdapterConfig | None
+    make: Callable[[Fitted], Any]
+    name: str
+    levers: Levers
+    models: int
+
+
+def _healing(step: Any, job: Job) -> _Taught:
+    """All weights, beside a teacher of the size."""
+    from tunekit.memory.levers import Levers
+    from tunekit.training.distill import Distillation
+
+    sizes, weight = job.sizes, step.feature_weight
+
+    def make(fitted: Fitted) -> Distillation:
+        teacher: nn.Module = sizes.denoiser.build()
+        return Distillation(fitted, sizes.family, teacher, job.learned(), weight)
+
+    levers = Levers(step.precision, micro_batch=step.micro_batch or step.batch_size)
+    return _Taught(step, None, make, f"distillation {weight}", levers, 2)
+
+
+def _distilling(step: Any, config: TrainingRunConfig, job: Job) -> _Taught:
+    """An adapter, without which its network is the teacher; or all weights, beside a teacher of the size."""
+    import torch
+
+    from tunekit.diffusion.sampling import sampler
+    from tunekit.training.consistency import Guidance, Teacher
+
+    sizes, family, objective = job.sizes, job.sizes.family, job.learned()
+    sampling = config.preview.sampling.over(family.facts.sampling)
+    guidance = (sampling.guidance or 0.0) if step.guidance is None else step.guidance
+    stand_in = sizes.pipeline()
+    asked = Guidance.of(family, stand_in, guidance, sizes.encoded(1))
+    learned = step.learned(family, stand_in, sampling.model_copy(update={"guidance": guidance}))
+    latents = torch.zeros(1, *family.latent_shape(sizes.configs, *job.size))
+    way = step.way(family, sampler(stand_in.scheduler, learned), learned, latents, objective)
+
+    def make(fitted: Fitted) -> Any:
+        own: nn.Module | None = None if step.adapter else sizes.denoiser.build()
+        return step.task(fitted, family, Teacher(asked, own), learned, objective, way)
+
+    name = f"{step.method} {asked.scale is not None} {step.ema > 0}"
+    return _Taught(step, step.adapter, make, name, step.levers, 1)

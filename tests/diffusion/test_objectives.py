@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tunekit.config import ObjectiveConfig
 from tunekit.diffusion.noise import sample_generator
-from tunekit.diffusion.objectives import Discrete, FlowMatching, Objective, configured, weighted_mse
+from tunekit.diffusion.objectives import Discrete, FlowMatching, Objective, configured, mixed, weighted_mse
 from tunekit.errors import ConfigError, ModelError
 
 # Signal-to-noise ratios 9, 1 and 0 (a zero-terminal schedule ends there) and infinity.
@@ -391,3 +391,46 @@ def test_a_stand_in_for_a_scheduler_needs_a_config_alone() -> None:
     """As planning has it: nothing of a scheduler is read but its class and its configuration."""
     stand_in = SimpleNamespace(config=dict(STABLE_DIFFUSION))
     assert Discrete.from_scheduler(stand_in).num_train_timesteps == 1000
+
+
+# What a prediction means
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", None])
+def test_what_a_right_prediction_means_is_what_noisy_latents_are_made_of(prediction: str | None) -> None:
+    objective: Objective = FlowMatching()
+    if prediction:
+        objective = Discrete.from_scheduler(scheduler(**STABLE_DIFFUSION, prediction_type=prediction))
+    latents, noise = pair()
+    times = torch.tensor([20.0, 500.0, 980.0])
+    noised = objective.sample(latents, noise, times)
+    torch.testing.assert_close(mixed(objective, latents, noise, times), noised.noisy)
+    found = objective.apart(noised.target, noised.noisy, times)
+    torch.testing.assert_close(found, (latents, noise), atol=2e-4, rtol=1e-4)
+    assert torch.equal(mixed(objective, latents, noise, torch.full((3,), objective.clean)), latents)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_step_is_one_of_ddim(prediction: str) -> None:
+    settings = {"clip_sample": False, "timestep_spacing": "trailing"}
+    reference = scheduler("DDIMScheduler", **STABLE_DIFFUSION, **settings, prediction_type=prediction)
+    reference.set_timesteps(4)
+    assert reference.timesteps.tolist() == Discrete.from_scheduler(reference).between(999, -1, 4)
+    objective = Discrete.from_scheduler(reference)
+    noisy, said = pair()
+    for now, then in ((999, 749), (249, -1)):
+        expected = reference.step(said, now, noisy).prev_sample
+        parts = objective.apart(said, noisy, torch.full((3,), float(now)))
+        torch.testing.assert_close(
+            mixed(objective, *parts, torch.full((3,), float(then))), expected, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_a_step_is_one_of_euler() -> None:
+    reference = scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0)
+    reference.set_timesteps(4)
+    noisy, said = pair()
+    now, then = reference.timesteps[:2]
+    expected = reference.step(said, now, noisy).prev_sample
+    parts = FlowMatching().apart(said, noisy, now.expand(3))
+    torch.testing.assert_close(mixed(FlowMatching(), *parts, then.expand(3)), expected)

@@ -9,19 +9,25 @@ from __future__ import annotations
 
 from tunekit.adapters import _compiled_later  # noqa: F401 - before anything else imports peft
 from tunekit.adapters.attach import (
+    CRITIC,
     adapter_state,
     add_adapter,
+    add_critic,
     at_strength,
+    fold_adapter,
     load_adapter,
     load_adapter_state,
     merge_adapter,
     start_from,
+    using_adapter,
+    without_adapter,
 )
 from tunekit.adapters.delta import Delta, Deltas, Dora, Full, Lora
 from tunekit.adapters.files import adapter_file, read_adapter, save_adapter
 from tunekit.adapters.layouts import to_kohya, to_peft
 
 __all__ = [
+    "CRITIC",
     "Delta",
     "Deltas",
     "Dora",
@@ -30,7 +36,9 @@ __all__ = [
     "adapter_file",
     "adapter_state",
     "add_adapter",
+    "add_critic",
     "at_strength",
+    "fold_adapter",
     "load_adapter",
     "load_adapter_state",
     "merge_adapter",
@@ -39,4 +47,6 @@ __all__ = [
     "start_from",
     "to_kohya",
     "to_peft",
+    "using_adapter",
+    "without_adapter",
 ]

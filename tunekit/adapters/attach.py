@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -37,6 +38,8 @@ from tunekit.diffusion.noise import stable_seed
 from tunekit.errors import AdapterError
 from tunekit.families.family import Family, Pipeline
 
+CRITIC = "critic"
+"""A second adapter, which learns what the first one draws; see `training.matching`."""
 FIXED = "tunekit_fixed"
 """Of a component: a module in which an adapter is folded in, so that its strength cannot be another."""
 
@@ -295,6 +298,77 @@ def at_strength(pipeline: Pipeline, family: Family, strength: float) -> Iterator
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def without_adapter(denoiser: nn.Module) -> Iterator[None]:
+    """Inside, a network computes as if it had no adapter; what is trained stays so."""
+    layers = [layer for layer in denoiser.modules() if isinstance(layer, BaseTunerLayer)]
+    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def add_critic(denoiser: Any) -> None:
+    """Put a second adapter, `CRITIC`, beside the one in a network: for the same layers, with equal weights.
+
+    Both are trained; the first one is used.
+    """
+    settings = copy.deepcopy(denoiser.peft_config[NAME])
+    with torch.random.fork_rng(devices=[]):
+        denoiser.add_adapter(settings, CRITIC)
+    for _, layer in adapted(denoiser):
+        for part in layer.adapter_layer_names:
+            stacks = getattr(layer, part)
+            if CRITIC in stacks:
+                stacks[CRITIC].load_state_dict(stacks[NAME].state_dict())
+        for parameter in parameters_of(layer):
+            parameter.data = parameter.data.float()
+        layer.set_adapter([NAME])
+        for parameter in parameters_of(layer):
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def using_adapter(denoiser: nn.Module, name: str) -> Iterator[None]:
+    """Inside, a network of several adapters computes with that one; what is trained stays so."""
+    layers = [layer for layer in denoiser.modules() if isinstance(layer, BaseTunerLayer)]
+    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    before = [layer.active_adapters for layer in layers]
+
+    def use(names: Sequence[str | list[str]]) -> None:
+        for layer, chosen in zip(layers, names, strict=True):
+            layer.set_adapter(chosen)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+    use([name] * len(layers))
+    try:
+        yield
+    finally:
+        use(before)
+
+
+def fold_adapter(denoiser: nn.Module, carrier: nn.Module) -> int:
+    """Fold the adapter that another copy of a network carries into its weights.
+
+    Returns:
+        The number of layers that changed.
+
+    Raises:
+        AdapterError: a weight that would become infinite. The network is then no longer what it was.
+    """
+    deltas = deltas_of(carrier)
+    for path, delta in deltas.items():
+        _fold(denoiser, path, delta)
+    return len(deltas)
 
 
 def merge_adapter(

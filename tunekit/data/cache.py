@@ -38,7 +38,7 @@ from tunekit.data.images import Sample
 from tunekit.data.shapes import CROPS, Transform, bucket_for
 from tunekit.diffusion.batch import Batch, join, single
 from tunekit.diffusion.noise import sample_generator, stable_seed
-from tunekit.diffusion.objectives import Objective
+from tunekit.diffusion.objectives import Chance, Objective
 from tunekit.errors import DataError, NonFiniteError
 from tunekit.families.family import DTYPES, Conditioning, Family, Frame, as_kept
 from tunekit.families.prompts import cuts, tokenizers, told
@@ -335,7 +335,7 @@ class CachedDataset:
         return self._load(self._captions[caption])
 
     def batch(
-        self, index: int, *, seed: int, epoch: int, objective: Objective, draws: Draws, weight: float = 1.0
+        self, index: int, *, seed: int, epoch: int, objective: Chance, draws: Draws, weight: float = 1.0
     ) -> Batch:
         """One sample with its draws, which depend on (seed, epoch, sample id) and nothing else.
 
@@ -422,7 +422,7 @@ class Stream:
     def __init__(
         self,
         dataset: CachedDataset,
-        objective: Objective,
+        objective: Chance,
         draws: Draws,
         *,
         seed: int = 0,

@@ -31,13 +31,8 @@ class Noised(NamedTuple):
     """[B] float32: how much each row counts."""
 
 
-class Objective(Protocol):
-    """What is learned. Every draw takes a generator, so that it can belong to a sample."""
-
-    @property
-    def num_train_timesteps(self) -> int:
-        """Length of the noise schedule, in timesteps."""
-        ...
+class Chance(Protocol):
+    """What is drawn for a sample. Every draw takes a generator, so that it can belong to it."""
 
     def draw(
         self, generator: torch.Generator, latents: tuple[int, ...], shape: tuple[int, ...] = ()
@@ -50,12 +45,42 @@ class Objective(Protocol):
         """
         ...
 
+    def noise(self, generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+        """Draw noise for one sample's latents."""
+        ...
+
+
+class Objective(Chance, Protocol):
+    """What is learned."""
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Length of the noise schedule, in timesteps."""
+        ...
+
+    @property
+    def clean(self) -> float:
+        """The timestep of latents without noise."""
+        ...
+
     def level(self, share: float) -> float:
         """The timestep at a share in [0, 1) of the schedule, however unevenly training draws them."""
         ...
 
-    def noise(self, generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
-        """Draw noise for one sample's latents."""
+    def between(self, first: float, last: float, count: int) -> list[float]:
+        """`count` timesteps from `first` on, evenly as far as there are such; `last` would be the next."""
+        ...
+
+    def levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """How much of the latents and of the noise is in noisy ones: [B] -> [B], [B], float32.
+
+        Args:
+            timesteps: [B], `clean` included.
+        """
+        ...
+
+    def apart(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents and the noise [B, ...] that noisy ones are made of, if the prediction is right."""
         ...
 
     def sample(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Noised:
@@ -143,6 +168,29 @@ class Discrete:
     def level(self, share: float) -> float:
         """See `Objective.level`."""
         return float(int(share * self.num_train_timesteps))
+
+    @property
+    def clean(self) -> float:
+        """One before the first timestep."""
+        return -1.0
+
+    def between(self, first: float, last: float, count: int) -> list[float]:
+        """See `Objective.between`; whole numbers."""
+        return [float(round(first + (last - first) * index / count)) for index in range(count)]
+
+    def levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Objective.levels`."""
+        alpha = torch.where(timesteps < 0, 1.0, self._alpha(timesteps.clamp(min=0)))
+        return alpha.sqrt(), (1 - alpha).sqrt()
+
+    def apart(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Objective.apart`; of noise alone epsilon says nothing, and of no noise sample."""
+        signal, sigma = (_as_rows(part, noisy) for part in self.levels(timesteps))
+        if self.prediction_type == "epsilon":
+            return (noisy - sigma * prediction) / signal, prediction
+        if self.prediction_type == "v_prediction":
+            return signal * noisy - sigma * prediction, signal * prediction + sigma * noisy
+        return prediction, (noisy - signal * prediction) / sigma
 
     def noise(self, generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
         """Standard normal and, with `noise_offset`, a constant per channel.
@@ -313,6 +361,25 @@ class FlowMatching:
         """See `Objective.level`."""
         return share * self.num_train_timesteps
 
+    @property
+    def clean(self) -> float:
+        """The start of the path."""
+        return 0.0
+
+    def between(self, first: float, last: float, count: int) -> list[float]:
+        """See `Objective.between`."""
+        return [first + (last - first) * index / count for index in range(count)]
+
+    def levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Objective.levels`."""
+        time = timesteps.float() / self.num_train_timesteps
+        return 1 - time, time
+
+    def apart(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Objective.apart`."""
+        rest, time = (_as_rows(part, noisy) for part in self.levels(timesteps))
+        return noisy - time * prediction, noisy + rest * prediction
+
     def noise(self, generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
         """See `Discrete.noise`."""
         return _offset_noise(generator, shape, self.config.noise_offset)
@@ -338,6 +405,17 @@ class FlowMatching:
             assert self.by_tokens is not None
             wanted = math.exp(self.by_tokens.mu(latents))
         return wanted * share / (1 + (wanted - 1) * share)
+
+
+def mixed(objective: Objective, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Latents with as much noise as there is at these timesteps, `clean` included: [B, ...]."""
+    signal, sigma = (_as_rows(part, latents) for part in objective.levels(timesteps))
+    return signal * latents + sigma * noise
+
+
+def _as_rows(values: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, ...], in the type of what it is multiplied with."""
+    return values.view(-1, *[1] * (like.ndim - 1)).to(like)
 
 
 def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:

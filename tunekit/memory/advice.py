@@ -45,10 +45,10 @@ def advice(planner: Planner, plan: Plan, room: Room, cards: Sequence[DeviceFacts
         change("train.optimizer=auto", optimizer="adamw8bit")
     if job.preview is not None and plan.peak_phase == "preview":
         change("no previews (preview.prompts=[])", preview=None)
-    if plan.peak_phase == "heal":
+    if any(one.phase == plan.peak_phase for one in planner.after):
         small = [replace(one, levers=replace(one.levers, micro_batch=1)) for one in planner.after]
-        changes.append(("heal: {micro_batch: 1}", replace(planner, after=small)))
-        changes.append(("no heal under optimize:", replace(planner, after=())))
+        changes.append((f"{plan.peak_phase}: {{micro_batch: 1}}", replace(planner, after=small)))
+        changes.append((f"no {plan.peak_phase} under optimize:", replace(planner, after=())))
     if min(job.size) >= 512:
         half = (job.size[0] // 2, job.size[1] // 2)
         drawn = {name: half for name in ("preview", "class_pictures") if getattr(job, name)}

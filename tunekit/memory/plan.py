@@ -16,7 +16,7 @@ from tunekit.resources import PACKAGE
 from tunekit.units import format_bytes
 
 VERSION = 1
-PHASES = ("load", "class_pictures", "encode", "first_step", "step", "preview", "save", "heal")
+PHASES = ("load", "class_pictures", "encode", "first_step", "step", "preview", "save", "heal", "distill")
 
 SPELLED_ALIKE = (
     "precision",

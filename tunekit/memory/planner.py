@@ -46,7 +46,7 @@ AWAY = 32
 PATIENCE = 2.0
 """Weights in host memory come after approximations where they make a step longer than this."""
 REJECTED = 6
-HOPELESS = ("load", "class_pictures", "encode", "heal")
+HOPELESS = ("load", "class_pictures", "encode", "heal", "distill")
 """Phases that nothing which is chosen for the denoiser makes smaller."""
 
 

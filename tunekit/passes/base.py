@@ -39,7 +39,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator
 
 import tunekit
-from tunekit.artifacts import RECORD, SAMPLED, Artifact, RunFolder, Step, atomic_folder, clean_leftovers
+from tunekit.artifacts import (
+    RECORD,
+    SAMPLED,
+    Artifact,
+    RunFolder,
+    Step,
+    atomic_folder,
+    clean_leftovers,
+    remove_folder,
+)
 from tunekit.config import SamplingConfig, Section, validate
 from tunekit.errors import ChainError, TunekitError, VerificationFailed, did_you_mean
 from tunekit.passes.metrics import Metric, Value, describe_metrics, format_metric
@@ -51,7 +60,7 @@ from tunekit.units import format_seconds
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from tunekit.config import DataConfig, DreamboothData
+    from tunekit.config import AdapterConfig, DataConfig, DreamboothData
     from tunekit.data.calibration import CalibrationSet, Call, Material
     from tunekit.families.family import Pipeline
     from tunekit.runtime import Runtime
@@ -202,6 +211,8 @@ class Context:
         say: shows one line of progress.
         folder: where to write; it is renamed to the step's folder when the pass returns.
         shared_cache: where encoded and drawn pictures are kept; None means beside the run.
+        state: where a pass that takes long keeps what it goes on from when it was killed; the folder need not
+            be there, and goes when the pass returns.
         family: name of the model family.
         history: the chain's input and the artifact after each earlier step; the last one is the pass's input.
         models: those that were read from disk, and what was recorded with them.
@@ -216,6 +227,7 @@ class Context:
     say: Callable[[str], None] = print
     shared_cache: Path | None = None
     folder: Path = Path()
+    state: Path = Path()
     family: str = ""
     history: tuple[Artifact, ...] = ()
     models: Models = field(default_factory=Models, compare=False)
@@ -292,7 +304,12 @@ class Context:
 
     @contextmanager
     def examples(
-        self, model: Artifact, *, count: int, precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+        self,
+        model: Artifact,
+        *,
+        count: int,
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        adapter: AdapterConfig | None = None,
     ) -> Iterator[tuple[CalibrationSet, Accelerator]]:
         """Gives the run's pictures, or pictures that a torch model draws itself, and where to compute.
 
@@ -300,6 +317,7 @@ class Context:
             model: its encoders are used, too.
             count: pictures to draw where the run has none.
             precision: of computations.
+            adapter: what is trained on them; None is all weights, or nothing.
 
         Raises:
             ConfigError: the run knows neither pictures nor prompts.
@@ -314,7 +332,8 @@ class Context:
 
         # After a training over several processes only the main one is left, and must not wait for the others.
         launched = {name: os.environ.pop(name) for name in LAUNCHER_VARIABLES if name in os.environ}
-        accelerator = open_accelerator(MemoryConfig(device=self.device, precision=precision), batch_size=1)
+        memory = MemoryConfig(device=self.device, precision=precision)
+        accelerator = open_accelerator(memory, batch_size=1, adapter=adapter)
         try:
             family = families.get(self.family)
             # Encoders encode in the types that the family's table gives them.
@@ -419,6 +438,22 @@ NO_EXAMPLES = (
     "learns from pictures, and the run knows neither pictures nor prompts to draw some; give it"
     " `data: {path: ...}`, or `preview: {prompts: [...]}`"
 )
+
+
+def untrainable(optimizer: str, batch_size: int, micro_batch: int | None) -> str | None:
+    """What is wrong with settings of passes that train, or None."""
+    from tunekit import optimizers
+    from tunekit.errors import ConfigError
+
+    if micro_batch is not None and micro_batch > batch_size:
+        return f"has a micro_batch larger than its batch_size ({batch_size})"
+    try:
+        optimizers.find(optimizer)
+    except ConfigError as error:
+        return error.message
+    if absent := optimizers.absent(optimizer):
+        return f"cannot run: {absent.message}"
+    return None
 
 
 @dataclass
@@ -614,8 +649,9 @@ def run_chain(
 def _run_step(step: Pass, context: Context, final: Path) -> Artifact:
     parent = context.history[-1]
     started = time.perf_counter()
+    state = final.with_name(f".{step.kind}-{final.name.rpartition('-')[2]}.state")
     with atomic_folder(final) as folder:
-        outcome = step.run(parent, dataclasses.replace(context, folder=folder))
+        outcome = step.run(parent, dataclasses.replace(context, folder=folder, state=state))
         seconds = time.perf_counter() - started
         lost: list[str] = []
         details = _finite(dict(outcome.details), "", [])
@@ -657,6 +693,8 @@ def _run_step(step: Pass, context: Context, final: Path) -> Artifact:
             from tunekit import card, families
 
             card.write(written, families.get(written.family).facts)
+    if state.exists():
+        remove_folder(state)
     return Artifact.load(final)
 
 

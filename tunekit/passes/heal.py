@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from tunekit.config import BatchSize, Count, Steps
-from tunekit.passes.base import NO_EXAMPLES, Context, Outcome, Pass, Start, formats, learned_from
+from tunekit.passes.base import NO_EXAMPLES, Context, Outcome, Pass, Start, formats, learned_from, untrainable
 from tunekit.passes.metrics import PARAMETERS, RELATIVE_ERROR, SIZE, Metric
 from tunekit.passes.models import around
 
@@ -56,17 +56,11 @@ class Heal(Pass):
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """Finds settings that contradict each other, and a model that nothing has changed."""
-        from tunekit import optimizers
-        from tunekit.errors import ConfigError
-
-        if self.micro_batch is not None and self.micro_batch > self.batch_size:
-            return f"has a micro_batch larger than its batch_size ({self.batch_size})"
-        try:
-            optimizers.find(self.optimizer)
-        except ConfigError as error:
-            return error.message
-        if absent := optimizers.absent(self.optimizer):
-            return f"cannot run: {absent.message}"
+        if trouble := untrainable(self.optimizer, self.batch_size, self.micro_batch):
+            return trouble
+        last = next((step for step in reversed(earlier) if not step.looks), None)
+        if last is not None and "few_steps" in last.gives():
+            return f"would teach the student of {last.kind} to be its teacher again; put it before"
         if not any("changed" in step.gives() for step in earlier):
             return "has nothing to heal: no step before it changed the model (put it behind prune)"
         return None
