@@ -36,12 +36,14 @@ class Kind:
         flow: class for models of flow matching; "" for none.
         keys: of its configuration.
         is_spaced: whether timesteps of a discrete model may be spread otherwise.
+        equals: row whose pictures of discrete models are the same; tried only where it is named.
     """
 
     discrete: str = ""
     flow: str = ""
     keys: Mapping[str, Any] = field(default_factory=dict)
     is_spaced: bool = True
+    equals: str = ""
 
 
 _DPM, _FLOW = "DPMSolverMultistepScheduler", "FlowMatch{}DiscreteScheduler"
@@ -49,7 +51,7 @@ TABLE: dict[str, Kind] = {
     "unipc": Kind("UniPCMultistepScheduler", "UniPCMultistepScheduler"),
     "dpm++2m": Kind(_DPM, _DPM),
     "ddim": Kind("DDIMScheduler", keys={"clip_sample": False}),  # latents are not within [-1, 1]
-    "euler": Kind("EulerDiscreteScheduler", _FLOW.format("Euler")),
+    "euler": Kind("EulerDiscreteScheduler", _FLOW.format("Euler"), equals="ddim"),
     "heun": Kind("HeunDiscreteScheduler", _FLOW.format("Heun")),
     "dpm++2m_karras": Kind(_DPM, keys={"use_karras_sigmas": True}, is_spaced=False),
     "lcm": Kind("LCMScheduler", is_spaced=False),
@@ -103,7 +105,8 @@ def candidates(
     flow = is_flow(runtime.scheduler)
     found = {_identity(runtime, own): Candidate(OWN, own)}
     troubles = []
-    for name in TABLE if names is None else names:
+    usual = [name for name, kind in TABLE.items() if flow or not kind.equals]
+    for name in usual if names is None else names:
         kind = TABLE[name]
         made = kind.flow if flow else kind.discrete
         if not made:

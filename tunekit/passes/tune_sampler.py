@@ -56,7 +56,7 @@ class TuneSampler(Pass):
     """Finds the sampler, steps and guidance that keep the pictures in the fewest calls of the denoiser."""
 
     kind: ClassVar[str] = "tune_sampler"
-    accepts: ClassVar[frozenset[str]] = frozenset({"torch", "onnx"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"torch", "onnx", "openvino"})
     redraws: ClassVar[bool] = True
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("calls", "denoiser calls", "count", lower_is_better=True, rank=19),
@@ -149,8 +149,7 @@ class TuneSampler(Pass):
             metrics={
                 "calls": taken.calls,
                 "calls_before": search.pictures.calls,
-                "psnr_db": final.pooled,
-                "psnr_db_mean": final.mean,
+                "psnr_db": final.mean,
                 "psnr_db_worst": final.worst,
                 "psnr_db_floor": floor,
             },
@@ -191,8 +190,6 @@ class _Compared:
 
     mean: float
     worst: float
-    pooled: float
-    """Of all pictures as one, as `verify` has it."""
     count: int
     """Pictures that were drawn."""
 
@@ -252,8 +249,8 @@ class _Pictures:
         wanted = self.wanted[: len(pixels)]
         each = [psnr_db(a, b) for a, b in zip(pixels, wanted, strict=True)]
         if not all(map(math.isfinite, each)):
-            return _Compared(-math.inf, -math.inf, -math.inf, len(each))
-        return _Compared(sum(each) / len(each), min(each), psnr_db(pixels, wanted), len(each))
+            return _Compared(-math.inf, -math.inf, len(each))
+        return _Compared(sum(each) / len(each), min(each), len(each))
 
     def _draw(self, sampling: SamplingConfig, seeds: Sequence[int]) -> Iterator[Tensor]:
         from tunekit.runtime import sample_pixels
@@ -368,7 +365,7 @@ class _Search:
                 "guided": " to ".join(f"{share:.0%}" for share in one.sampling.guidance_interval or ())
                 or "all",
                 "calls": one.calls,
-                "psnr_db_mean": one.found.mean,
+                "psnr_db": one.found.mean,
                 "psnr_db_worst": one.found.worst,
                 "pictures": one.found.count,
                 "taken": "yes" if one.sampling == taken.sampling else "",
