@@ -42,8 +42,13 @@ ROOT = Path(__file__).resolve().parent.parent
 LONG = [
     "recipes/test_families.py",
     "test_runtime.py",
+    "passes/test_build_tensorrt.py",
     "test_cli.py",
     "passes/test_export_onnx.py",
+    "passes/test_export_openvino.py",
+    "passes/test_tune_sampler.py",
+    "passes/test_search.py",
+    "passes/test_distill.py",
     "recipes/test_lora.py",
     "passes/test_heal.py",
     "passes/test_models.py",
