@@ -139,11 +139,6 @@ def remarks(runtime: Runtime, prompts: Sequence[str], sampling: SamplingConfig) 
         if lost := runtime.unread(prompt):
             start = prompt if len(prompt) <= 40 else f"{prompt[:37]}..."
             said.append(f'the prompt "{start}" is longer than the text encoder reads; left out: "{lost}"')
-    decided = runtime.artifact.made_for if runtime.artifact else None
-    if decided and whole.steps not in (None, decided[1]):
-        said.append(
-            f"{decided[0]} made this model for {decided[1]} sampling steps, and {whole.steps} are asked for"
-        )
     if whole.guidance_interval and not guided:
         said.append("the guidance interval has no effect: this model is drawn without guidance")
     if whole.negative_prompt and not guided:
@@ -155,11 +150,17 @@ def remarks(runtime: Runtime, prompts: Sequence[str], sampling: SamplingConfig) 
         )
     lineage = runtime.artifact.lineage if runtime.artifact else ()
     made_for = next((found for step in reversed(lineage) if (found := step.details.get(MADE_FOR))), None)
+    decided = runtime.artifact.made_for if runtime.artifact else None
+    kind, steps = decided or ("", made_for)
+    if steps is None or whole.steps in (None, steps):
+        return said
     if made_for and whole.steps != made_for:
         said.append(
             f"this model was distilled to be drawn in {made_for} steps, and is drawn in {whole.steps}, for"
             " which it is worse than the model before"
         )
+    elif not made_for:
+        said.append(f"{kind} made this model for {steps} sampling steps, and {whole.steps} are asked for")
     return said
 
 
