@@ -93,7 +93,8 @@ def test_the_way_of_lcm_is_that_of_its_sampler(pipeline: Any):
     assert [way.points[number] for number in way.called] == scheduler.timesteps.tolist()
     draw, chance = torch.Generator().manual_seed(0), way.chance(FAMILY.objective(pipeline))
     drawn = torch.stack([chance.draw(draw, (4, 8, 8)) for _ in range(400)])
-    assert set(drawn.tolist()) == set(map(float, range(50)))
+    assert set(drawn.tolist()) <= set(map(float, range(50)))
+    assert len(set(drawn.tolist())) > 40
     asked = sum(float((drawn == number).float().mean()) for number in way.called)
     assert asked == pytest.approx(0.5 + 0.5 * 4 / 50, abs=0.08)
 
