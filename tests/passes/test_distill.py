@@ -62,7 +62,7 @@ def test_it_draws_in_so_many_calls_by_itself(student: Artifact, monkeypatch: pyt
     assert picture.size[0] > 0
     assert remarks(runtime, ["a cat"], SamplingConfig()) == []
     (said,) = remarks(runtime, ["a cat"], SamplingConfig(steps=30))
-    assert "distilled to be drawn in 2 steps, and is drawn in 30" in said
+    assert said == "distill made this model for 2 sampling steps, and 30 are asked for"
 
 
 def test_its_adapter_stands_beside_it(student: Artifact, tiny_sources: Callable[[str], Path]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -322,7 +323,8 @@ def add_critic(denoiser: Any) -> None:
     Both are trained; the first one is used.
     """
     settings = copy.deepcopy(denoiser.peft_config[NAME])
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # there are to be two
         denoiser.add_adapter(settings, CRITIC)
     for _, layer in adapted(denoiser):
         for part in layer.adapter_layer_names:

@@ -140,7 +140,6 @@ class Distill(Pass):
         from tunekit.families.family import as_kept
         from tunekit.memory.levers import fit
         from tunekit.passes.prunable import parameters
-        from tunekit.runtime.draw import MADE_FOR
         from tunekit.training.checkpoint import Checkpoints
         from tunekit.training.consistency import Guidance, Teacher
         from tunekit.training.loop import Hooks, train
@@ -250,10 +249,7 @@ class Distill(Pass):
                 "loss": result.loss,
                 "steps": result.step,
             },
-            details={
-                "note": self._note(examples.origin, sampling, before, after),
-                **({} if self.method == "lcm" else {MADE_FOR: self.steps}),
-            },
+            details={"note": self._note(examples.origin, sampling, before, after)},
             sampling=learned,
         )
 

@@ -14,8 +14,6 @@ from tunekit.errors import ConfigError, NonFiniteError
 from tunekit.families.family import Conditioning
 from tunekit.runtime.base import Runtime
 
-MADE_FOR = "made_for_steps"
-"""Of a step's details: the sampling steps that its model has learned, where it has learned no others."""
 OnStep = Callable[[int, int, Tensor], None]
 """Called with (steps done, all steps, latents) after each; see `sampling.Step`."""
 
@@ -148,18 +146,9 @@ def remarks(runtime: Runtime, prompts: Sequence[str], sampling: SamplingConfig) 
             if runtime.cfg_scale(more) is not None
             else "the negative prompt has no effect: this model is drawn without one"
         )
-    lineage = runtime.artifact.lineage if runtime.artifact else ()
-    made_for = next((found for step in reversed(lineage) if (found := step.details.get(MADE_FOR))), None)
     decided = runtime.artifact.made_for if runtime.artifact else None
-    kind, steps = decided or ("", made_for)
-    if steps is None or whole.steps in (None, steps):
-        return said
-    if made_for and whole.steps != made_for:
-        said.append(
-            f"this model was distilled to be drawn in {made_for} steps, and is drawn in {whole.steps}, for"
-            " which it is worse than the model before"
-        )
-    elif not made_for:
+    if decided and whole.steps not in (None, decided[1]):
+        kind, steps = decided
         said.append(f"{kind} made this model for {steps} sampling steps, and {whole.steps} are asked for")
     return said
 
