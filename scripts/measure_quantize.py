@@ -40,10 +40,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "weight_only": {"mode": "weight_only", "components": PARTS},
     "dynamic": {"mode": "dynamic"},
     "named layers in floats": {"keep": SENSITIVE},
-    "default": {},
-    "target: openvino": {"target": "openvino"},
-    "named layers, minmax": {"keep": SENSITIVE, "ranges": "minmax"},
+    "named layers, mse": {"keep": SENSITIVE, "ranges": "mse"},
     "named layers, percentile": {"keep": SENSITIVE, "ranges": "percentile"},
+    "default": {},
+    "keep: {share: 0.1}": {"keep": {"share": 0.1}},
+    "target: openvino": {"target": "openvino"},
 }
 RUNS = (("default", "openvino"), ("target: openvino", "openvino"))
 """Ways that are measured in OpenVINO too."""

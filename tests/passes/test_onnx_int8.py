@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tunekit.passes.onnx_int8 import FLAVOURS, Flavour, Graph, measure_ranges
-from tunekit.passes.onnx_probe import Probe, sparing
+from tunekit.passes.onnx_int8 import FLAVOURS, Flavour, Graph, Layer, measure_ranges
+from tunekit.passes.onnx_probe import Probe, measure_costs, sparing
 
 DRAW = np.random.default_rng(0)
 
@@ -172,10 +173,10 @@ def test_a_range_gives_up_outliers(model: Path):
     found = [layer for layer in graph.layers() if layer.path == "conv1"]
     calls = [feeds(seed) for seed in range(4)]
     calls[0]["picture"][0, 0, 0, 0] = 1000.0
-    low, high = measure_ranges(model, found, calls, signed=False)["picture"]
+    low, high = measure_ranges(model, found, calls, signed=False, method="mse")["picture"]
     assert high < 400 and low < -1
     calls[0]["picture"][0, 0, 0, 0] = 0.0
-    low, high = measure_ranges(model, found, calls, signed=False)["picture"]
+    low, high = measure_ranges(model, found, calls, signed=False, method="mse")["picture"]
     assert 2 < high < 6
     assert list(model.parent.parent.glob(".calibration-*")) == []
 
@@ -212,9 +213,33 @@ def test_the_probe_rounds_what_the_written_graph_rounds(model: Path, tmp_path: P
         graph.save(tmp_path / "one" / "model.onnx")
         wanted = run(tmp_path / "one" / "model.onnx")
         assert error(probe.run(range(len(layers)), feeds(9))[0], wanted) < 0.005
-        costs, shifts = probe.costs(calls, seconds=60)
+        work = probe.work(feeds(9))
+        assert sum(work) == pytest.approx(1) and all(share > 0 for share in work)
+
+        def made(rounded: Sequence[int], probe: Probe = probe) -> np.ndarray:
+            return probe.run(rounded, feeds(9))[0]
+
+        costs = measure_costs(layers, work, made, seconds=60)
         assert {cost.path for cost in costs} == {layer.path for layer in layers}
-        assert all(cost.error > 0 for cost in costs) and len(shifts) == len(layers)
-        (all_together,) = probe.costs(calls, seconds=0)[0][:1]
-        assert all_together.share < 1 or all_together.path == ""
-        assert sparing(costs, share=0.0) == []
+        assert all(cost.error > 0 for cost in costs)
+        spared = sparing(costs, share=0.5)
+        assert spared and sum(cost.share for cost in spared) <= 0.5 and sparing(costs, share=0.0) == []
+
+
+def test_without_time_layers_of_a_module_are_measured_together():
+    draw = np.random.default_rng(0).normal(size=8)
+    paths = ["net.a.conv", "net.a.linear", "net.b.conv"]
+    layers = [Layer(helper.make_node("Conv", [], []), path, 0, path) for path in paths]
+
+    def made(rounded: Sequence[int]) -> np.ndarray:
+        return draw + 0.1 * len(rounded)
+
+    found = {}
+    for seconds in (3.5, 2.5, 0.0):
+        ticks = iter((0.0, 1.0))
+        now = ticks.__next__
+        costs = measure_costs(layers, [0.5, 0.2, 0.3], made, seconds=seconds, now=now)
+        found[seconds] = {cost.path: (cost.layers, pytest.approx(cost.share)) for cost in costs}
+    assert found[3.5] == {path: ((index,), [0.5, 0.2, 0.3][index]) for index, path in enumerate(paths)}
+    assert found[2.5] == {"net.a": ((0, 1), 0.7), "net.b": ((2,), 0.3)}
+    assert found[0.0] == {"net": ((0, 1, 2), 1.0)}

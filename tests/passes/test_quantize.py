@@ -355,7 +355,7 @@ def test_without_prompts_there_is_nothing_to_measure_on(tiny_onnx: Path, tmp_pat
     ("settings", "message"),
     [
         ({"mode": "dynamic", "samples": 8}, "samples: has no effect: mode is dynamic"),
-        ({"target": "cuda", "ranges": "minmax"}, "ranges: has no effect: mode is weight_only"),
+        ({"target": "cuda", "ranges": "mse"}, "ranges: has no effect: mode is weight_only"),
         ({"mode": "dynamic", "keep": {"psnr": 40}}, "keep: has no effect: mode is dynamic"),
         ({"keep": ["conv_in"], "minutes": 2}, "minutes: has no effect: keep names the layers"),
         ({"target": "tensorrt", "activations": "uint8"}, "activations: uint8 is not what target tensorrt"),

@@ -220,7 +220,7 @@ class Graph:
         """Computes layers in int8 between QuantizeLinear and DequantizeLinear; returns how many.
 
         Args:
-            ranges: of every layer's input, and of every Conv's output; see `measure`.
+            ranges: of every layer's input, and of every Conv's output; see `measure_ranges`.
             bits: of weights; 7 keeps sums of two products within 16 bits, for processors without VNNI.
         """
         layers, signed = list(layers), flavour.signed
@@ -236,30 +236,6 @@ class Graph:
             if node.op_type == "Conv" and flavour.outputs:
                 self._quantize_output(node, ranges)
         return len(computable)
-
-    def shift(self, layer: Layer, by: Array) -> bool:
-        """Adds `by` [channels] to a layer's bias; False where it has none of its own.
-
-        The bias of a MatMul is what an Add right behind it adds.
-        """
-        node = layer.node
-        place: tuple[NodeProto, int] | None = None
-        if node.op_type in ("Conv", "Gemm") and len(node.input) > 2:
-            place = node, 2
-        elif node.op_type == "MatMul":
-            users = [other for other in self.nodes if node.output[0] in other.input]
-            if len(users) == 1 and users[0].op_type == "Add":
-                place = users[0], 1 - list(users[0].input).index(node.output[0])
-        if place is None or place[0].input[place[1]] not in self.initializers:
-            return False
-        user, index = place
-        old = numpy_helper.to_array(self.initializers[user.input[index]])
-        if old.shape != by.shape:
-            return False
-        name = f"{layer.weight.removesuffix('.weight')}.bias_corrected"
-        self._add(name, (old + by).astype(old.dtype))
-        user.input[index] = name
-        return True
 
     def save(self, path: Path) -> None:
         """Writes the graph; weights above 2 GB go beside it."""
@@ -439,7 +415,7 @@ def measure_ranges(
     calls: Sequence[Feeds],
     *,
     signed: bool,
-    method: Method = "mse",
+    method: Method = "minmax",
 ) -> dict[str, Range]:
     """Ranges of the layers' inputs and outputs, from real calls of the float graph (tables have none).
 
@@ -449,7 +425,7 @@ def measure_ranges(
         signed: symmetric ranges.
         method: "minmax": the extremes; "percentile": without the outermost `OUTSIDE` of the values on either
             side; "mse": what has the least squared rounding and clipping error over `KEPT_VALUES` values of
-            each call, as the extremes alone would spend most of the 256 levels on a few outliers.
+            each call.
 
     Raises:
         NonFiniteError: a value is NaN or infinite.

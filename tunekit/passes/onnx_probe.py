@@ -39,7 +39,7 @@ class Cost:
 
     Attributes:
         path: of the module.
-        error: of the graph's output, relative to its size, when only this is rounded.
+        error: of what is made when only this is rounded, relative to its size.
         share: of the multiplications of all layers, 0 to 1.
         layers: numbers of the layers.
     """
@@ -75,7 +75,7 @@ class Probe:
         found = {layer.weight: layer for layer in graph.layers()}
         self.layers = [found[name] for name in weights]
         inner = graph.model.graph
-        self._outputs = [output.name for output in inner.output]
+        self.outputs = [output.name for output in inner.output]
         self._nodes: list[NodeProto] = []
         numbers = {id(layer.node): number for number, layer in enumerate(self.layers)}
         for node in graph.nodes:
@@ -85,8 +85,7 @@ class Probe:
                 self._nodes.append(node)
         for number in range(len(self.layers)):
             inner.input.append(helper.make_tensor_value_info(f"switch_{number}", TensorProto.BOOL, []))
-            for name, kind in ((f"mean_{number}", TensorProto.FLOAT), (f"size_{number}", TensorProto.INT64)):
-                inner.output.append(helper.make_tensor_value_info(name, kind, None))
+            inner.output.append(helper.make_tensor_value_info(f"size_{number}", TensorProto.INT64, []))
         del inner.node[:], inner.initializer[:]
         inner.node.extend(self._nodes)
         inner.initializer.extend(graph.initializers.values())
@@ -97,44 +96,18 @@ class Probe:
         """The graph's outputs with these layers rounded, then the values named `more`."""
         chosen = set(rounded)
         switches = {f"switch_{number}": np.array(number in chosen) for number in range(len(self.layers))}
-        values: list[Array] = self._session.run([*self._outputs, *more], {**feeds, **switches})
+        values: list[Array] = self._session.run([*self.outputs, *more], {**feeds, **switches})
         return values
 
-    def costs(
-        self, calls: Sequence[Feeds], *, seconds: float, now: Callable[[], float] = time.monotonic
-    ) -> tuple[list[Cost], dict[int, Array]]:
-        """What the layers cost, the dearest first; and by number, by how much each one's result is off.
-
-        Where there is no time to look at each layer by itself, those of a module are looked at together.
-
-        Args:
-            calls: inputs of the graph.
-            seconds: that it may take, about.
-
-        Returns:
-            The costs, and for each layer the mean over calls of its result when it is rounded less its result
-            when it is not, by channel.
-        """
-        every, started = range(len(self.layers)), now()
-        names = [f"{kind}_{number}" for kind in ("mean", "size") for number in every]
-        exact = [self.run((), feeds, more=names) for feeds in calls]
-        each, first = now() - started, len(self._outputs)
-        wanted = [_flat(values[:first]) for values in exact]
-        whole = max(1e-30, float(np.linalg.norm(np.concatenate(wanted))))
-        sizes = exact[0][first + len(self.layers) :]
-        work = [_per_value(layer) * float(size) for layer, size in zip(self.layers, sizes, strict=True)]
-        found, shifts = [], {}
-        paths = [layer.path for layer in self.layers]
-        for path, numbers in _groups(paths, most=max(1, int(seconds / max(each, 1e-6)))).items():
-            more = [f"mean_{number}" for number in numbers]
-            made = [self.run(numbers, feeds, more=more) for feeds in calls]
-            wrong = [_flat(values[:first]) - one for values, one in zip(made, wanted, strict=True)]
-            error = float(np.linalg.norm(np.concatenate(wrong))) / whole
-            found.append(Cost(path, error, sum(work[number] for number in numbers) / sum(work), numbers))
-            for place, number in enumerate(numbers, start=first):
-                off = [new[place] - old[first + number] for new, old in zip(made, exact, strict=True)]
-                shifts[number] = np.mean(off, axis=0)
-        return sorted(found, key=lambda cost: -cost.error), shifts
+    def work(self, feeds: Feeds) -> list[float]:
+        """Share of the multiplications that each layer has for these inputs."""
+        asked = [f"size_{number}" for number in range(len(self.layers))]
+        sizes = self.run((), feeds, more=asked)[len(self.outputs) :]
+        work = [
+            layer.weights / layer.channels * float(size)
+            for layer, size in zip(self.layers, sizes, strict=True)
+        ]
+        return [one / sum(work) for one in work]
 
     # Building ----------------------------------------------------------------------------------------------
 
@@ -149,17 +122,7 @@ class Probe:
         if node.op_type == "Conv" and self._flavour.outputs:
             node.output[0] = f"{y}_exact"
             self._nodes += self._value(number, f"{y}_exact", y, ranges[y])
-        rank = len(self._graph.initializers[layer.weight].dims)
-        flat, axes = y, [0, *range(2, rank)]
-        if node.op_type != "Conv":  # whatever its rank, the last axis is the channels
-            flat, axes = f"probe_rows{number}", [0]
-            self._constant(f"{flat}_shape", np.array([-1, layer.channels]))
-            self._nodes.append(helper.make_node("Reshape", [y, f"{flat}_shape"], [flat]))
-        self._constant(f"mean_{number}_axes", np.array(axes))
-        self._nodes += [
-            helper.make_node("ReduceMean", [flat, f"mean_{number}_axes"], [f"mean_{number}"], keepdims=0),
-            helper.make_node("Size", [y], [f"size_{number}"]),
-        ]
+        self._nodes.append(helper.make_node("Size", [y], [f"size_{number}"]))
 
     def _weight(self, layer: Layer, number: int) -> str:
         name = f"probe_w{number}"
@@ -183,6 +146,36 @@ class Probe:
         self._graph.initializers[name] = numpy_helper.from_array(value, name)
 
 
+def measure_costs(
+    layers: Sequence[Layer],
+    work: Sequence[float],
+    made: Callable[[Sequence[int]], Array],
+    *,
+    seconds: float,
+    now: Callable[[], float] = time.monotonic,
+) -> list[Cost]:
+    """What layers cost, the dearest first.
+
+    Where there is no time to look at each layer by itself, those of a module are looked at together.
+
+    Args:
+        layers: of a probe.
+        work: see `Probe.work`.
+        made: gives what is made with these layers rounded, such as the latents at the end of a trajectory.
+        seconds: that it may take, about.
+    """
+    started = now()
+    exact = made(())
+    each, size = now() - started, max(1e-30, float(np.linalg.norm(exact)))
+    found = []
+    for path, numbers in _groups(
+        [layer.path for layer in layers], most=int(seconds / max(each, 1e-6))
+    ).items():
+        error = float(np.linalg.norm(made(numbers) - exact)) / size
+        found.append(Cost(path, error, sum(work[number] for number in numbers), numbers))
+    return sorted(found, key=lambda cost: -cost.error)
+
+
 def sparing(costs: Sequence[Cost], *, share: float, least: float = 0.0) -> list[Cost]:
     """The costs that are best saved: of the dearest for their work, as many as hold `share` of all of it.
 
@@ -203,15 +196,6 @@ def sparing(costs: Sequence[Cost], *, share: float, least: float = 0.0) -> list[
 def by_worth(costs: Sequence[Cost]) -> list[Cost]:
     """Costs by how much error (errors of layers add up in squares) leaves for their work, the most first."""
     return sorted(costs, key=lambda cost: -(cost.error**2) / max(cost.share, 1e-9))
-
-
-def _per_value(layer: Layer) -> float:
-    """Multiplications for one value of a layer's result."""
-    return layer.weights / layer.channels
-
-
-def _flat(values: Sequence[Array]) -> Array:
-    return np.concatenate([np.asarray(value, np.float32).ravel() for value in values])
 
 
 def _groups(paths: Sequence[str], *, most: int) -> dict[str, tuple[int, ...]]:

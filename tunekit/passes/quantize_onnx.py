@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle, islice
 from pathlib import Path
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from tunekit.artifacts import PICTURES, RECORD, write_json
 from tunekit.errors import ArtifactError, output_errors
 from tunekit.passes.base import Context, Outcome
-from tunekit.passes.onnx_int8 import FLAVOURS, Feeds, Flavour, Graph, Layer, measure_ranges
-from tunekit.passes.onnx_probe import Cost, Probe, by_worth, sparing
+from tunekit.passes.onnx_int8 import FLAVOURS, Array, Feeds, Flavour, Graph, Layer, Range, measure_ranges
+from tunekit.passes.onnx_probe import Cost, Probe, by_worth, measure_costs, sparing
 from tunekit.passes.paths import under
 from tunekit.passes.providers import everywhere, gpu_answers
 from tunekit.passes.quantize import PROBE_STEPS, TESTED_CALLS, VAES, Quantize, error, fidelity, nothing
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tunekit.artifacts import Artifact
+    from tunekit.config import SamplingConfig
     from tunekit.data.calibration import Call
     from tunekit.families.family import Family
     from tunekit.runtime import Runtime
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
 GRAPH = "model.onnx"
 SENSITIVITY = "sensitivity.json"
 """Beside the graph: what each layer costs."""
-LOOKED_AT = 3
-"""Calls, of one picture each, that single layers are measured on."""
+LOOKED_AT = 6
+"""Steps of the picture that single layers are measured on."""
 SPARED = 0.05
 """Share of the multiplications that stays in floats by itself: of builtin/emoji-64's layers four hold nine
 tenths of the error and a fiftieth of the work."""
-LEAST = 0.005
+LEAST = 0.002
 """Share of the squared error below which a layer is not worth it."""
 PICTURES_DRAWN, MOST_STEPS = 4, 20
 """For `keep: {psnr: ...}`: as many as `verify` draws where nothing else is said, and with the same seeds."""
@@ -93,7 +94,6 @@ def quantize_graphs(
         tested, seen = _apart(calls, TESTED_CALLS)
         feeds = _feeds(runtime, tested, context.prompts, chosen)
         measured = _denoiser_feeds(runtime, seen) if static else []
-        looked_at = _denoiser_feeds(runtime, _from_noise_to_picture(seen)) if static else []
     table: list[dict[str, Any]] = []
     details: dict[str, Any] = {}
     metrics: dict[str, float] = {}
@@ -107,7 +107,7 @@ def quantize_graphs(
         elif mode == "dynamic":
             row = work.dynamic(how.sensitive(family))
         else:
-            row, found = work.static(how.sensitive(family), measured, looked_at, artifact, family)
+            row, found = work.static(how.sensitive(family), measured, artifact, family)
             details |= found
         errors = _errors(work.target / GRAPH, folder / component / GRAPH, feeds[component], how.target)
         _refuse_garbage(errors, component, how.target, artifact.source)
@@ -190,7 +190,6 @@ class _Component:
         self,
         keep: Sequence[str],
         calls: Sequence[Feeds],
-        looked_at: Sequence[Feeds],
         artifact: Artifact,
         family: Family,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -199,7 +198,6 @@ class _Component:
         Args:
             keep: modules that stay in floats whatever they cost.
             calls: what ranges are measured on.
-            looked_at: what single layers are measured on.
         """
         graph = Graph(self.path)
         found = graph.layers()
@@ -211,12 +209,7 @@ class _Component:
         )
         weights = [layer.weight for layer in candidates]
         del graph, found, named, candidates
-        costs: list[Cost] = []
-        if not isinstance(self.how.keep, list):
-            self.context.say(f"what each of {len(weights)} layers costs")
-            probe = Probe(self.path, weights, ranges, self.flavour, bits=self.bits)
-            costs = probe.costs(looked_at, seconds=60 * self.how.minutes)[0]
-            del probe
+        costs = self._costs(weights, ranges, calls[0], artifact, family)
 
         def write(spared: Sequence[Cost]) -> int:
             graph = Graph(self.path)
@@ -241,6 +234,54 @@ class _Component:
         if costs:
             details |= self._say_costs(costs, spared)
         return row, details
+
+    def _costs(
+        self,
+        weights: Sequence[str],
+        ranges: Mapping[str, Range],
+        call: Feeds,
+        artifact: Artifact,
+        family: Family,
+    ) -> list[Cost]:
+        """How far the latents of a picture end up from where they should, by layer that is rounded.
+
+        The whole way counts: a small error in the first steps is a large one in the picture, and guidance
+        multiplies errors that are not the same with the prompt and without it.
+        """
+        if isinstance(self.how.keep, list):
+            return []
+        self.context.say(f"what each of {len(weights)} layers costs")
+        with _floats(artifact, self.context) as runtime:
+            module: Any = family.denoiser(runtime.pipeline)
+            graph, module.graph = module.graph, None
+            switched = _Switched(graph.inputs, graph.max_rows, graph.unbatched)
+            del graph  # its weights need not be there twice
+            switched.probe = probe = Probe(self.path, weights, ranges, self.flavour, bits=self.bits)
+            module.graph = switched
+            sampling = self._sampling(runtime, LOOKED_AT)
+            prompts, seeds = [*self.context.prompts[:1]] or [""], [self.context.seed]
+            told, guided = runtime.conditioning(prompts, sampling), runtime.guided(1, sampling)
+            shape = runtime.latent_shape(*runtime.size(sampling))
+
+            def latents(rounded: Sequence[int]) -> Array:
+                from tunekit.diffusion.sampling import initial_latents, sample
+
+                switched.rounded = rounded
+                made = sample(
+                    runtime.denoise,
+                    runtime.scheduler,
+                    initial_latents(seeds, shape),
+                    told,
+                    guided,
+                    sampling,
+                    begin=family.begin,
+                    seeds=seeds,
+                )
+                found: Array = made.float().numpy()
+                return found
+
+            seconds = 60 * self.how.minutes
+            return measure_costs(probe.layers, probe.work(call), latents, seconds=seconds)
 
     def _until(
         self,
@@ -292,13 +333,17 @@ class _Component:
     def _draw(self, runtime: Runtime) -> torch.Tensor:
         from tunekit.runtime import generate_pixels
 
+        sampling = self._sampling(runtime, MOST_STEPS)
+        prompts = list(islice(cycle(self.context.prompts or ("",)), PICTURES_DRAWN))
+        seeds = [self.context.seed + index for index in range(PICTURES_DRAWN)]
+        return generate_pixels(runtime, prompts, sampling, seeds=seeds)
+
+    def _sampling(self, runtime: Runtime, most: int) -> SamplingConfig:
+        """How the model draws, in at most so many steps."""
         artifact = runtime.artifact
         assert artifact is not None
         sampling = self.context.sampling_of(artifact).over(runtime.sampling)
-        steps = min(sampling.steps or MOST_STEPS, MOST_STEPS)
-        prompts = list(islice(cycle(self.context.prompts or ("",)), PICTURES_DRAWN))
-        seeds = [self.context.seed + index for index in range(PICTURES_DRAWN)]
-        return generate_pixels(runtime, prompts, sampling.model_copy(update={"steps": steps}), seeds=seeds)
+        return sampling.model_copy(update={"steps": min(sampling.steps or most, most)})
 
     def _say_costs(self, costs: Sequence[Cost], spared: Sequence[Cost]) -> dict[str, Any]:
         """Writes what layers cost beside the graph; the same for the report."""
@@ -374,6 +419,21 @@ def _copy(source: Path, target: Path, *, without: Sequence[str]) -> None:
 # Calls that the model itself makes -------------------------------------------------------------------------
 
 
+@dataclasses.dataclass
+class _Switched:
+    """A probe in a graph's place."""
+
+    inputs: dict[str, Any]
+    max_rows: int | None
+    unbatched: frozenset[str]
+    probe: Probe | None = None
+    rounded: Sequence[int] = ()
+
+    def run(self, given: Feeds) -> Feeds:
+        assert self.probe is not None
+        return dict(zip(self.probe.outputs, self.probe.run(self.rounded, given), strict=True))
+
+
 class _Listening:
     """A graph that notes what it is fed; with `silent` it runs nothing."""
 
@@ -441,24 +501,6 @@ def _apart(calls: Sequence[Call], count: int) -> tuple[list[Call], list[Call]]:
     return (
         [call for index, call in enumerate(calls) if index in chosen],
         [call for index, call in enumerate(calls) if index not in chosen],
-    )
-
-
-def _from_noise_to_picture(calls: Sequence[Call]) -> list[Call]:
-    """`LOOKED_AT` calls of one picture each, at timesteps evenly out of all."""
-    ordered = sorted(calls, key=lambda call: float(call[1].max()))
-    return [_one(ordered[(2 * index + 1) * len(ordered) // (2 * LOOKED_AT)]) for index in range(LOOKED_AT)]
-
-
-def _one(call: Call) -> Call:
-    """The rows of one picture: with guidance, those with the prompt and without it."""
-    latents, times, conditioning = call
-    rows = len(latents)
-    taken = [0, rows // 2] if rows > 1 else [0]
-    return (
-        latents[taken],
-        times[taken],
-        {key: value[taken] if len(value) == rows else value for key, value in conditioning.items()},
     )
 
 
