@@ -38,7 +38,7 @@ OF_INT8 = ("target", "activations", "ranges", "reduce_range", "samples", "minute
 """Settings of models in ONNX."""
 
 
-class Keep(Section):
+class KeepLayers(Section):
     """How many layers stay in floats; which, is measured."""
 
     psnr: float | None = Field(None, gt=0, le=150)
@@ -47,7 +47,7 @@ class Keep(Section):
     """Those with up to this share of the multiplications, the ones whose error is largest for their work."""
 
     @model_validator(mode="after")
-    def _one(self) -> Keep:
+    def _one(self) -> KeepLayers:
         if (self.psnr is None) == (self.share is None):
             refuse("takes either psnr, such as `{psnr: 40}`, or share, such as `{share: 0.1}`")
         return self
@@ -98,7 +98,7 @@ class Quantize(Pass):
     """Weights in 7 bits, for processors without VNNI: their sums overflow in modes dynamic and static."""
     group: int = Field(32, ge=8, le=65_536, multiple_of=2)
     """Weights per scale of int4."""
-    keep: Annotated[Names, DISTINCT] | Keep | None = None
+    keep: Annotated[Names, DISTINCT] | KeepLayers | None = None
     """What of the denoiser is not computed in few bits: paths, such as `up_blocks.-1` (the last one); or how
     much, and the layers are measured: `{psnr: 40}`, `{share: 0.1}`. null: what the family knows to be
     sensitive, such as its first and last layer and the time embedding, and in mode static the layers that are
@@ -120,7 +120,7 @@ class Quantize(Pass):
         if mode != "static":
             because = f"mode is {mode}"
             no_effect(self, ("activations", "ranges", "samples", "minutes"), because)
-            if isinstance(self.keep, Keep):
+            if isinstance(self.keep, KeepLayers):
                 idle("keep", f"{because}, and layers are measured in mode static only; name them")
         elif isinstance(self.keep, list):
             no_effect(self, ("minutes",), "keep names the layers")
@@ -149,17 +149,19 @@ class Quantize(Pass):
     def is_open(self) -> bool:
         """Whether nothing that is set is of mode static alone, so that another may be taken."""
         asked = self.model_fields_set & {"activations", "ranges", "samples", "minutes"}
-        return self.mode is None and self.target == "cpu" and not asked and not isinstance(self.keep, Keep)
+        return (
+            self.mode is None and self.target == "cpu" and not asked and not isinstance(self.keep, KeepLayers)
+        )
 
     @property
     def wanted_psnr(self) -> float | None:
         """Of `keep`."""
-        return self.keep.psnr if isinstance(self.keep, Keep) else None
+        return self.keep.psnr if isinstance(self.keep, KeepLayers) else None
 
     @property
     def spared_share(self) -> float | None:
         """Of `keep`."""
-        return self.keep.share if isinstance(self.keep, Keep) else None
+        return self.keep.share if isinstance(self.keep, KeepLayers) else None
 
     def gives(self) -> frozenset[str]:
         """Weights in few bits, and what is computed in uint8."""
@@ -191,7 +193,7 @@ class Quantize(Pass):
             for name in OF_INT8:
                 if getattr(self, name) != type(self).model_fields[name].default:
                     return f"sets {name}, which is for ONNX; put it behind export_onnx"
-            if isinstance(self.keep, Keep):
+            if isinstance(self.keep, KeepLayers):
                 return "has a keep that is measured, which is for ONNX; name the layers, or leave it out"
         if self.scheme == "nf4":
             return lacks("bitsandbytes", extra="quant")
