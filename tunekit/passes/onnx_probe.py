@@ -187,7 +187,7 @@ def sparing(costs: Sequence[Cost], *, share: float, least: float = 0.0) -> list[
     whole = sum(cost.error**2 for cost in costs)
     chosen, taken = [], 0.0
     for cost in by_worth(costs):
-        if taken + cost.share <= share and cost.error**2 >= least * whole > 0:
+        if taken + cost.share <= share and cost.error**2 >= least * whole:
             chosen.append(cost)
             taken += cost.share
     return chosen
