@@ -73,3 +73,23 @@ def test_the_front() -> None:
         assert any(
             o is not None and o.cost <= found.cost and o.errors["psnr"] <= found.errors["psnr"] for o in front
         )
+
+
+def test_what_fails_on_other_pictures_makes_room_for_what_lies_between() -> None:
+    """The cheapest is rejected: not the next that was made is the answer, but what now promises most."""
+    search = explore(0.8)
+    best = search.best()[0]
+    seen = search.known[best]
+    assert seen is not None
+    search.reject(best, {"psnr": 1.3 * seen.errors["psnr"]})
+    more = 0
+    while (point := search.next()) is not None:
+        search.known[point] = truth(point)
+        more += 1
+    assert best not in search.best()
+    assert more >= 1
+    final = search.known[search.best()[0]]
+    every = itertools.product(*(range(len(axis)) for axis in ERRORS))
+    safe = [found for point in every if 1.3 * (found := truth(point)).errors["psnr"] <= 0.8]
+    assert final is not None
+    assert final.cost <= min(found.cost for found in safe) / (1 - GAIN)

@@ -209,22 +209,38 @@ class Search(Pass):
         tradeoff = Tradeoff([len(axis.choices) for axis in axes], self.keep.limits)
         book = _Book(RunFolder(context.run_dir).trials / TRIALS, self, judge)
         made: dict[Point, _Trial] = {}
-        began, before, told = time.monotonic(), 0.0, False
-        while (point := tradeoff.next()) is not None:
-            chain = self._chain(axes, point)
-            spent = before + time.monotonic() - began
-            known = book.find(chain)
-            if known is None and spent > 60 * self.minutes and made:
-                context.say(f"{format_seconds(spent)} are over: {len(made)} trials were made")
-                told = True
+        failed: list[str] = []
+        began, before, is_over = time.monotonic(), 0.0, False
+        while True:
+            point = None if is_over else tradeoff.next()
+            if point is not None:
+                chain = self._chain(axes, point)
+                spent = before + time.monotonic() - began
+                known = book.find(chain)
+                if known is None and made and spent > 60 * self.minutes:
+                    context.say(f"{format_seconds(spent)} are over: {len(made)} trials were made")
+                    is_over = True
+                    continue
+                trial = known or self._try(chain, judge, book, context, origin=made.get(_zero(point)))
+                before += known.seconds if known else 0.0
+                made[point] = trial
+                tradeoff.known[point] = trial.found
+                told = self._told(trial, made[_zero(point)])
+                context.say(f"trial {len(made)}: {describe(chain)}: {told}")
+                continue
+            best = tradeoff.best()
+            if not best:
+                raise self._nothing(made, failed)
+            winner = made[best[0]]
+            unseen = judge.fidelity(winner.artifact(judge), unseen=True)
+            line = f"{describe(winner.chain)} on pictures that no trial saw: {_quality(unseen)}"
+            context.say(line)
+            errors = {name: _as_error(name, value) for name, value in unseen.items()}
+            if Found(errors, 0.0).keeps(self.keep.limits):
                 break
-            trial = known or self._try(chain, judge, book, context, origin=made.get(_zero(point)))
-            if known:
-                before += known.seconds
-            made[point] = trial
-            tradeoff.known[point] = trial.found
-            context.say(f"trial {len(made)}: {describe(chain)}: {self._told(trial, made[_zero(point)])}")
-        return self._end(tradeoff, made, judge, context, timed_out=told)
+            failed.append(line)
+            tradeoff.reject(best[0], errors)
+        return self._end(tradeoff, made, winner, unseen, judge, context, failed=failed, is_over=is_over)
 
     # Trials -------------------------------------------------------------------------------------------------
 
@@ -299,42 +315,36 @@ class Search(Pass):
 
     # The end ------------------------------------------------------------------------------------------------
 
+    def _nothing(self, made: Mapping[Point, _Trial], failed: Sequence[str]) -> ChainError:
+        """What to say where there is no winner."""
+        origin = made[_zero(next(iter(made)))]
+        if origin.found is None:
+            return ChainError(f"search: the model cannot even be exported: {origin.failure}")
+        if failed:
+            return ChainError(
+                f"search: {len(failed)} trials keep {_wanted(self.keep)} on the pictures they were judged by,"
+                f" and none on others; {failed[-1]}",
+                hint="judge by more pictures (`pictures`), or lower what must be kept",
+            )
+        return ChainError(
+            f"search: none of {len(made)} trials keeps {_wanted(self.keep)}; {self._nearest(made)}",
+            hint="lower what must be kept, or give the search milder settings to try",
+        )
+
     def _end(
         self,
         tradeoff: Tradeoff,
         made: Mapping[Point, _Trial],
+        winner: _Trial,
+        unseen: Mapping[str, float],
         judge: _Judge,
         context: Context,
         *,
-        timed_out: bool,
+        failed: Sequence[str],
+        is_over: bool,
     ) -> Outcome:
         origin = made[_zero(next(iter(made)))]
-        if origin.found is None:
-            raise ChainError(f"search: the model cannot even be exported: {origin.failure}")
-        kept = [(tradeoff.known[point], point) for point in tradeoff.best()]
-        if not kept:
-            raise ChainError(
-                f"search: none of {len(made)} trials keeps {_wanted(self.keep)}; {self._nearest(made)}",
-                hint="lower what must be kept, or give the search milder settings to try",
-            )
-        unseen: dict[str, float] = {}
-        winner: _Trial | None = None
-        looked: list[str] = []
-        for _, point in kept:
-            trial = made[point]
-            unseen = judge.fidelity(trial.artifact(judge), unseen=True)
-            line = f"{describe(trial.chain)} on pictures that no trial saw: {_quality(unseen)}"
-            context.say(line)
-            if Found({n: _as_error(n, v) for n, v in unseen.items()}, 0).keeps(self.keep.limits):
-                winner = trial
-                break
-            looked.append(line)
-        if winner is None:
-            raise ChainError(
-                f"search: {len(kept)} trials keep {_wanted(self.keep)} on the pictures they were judged by,"
-                f" and none on others; {looked[-1]}",
-                hint="judge by more pictures (`pictures`), or lower what must be kept",
-            )
+        assert origin.found is not None
         final = winner.artifact(judge)
         _copy(final, context.folder)
         speed = judge.speed(final)
@@ -367,11 +377,11 @@ class Search(Pass):
             f" ({_quality(winner.values)} on those that it was judged by), {speed:.2f}x as fast as the model"
             f" that came in; {len(made)} trials"
         )
-        if looked:
-            note += f"; {len(looked)} that looked better failed on pictures that no trial saw"
+        if failed:
+            note += f"; {len(failed)} that looked better failed on pictures that no trial saw"
         if dropped:
             note += f"; no {_CHEAPER[self.minimize]} and left out: {', '.join(dropped)}"
-        if timed_out:
+        if is_over:
             note += f"; ended by minutes: {self.minutes:g}"
         failures = [
             {"passes": describe(trial.chain), "why": trial.failure}

@@ -45,11 +45,24 @@ class Tradeoff:
         choices: how many each axis has.
         limits: measure -> largest error.
         known: what was tried; None for a combination that could not be made.
+        margins: measure -> how much larger errors are on pictures that the search did not see; learned from
+            combinations that kept the limits, and did not there.
     """
 
     choices: Sequence[int]
     limits: Mapping[str, float]
     known: dict[Point, Found | None] = field(default_factory=dict)
+    margins: dict[str, float] = field(default_factory=dict)
+    _rejected: set[Point] = field(default_factory=set)
+
+    def reject(self, point: Point, errors: Mapping[str, float]) -> None:
+        """A combination that keeps the limits, but not on other pictures, where its errors are these."""
+        self._rejected.add(point)
+        found = self.known[point]
+        assert found is not None
+        for name in self.limits:
+            if 0 < found.errors[name] < errors[name] < math.inf:
+                self.margins[name] = max(self.margins.get(name, 1.0), errors[name] / found.errors[name])
 
     def next(self) -> Point | None:
         """The combination to try, or None where nothing that is left promises more.
@@ -90,9 +103,11 @@ class Tradeoff:
         return Found(errors, cost)
 
     def best(self) -> list[Point]:
-        """All that keep the limits, the cheapest first."""
+        """All that keep the limits and were not rejected, the cheapest first."""
         kept = [
-            (found.cost, point) for point, found in self.known.items() if found and found.keeps(self.limits)
+            (found.cost, point)
+            for point, found in self.known.items()
+            if found and found.keeps(self.limits) and point not in self._rejected
         ]
         return [point for _, point in sorted(kept)]
 
@@ -136,7 +151,9 @@ class Tradeoff:
             told = self.predict(point)
             if told is None or told.cost >= (1 - GAIN) * bound:
                 continue
-            errors = {name: error * wrong[name] for name, error in told.errors.items()}
+            errors = {
+                name: error * wrong[name] * self.margins.get(name, 1.0) for name, error in told.errors.items()
+            }
             if Found(errors, told.cost).keeps(self.limits) and (found is None or told.cost < found[0]):
                 found = (told.cost, point)
         return found[1] if found else None
