@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -11,23 +10,15 @@ from pydantic import Field, model_validator
 from tunekit.config import Names, Section, idle, no_effect, refuse, wrong
 from tunekit.errors import ArtifactError, ChainError, require
 from tunekit.passes.base import DISTINCT, SAMPLING, Context, Outcome, Pass, Start, formats
-from tunekit.passes.metrics import RELATIVE_ERROR, SIZE, Metric, Value
+from tunekit.passes.fidelity import PROBE_STEPS, TESTED_CALLS, VAES, error, fidelity, nothing
+from tunekit.passes.metrics import RELATIVE_ERROR, SIZE, Metric
 from tunekit.passes.models import around
 from tunekit.passes.paths import unmatched
 from tunekit.passes.providers import lacks
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from tunekit.artifacts import Artifact
     from tunekit.families.family import Family
-
-VAES = ("vae_encoder", "vae_decoder")
-"""Graphs of the autoencoder."""
-TESTED_CALLS = 8
-"""Calls of the denoiser that the error is measured on; ranges are measured on others."""
-PROBE_STEPS = 8
-"""Sampling steps at most of the pictures that are drawn for these calls alone."""
 
 
 NO_PROMPTS = (
@@ -294,30 +285,6 @@ class Quantize(Pass):
         found = error([runtime.denoise(*call) for call in calls], wanted)
         context.save(pipeline, artifact)
         return Outcome(metrics={"quantized_layers": len(done), **fidelity(found)}, details={"kept": kept})
-
-
-def nothing(component: str, why: str, where: str) -> ArtifactError:
-    """A success with nothing done is none."""
-    return ArtifactError(
-        f"the {component} has no weights that could be quantized: {why}",
-        where=where,
-        hint="int8 is made of float32: take the model from before it was quantized, export it with"
-        " `export_onnx: {dtype: fp32}`, or name other components",
-    )
-
-
-def error(made: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Relative error over all tensors."""
-    import torch
-
-    from tunekit.diffusion.metrics import relative_error
-
-    return relative_error(torch.cat([t.flatten() for t in made]), torch.cat([t.flatten() for t in wanted]))
-
-
-def fidelity(found: float) -> dict[str, Value]:
-    """A relative error as figures of a pass."""
-    return {"relative_error": found, "sqnr_db": -20 * math.log10(max(1e-9, found))}
 
 
 PASS = Quantize

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from tunekit.artifacts import PICTURES, RECORD, write_json
 from tunekit.errors import ArtifactError, output_errors
 from tunekit.passes.base import Context, Outcome
+from tunekit.passes.fidelity import PROBE_STEPS, TESTED_CALLS, VAES, error, fidelity, nothing
 from tunekit.passes.onnx_int8 import FLAVOURS, Array, Feeds, Flavour, Graph, Layer, Range, measure_ranges
 from tunekit.passes.onnx_probe import Cost, Probe, by_worth, measure_costs, sparing
 from tunekit.passes.paths import under
 from tunekit.passes.providers import everywhere, gpu_answers
-from tunekit.passes.quantize import PROBE_STEPS, TESTED_CALLS, VAES, Quantize, error, fidelity, nothing
 from tunekit.runtime.onnx_files import external_files, weight_bytes
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tunekit.config import SamplingConfig
     from tunekit.data.calibration import Call
     from tunekit.families.family import Family
+    from tunekit.passes.quantize import Quantize
     from tunekit.runtime import Runtime
 
 GRAPH = "model.onnx"

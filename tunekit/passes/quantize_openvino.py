@@ -20,6 +20,7 @@ from tunekit.config import Count, Names, no_effect
 from tunekit.errors import ArtifactError, ChainError, require
 from tunekit.passes.base import DISTINCT, SAMPLING, Context, Outcome, Pass, Start, formats
 from tunekit.passes.export_openvino import components, copy_rest, save
+from tunekit.passes.fidelity import PROBE_STEPS, TESTED_CALLS
 from tunekit.passes.metrics import RELATIVE_ERROR, SIZE, Metric, Value
 from tunekit.passes.paths import unmatched
 from tunekit.passes.providers import lacks
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
     from tunekit.passes.openvino_int8 import Feeds
     from tunekit.runtime import Runtime
 
-TESTED_CALLS = 8
-"""Calls of the denoiser that the error is measured on; ranges are measured on others."""
-PROBE_STEPS = 8
-"""Sampling steps at most of the pictures that are drawn for these calls alone."""
 EXTRA = "nncf"
 
 
