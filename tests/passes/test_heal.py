@@ -16,7 +16,15 @@ from tunekit.passes.prune import Prune
 
 FAMILY = families.get("sd15")
 PRUNE = Prune(ratio=0.3, samples=8, spread="uniform", multiple=1)
-HEAL = Heal(max_steps=40, lr=1e-4, batch_size=4, pictures=4)
+WEIGHTS = 32_000_000
+"""Moved by all steps together: of a network with few weights, a step is quick and mends little."""
+
+
+def heal(family: Any) -> Heal:
+    """At the pass's own rate; as many steps as the size of the blocks of its smallest network asks for."""
+    blocks = family.blocks(family.denoiser(family.tiny()))
+    count = sum(parameter.numel() for _, block in blocks for parameter in block.parameters())
+    return Heal(max_steps=min(200, max(40, WEIGHTS // count)), batch_size=4, pictures=4)
 
 
 def healed(
@@ -41,29 +49,29 @@ def result(
 ) -> Artifact:
     """Of each family."""
     source = tiny_sources(family.name)
-    return healed(source, tmp_path_factory.mktemp("healed"), HEAL, family=family.name)
+    return healed(source, tmp_path_factory.mktemp("healed"), heal(family), family=family.name)
 
 
 def test_the_output_comes_closer_to_the_parents(result: Artifact):
     metrics = result.lineage[-1].metrics
-    print(result.family, metrics["relative_error_before"], "->", metrics["relative_error"])
-    assert metrics["relative_error"] < 0.95 * metrics["relative_error_before"]  # forty steps mend little
-    assert metrics["steps"] == 40 and metrics["loss"] < 1
-    assert metrics["relative_error_before"] == pytest.approx(
-        result.lineage[0].metrics["relative_error"], rel=0.5
-    )
+    before, after, steps = (metrics[name] for name in ("relative_error_before", "relative_error", "steps"))
+    print(f"{result.family}: {before:.4f} -> {after:.4f}, {after / before:.3f} of it, in {steps} steps")
+    assert after < 0.95 * before
+    assert steps == heal(families.get(result.family)).max_steps and metrics["loss"] < 1
+    assert before == pytest.approx(result.lineage[0].metrics["relative_error"], rel=0.5)
     assert "drawn by the model" in result.lineage[-1].details["note"]
 
 
-def test_shapes_stay_and_weights_move(result: Artifact):
+def test_shapes_stay_and_weights_move(result: Artifact, unread: Callable[[Any], frozenset[str]]):
     assert result.path is not None
     family = families.get(result.family)
     before = family.denoiser(family.load(str(next(result.path.parent.glob("01-prune-*")))))
     after = family.denoiser(family.load(result.source))
     assert layers.describe(after) == layers.describe(before)
-    pairs = list(zip(after.parameters(), before.parameters(), strict=True))
-    moved = sum(not torch.equal(one, other) for one, other in pairs)
-    assert moved > 0.95 * len(pairs)  # not what is there for other sizes, such as tokens that fill up a row
+    pairs = zip(after.named_parameters(), before.parameters(), strict=True)
+    still = {name.removesuffix(".weight") for (name, one), other in pairs if torch.equal(one, other)}
+    print(result.family, "stays:", sorted(still))
+    assert still <= unread(family)  # such as tokens that fill up a row, where it is full
 
 
 def test_micro_batches_change_nothing_that_is_learned(tiny_source: Path, pictures: Path, tmp_path: Path):
