@@ -8,9 +8,7 @@ run.optimize()                        # the passes, and the report
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,20 +20,16 @@ import torch
 from torch import nn
 
 from tunekit import families, hardware, planning, preconditions
-from tunekit.adapters import Delta, adapter_file, read_adapter, save_adapter, start_from
+from tunekit.adapters import Delta, adapter_file, read_adapter, start_from
 from tunekit.artifacts import (
     RECORD,
     Artifact,
-    Metric,
     RunFolder,
-    Step,
-    atomic_folder,
     clean_leftovers,
     open_artifact,
     write_json,
     write_text,
 )
-from tunekit.card import write as write_card
 from tunekit.config import CLASS_BATCH, Loaded, SamplingConfig, TrainingRunConfig, dump_yaml
 from tunekit.data.cache import Encoder, Stream
 from tunekit.data.dreambooth import own_pictures
@@ -72,9 +66,9 @@ from tunekit.training.checkpoint import (
     weights_hash,
 )
 from tunekit.training.evaluation import Previewer
-from tunekit.training.facts import kohya_facts
 from tunekit.training.loop import Hooks, Result, train
 from tunekit.training.pictures import changes, keep
+from tunekit.training.results import Results
 from tunekit.training.run import Processes, build_optimizer, close_accelerator, on_main, open_accelerator
 from tunekit.training.tracking import Tracker
 from tunekit.units import format_bytes, format_count
@@ -215,7 +209,7 @@ class Run:
             self.say(f"training is finished ({details['step']} steps): {trained}")
             both = self.config.keeps_best and (self.folder.adapters / "last" / RECORD).is_file()
             if self.main and both and details.get("final") != self.config.final:
-                self._choose(Artifact.load(self.folder.adapter).lineage[-1])
+                self._results.choose(Artifact.load(self.folder.adapter).lineage[-1])
             self.accelerator.wait_for_everyone()
             return False
         if begun is not None:
@@ -408,7 +402,7 @@ class Run:
             evaluate=evaluate,
             preview=self._previewer(base),
             preview_every=config.preview.every,
-            keep=partial(self._keep, base, fitted),
+            keep=partial(self._keep, base),
             keep_best=config.keeps_best,
         )
         result = train(accelerator, task, optimizer, batches, config.train, hooks)
@@ -441,146 +435,36 @@ class Run:
             tiled=bool(config.memory.vae_tiling),
         )
 
-    def _keep(self, base: Base, fitted: Fitted, name: str, step: int, figures: Mapping[str, float]) -> None:
-        """Write the adapter as it is after `step` to `adapters/<name>`, on the main process."""
-        value = figures.get("best_val_loss") if name == "best" else None
-        metrics: dict[str, Metric] = {"steps": step} if value is None else {"steps": step, "val_loss": value}
-        final = self.folder.adapters / name
-        with console().phase(f"saving {final.relative_to(self.folder.path)}"):
-            self._write(base, fitted, final, self._step(final, step, metrics))
-
-    def _step(self, final: Path, step: int, metrics: dict[str, Metric], seconds: float = 0.0) -> Step:
-        return Step(
-            kind="train",
-            artifact=final.name,
-            settings=json.loads(self.config.model_dump_json(exclude={"optimize", "runs"})),
-            seconds=round(seconds, 3),
-            metrics=metrics,
-            details={"identity": self.identity, "step": step},
-        )
-
-    def _write(self, base: Base, fitted: Fitted, final: Path, step: Step) -> None:
-        """Write the adapter, or the whole pipeline, with its artifact.json.
-
-        Raises:
-            OutputError: nothing half-written is left.
-        """
-        config, family = self.config, base.family
-        with atomic_folder(final) as folder:
-            denoiser = family.denoiser(base.pipeline)
-            if config.adapter:
-                save_adapter(
-                    folder,
-                    denoiser,
-                    family,
-                    config.adapter,
-                    name=config.name,
-                    base_source=config.model.source,
-                    title=config.name,
-                    facts=self._facts(int(step.details["step"]), config.adapter.dropout),
-                )
-            else:
-                whole = family.load(config.model.opened)
-                setattr(whole, family.facts.denoiser_name, denoiser.to("cpu", torch.float32))
-                whole.scheduler = base.pipeline.scheduler
-                family.save(whole, folder)
-            self._record(folder, step)
-
-    def _facts(self, step: int, dropout: float) -> dict[str, str]:
-        """What the adapter's file says of its training."""
-        config = self.config
-        return kohya_facts(
-            config.train,
-            config.objective,
+    @property
+    def _results(self) -> Results:
+        return Results(
+            self.config,
+            self.folder,
+            self.family,
+            self.identity,
+            self.sampling,
             self._data,
-            pictures=len(self.scan.samples),
-            seed=config.seed,
-            step=step,
-            dropout=dropout,
-            precision=config.memory.precision,
+            len(self.scan.samples),
+            self.say,
         )
 
-    def _record(self, folder: Path, step: Step) -> None:
-        config = self.config
-        made = Artifact(
-            path=folder,
-            model_path=folder,
-            format="adapter" if config.adapter else "torch",
-            family=self.family.name,
-            source=str(folder),
-            lineage=(step,),
-            base=config.model.source if config.adapter else None,
-            opened=config.model.opened if config.adapter else None,
-            sampling=self.sampling,
-        ).write()
-        write_card(made, self.family.facts)
+    def _keep(self, base: Base, name: str, step: int, figures: Mapping[str, float]) -> None:
+        """Write the adapter as it is after `step` to `adapters/<name>`, on the main process."""
+        with console().phase(f"saving {(self.folder.adapters / name).relative_to(self.folder.path)}"):
+            self._results.keep(base.pipeline, name, step, figures)
 
     def _save(self, base: Base, fitted: Fitted, result: Result) -> None:
-        """Write what was trained: `adapter/`, or with all weights `model/`.
-
-        Where the best adapter is kept, the last one is too, and `adapter/` is the one of `train.final`.
-
-        Raises:
-            OutputError: nothing half-written is left.
-        """
+        """Write what was trained, and what saving took; where the best is kept, take it or the last."""
         if not self.main:
             return
-        config = self.config
-        final = self.folder.adapter if config.adapter else self.folder.model
-        metrics: dict[str, Metric] = {
-            "steps": result.step,
-            "loss": result.loss,
-            **result.metrics,
-            "parameters": sum(parameter.numel() for parameter in fitted.parameters.values()),
-            "samples_per_second": round(result.step * config.train.batch_size / max(result.seconds, 1e-9), 3),
-        }
-        step = self._step(final, result.step, metrics, result.seconds)
+        results = self._results
         with self.meter.phase("save"):
-            if config.keeps_best:
-                last = self.folder.adapters / "last"
-                self._write(base, fitted, last, replace(step, artifact=last.name))
-            else:
-                self._write(base, fitted, final, step)
+            count = sum(parameter.numel() for parameter in fitted.parameters.values())
+            step = results.save(base.pipeline, result, parameters=count)
         if self.meter.active:
             self.meter.write(self.folder.path / "plan.json")
-        if config.keeps_best:
-            self._choose(step)
-        else:
-            self.say(f"saved {final}")
-
-    def _choose(self, step: Step) -> None:
-        """Make `adapter/` of the best or the last one, as `train.final` says.
-
-        Args:
-            step: the training; its figures become those of the adapter that is taken.
-        """
-        folder, which = self.folder, self.config.final
-        best, last = folder.adapters / "best", folder.adapters / "last"
-        if which == "best" and not (best / RECORD).is_file():
-            self.say(
-                f"{best} is not there (no validation loss was a number, or it was removed): taking the last"
-            )
-            which = "last"
-        taken = Artifact.load(folder.adapters / which).lineage[-1]
-        lasting = dict(Artifact.load(last).lineage[-1].metrics)
-        metrics = dict(lasting)
-        if which == "best":  # the figures are those of what is there
-            metrics |= {"last_val_loss": lasting["val_loss"], "val_loss": taken.metrics["val_loss"]}
-        details = {**step.details, "final": which, "taken": taken.details["step"]}
-        with atomic_folder(folder.adapter) as made:
-            for file in sorted((folder.adapters / which).iterdir()):
-                if file.name != RECORD:
-                    shutil.copyfile(file, made / file.name)
-            self._record(made, replace(step, artifact=folder.adapter.name, metrics=metrics, details=details))
-        if "best_step" in lasting:
-            first = lasting.get("val_loss_first")
-            self.say(
-                f"best: step {lasting['best_step']:.0f}, val_loss {lasting['best_val_loss']:.5f} ({best});"
-                f" last: step {step.details['step']}, val_loss {lasting['val_loss']:.5f} ({last})"
-            )
-            if isinstance(first, float) and first <= float(lasting["best_val_loss"] or 0):
-                self.say(f"the untrained model has {first:.5f}: by this measure nothing was gained")
-        self.say(f"saved {folder.adapter}: the {which}, of step {details['taken']} (train.final)")
+        if self.config.keeps_best:
+            results.choose(step)
 
     # After --------------------------------------------------------------------------------------------------
 
