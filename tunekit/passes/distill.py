@@ -95,6 +95,11 @@ class Distill(Pass):
     checkpoint_every: Steps = 100
     """Optimizer steps between checkpoints."""
 
+    @classmethod
+    def options(cls, target: str) -> Sequence[Sequence[Any]]:
+        """Ever fewer steps."""
+        return [[{cls.kind: {"steps": steps}}] for steps in (8, 4, 2)]
+
     def gives(self) -> frozenset[str]:
         """That it draws in few steps; nothing that heal could mend by the model before."""
         return frozenset({"few_steps"})

@@ -125,10 +125,10 @@ class Quantize(Pass):
 
     @classmethod
     def options(cls, target: str) -> Sequence[Sequence[Any]]:
-        """A fifth of the work in floats, then the usual few layers."""
+        """A tenth of the work in floats, then the usual few layers."""
         if target == "torch":
             return [[{cls.kind: {"scheme": scheme}}] for scheme in ("int8", "int4")]
-        return [[{cls.kind: {"keep": {"share": 0.2}}}], [cls.kind]] if target == "cpu" else []
+        return [[{cls.kind: {"keep": {"share": 0.1}}}], [cls.kind]] if target == "cpu" else []
 
     def mode_of(self, format: str) -> Literal["weight_only", "dynamic", "static"]:
         """What `mode` means for a model in this format."""
