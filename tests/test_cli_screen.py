@@ -64,6 +64,8 @@ def plan(device: str, needs: int, words: list[str]) -> Any:
         device=device,
         device_bytes=needs << 20,
         budget_bytes=12 << 30,
+        context_bytes=300 << 20,
+        ram_bytes=21 << 30,
         fits=needs < 12_000,
         relative_step_time=1.25,
         notes=(),
@@ -101,5 +103,8 @@ def test_a_sweep_is_one_table():
         lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
         assert max(map(len, lines)) <= 80
         assert lines[1] == "sd15/lora train.lr=1"
-        assert len([line for line in lines if "GiB" in line or "MiB" in line]) == rows
+        assert (
+            len([line for line in lines if line.startswith(" ") and ("GiB" in line or "MiB" in line)]) == rows
+        )
+        assert rows > 4 or lines[2] == "rtx-3060, 12.0 GiB"
         assert "resolution=768" in "".join(lines)

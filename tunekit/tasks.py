@@ -75,9 +75,15 @@ class Denoising:
         """Nothing beside the weights."""
 
 
-def denoising_loss(family: Planned, objective: Objective, model: nn.Module, batch: Batch) -> Tensor:
-    """[B] float32: noise on the latents, the prediction, and its weighted error."""
+def denoising_loss(
+    family: Planned, objective: Objective, model: nn.Module, batch: Batch, *, guidance: float | None = None
+) -> Tensor:
+    """[B] float32: noise on the latents, the prediction, and its weighted error.
+
+    Args:
+        guidance: that a network is told which is told a number; None is the family's own for training.
+    """
     noised = objective.sample(batch.latents, batch.noise, batch.timesteps)
-    told = family.conditioning(batch.conditioning, batch.frame)
+    told = family.conditioning(batch.conditioning, batch.frame, guidance)
     prediction = family.denoise(model, noised.noisy, noised.timesteps, told)
     return objective.loss(prediction, noised.target, noised.weight * batch.weight)

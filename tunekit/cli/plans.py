@@ -74,19 +74,28 @@ def plan(
 
 def _show_sweep(console: Console, config: str, plans: Sequence[tuple[Sequence[str], Sequence[Plan]]]) -> None:
     """A row for each value that is tried; of all cards, a row for each card and a column for each value."""
+    from tunekit.units import format_bytes
+
     shared = [text for text in plans[0][0] if all(text in varied for varied, _ in plans)]
     tried = [[re.sub(r"^[\w.]+\.", "", text) for text in varied if text not in shared] for varied, _ in plans]
     console.print(f"\n{config} {' '.join(shared)}".rstrip(), style="bold")
     if all(len(found) == 1 for _, found in plans):
-        console.print(plans[0][1][0].device)
+        first = plans[0][1][0]
+        shared_budget = len({made.budget_bytes for _, (made,) in plans}) == 1
+        console.print(
+            f"{first.device}, {format_bytes(first.budget_bytes)}" if shared_budget else first.device
+        )
         titles = [", ".join(values) for values in tried]
-        _show_plans(console, "", list(zip(titles, [found[0] for _, found in plans], strict=True)))
+        named = list(zip(titles, [found[0] for _, found in plans], strict=True))
+        _show_plans(console, "", named, budgets=not shared_budget)
         return
     rows: list[list[str]] = []
     for made in zip(*(found for _, found in plans), strict=True):
         rows.append([made[0].device, *(_brief(plan) for plan in made)])
     screen.show_table(console, ("card", *("\n".join(values) for values in tried)), rows)
-    told = "needed memory, RAM of the host, step time; no: does not fit. --device CARD shows the plans"
+    told = (
+        "needed memory, step time; no: does not fit. --device CARD shows the plans, and the RAM of the host"
+    )
     screen.say(console, told, "dim")
 
 
@@ -105,7 +114,7 @@ def _needs(made: Plan) -> str:
 
 def _brief(made: Plan) -> str:
     """What a plan needs, in a cell."""
-    return f"{_needs(made)} + {_ram(made)} {_time(made)}" if made.fits else f"{_needs(made)} no"
+    return f"{_needs(made)} {_time(made)}" if made.fits else f"{_needs(made)} no"
 
 
 def _ram(made: Plan) -> str:
@@ -120,20 +129,33 @@ def _time(made: Plan) -> str:
 
 
 def _show_plans(
-    console: Console, title: str, plans: Sequence[tuple[str, Plan]], known: Sequence[str] = ()
+    console: Console,
+    title: str,
+    plans: Sequence[tuple[str, Plan]],
+    known: Sequence[str] = (),
+    *,
+    budgets: bool = True,
 ) -> None:
-    """A row for each plan; where their words are too long for that, they stand below, each once."""
+    """A row for each plan; where their words are too long for that, they stand below, each once.
+
+    Args:
+        budgets: whether what each may take is shown.
+    """
     from rich.text import Text
 
     from tunekit.units import format_bytes
 
     words = ["; ".join([made.words, *(n for n in made.notes if n not in known)]) for _, made in plans]
-    columns = (title, "fits", "needs", "of", "RAM", "step time", "plan")
+    columns = (title, "fits", "needs", *(["of"] if budgets else []), "RAM", "step time", "plan")
 
     def rows(last: Sequence[str]) -> list[tuple[str | Text, ...]]:
         fits = [Text("yes", "green") if made.fits else Text("no", "red") for _, made in plans]
         return [
-            (name, fit, _needs(made), format_bytes(made.budget_bytes), _ram(made), _time(made), text)
+            (
+                *(name, fit, _needs(made)),
+                *([format_bytes(made.budget_bytes)] if budgets else []),
+                *(_ram(made), _time(made), text),
+            )
             for (name, made), fit, text in zip(plans, fits, last, strict=True)
         ]
 

@@ -20,7 +20,7 @@ from tunekit.diffusion.noise import sample_generator
 from tunekit.diffusion.objectives import Objective, mixed
 from tunekit.families.family import Planned
 from tunekit.memory.levers import Fitted
-from tunekit.tasks import Losses
+from tunekit.tasks import Losses, denoising_loss
 from tunekit.training.consistency import Average, Guidance, Teacher, Way, boundary, resting
 
 LEAST, MOST = 0.02, 0.98
@@ -79,10 +79,9 @@ class Matching:
             with torch.no_grad(), resting(self.fitted.module), self.teacher.autocast():
                 drawn = self._drawn(self.fitted.module, batch, step)
             again, times = self._disturbance(batch, step, "critic")
-            noised = self.objective.sample(drawn, again, times)
+            made = batch.with_rows(latents=drawn, noise=again, timesteps=times)
             with using_adapter(self.fitted.module, CRITIC):
-                said = self.told.predict(self.family, model, noised.noisy, times, batch).float()
-            rows = self.objective.loss(said, noised.target, noised.weight * batch.weight)
+                rows = denoising_loss(self.family, self.objective, model, made, guidance=self.told.told)
             return {"loss": rows, "critic": rows}
         drawn = self._drawn(model, batch, step)
         with torch.no_grad(), resting(self.fitted.module), self.teacher.autocast():
