@@ -48,7 +48,7 @@ def test_more_to_compute_needs_no_less(grid: Any) -> None:
     for family, kind in {about[:2] for about in needed}:
         sides = [side for side in sorted(grid.SIDES) if (family, kind, side) in needed]
         for smaller, larger in pairwise(sides):
-            # Where text encoders decide, what the pictures before them left of the allocator's segments differs.
+            # Where text encoders decide, it differs what segments the pictures before them left.
             assert needed[family, kind, smaller] <= 1.005 * needed[family, kind, larger], (family, kind)
     for (family, kind, side), size in needed.items():
         if kind == "all weights":
