@@ -45,11 +45,13 @@ def test_every_plan_fits_and_has_a_time_and_memory_of_the_host(grid: Any) -> Non
 def test_more_to_compute_needs_no_less(grid: Any) -> None:
     """Where nothing is done to get by with less: larger pictures, and all weights beside a LoRA."""
     needed = {grid.key(row): row["whole"]["device_bytes"] for row in ROWS if "whole" in row}
+    phases = {grid.key(row): row["whole"]["peak_phase"] for row in ROWS if "whole" in row}
     for family, kind in {about[:2] for about in needed}:
         sides = [side for side in sorted(grid.SIDES) if (family, kind, side) in needed]
         for smaller, larger in pairwise(sides):
-            # Where text encoders decide, it differs what segments the pictures before them left.
-            assert needed[family, kind, smaller] <= 1.005 * needed[family, kind, larger], (family, kind)
+            # Where text encoders decide, pictures do not: only what they leave of the allocator's segments.
+            if phases[family, kind, smaller] != "encode":
+                assert needed[family, kind, smaller] <= needed[family, kind, larger], (family, kind)
     for (family, kind, side), size in needed.items():
         if kind == "all weights":
             assert size > needed[family, "LoRA", side], (family, side)
