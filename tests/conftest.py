@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import importlib.util
-import inspect
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from enum import Enum
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -113,92 +109,6 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], AbstractCo
             yield folder
 
     return hold
-
-
-@pytest.fixture(scope="session", autouse=True)
-def exported_once(once: Callable[[str], AbstractContextManager[Path]]) -> Iterator[None]:
-    """A graph is traced once in a test run: of one network, with the same weights, for the same inputs.
-
-    Chains of many tests end with the text encoders and the autoencoder that they began with, and tracing is
-    most of an export. What cannot be told from another with certainty is exported.
-    """
-    from tunekit.artifacts import atomic_folder
-    from tunekit.passes import export_onnx
-
-    real = export_onnx.export_component
-
-    def export(component: Any, folder: Path, **options: Any) -> int:
-        import torch
-
-        component.module.eval()
-        content = hashlib.sha256()
-        try:
-            for value in (component, sorted(options.items()), torch.get_default_dtype()):
-                _describe(value, content.update)
-        except (_Unknown, RuntimeError, TypeError):  # of tensors that have no data, too
-            return real(component, folder, **options)
-        with once("graphs") as graphs:  # only where they are: others may export meanwhile
-            kept = graphs / content.hexdigest()
-        with once(f"graphs-{content.hexdigest()[:2]}"):
-            if not kept.exists():
-                nodes = real(component, folder, **options)
-                with atomic_folder(kept) as made:
-                    shutil.copytree(folder, made, dirs_exist_ok=True)
-                    (made / "nodes").write_text(str(nodes))
-                return nodes
-        shutil.copytree(kept, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("nodes"))
-        return int((kept / "nodes").read_text())
-
-    with pytest.MonkeyPatch.context() as patch:
-        if importlib.util.find_spec("fcntl"):
-            patch.setattr(export_onnx, "export_component", export)
-        yield
-
-
-class _Unknown(Exception):
-    """A thing that has more to it than can be seen from outside."""
-
-
-NOT_CONTENT = {"name_or_path", "_name_or_path", "_commit_hash", "_diffusers_version", "transformers_version"}
-"""Where a network came from."""
-
-
-def _describe(value: Any, add: Callable[[bytes], None], around: tuple[int, ...] = ()) -> None:
-    """Gives all that can make a difference, bit by bit: structure, settings, weights, code."""
-    import torch
-
-    if value is None or isinstance(value, bool | int | float | str | bytes | Enum):
-        add(f"{type(value).__name__} {value!r};".encode())
-    elif isinstance(value, torch.dtype | torch.device | torch.Size):
-        add(f"{value!r};".encode())
-    elif isinstance(value, torch.Tensor):
-        add(f"{type(value)} {value.dtype} {tuple(value.shape)} {value.stride()} {value.device};".encode())
-        add(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    elif id(value) in around:
-        add(f"up {len(around) - around.index(id(value))};".encode())
-    elif isinstance(value, dict | list | tuple):
-        add(f"{type(value).__name__} {len(value)};".encode())
-        rows = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in rows:
-            if key not in NOT_CONTENT:
-                _describe(key, add, (*around, id(value)))
-                _describe(item, add, (*around, id(value)))
-    elif isinstance(value, set | frozenset):
-        _describe(sorted(value, key=repr), add, around)
-    elif isinstance(value, type):
-        add(f"{value.__module__}.{value.__qualname__};".encode())
-    elif inspect.isfunction(value) and value.__closure__ is None:
-        add(f"{value.__module__}.{value.__qualname__} ".encode() + value.__code__.co_code)
-    elif inspect.isbuiltin(value) and (value.__self__ is None or inspect.ismodule(value.__self__)):
-        add(f"{value.__module__}.{value.__qualname__};".encode())
-    elif inspect.ismethod(value):
-        _describe([value.__func__, value.__self__], add, around)
-    elif isinstance(value, partial):
-        _describe([value.func, value.args, value.keywords], add, around)
-    elif type(value).__module__ != "builtins" and hasattr(value, "__dict__"):
-        _describe([type(value), vars(value)], add, (*around, id(value)))
-    else:
-        raise _Unknown(type(value))
 
 
 @pytest.fixture(scope="session")

@@ -278,6 +278,48 @@ def test_positions_are_not_cut_like_rows(provider: str, tmp_path: Path) -> None:
     assert torch.allclose(made, rows + table.sin(), atol=1e-6)
 
 
+def test_a_graph_is_traced_once_for_each_structure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other weights find the kept graph, and are written as if it had been traced for them."""
+    from tunekit.passes import onnx_graph
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pipeline = families.get("sd15").tiny()
+    traced = []
+    real = onnx_graph._trace
+    monkeypatch.setattr(onnx_graph, "_trace", lambda *args: traced.append(args) or real(*args))
+
+    def export(name: str) -> bytes:
+        component = families.get("sd15").export_components(pipeline)[0]
+        export_component(component, tmp_path / name)
+        inputs = check_inputs(component)
+        with torch.no_grad():
+            assert (
+                graph_error(tmp_path / name / "model.onnx", inputs, component.module(*inputs.values()))
+                <= 1e-4
+            )
+        return (tmp_path / name / "model.onnx").read_bytes()
+
+    first = export("first")
+    with torch.no_grad():
+        for parameter in pipeline.text_encoder.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    second = export("second")
+    assert len(traced) == 1
+    assert first != second
+    (graph,) = (tmp_path / "cache" / "tunekit" / "graphs").iterdir()
+    graph.write_text(graph.read_text()[:-100])
+    assert export("damaged") == second
+    assert len(traced) == 2
+    for layer in pipeline.text_encoder.modules():  # equal weights, otherwise put together
+        if hasattr(layer, "num_heads"):
+            layer.num_heads, layer.head_dim = 2 * layer.num_heads, layer.head_dim // 2
+    export("more heads")
+    assert len(traced) == 3
+    monkeypatch.setattr("tunekit.kept.cache_dir", lambda: None)
+    export("not kept")
+    assert len(traced) == 4
+
+
 def test_weights_above_the_threshold_go_beside_the_graph(tmp_path: Path) -> None:
     family = families.get("sd15")
     component = family.export_components(family.tiny())[0]

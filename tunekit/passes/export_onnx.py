@@ -11,14 +11,8 @@ The folder holds `{text_encoder, <denoiser>, vae_encoder, vae_decoder}/model.onn
 
 from __future__ import annotations
 
-import ast
-import inspect
-import logging
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -155,42 +149,17 @@ def export_component(
         OutputError: disk full, no permission.
     """
     import onnx_ir
-    import torch
 
-    from tunekit.networks import collected_once
+    from tunekit.passes.onnx_graph import graph_of
 
-    dynamic: tuple[Any, ...] = tuple(
-        dict.fromkeys(component.dynamic.get(name, {}), torch.export.Dim.DYNAMIC) for name in component.inputs
-    )
-    taken = inspect.signature(component.module.forward).parameters.values()
-    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in taken):
-        dynamic = (dynamic,)  # to the exporter, `*values` is one argument
-    _read_translations_once()
-    with _quiet(), collected_once(), torch.no_grad():
-        try:
-            program = torch.onnx.export(
-                component.module.eval(),
-                tuple(component.inputs.values()),
-                dynamo=True,
-                dynamic_shapes=dynamic,
-                input_names=list(component.inputs),
-                output_names=component.outputs,
-                opset_version=opset,
-                verbose=False,
-            )
-        except torch.onnx.OnnxExporterError as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise ModelError(f"{component.name} cannot be exported: {reason}") from error
-        assert program is not None
-        model: Any = program.model
-        _promote(model)
-        _tidy(model, component)
-        weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-        external = WEIGHTS if weights > external_data_threshold else None
-        with output_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            onnx_ir.save(model, folder / GRAPH, external_data=external)
-        return len(model.graph)
+    component.module.eval()
+    model = graph_of(component, opset)
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    external = WEIGHTS if weights > external_data_threshold else None
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        onnx_ir.save(model, folder / GRAPH, external_data=external)
+    return len(model.graph)
 
 
 def graph_config(component: ExportComponent) -> dict[str, Any]:
@@ -236,71 +205,6 @@ def _refuse_packed(denoiser: nn.Module, source: str) -> None:
             where=source,
             hint="export the model from before `quantize`, and quantize the ONNX model",
         )
-
-
-def _promote(model: Any) -> None:
-    """Casts what is concatenated to one type: torch does so by itself, and the exporter does not say it."""
-    import onnx_ir
-
-    for node in list(model.graph.all_nodes()):
-        wanted = node.outputs[0].dtype
-        if node.op_type != "Concat" or wanted is None:
-            continue
-        for index, value in enumerate(node.inputs):
-            if value.dtype not in (None, wanted):
-                cast = onnx_ir.node("Cast", [value], {"to": wanted}, name=f"{node.name}_cast_{index}")
-                cast.outputs[0].name = f"{value.name}_{wanted.name.lower()}_{index}"
-                node.graph.insert_before(node, cast)
-                node.replace_input_with(index, cast.outputs[0])
-
-
-def _tidy(model: Any, component: ExportComponent) -> None:
-    """Leaves only what running needs, and gives every dynamic dimension its name.
-
-    The exporter notes on each node the Python lines it came from, with paths of this machine; and the shape
-    of every value in between, over which tools that change the graph (onnxruntime's quantizer) then trip.
-    """
-    import onnx_ir
-
-    names: dict[str, str] = {}
-    for value in model.graph.inputs:
-        for dim, axis in component.dynamic.get(value.name, {}).items():
-            names[str(value.shape[dim])] = axis
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        shape = [
-            size if isinstance(size, int) else names.get(str(size), f"{value.name}_{index}")
-            for index, size in enumerate(value.shape)
-        ]
-        value.shape = onnx_ir.Shape(shape)
-    _name_weights(model)
-    ends = {*model.graph.inputs, *model.graph.outputs}
-    values = {*ends, *model.graph.initializers.values()}
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        node.doc_string = None
-        values.update(node.outputs)
-    for value in values:
-        value.metadata_props.clear()
-        if value not in ends:
-            value.shape = value.type = None
-    model.graph.metadata_props.clear()
-    model.metadata_props.clear()
-    model.graph.name = component.name
-
-
-def _name_weights(model: Any) -> None:
-    """Names transposed weights of Linear layers after their modules, as all others are; passes go by it."""
-    taken = set(model.graph.initializers)
-    for node in model.graph.all_nodes():
-        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-        if node.op_type != "MatMul" or len(scopes) < 2:
-            continue
-        weight, name = node.inputs[1], f"{scopes[-2]}.weight"
-        if weight.is_initializer() and weight.name.startswith("val_") and name not in taken:
-            taken.add(name)
-            del model.graph.initializers[weight.name]
-            weight.name = name
-            model.graph.initializers[name] = weight
 
 
 def write_rest(
@@ -405,38 +309,6 @@ def _nan_is_worst(error: float) -> float:
 def as_tuple(value: Any) -> tuple[Any, ...]:
     """A module's output as a tuple."""
     return value if isinstance(value, tuple) else (value,)
-
-
-@cache
-def _read_translations_once() -> None:
-    """Lets the exporter keep its table of translations, which it makes anew for each graph.
-
-    It parses the source of some 500 functions for that, a second or more each time. A torch that has no such
-    table exports as before.
-    """
-    try:
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-        make = ONNXRegistry.from_torchlib
-    except (ImportError, AttributeError):
-        return
-    ONNXRegistry.from_torchlib = staticmethod(cache(make))  # type: ignore[method-assign]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides what the exporter says about its own insides; its errors are exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 PASS = ExportOnnx
