@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import html
+import io
 import json
 import os
 import re
@@ -19,7 +21,7 @@ from tunekit.artifacts import Artifact, RunFolder, Step, write_json, write_text
 from tunekit.errors import ArtifactError
 from tunekit.passes.metrics import Metric, Tile
 from tunekit.registry import PASSES
-from tunekit.report import curve
+from tunekit.report import curve, pictures
 
 
 def add_step(
@@ -101,7 +103,8 @@ def test_report_json_has_the_documented_shape(run: RunFolder) -> None:
 def test_page_is_one_self_contained_file_with_every_picture(run: RunFolder) -> None:
     page = report.write(run.path).read_text(encoding="utf-8")
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)
-    assert page.count("data:image/png;base64,") == 3 + 2
+    assert not re.findall(r"url\((?!data:)", page)
+    assert page.count("data:image/png;base64,") == 3 + 2 + 1  # previews, versions, a map
     assert "before" in page and "after" in page and "step 20" in page
 
 
@@ -163,6 +166,90 @@ def test_a_pass_of_a_package_is_shown_like_ours(run: RunFolder, monkeypatch: pyt
     table = page[page.index("step by step") : page.index("</table>")]
     assert "<th>taste</th>" in table and "7.2 dB" in table and "05-taste" not in table
     assert "how it tastes" in page
+
+
+def compared(run: RunFolder, index: int, kind: str, label: str, before: str, colours: dict[str, int]) -> None:
+    """A pass that made a model, and a verify step that compared it; grey pictures of two prompts."""
+    lineage = Artifact.load(sorted(run.path.glob("0*"))[-1]).lineage
+    lineage = add_step(run, index, kind, lineage, settings={"keep": {"psnr": 28.0}})
+    pictures = [
+        {"file": f"pictures/{name}-{seed}.png", "label": text, "prompt": "a cat", "seed": seed}
+        for name, text in (("reference", before), ("candidate", label))
+        for seed in (0, 1)
+    ]
+    metrics = {"psnr_db": 33.3}
+    lineage = add_step(run, index + 1, "verify", lineage, metrics=metrics, pictures=pictures)
+    for picture in pictures:
+        grey = colours[picture["label"]] + picture["seed"] * (picture["label"] == label)
+        file = run.path / lineage[-1].artifact / picture["file"]
+        Image.new("RGB", (6, 4), (grey, grey, grey + 9)).save(file)
+
+
+def test_versions_stand_side_by_side_with_their_differences(run: RunFolder) -> None:
+    """Each version beside what it was compared with, and beside the step before; no picture twice."""
+    colours = {"merge (torch)": 40, "export (ort)": 50, "quantize (ort)": 53}
+    compared(run, 5, "export_onnx", "export (ort)", "merge (torch)", colours)
+    compared(run, 7, "quantize", "quantize (ort)", "merge (torch)", colours)
+    run.write_chain([path.name for path in sorted(run.path.glob("0*"))])
+    page = report.write(run.path).read_text(encoding="utf-8")
+    page = page[page.index("Every version, side by side") :]
+    table = page[page.index("a cat (seed 0)") :]
+    rows = re.findall(r'<span class="row">(.*?)</span>', table)
+    labels = [row.partition("<br>")[0] for row in rows]
+    assert labels == [
+        *("merge (torch)", "export (ort)", "difference to merge (torch)"),
+        *("quantize (ort)", "difference to merge (torch)", "difference to the step before, export (ort)"),
+    ]
+    told = re.findall(r"</label><small>(.*?)</small>", table)
+    assert told == [
+        *("max 10, mean 10.00", "max 11, mean 11.00"),  # export
+        *("max 13, mean 13.00", "max 14, mean 14.00"),  # quantize, to the merged one
+        *("max 3, mean 3.00", "max 3, mean 3.00"),  # to the export
+    ]
+    assert "max 11, mean 10.50" in rows[2] and "PSNR 33.3 dB" in rows[1]
+    assert table.count('<span class="slide" tabindex="0"') == 4  # two prompts, two versions
+    kept = re.findall(r"--r\d+: url\(data:", page)
+    assert len(kept) == 1 + 2  # what a veil shows too: of the fixture's reference, and of the merged model
+
+
+def test_colours_of_a_difference_are_the_same_on_every_page(tmp_path: Path) -> None:
+    album = pictures.Album(tmp_path)
+    for name, grey in (("a", 0), ("b", 32), ("c", 200), ("d", 255)):
+        Image.new("RGB", (4, 4), (grey, 0, 0)).save(tmp_path / f"{name}.png")
+    Image.new("RGB", (5, 4)).save(tmp_path / "other.png")
+    Image.effect_noise((700, 500), 50).convert("RGB").save(tmp_path / "large.png")
+
+    def drawn(name: str, against: str = "a") -> tuple[Image.Image, pictures.Difference]:
+        found = album.difference(tmp_path / f"{name}.png", tmp_path / f"{against}.png")
+        assert found is not None
+        content = base64.b64decode(found.image.partition(",")[2])
+        return Image.open(io.BytesIO(content)).convert("RGB"), found
+
+    assert drawn("a")[0].getpixel((0, 0)) == pictures.COLOURS[0]
+    assert drawn("c")[0].getpixel((0, 0)) == drawn("d")[0].getpixel((0, 0))
+    middle, found = drawn("b")
+    assert max(abs(a - b) for a, b in zip(middle.getpixel((0, 0)), pictures.COLOURS[2], strict=True)) < 16
+    assert (found.largest, found.mean) == (32, pytest.approx(32 / 3))
+    assert drawn("large", "large")[0].size == (256, 183)
+    assert album.difference(tmp_path / "other.png", tmp_path / "a.png") is None
+    assert album.difference(tmp_path / "gone.png", tmp_path / "a.png") is None
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno picture")
+    assert album.difference(tmp_path / "broken.png", tmp_path / "a.png") is None
+
+
+def test_the_way_of_a_model_is_a_strip_with_the_command_of_each_step(run: RunFolder) -> None:
+    page = report.write(run.path).read_text(encoding="utf-8")
+    strip = page[page.index('<ol class="strip">') : page.index("</ol>")]
+    assert re.findall(r"<li><b>(.*?)</b>", strip) == ["tiny", "lora", "merge", "quantize"]
+    commands = [html.unescape(one) for one in re.findall(r"<pre>(.*?)</pre>", strip, re.DOTALL)]
+    assert commands[0] == "tunekit run runs/mine/config.yaml name=mine-again"
+    moved, again = commands[2].splitlines()
+    assert moved == "mv runs/mine/02-quantize-00000002 runs/mine/02-quantize-00000002.before"
+    assert again == "tunekit run runs/mine/config.yaml"
+    assert len(commands) == 5  # training, two models, and the two steps that looked at the second
+    quantize = strip[strip.index("<b>quantize</b>") :]
+    for head, value in (("size on disk", "1000 B"), ("picture p50", "80.0 ms"), ("PSNR", "31.5 dB")):
+        assert f"<dt>{head}</dt><dd>{value}</dd>" in quantize
 
 
 def test_missed_threshold_is_said(run: RunFolder) -> None:
@@ -279,7 +366,8 @@ def test_every_preview_step_is_there_and_pictures_enlarge(run: RunFolder) -> Non
         Image.new("RGB", (8, 8), (step, 0, 0)).save(folder / "00.png")
     page = report.write(run.path).read_text(encoding="utf-8")
     assert [page.count(f"step {step}<") for step in range(0, 120, 10)] == [1] * 12
-    assert page.count("<img") == page.count('<label class="zoom"><input type="checkbox"') == 12 + 2
+    pictures = page.count("<img") + page.count('<span class="picture" role="img"')
+    assert pictures == page.count('<label class="zoom"><input type="checkbox"') == 12 + 2 + 1
     assert "The 8 steps between" in page
 
 

@@ -14,10 +14,11 @@ from tunekit.errors import ArtifactError
 from tunekit.provenance import shown, shown_yaml
 from tunekit.records import PhaseRecord, PlanRecord, read
 from tunekit.registry import PASSES
-from tunekit.report import scatter
+from tunekit.report import scatter, versions
 from tunekit.report.curve import draw
+from tunekit.report.lineage import strip
 from tunekit.report.material import Material, plain_number, tables
-from tunekit.report.pictures import Album, drawing
+from tunekit.report.pictures import BRIGHTEST, COLOURS, Album, drawing
 from tunekit.resources import ASSETS
 from tunekit.units import format_bytes, format_seconds
 
@@ -92,8 +93,26 @@ def render(material: Material, content: Mapping[str, Any], *, live: bool) -> str
     template = environment.from_string((ASSETS / "report.html.j2").read_text(encoding="utf-8"))
     curve = draw(material.rows)
     album, previews = Album(run.path), _previews(run.previews)
-    album.plan(path for _, folder in previews for path in folder.glob("*.png"))
+    album.plan(_pictures(previews, chain, run.path))
     config = shown_yaml(material.config_text)
+    heads = [*(metric.column for metric in columns), "took"]
+    rows = [_table_row(row, figures, columns, declared) for row in models]
+    told = [
+        {
+            "title": row["title"],
+            "folder": row["folder"],
+            "what": row["what"],
+            "figures": [
+                (head, cell["text"], cell["tone"])
+                for head, cell in zip(heads, row["cells"], strict=True)
+                if cell
+            ],
+            "failure": model.failure,
+            "steps": [model.step, *model.looked_at],
+        }
+        for model, row in zip(models, rows, strict=True)
+    ]
+    looked = [(row.step, row.looked_at) for row in models]
     return template.render(
         name=run.path.name,
         subtitle=_subtitle(content),
@@ -105,10 +124,12 @@ def render(material: Material, content: Mapping[str, Any], *, live: bool) -> str
         **_before_after(material, album, previews),
         plan=_plan(material),
         curve={**curve, "svg": Markup(curve["svg"])} if curve else None,  # noqa: S704 - made here, of numbers
-        heads=[*(metric.column for metric in columns), "took"],
-        rows=[_table_row(row, figures, columns, declared) for row in models],
+        strip=strip(material, content, told),
+        heads=heads,
+        rows=rows,
         table_notes=_notes(models, chain),
-        versions=_versions(material, album, columns),
+        versions=versions.tables(looked, run.path, album, columns),
+        scale={"largest": BRIGHTEST, "colours": ", ".join(f"rgb{colour}" for colour in COLOURS)},
         scatters=[{**one, "svg": Markup(one["svg"])} for one in _scatters(chain, declared)],  # noqa: S704
         tables=list(_detail_tables(chain, declared)),
         config=config if len(config) <= MOST_LINES * 1000 else f"{config[: MOST_LINES * 1000]} ...",
@@ -329,8 +350,14 @@ def _cell(
 
 def _what(step: Step) -> str:
     """The settings that say something, in a line."""
+
+    def words(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return " ".join(f"{key} {words(one)}" for key, one in value.items() if one is not None)
+        return ", ".join(map(words, value)) if isinstance(value, list) else str(value)
+
     shown = [
-        f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}"
+        f"{key} {words(value)}"
         for key, value in step.settings.items()
         if value not in (None, [], {}, "", False)
     ]
@@ -360,6 +387,15 @@ def _previews(folder: Path) -> list[tuple[int, Path]]:
         if (match := re.fullmatch(r"step-(\d{1,12})", path.name)) and path.is_dir()
     ]
     return sorted(found)
+
+
+def _pictures(previews: Sequence[tuple[int, Path]], chain: Sequence[Step], root: Path) -> Iterable[Path]:
+    """All that the page may show."""
+    for _, folder in previews:
+        yield from folder.glob("*.png")
+    for step in chain:
+        for picture in step.pictures:
+            yield root / step.artifact / str(picture["file"])
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -402,37 +438,6 @@ def _before_after(
 
     others = [item for item in told if item not in first]
     return {"before_after": grid(first), "between": grid(others) if others else None}
-
-
-def _versions(material: Material, album: Album, columns: Sequence[Metric]) -> dict[str, Any] | None:
-    """The pictures of all verify steps: one row per version, one column per prompt and seed."""
-    heads: dict[tuple[str, int], None] = {}
-    rows: dict[str, dict[tuple[str, int], str | None]] = {}
-    notes: dict[str, str] = {}
-    for step in material.chain:
-        for picture in step.pictures:
-            key = (str(picture.get("prompt", "")), int(picture.get("seed", 0)))
-            heads.setdefault(key)
-            row = rows.setdefault(str(picture["label"]), {})
-            row.setdefault(key, album.show(material.run.path / step.artifact / picture["file"]))
-        found = [
-            f"{metric.column} {metric.format(step.metrics[metric.name])}"
-            for metric in columns
-            if step.metrics.get(metric.name) is not None
-        ]
-        if step.pictures and found:
-            notes[str(step.pictures[-1]["label"])] = f"to its reference: {', '.join(found)}"
-    if not rows:
-        return None
-    keys = list(heads)[:MOST_PROMPTS]
-    return {
-        "note": "Same prompts and seeds in every row.",
-        "heads": [f"{shown(prompt)} (seed {seed})" for prompt, seed in keys],
-        "rows": [
-            {"label": label, "note": notes.get(label, ""), "images": [images.get(key) for key in keys]}
-            for label, images in rows.items()
-        ],
-    }
 
 
 def _scatters(chain: Sequence[Step], declared: Sequence[Metric]) -> Iterable[dict[str, str]]:

@@ -1,4 +1,8 @@
-"""Pictures of a run as data inside its page: only those that lie in the run, as many as a page can hold."""
+"""Pictures of a run as data inside its page: only those that lie in the run, as many as a page can hold.
+
+A difference of two pictures is drawn in one scale of colours, whatever the pictures are, so that two maps
+can be compared, on one page and on two.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,33 @@ MOST_BYTES = 24 * 2**20
 SIDES = (512, 256)
 """Longest side of pictures that are shown smaller; the second where the first would not do either."""
 LARGEST_FILE = 32 * 2**20
+MAP_SIDE = 256
+"""Longest side of a difference's map."""
+BRIGHTEST = 64
+"""Difference, of 255, that is drawn in the last colour; a larger one too."""
+COLOURS = ((12, 12, 32), (87, 24, 120), (190, 50, 84), (246, 130, 40), (255, 244, 190))
+"""Of no difference, of the largest, and between, evenly spread."""
 KINDS = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg"}
 """What files of these kinds begin with."""
+
+
+_File = tuple[Path, int, int]
+"""Where it lies, its bytes, and its time stamp."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two pictures differ, in steps of 255.
+
+    Attributes:
+        image: data URL of the map; each of its points is the largest of three channels.
+        largest: anywhere, in any channel.
+        mean: over all points and channels.
+    """
+
+    image: str
+    largest: int
+    mean: float
 
 
 @dataclass
@@ -38,6 +67,15 @@ class Album:
 
     def show(self, path: Path) -> str | None:
         """A picture as a data URL; None where there is none that may be shown."""
+        found = self._allowed(path)
+        return _encoded(*found, self.side) if found else None
+
+    def difference(self, path: Path, other: Path) -> Difference | None:
+        """Where two pictures differ; None if one may not be shown, or they are not of one size."""
+        found, reference = self._allowed(path), self._allowed(other)
+        return _compared(found, reference) if found and reference else None
+
+    def _allowed(self, path: Path) -> _File | None:
         try:
             whole = path.resolve(strict=True)
             found = whole.stat()
@@ -47,7 +85,7 @@ class Album:
             return None
         if not 0 < found.st_size <= LARGEST_FILE:
             return None
-        return _encoded(whole, found.st_size, found.st_mtime_ns, self.side)
+        return whole, found.st_size, found.st_mtime_ns
 
 
 @lru_cache(maxsize=2000)
@@ -79,6 +117,43 @@ def _smaller(content: bytes, side: int) -> bytes | None:
     except Exception:  # of a damaged picture a decoder may raise anything
         return None
     return target.getvalue()
+
+
+@lru_cache(maxsize=2000)
+def _compared(found: _File, reference: _File) -> Difference | None:
+    from PIL import Image, ImageChops, ImageStat
+
+    try:
+        with (
+            Image.open(found[0], formats=("PNG", "JPEG")) as one,
+            Image.open(reference[0], formats=("PNG", "JPEG")) as other,
+        ):
+            if one.size != other.size:
+                return None
+            apart = ImageChops.difference(one.convert("RGB"), other.convert("RGB"))
+        red, green, blue = apart.split()
+        levels = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+        largest = int(levels.getextrema()[1])  # type: ignore[arg-type] # of one channel
+        mean = sum(ImageStat.Stat(apart).mean) / 3
+        levels.thumbnail((MAP_SIDE, MAP_SIDE))
+        # Eight levels less than a byte holds make a map half as large.
+        levels = levels.point([min(value * 255 // BRIGHTEST, 255) & ~7 for value in range(256)])
+        levels.putpalette([part for value in range(256) for part in colour(value / 255)])
+        target = io.BytesIO()
+        levels.save(target, "PNG", optimize=True)
+    except Exception:  # of a damaged picture a decoder may raise anything
+        return None
+    encoded = base64.b64encode(target.getvalue()).decode("ascii")
+    return Difference(f"data:image/png;base64,{encoded}", largest, mean)
+
+
+def colour(share: float) -> tuple[int, int, int]:
+    """Red, green and blue of a difference, which is a share of `BRIGHTEST`, 0 to 1."""
+    place = min(max(share, 0.0), 1.0) * (len(COLOURS) - 1)
+    low = min(int(place), len(COLOURS) - 2)
+    first, second = COLOURS[low], COLOURS[low + 1]
+    red, green, blue = (round(a + (b - a) * (place - low)) for a, b in zip(first, second, strict=True))
+    return red, green, blue
 
 
 def drawing(path: Path, root: Path) -> str | None:
