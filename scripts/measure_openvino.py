@@ -14,12 +14,10 @@ measured on.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
+import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,9 @@ from tunekit.diffusion.metrics import psnr_db
 from tunekit.diffusion.sampling import initial_latents
 from tunekit.passes.base import Context, parse_chain, run_chain
 from tunekit.runtime import generate_pixels, open_runtime
+
+sys.path.insert(0, str(Path(__file__).parent))
+import measuring
 
 ROOT = Path(__file__).resolve().parent.parent
 CALIBRATION = ("a dog", "a smiling face", "a house", "a green apple", "a bus", "a flower")
@@ -114,26 +115,12 @@ def main() -> None:
     told = parser.parse_args()
     torch.set_num_threads(1)
     made = models(told.source, told.work)
-    packages = ("torch", "diffusers", "onnxruntime", "openvino", "nncf")
-    machine = {
-        "date": datetime.date.today().isoformat(),
-        "device": _processor(),
-        "threads": 1,
-        **{name: version(name) for name in packages},
-    }
+    machine = measuring.machine("torch", "diffusers", "onnxruntime", "openvino", "nncf")
     settings = {"prompts": PROMPTS, "calibration": CALIBRATION, **SAMPLING.model_dump(exclude_none=True)}
     rows = measure(made, told.rounds)
     source = told.source if told.source.startswith("builtin/") else Path(told.source).resolve().name
     content = {"machine": machine, "source": source, "settings": settings, "models": rows}
     told.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    return next(
-        (line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine()
-    )
 
 
 if __name__ == "__main__":

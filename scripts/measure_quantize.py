@@ -12,11 +12,10 @@ against the model in floats with the same seeds.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +25,11 @@ import torch
 
 from tunekit.artifacts import Artifact, open_artifact
 from tunekit.config import DataConfig, SamplingConfig
-from tunekit.diffusion.metrics import psnr_db
 from tunekit.passes.base import Context, parse_chain, run_chain
 from tunekit.runtime import generate_pixels, open_runtime
+
+sys.path.insert(0, str(Path(__file__).parent))
+import measuring
 
 ROOT = Path(__file__).resolve().parent.parent
 STYLE = ("red apple", "panda face", "hamburger", "rocket", "red heart", "soccer ball")
@@ -90,7 +91,7 @@ def measure(models: dict[str, Artifact]) -> list[dict[str, Any]]:
         )
         pixels = generate_pixels(runtime, list(BASE), sampling, seeds=seeds)
         wanted = pixels if wanted is None else wanted
-        found = [psnr_db(one, other) for one, other in zip(pixels, wanted, strict=True)]
+        mean, worst = measuring.fidelity(pixels, wanted)
         size = (2, *runtime.latent_shape(*runtime.default_size))
         conditioning = runtime.conditioning([BASE[0], ""], sampling.over(runtime.sampling))
         latents, steps = (
@@ -102,8 +103,8 @@ def measure(models: dict[str, Artifact]) -> list[dict[str, Any]]:
             {
                 "way": name,
                 "runtime": runtime.title,
-                "psnr_db": statistics.mean(found),
-                "psnr_db_worst": min(found),
+                "psnr_db": mean,
+                "psnr_db_worst": worst,
                 "size_bytes": models[name].size_bytes,
             }
         )
@@ -132,19 +133,12 @@ def main() -> None:
     torch.set_num_threads(1)
     models = made(options.model, options.work)
     rows = measure(models)
-    packages = ("torch", "onnxruntime", "openvino", "onnx")
+    found = measuring.machine("torch", "onnxruntime", "openvino", "onnx")
     record = {
-        "date": datetime.date.today().isoformat(),
+        "date": found.pop("date"),
         "machine": platform.processor() or platform.machine(),
-        "cpu": next(
-            (
-                line.split(":")[1].strip()
-                for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if "model name" in line
-            ),
-            "",
-        ),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "cpu": found.pop("device"),
+        "versions": {name: value for name, value in found.items() if name != "threads"},
         "what": {"steps": STEPS, "guidance": GUIDANCE, "prompts": BASE, "rounds": ROUNDS, "threads": 1},
         "rows": rows,
     }

@@ -32,10 +32,11 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+import measuring
+
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("write", "load", "step", "export", "compare")
-SHARD = 1_500_000_000
-"""Bytes of a file of weights."""
 SIDE = 512
 
 
@@ -68,73 +69,10 @@ def _memory() -> dict[str, int]:
 
 def write(folder: Path) -> dict[str, Any]:
     """Writes the pipeline, never holding more than a shard of it."""
-    from safetensors.torch import save_file
-
-    from tunekit import families
-    from tunekit.families import tiny
-    from tunekit.families.loading import save_tokenizer
-
-    family = families.planned("sdxl")
-    started, total = time.perf_counter(), 0
-    folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
     with watched() as memory:
-        for part in family.facts.components:
-            made, place = part.build(), folder / part.name
-            place.mkdir(exist_ok=True)
-            if part.role == "scheduler":
-                made.save_pretrained(place)
-                continue
-            made.config.save_pretrained(place) if part.tokenizer else made.save_config(place)
-            stem = "model" if part.tokenizer else "diffusion_pytorch_model"
-            total += _write_shards(made.state_dict(), place, stem, save_file)
-        for part in family.facts.encoders:
-            save_tokenizer(tiny.clip_tokenizer(max_length=part.tokens), folder / part.tokenizer)
-    index: dict[str, Any] = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
-    for part in family.facts.components:
-        library, name = part.classes.split(":")
-        index[part.name] = [library, name]
-        if part.tokenizer:
-            index[part.tokenizer] = ["transformers", "CLIPTokenizer"]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+        total = measuring.write_random("sdxl", "StableDiffusionXLPipeline", folder)
     return {"seconds": round(time.perf_counter() - started, 1), "bytes": total, **memory}
-
-
-def _write_shards(state: dict[str, Any], place: Path, stem: str, save_file: Any) -> int:
-    """Draws tensors one after the other and writes a file whenever enough are there."""
-    generator = torch.Generator().manual_seed(0)
-    shards: list[dict[str, Any]] = [{}]
-    size = total = 0
-    for name, tensor in state.items():
-        count = tensor.numel() * (2 if tensor.is_floating_point() else tensor.element_size())
-        if size + count > SHARD and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += count
-        total += count
-    names = {}
-    for number, shard in enumerate(shards, start=1):
-        place_in = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        file = f"{stem}{place_in}.safetensors"
-        drawn = {name: _drawn(name, tensor, generator) for name, tensor in shard.items()}
-        save_file(drawn, place / file, metadata={"format": "pt"})
-        names |= dict.fromkeys(shard, file)
-        del drawn
-        gc.collect()
-    if len(shards) > 1:
-        content = {"metadata": {"total_size": total}, "weight_map": names}
-        (place / f"{stem}.safetensors.index.json").write_text(json.dumps(content))
-    return total
-
-
-def _drawn(name: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Weights with which signals neither die nor grow; norms that change nothing."""
-    if not like.is_floating_point():
-        return torch.arange(like.numel()).view(like.shape)  # positions
-    if like.ndim > 1:
-        scale = (like[0].numel()) ** -0.5
-        return (torch.randn(like.shape, generator=generator) * scale).half()
-    return (torch.ones if name.endswith("weight") else torch.zeros)(like.shape).half()
 
 
 def load(folder: Path) -> dict[str, Any]:

@@ -252,6 +252,18 @@ def test_the_way_of_a_model_is_a_strip_with_the_command_of_each_step(run: RunFol
         assert f"<dt>{head}</dt><dd>{value}</dd>" in quantize
 
 
+def test_a_step_that_was_made_again_is_shown_as_it_is_now(run: RunFolder) -> None:
+    folder = run.path / "03-verify-00000003"
+    record = json.loads((folder / "artifact.json").read_text())
+    record["lineage"][-1]["metrics"]["psnr_db"] = 44.4
+    write_json(folder / "artifact.json", record)
+    content = report.load(run.path)
+    assert [step["metrics"].get("psnr_db") for step in content["steps"]] == [None, None, 44.4, None]
+    (folder / "artifact.json").write_text("{")
+    page = report.write(run.path).read_text(encoding="utf-8")  # what a later step noted is enough
+    assert "03-verify-00000003" in page.partition("<h2>")[0] and "31.5 dB" in page
+
+
 def test_missed_threshold_is_said(run: RunFolder) -> None:
     folder = run.path / "03-verify-00000003"
     record = json.loads((folder / "artifact.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tunekit.artifacts import CARD, SAMPLED, Artifact, RunFolder, Step
@@ -126,8 +127,8 @@ def gather(run: RunFolder) -> Material:
         found.trained = Artifact.load(trained, check=False)
     last = Artifact.load(passes[-1], check=False) if passes else found.trained
     if passes and last:
-        names = {path.name for path in passes}
-        found.chain = [step for step in last.lineage if step.artifact in names]
+        own = {path.name: path for path in passes}
+        found.chain = [_latest(step, own, found) for step in last.lineage if step.artifact in own]
     found.final = _final(run, last, found.chain) if last else None
     try:
         metrics = metrics_of(run.metrics)
@@ -139,6 +140,16 @@ def gather(run: RunFolder) -> Material:
         found.trouble.append(f"metrics.jsonl {error.message}")
     _read_config(run, found)
     return found
+
+
+def _latest(step: Step, own: Mapping[str, Path], found: Material) -> Step:
+    """As the step's folder says: it may have been made again since a later one noted it."""
+    try:
+        lineage = Artifact.load(own[step.artifact], check=False).lineage
+    except ArtifactError as error:
+        found.trouble.append(f"{step.artifact}: {error.message}")
+        return step
+    return lineage[-1] if lineage and lineage[-1].artifact == step.artifact else step
 
 
 def _final(run: RunFolder, last: Artifact, chain: list[Step]) -> str | None:
