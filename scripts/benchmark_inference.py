@@ -128,7 +128,7 @@ def contestants(model: Model, name: str, also: Mapping[str, str]) -> dict[str, d
             for kind in ("F16", "Q8_0")
         }
     if model.pictures:
-        found |= {title: {"kind": "tunekit", "made": folder, "own": True} for title, folder in also.items()}
+        found |= {title: {"kind": "tunekit", "of": folder, "own": True} for title, folder in also.items()}
     return found
 
 
@@ -214,17 +214,22 @@ class Side:
     found: dict[str, Any] = field(default_factory=dict)
     worker: Worker | None = None
 
+    def make(self, patience: float) -> None:
+        """Has what it runs on disk; in a process of its own, for that takes most memory."""
+        if "made" in self.found and "size_bytes" in self.found:
+            return
+        print(f"  making: {self.name}", flush=True)
+        maker = self._process()
+        try:
+            made = maker.ask(patience, do="make")
+        finally:
+            maker.close()
+        self.found |= {"made": made["folder"], "size_bytes": made["size_bytes"]}
+        self.save()
+
     def start(self, patience: float) -> Worker:
-        """Its process, opened; makes first what it has to have."""
+        """Its process, opened."""
         if self.worker is None:
-            if "made" not in self.found:
-                maker = self._process()
-                try:
-                    made = maker.ask(patience, do="make")
-                finally:
-                    maker.close()
-                self.found |= {"made": made["folder"], "size_bytes": made["size_bytes"]}
-                self.save()
             self.told["made"] = self.found["made"]
             self.worker = self._process()
             self.found["title"] = self.worker.ask(patience, do="open")["title"]
@@ -290,8 +295,8 @@ def sides(name: str, work: Path, options: argparse.Namespace) -> list[Side]:
                 side.found.pop(key, None)
             if options.again:
                 side.file.with_suffix(".npy").unlink(missing_ok=True)
-        if "made" in own:
-            side.found["made"] = own["made"]
+        if "of" in own:
+            side.told["source"] = own["of"]
         made.append(side)
     return made
 
@@ -381,6 +386,11 @@ def _single_file(folder: Path) -> None:
 def measure(name: str, everyone: Sequence[Side], rounds: int, patience: float) -> None:
     """Fills what is missing of all rounds, each contestant in its turn, then compares pictures."""
     model = MODELS[name]
+    for side in everyone:
+        try:
+            side.make(patience)
+        except Failed as failed:
+            side.fail(str(failed))
     for number in range(rounds):
         shift = number % len(everyone)
         for side in [*everyone[shift:], *everyone[:shift]]:

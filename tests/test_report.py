@@ -21,7 +21,7 @@ from tunekit.artifacts import Artifact, RunFolder, Step, write_json, write_text
 from tunekit.errors import ArtifactError
 from tunekit.passes.metrics import Metric, Tile
 from tunekit.registry import PASSES
-from tunekit.report import curve, pictures
+from tunekit.report import curve, pictures, scatter
 
 
 def add_step(
@@ -138,8 +138,7 @@ def test_tables_and_tiles_are_those_that_passes_declare(run: RunFolder) -> None:
     table = page[page.index("step by step") : page.index("</table>")]
     heads = re.findall(r"<th>([^<]*)</th>", table)
     assert heads[1:] == [
-        *("size on disk", "denoiser step p50", "picture p50", "speed-up", "peak memory"),
-        *("rel. error", "PSNR", "SSIM", "took"),
+        *("size on disk", "picture p50", "speed-up", "rel. error", "PSNR", "SSIM", "took"),
     ]
     assert "0.50x of fine-tuned" in table and "1,000 parameters" in table
     tiles = re.findall(r'<div class="tile"><span>(.*?)</span><b(.*?)</b><span>(.*?)</span>', page)
@@ -208,6 +207,7 @@ def test_versions_stand_side_by_side_with_their_differences(run: RunFolder) -> N
     ]
     assert "max 11, mean 10.50" in rows[2] and "PSNR 33.3 dB" in rows[1]
     assert table.count('<span class="slide" tabindex="0"') == 4  # two prompts, two versions
+    assert table.count("aspect-ratio: 6 / 4") == 2  # the merged model's own row
     kept = re.findall(r"--r\d+: url\(data:", page)
     assert len(kept) == 1 + 2  # what a veil shows too: of the fixture's reference, and of the merged model
 
@@ -465,6 +465,8 @@ def test_trials_are_points_and_the_best_are_joined(run: RunFolder):
     assert page.count("<circle") == 3 and page.count("<polyline") == 3  # two losses, and the front
     assert "PSNR against speedup" in page and "&lt;b&gt;bold&lt;/b&gt;: 4.00x, 31.0 dB" in page
     assert "<b>bold" not in page
+    assert ">taken: 4.00x, 31.0 dB</text>" in page
+    assert ">1.00x, 90.0 dB</text>" not in page  # of three points none stands apart
     for wrong in ({"table": "gone"}, {"across": "nobody"}, {"up": 3}, ["no"]):
         details = {"trials": trials, "scatter": {**told, **wrong} if isinstance(wrong, dict) else wrong}
         add_step(run, 10, "search", lineage, metrics={"trials": 3}, details=details)
@@ -472,3 +474,16 @@ def test_trials_are_points_and_the_best_are_joined(run: RunFolder):
         assert "<circle" not in report.write(run.path).read_text(encoding="utf-8")
         for path in run.path.glob("10-*"):
             shutil.rmtree(path)
+
+
+def test_a_point_far_above_all_others_does_not_flatten_them():
+    assert scatter._ceiling([126.0, 40.0, 39.0, 30.0]) == 40.0
+    assert scatter._ceiling([44.0, 40.0, 39.0, 30.0]) == 44.0
+    assert scatter._ceiling([126.0, 40.0, 39.0]) == 126.0
+    assert scatter._ceiling([40.0, 40.0, 40.0, 40.0]) == 40.0
+    across, up = Metric("speedup", "speed-up", "x"), Metric("psnr_db", "PSNR", "dB")
+    rows = [{"speedup": 1.0 + n, "psnr_db": value} for n, value in enumerate((126.0, 40.0, 39.0, 30.0))]
+    svg = scatter.draw(rows, across, up)
+    assert svg is not None and ">1.00x, 126.0 dB</text>" in svg and svg.count("<circle") == 4
+    heights = [float(height) for height in re.findall(r'cy="([\d.]+)"', svg)]
+    assert heights[0] == scatter.TOP and heights[1] - heights[0] < 20

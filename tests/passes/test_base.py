@@ -614,6 +614,8 @@ def test_figures_carry_their_units():
     assert format_metric("relative_error", 0.00123456) == "0.00123"
     assert format_metric("psnr_db_worst", 40.0) == "40.0 dB"  # of a part or another moment
     assert format_metric("relative_error_unet", 0.25) == format_metric("nobody_declared_it", 0.25) == "0.25"
+    assert describe_metrics({"slower": True, "speedup": 0.5}) == "speedup 0.50x, slower"
+    assert describe_metrics({"slower": False}) == ""
     line = describe_metrics({"steps": 5, "size_bytes": 1024, "psnr_db": 41.23, "ssim": None})
     assert line == "size 1.0 KiB, PSNR 41.2 dB, steps 5"
     parts = {"relative_error_text_encoder": 0.5, "relative_error": 0.5, "parameters_before": 5}

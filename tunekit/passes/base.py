@@ -465,7 +465,8 @@ class Outcome:
     details: dict[str, Any] = field(default_factory=dict)
     """Tables for the report; must be JSON-able."""
     pictures: list[dict[str, Any]] = field(default_factory=list)
-    """`{"file", "label", "prompt", "seed"}` each; `file`, under `pictures/`, relative to `context.folder`."""
+    """`{"file", "label", "prompt", "seed"}` each; `file`, under `pictures/`, relative to `context.folder`.
+    The report compares all with those of the first label that have the same prompt and seed."""
     format: str | None = None
     """Format of the result where it is not the one the class states."""
     sampling: SamplingConfig | None = None

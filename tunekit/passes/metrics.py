@@ -140,12 +140,15 @@ def format_metric(name: str, value: Value) -> str:
 
 
 def describe_metrics(metrics: Mapping[str, Value]) -> str:
-    """Figures in one line, first those that a person looks at first: "size 21.3 MiB, PSNR 43.1 dB"."""
+    """Figures in one line, first those that a person looks at first: "size 21.3 MiB, PSNR 43.1 dB".
+
+    Of a flag, its title is enough where it is true.
+    """
     known = [metric.name for metric in declared() if metric.name in metrics]
     return ", ".join(
-        f"{_title(name)} {format_metric(name, value)}"
+        _title(name) if value is True else f"{_title(name)} {format_metric(name, value)}"
         for name in dict.fromkeys([*known, *metrics])
-        if (value := metrics[name]) is not None
+        if (value := metrics[name]) is not None and value is not False
     )
 
 

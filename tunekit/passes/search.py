@@ -125,7 +125,9 @@ class Search(Pass):
         PSNR,
         SSIM,
         Metric("trials", "trials", "count"),
-        Metric("kept_speedup", "speed-up found", "x", lower_is_better=False),
+        Metric(
+            "kept_speedup", "speed-up found", "x", lower_is_better=False, rank=43, column="speed-up found"
+        ),
     )
 
     keep: Keep = Keep(psnr=28)

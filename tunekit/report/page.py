@@ -88,7 +88,11 @@ def render(material: Material, content: Mapping[str, Any], *, live: bool) -> str
             models[-1].looked_at.append(step)
     declared = _declared()
     figures = _figures(models, chain, declared)
-    columns = [metric for metric in declared if metric.column]
+    columns = [
+        metric
+        for metric in declared
+        if metric.column and any(own.get(metric.name) is not None for own in figures.values())
+    ]
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     template = environment.from_string((ASSETS / "report.html.j2").read_text(encoding="utf-8"))
     curve = draw(material.rows)
@@ -278,12 +282,14 @@ def _model_tiles(every: Sequence[Mapping[str, Any]], declared: Sequence[Metric])
         value, text, tone = last[metric.name], texts[metric.name], ""
         notes = [part for part in tile.note if all(name in texts for name in re.findall(r"{(\w+)}", part))]
         note = ", ".join(part.format_map(texts) for part in notes)
-        first = next((found[metric.name] for found in every if found.get(metric.name)), None)
+        first = next((found[metric.name] for found in every[:-1] if found.get(metric.name)), None)
         if tile.compared and first is not None:
             note = f"{metric.format(first)} -> {text}"
             value = value / first
             text = f"{value:.2f}x"
-        if (tile.compared or metric.unit == "x") and metric.lower_is_better is not None:
+        if (
+            (tile.compared and first is not None) or metric.unit == "x"
+        ) and metric.lower_is_better is not None:
             tone = "good" if (value <= 1 if metric.lower_is_better else value > 1) else "bad"
         tiles[tile.title] = _tile(tile.title, text, note, tone)
     return list(tiles.values())

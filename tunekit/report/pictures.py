@@ -75,6 +75,16 @@ class Album:
         found, reference = self._allowed(path), self._allowed(other)
         return _compared(found, reference) if found and reference else None
 
+    def shape(self, path: Path) -> tuple[int, int]:
+        """Width and height of a picture that is shown; what cannot be told is square."""
+        from PIL import Image
+
+        try:
+            with Image.open(path, formats=("PNG", "JPEG")) as picture:
+                return picture.size
+        except Exception:  # of a damaged picture a decoder may raise anything
+            return 1, 1
+
     def _allowed(self, path: Path) -> _File | None:
         try:
             whole = path.resolve(strict=True)

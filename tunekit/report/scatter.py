@@ -17,8 +17,19 @@ MOST_POINTS = 300
 PLAIN, BEST, WINNER = "#8a93a3", "#2f6fde", "#d9730d"
 
 
+def _ceiling(values: Sequence[float]) -> float:
+    """The highest, but of one that stands far above all others (a model compared with itself) the next."""
+    lowest, *_ = ordered = sorted(values)
+    if len(ordered) < 4:
+        return ordered[-1]
+    highest, following = ordered[-1], ordered[-2]
+    return following if highest - following > following - lowest > 0 else highest
+
+
 def draw(rows: Sequence[Mapping[str, Any]], across: Metric, up: Metric) -> str | None:
     """The SVG; None where fewer than two rows have both figures.
+
+    A point far above all others stands at the upper edge, with its figures beside it.
 
     Args:
         rows: of a table: the figures named by `across` and `up`; `passes`, what a point is; `front`, true of
@@ -34,7 +45,7 @@ def draw(rows: Sequence[Mapping[str, Any]], across: Metric, up: Metric) -> str |
     if len(points) < 2:
         return None
     lowest = (min(x for x, _, _ in points), min(y for _, y, _ in points))
-    highest = (max(x for x, _, _ in points), max(y for _, y, _ in points))
+    highest = (max(x for x, _, _ in points), _ceiling([y for _, y, _ in points]))
     spans = [(high - low) or abs(high) or 1.0 for low, high in zip(lowest, highest, strict=True)]
     (left, right), (bottom, top) = (
         (low - 0.05 * span, high + 0.05 * span)
@@ -44,7 +55,7 @@ def draw(rows: Sequence[Mapping[str, Any]], across: Metric, up: Metric) -> str |
     def at(x: float, y: float) -> tuple[float, float]:
         return (
             LEFT + (WIDTH - LEFT - RIGHT) * (x - left) / (right - left),
-            TOP + (HEIGHT - BOTTOM - TOP) * (top - y) / (top - bottom),
+            TOP + (HEIGHT - BOTTOM - TOP) * (top - min(y, top)) / (top - bottom),
         )
 
     title = f"{up.title} against {across.title}"
@@ -68,6 +79,13 @@ def draw(rows: Sequence[Mapping[str, Any]], across: Metric, up: Metric) -> str |
         colour, size = (WINNER, 8) if winner else (BEST, 5) if row.get("front") else (PLAIN, 4)
         told = f"{row.get('passes', '')}: {across.format(x)}, {up.format(y)}"
         place, height = at(x, y)
+        if winner or y > top:
+            # Above and to the right of a front there is nothing; the edges are left free.
+            anchor, aside = ("end", -12) if place > 0.8 * WIDTH else ("start", 12)
+            label = f"{'taken: ' if winner else ''}{across.format(x)}, {up.format(y)}"
+            level = height + (24 if y > top else -8)
+            where = f'x="{place + aside:.1f}" y="{level:.1f}" text-anchor="{anchor}"'
+            parts.append(f"<text {where}>{escape(label)}</text>")
         parts.append(
             f'<circle cx="{place:.1f}" cy="{height:.1f}" r="{size}" fill="{colour}">'
             f"<title>{escape(told)}</title></circle>"

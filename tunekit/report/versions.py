@@ -69,8 +69,8 @@ def tables(
     Returns:
         `{"heads", "note", "references", "rows"}`; a row has `label`, `note` and `cells`: None, or `alt` with
         either `image` or `number`, a picture's place in `references`, in which each that is looked at twice
-        stands once; `under`, the number of the picture that it is compared with; `difference`, a line about a
-        map.
+        stands once, and `shape`, its width and height; `under`, the number of the picture that it is compared
+        with; `difference`, a line about a map.
     """
     return [_drawn(table, album) for table in _gathered(models, root, columns)]
 
@@ -181,7 +181,7 @@ def _row(
     for key, head in zip(keys, heads, strict=True):
         cell: dict[str, Any] = {"alt": f"{version.label}: {head}"}
         if (number := numbers.get((id(version), key))) is not None:
-            cell["number"] = number
+            cell |= {"number": number, "shape": album.shape(version.files[key])}
         elif key in version.files and (url := album.show(version.files[key])):
             cell["image"] = url
         else:
