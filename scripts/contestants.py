@@ -1,9 +1,8 @@
 """Who is measured by benchmark_inference.py: each in a process of its own, doing what it is told.
 
-    python scripts/contestants.py '{"kind": "tunekit", ...}'
-
-A request is a line of JSON on standard input, the answer a line on standard output; all else goes to standard
-error. The process may be of another Python, with another program's packages and without tunekit.
+Its one argument is a JSON object: its `kind`, and what `Contestant` says. A request is a line of JSON on
+standard input, the answer a line on standard output; all else goes to standard error. The process may be of
+another Python, with another program's packages and without tunekit.
 
     {"do": "make"}                                      -> {"folder", "size_bytes"}: its files
     {"do": "open"}                                      -> {"title"}
