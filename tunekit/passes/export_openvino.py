@@ -35,9 +35,8 @@ if TYPE_CHECKING:
 PACKAGES = ("onnx", "onnxscript", "onnxruntime", "openvino")
 READ_BY = ("openvino", "Model")
 """What model_index.json names as the class of the components."""
-MAX_RELATIVE_ERROR = {"fp32": 2e-4, "fp16": 3e-2, "bf16": 0.3}
-"""Of a component. In bf16 OpenVINO rounds late times, too: random U-Nets differ by 0.12 to 0.18 at time 999
-and by 0.01 at time 19, where torch, which embeds the time in fp32, differs by 0.014 at most."""
+MAX_RELATIVE_ERROR = {"fp32": 2e-4, "fp16": 3e-2, "bf16": 0.15}
+"""Of a component. Denoisers with random weights differ by 0.02 in bf16 at any time."""
 MAX_OF_INT8 = 0.15
 """Of graphs in int8: another runtime rounds other values on the way."""
 PROMPTS = ("a red apple", "a house")
@@ -197,11 +196,16 @@ class ExportOpenvino(Pass):
 def save(model: Any, folder: Path, *, halved: bool) -> None:
     """Writes a model of OpenVINO into a component's folder; weights as fp16 if `halved`.
 
+    What leads to sines and cosines is marked: it is fp32 wherever the file is opened.
+
     Raises:
         OutputError: disk full, no permission.
     """
     import openvino
 
+    from tunekit.runtime.openvino_angles import keep_angles
+
+    keep_angles(model)
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         openvino.save_model(model, folder / GRAPHS["openvino"], compress_to_fp16=halved)

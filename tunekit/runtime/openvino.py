@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from tunekit import hardware
 from tunekit.artifacts import GRAPHS, Artifact
-from tunekit.errors import DeviceError, ModelError, require
+from tunekit.errors import DeviceError, ModelError, output_errors, require
 from tunekit.families.family import DTYPES, Family
 from tunekit.hardware import Device
 from tunekit.records import read_mapping
@@ -117,7 +118,10 @@ class OpenVinoGraph:
                 f"OpenVINO finds no device {device}", hint=f"it finds {', '.join(there) or 'none'}"
             )
         try:
-            self.compiled = core.compile_model(read(core, path), device, settings)
+            model = read(core, path)
+            if path.name != IR and precision != torch.float32:
+                model = _with_angles(core, model)  # our own files have their marks
+            self.compiled = core.compile_model(model, device, settings)
         except RuntimeError as error:
             raise ModelError(_why(path, error), where=str(path), hint=_newer(path)) from error
         self.request = self.compiled.create_infer_request()
@@ -189,6 +193,18 @@ def onnx_input(path: Path) -> Path | bytes:
             hint="copy the folder with what they point to: cp -rL FOLDER COPY",
         )
     return bytes(model.SerializeToString())
+
+
+def _with_angles(core: Any, model: Any) -> Any:
+    """The model with its angles in fp32: marks count only for what is read from one of OpenVINO's files."""
+    import openvino
+
+    from tunekit.runtime.openvino_angles import keep_angles
+
+    keep_angles(model)
+    with tempfile.TemporaryDirectory() as folder, output_errors(Path(folder)):
+        openvino.save_model(model, Path(folder) / IR, compress_to_fp16=False)
+        return core.read_model(Path(folder) / IR, config={"ENABLE_MMAP": False})
 
 
 def _why(path: Path, error: RuntimeError) -> str:
