@@ -24,7 +24,18 @@ VERSION = 1
 NF4_BLOCK = 64
 FP8 = torch.float8_e4m3fn
 
-Scheme = Literal["int8", "fp8", "int4", "nf4"]
+RANK = 16
+"""Of what is added to int4_svd in bf16."""
+ROUNDS = 4
+"""Times that int4_svd gives its two parts another chance."""
+MOST_ROTATED = 256
+"""Channels that are rotated together at most."""
+
+Scheme = Literal["int8", "fp8", "int4", "nf4", "int8_dynamic", "int8_rotated", "int4_svd"]
+DYNAMIC = ("int8_dynamic", "int8_rotated")
+"""Schemes that round activations, too."""
+BYTES = ("int8", *DYNAMIC)
+"""Schemes whose weights are int8 with a scale per output channel."""
 Float = nn.Linear | nn.Conv2d
 """What can be packed."""
 
@@ -65,12 +76,21 @@ class _Quantized(nn.Module):
     int8: one scale per output channel. fp8: likewise, of 8-bit floats (e4m3), which are unpacked to
     be computed with: no card needs arithmetic in 8 bits. int4: symmetric, two values per byte,
     one bf16 scale per `group` inputs of a channel. nf4: bitsandbytes' 4-bit normal float in blocks of 64.
+
+    int8_dynamic: activations are rounded to int8 too, with a scale for each token (of a convolution: for each
+    picture), where no gradient is asked for. int8_rotated: the same, and weights and activations are turned
+    by a regular Hadamard matrix over the input's channels, which spreads what sticks out over all of them and
+    leaves the product as it is (arXiv 2512.03673). int4_svd: int4, and a product of rank `RANK` in
+    bf16 beside it for what 4 bits cannot hold (arXiv 2411.05007). These are computed as float products of
+    whole numbers: what a kernel would give, and not its speed.
     """
 
     scheme: Scheme
     group: int
     packed: Tensor
     scale: Tensor
+    up: Tensor
+    down: Tensor
     bias: nn.Parameter | None
 
     def _take_over(self, layer: Float, scheme: Scheme, group: int) -> None:
@@ -87,15 +107,22 @@ class _Quantized(nn.Module):
         self.register_parameter("bias", layer._parameters["bias"])
         rows, columns = self.shape[0], weight.numel() // self.shape[0]
         groups, blocks = -(-columns // group), -(-weight.numel() // NF4_BLOCK)
+        eight = ((rows, columns), torch.int8, (rows, 1), torch.float32)
+        four = ((rows, groups * group // 2), torch.uint8, (rows, groups), torch.bfloat16)
         sizes: dict[Scheme, tuple[tuple[int, ...], torch.dtype, tuple[int, ...], torch.dtype]] = {
-            "int8": ((rows, columns), torch.int8, (rows, 1), torch.float32),
+            **dict.fromkeys(cast(tuple[Scheme, ...], BYTES), eight),
             "fp8": ((rows, columns), FP8, (rows, 1), torch.float32),
-            "int4": ((rows, groups * group // 2), torch.uint8, (rows, groups), torch.bfloat16),
+            "int4": four,
+            "int4_svd": four,
             "nf4": ((blocks * NF4_BLOCK // 2, 1), torch.uint8, (blocks,), torch.float32),
         }
         packed_shape, packed_dtype, scale_shape, scale_dtype = sizes[scheme]
         self.register_buffer("packed", torch.empty(packed_shape, dtype=packed_dtype, device=weight.device))
         self.register_buffer("scale", torch.empty(scale_shape, dtype=scale_dtype, device=weight.device))
+        if scheme == "int4_svd":
+            rank = _rank(rows, columns)
+            for name, shape in (("up", (rows, rank)), ("down", (rank, columns))):
+                self.register_buffer(name, torch.empty(shape, dtype=torch.bfloat16, device=weight.device))
 
     @property
     def weight(self) -> Tensor:
@@ -106,14 +133,14 @@ class _Quantized(nn.Module):
         """The weight in its own shape and `dtype`."""
         if self.scheme == "nf4":
             return _unpack_nf4(self.packed, self.scale, self.shape, dtype)
-        if self.scheme in ("int8", "fp8"):
+        if self.scheme in (*BYTES, "fp8"):
             # In place: on the CPU a product of int8 and float32 would make a float32 copy of the former too.
-            return self.packed.to(self.scale.dtype).mul_(self.scale).to(dtype).view(self.shape)
-        low, high = (self.packed & 15).to(torch.int8) - 8, (self.packed >> 4).to(torch.int8) - 8
-        rows, groups = self.scale.shape
-        values = torch.stack([low, high], dim=-1).view(rows, groups, self.group)
-        floats = (values.to(torch.float32) * self.scale.to(torch.float32).unsqueeze(-1)).to(dtype)
-        return floats.view(rows, -1)[:, : _product(self.shape[1:])].reshape(self.shape)
+            floats = self.packed.to(self.scale.dtype).mul_(self.scale).view(self.shape)
+            return (rotated(floats, 1) if self.scheme == "int8_rotated" else floats).to(dtype)
+        floats = _unpack_int4(self.packed, self.scale, self.group)[:, : _product(self.shape[1:])]
+        if self.scheme == "int4_svd":
+            floats = floats + self.up.to(torch.float32) @ self.down.to(torch.float32)
+        return floats.to(dtype).reshape(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         lower = autocast_type(x.device.type)
@@ -121,6 +148,8 @@ class _Quantized(nn.Module):
             x = x.to(lower)
         if torch.is_grad_enabled() and x.requires_grad:
             y: Tensor = _InputOnly.apply(x, self)  # type: ignore[no-untyped-call]
+        elif self.scheme in DYNAMIC:
+            y = self._apply_rounded(x.to(torch.float32)).to(x.dtype)
         else:
             y = self._apply_weight(x, self.dequantize(x.dtype))
         if self.bias is None:
@@ -131,13 +160,23 @@ class _Quantized(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # `.half()` on a pipeline must neither round the scales nor widen floats of 8 bits: they keep their
         # values, and follow only the device.
-        packed, scale = self.packed, self.scale
+        before = {name: self.get_buffer(name) for name in packed_names(self)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.packed.dtype != packed.dtype:
-            self.packed = packed.to(self.packed.device)
-        if self.scale.dtype != scale.dtype:
-            self.scale = scale.to(self.scale.device)
+        for name, tensor in before.items():
+            now = self.get_buffer(name)
+            if now.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(now.device))
         return self
+
+    def _apply_rounded(self, x: Tensor) -> Tensor:
+        """The layer's product, without bias, of int8 and int8."""
+        channels = 1 if isinstance(self, nn.Conv2d) else -1
+        if self.scheme == "int8_rotated":
+            x = rotated(x, channels, self.shape[1])
+        over = tuple(range(1, x.dim())) if isinstance(self, nn.Conv2d) else (-1,)
+        scale = x.abs().amax(dim=over, keepdim=True).clamp(min=1e-30) / 127
+        y = self._apply_weight((x / scale).round(), self.packed.to(torch.float32).view(self.shape))
+        return y * scale * (self.scale.view(-1, 1, 1) if channels == 1 else self.scale.view(-1))
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} is not a layer of its own")
@@ -186,9 +225,8 @@ def quantize_layer(layer: Float, scheme: Scheme, group: int = 32) -> QuantLinear
     if quantized.packed.is_meta:
         return quantized
     weight = layer.weight.detach().to(torch.float32).flatten(1)
-    packed, scale = _PACKERS[scheme](weight, group)
-    quantized.packed.copy_(packed)
-    quantized.scale.copy_(scale)
+    for name, tensor in _pack(quantized, weight).items():
+        quantized.get_buffer(name).copy_(tensor)
     return quantized
 
 
@@ -296,6 +334,40 @@ def _pack_int8(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return (weight / scale).round().clamp(-127, 127).to(torch.int8), scale
 
 
+def _unpack_int4(packed: Tensor, scale: Tensor, group: int) -> Tensor:
+    """[out, inputs and padding] in float32."""
+    low, high = (packed & 15).to(torch.int8) - 8, (packed >> 4).to(torch.int8) - 8
+    rows, groups = scale.shape
+    values = torch.stack([low, high], dim=-1).view(rows, groups, group)
+    return (values.to(torch.float32) * scale.to(torch.float32).unsqueeze(-1)).view(rows, -1)
+
+
+def _pack_svd(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """int4, and the part of low rank that leaves the least error: each is fitted to what the other leaves."""
+    rank, columns = _rank(*weight.shape), weight.shape[1]
+    best, least = None, float("inf")
+    left = weight
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for _ in range(ROUNDS):
+            u, s, v = torch.svd_lowrank(left, q=min(rank + 8, *weight.shape), niter=4)
+            root = s[:rank].sqrt()
+            up, down = (u[:, :rank] * root).bfloat16(), (root[:, None] * v[:, :rank].T).bfloat16()
+            product = up.float() @ down.float()
+            packed, scale = _pack_int4(weight - product, group)
+            rounded = _unpack_int4(packed, scale, group)[:, :columns]
+            left = weight - rounded
+            error = float((left - product).square().sum())
+            if error < least:
+                best, least = (packed, scale, up, down), error
+    assert best is not None
+    return best
+
+
+def _rank(rows: int, columns: int) -> int:
+    return min(RANK, max(1, min(rows, columns) // 4))
+
+
 def _pack_fp8(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / torch.finfo(FP8).max
     return (weight / scale).to(FP8), scale
@@ -333,7 +405,59 @@ def _pack_nf4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return packed, state.absmax
 
 
-_PACKERS = {"int8": _pack_int8, "fp8": _pack_fp8, "int4": _pack_int4, "nf4": _pack_nf4}
+_PACKERS = {"fp8": _pack_fp8, "int4": _pack_int4, "nf4": _pack_nf4}
+NAMES = ("packed", "scale", "up", "down")
+"""Buffers of a packed layer, as far as it has them."""
+
+
+def packed_names(layer: nn.Module) -> list[str]:
+    """Names of the tensors that stand for the weight of a packed layer."""
+    return [name for name in NAMES if name in layer._buffers]
+
+
+def _pack(layer: QuantLinear | QuantConv2d, weight: Tensor) -> dict[str, Tensor]:
+    """The tensors of a packed layer for a weight [out, all else] in float32."""
+    if layer.scheme == "int4_svd":
+        return dict(zip(NAMES, _pack_svd(weight, layer.group), strict=True))
+    if layer.scheme == "int8_rotated":
+        weight = rotated(weight.view(layer.shape), 1).flatten(1)
+    pack = _pack_int8 if layer.scheme in BYTES else _PACKERS[layer.scheme]
+    return dict(zip(NAMES, pack(weight, layer.group), strict=False))
+
+
+# Rotation --------------------------------------------------------------------------------------------------
+
+
+def rotated(x: Tensor, dim: int, channels: int | None = None) -> Tensor:
+    """`x` turned along a dimension, in groups of channels; done twice, it is `x` again.
+
+    Args:
+        channels: how many are turned alike, where `dim` has several times as many (of a convolution in
+            groups); None for all.
+    """
+    order = rotation_order(channels or x.shape[dim])
+    if order == 1:
+        return x
+    moved = x.movedim(dim, -1)
+    turned = moved.reshape(*moved.shape[:-1], -1, order) @ _hadamard(order, x.dtype, x.device)
+    return turned.reshape(moved.shape).movedim(-1, dim)
+
+
+def rotation_order(channels: int) -> int:
+    """The largest power of four, up to `MOST_ROTATED`, that divides `channels`."""
+    order = 1
+    while channels % (4 * order) == 0 and 4 * order <= MOST_ROTATED:
+        order *= 4
+    return order
+
+
+def _hadamard(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Symmetric and orthogonal, and all rows have the same sum, so that a mean is spread evenly, too."""
+    four = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], device=device) / 2
+    made = torch.ones(1, 1, device=device)
+    while made.shape[0] < order:
+        made = torch.kron(made, four)
+    return made.to(dtype)
 
 
 def _unpack_nf4(packed: Tensor, scale: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -490,9 +614,8 @@ def _read_weights(network: nn.Module, tensors: Iterable[tuple[str, Tensor]], dty
         layer = name.removesuffix(".weight")
         if f"{layer}.packed" in packed and name not in packed:
             found: Any = modules[layer]
-            made, scale = _PACKERS[found.scheme](tensor.float().flatten(1), found.group)
-            put(f"{layer}.packed", made)
-            put(f"{layer}.scale", scale)
+            for leaf, made in _pack(found, tensor.float().flatten(1)).items():
+                put(f"{layer}.{leaf}", made)
         elif name in packed or not tensor.is_floating_point():
             put(name, tensor.clone() if packed else tensor)
         else:
@@ -526,8 +649,8 @@ def stored_dtype(folder: Path) -> torch.dtype:
 def _packed_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, layer in module.named_modules():
         if isinstance(layer, QuantLinear | QuantConv2d):
-            yield f"{name}.packed", layer.packed
-            yield f"{name}.scale", layer.scale
+            for leaf in packed_names(layer):
+                yield f"{name}.{leaf}", layer.get_buffer(leaf)
 
 
 def _on_meta(cls: type[nn.Module], config: Any) -> nn.Module:

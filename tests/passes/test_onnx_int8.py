@@ -241,5 +241,22 @@ def test_without_time_layers_of_a_module_are_measured_together():
         costs = measure_costs(layers, [0.5, 0.2, 0.3], made, seconds=seconds, now=now)
         found[seconds] = {cost.path: (cost.layers, pytest.approx(cost.share)) for cost in costs}
     assert found[3.5] == {path: ((index,), [0.5, 0.2, 0.3][index]) for index, path in enumerate(paths)}
-    assert found[2.5] == {"net.a": ((0, 1), 0.7), "net.b": ((2,), 0.3)}
-    assert found[0.0] == {"net": ((0, 1, 2), 1.0)}
+    assert found[2.5] == found[0.0] == {"net": ((0, 1, 2), 1.0)}
+
+
+def test_what_time_there_is_goes_to_the_modules_that_cost_most():
+    paths = [f"net.{block}.inner.{layer}" for block in "abcd" for layer in "xyz"]
+    layers = [Layer(helper.make_node("Conv", [], []), path, 0, path) for path in paths]
+    each = np.diag([0.5 if path == "net.c.inner.y" else 0.01 for path in paths])
+    asked: list[Sequence[int]] = []
+
+    def made(rounded: Sequence[int]) -> np.ndarray:
+        asked.append(rounded)
+        return np.ones(len(paths)) + each[:, list(rounded)].sum(axis=1)
+
+    ticks = iter((0.0, 1.0))
+    costs = measure_costs(layers, [1 / 12] * 12, made, seconds=9, now=ticks.__next__)
+    assert costs[0].path == "net.c.inner.y" and costs[0].layers == (7,)
+    assert [cost.path for cost in costs[1:4]] == ["net.a", "net.b", "net.d"] and len(costs) == 6
+    assert len(asked) == 1 + 4 + 3  # two calls are left, and no module has two layers
+    assert sum(cost.share for cost in costs) == pytest.approx(1)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -17,11 +18,13 @@ from onnx import TensorProto, numpy_helper
 from tunekit import families, layers
 from tunekit.artifacts import Artifact, open_artifact
 from tunekit.config import DataConfig, SamplingConfig
-from tunekit.diffusion.metrics import psnr_db
+from tunekit.diffusion.metrics import psnr_db, relative_error
 from tunekit.errors import ArtifactError, ChainError, ModelError
-from tunekit.passes.base import Context, parse_chain, run_chain
+from tunekit.passes.base import Context, check_chain, parse_chain, run_chain
 from tunekit.passes.paths import resolve, unmatched
+from tunekit.passes.providers import gpu_answers
 from tunekit.passes.quantize import Quantize
+from tunekit.passes.quantize_onnx import SPARED
 from tunekit.runtime import generate_pixels, open_runtime
 
 FAMILY, SDXL = families.get("sd15"), families.get("sdxl")
@@ -90,6 +93,70 @@ def test_the_runtime_draws_with_packed_weights(tiny_source: Path, tmp_path: Path
     result = quantized(tiny_source, tmp_path, scheme="int8", keep=[])
     assert isinstance(FAMILY.denoiser(FAMILY.load(result.source)).conv_in, layers.QuantConv2d)
     assert psnr_db(draw(result), draw(tiny_source)) > 30
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"mode": "dynamic"}, "int8_dynamic"),
+        ({"mode": "dynamic", "rotate": True}, "int8_rotated"),
+        ({"scheme": "int4_svd"}, "int4_svd"),
+    ],
+)
+def test_other_packings_are_saved_and_opened_again(
+    settings: dict[str, Any], kind: str, tiny_source: Path, tmp_path: Path
+):
+    result = quantized(tiny_source, tmp_path, **settings)
+    metrics = result.lineage[-1].metrics
+    print(kind, metrics["sqnr_db"])
+    assert metrics["sqnr_db"] > {"int4_svd": 12}.get(kind, 25)
+    layer = FAMILY.denoiser(FAMILY.load(result.source)).mid_block.resnets[0].conv1
+    again = FAMILY.denoiser(FAMILY.load(result.source)).half().mid_block.resnets[0].conv1
+    assert layer.scheme == again.scheme == kind
+    for name in layers.packed_names(layer):  # neither rounded nor widened
+        assert torch.equal(layer.get_buffer(name), again.get_buffer(name))
+    computed = metrics["quantized_layers"] if kind in layers.DYNAMIC else 0
+    assert metrics["int8_computed_layers"] == computed
+
+
+def test_each_packing_is_nearer_than_the_plain_one_of_as_many_bits():
+    """The bundled model's own weights and one call: outliers are what random weights do not have."""
+    runtime = open_runtime("builtin/emoji-64", device="cpu")
+    whole = runtime.pipeline.unet
+    told = runtime.conditioning(
+        ["cat face", ""], SamplingConfig(steps=4, guidance=4.0).over(runtime.sampling)
+    )
+    latents = torch.randn(2, *runtime.latent_shape(64, 64), generator=torch.Generator().manual_seed(0))
+    kept, errors = list(FAMILY.facts.denoiser.sensitive), {}
+
+    def call() -> torch.Tensor:
+        return torch.cat([runtime.denoise(latents, torch.tensor([at, at]), told) for at in (900, 300)])
+
+    wanted = call()
+    kinds: tuple[layers.Scheme, ...] = ("int8", "int8_dynamic", "int8_rotated", "nf4", "int4", "int4_svd")
+    for kind in kinds:
+        runtime.pipeline.unet = copy.deepcopy(whole)
+        layers.quantize(runtime.pipeline.unet, kind, keep=kept)
+        errors[kind] = relative_error(call(), wanted)
+    print({kind: f"{found:.4f}" for kind, found in errors.items()})
+    assert errors["int8_rotated"] < 0.95 * errors["int8_dynamic"]
+    assert errors["int4_svd"] < 0.7 * min(errors["int4"], errors["nf4"])
+
+
+def test_a_rotation_leaves_the_product_as_it_is():
+    random = torch.Generator().manual_seed(0)
+    for channels, order in ((256, 256), (320, 64), (96, 16), (6, 1)):
+        assert layers.rotation_order(channels) == order
+        x, weight = (torch.randn(5, channels, generator=random, dtype=torch.float64) for _ in range(2))
+        turned = layers.rotated(x, 1)
+        assert torch.allclose(turned @ layers.rotated(weight, 1).T, x @ weight.T, atol=1e-9)
+        assert torch.allclose(layers.rotated(turned, 1), x, atol=1e-9)
+    spike = torch.zeros(1, 256)
+    spike[0, 7] = 16.0
+    assert float(layers.rotated(spike, 1).abs().max()) == 1.0
+    assert torch.allclose(
+        layers.rotated(torch.ones(1, 256), 1), torch.ones(1, 256)
+    )  # nor does a mean stick out
 
 
 def test_without_bitsandbytes_nothing_starts(
@@ -171,6 +238,29 @@ def test_openvino_reads_the_same_file_as_well(mode: str, results: dict[str, Arti
     wanted = draw(tiny_onnx)
     by_openvino = psnr_db(draw(results[mode], provider="openvino"), wanted)
     assert by_openvino > psnr_db(draw(results[mode]), wanted) - 3
+
+
+def test_matrix_products_of_an_onnx_model_in_4_bits(tiny_onnx: Path, tmp_path: Path):
+    """OpenVINO, where it is installed, has read the file, too, and computed the same."""
+    made = quantized(tiny_onnx, tmp_path, scheme="int4", keep=["conv_in", "mid_block"])
+    metrics = made.lineage[-1].metrics
+    print(metrics)
+    found = graph(made)
+    kept = [
+        tensor.name for tensor in found.initializer if "mid_block" in tensor.name and "_half" in tensor.name
+    ]
+    packed = [node for node in found.node if node.op_type == "MatMulNBits"]
+    assert (
+        kept and len(packed) > 10 and not any("mid_block" in name for node in packed for name in node.input)
+    )
+    assert metrics["sqnr_db"] > 15 and metrics["int8_computed_layers"] == 0
+    sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in found.initializer}
+    for node in packed:  # two weights a byte
+        shape = {attribute.name: attribute.i for attribute in node.attribute}
+        assert sizes[node.input[1]] == shape["N"] * -(-shape["K"] // 32) * 16
+    assert psnr_db(draw(made), draw(tiny_onnx)) > 20
+    with pytest.raises(ArtifactError, match="has no matrix products that could be stored in 4 bits"):
+        quantized(tiny_onnx, tmp_path, scheme="int4", keep=["down_blocks", "mid_block", "up_blocks"])
 
 
 def test_calibration_is_the_models_own_and_repeatable(
@@ -291,7 +381,7 @@ def test_layers_are_measured_and_the_worst_stay_in_floats(tiny_onnx: Path, tmp_p
     assert errors == sorted(errors, reverse=True) and errors[0] > 0 and len(rows) > 50
     assert sum(row["work"] for row in rows) == pytest.approx(1)
     floats = [row for row in rows if row["computed_in"] == "float"]
-    assert 0 < sum(row["work"] for row in floats) <= 0.05
+    assert 0 < sum(row["work"] for row in floats) <= SPARED
     convolutions = {node.input[1]: node for node in graph(result).node if node.op_type == "Conv"}
     makers = {output: node.op_type for node in graph(result).node for output in node.output}
     for row in rows:
@@ -338,7 +428,10 @@ def test_a_runtime_that_computes_garbage_is_named(
     with pytest.raises(ArtifactError, match=r"unet runs in openvino and gives garbage .*onnxruntime"):
         quantized(tiny_onnx, tmp_path, mode="weight_only")
     assert not list((tmp_path / "run").glob("*-quantize-*"))
-    quantized(tiny_onnx, tmp_path, mode="weight_only", target="tensorrt")  # nothing that OpenVINO is to run
+    # Nothing that OpenVINO is to run, and what is to run it is not here.
+    made = quantized(tiny_onnx, tmp_path, mode="weight_only", target="tensorrt")
+    if not gpu_answers():
+        assert made.lineage[-1].details["unseen"].endswith("TensorRT is not here")
 
 
 def test_without_prompts_there_is_nothing_to_measure_on(tiny_onnx: Path, tmp_path: Path):
@@ -364,6 +457,7 @@ def test_without_prompts_there_is_nothing_to_measure_on(tiny_onnx: Path, tmp_pat
         ({"mode": "dynamic", "activations": "int8"}, "activations: has no effect"),
         ({"mode": "weight_only", "reduce_range": True}, "reduce_range: has no effect"),
         ({"group": 64}, "group: has no effect"),
+        ({"rotate": True}, "rotate: has no effect: mode is not dynamic"),
         ({"scheme": "int4", "group": 9}, "group: must be a multiple of 2"),
         ({"scheme": "int5"}, "scheme"),
     ],
@@ -371,6 +465,27 @@ def test_without_prompts_there_is_nothing_to_measure_on(tiny_onnx: Path, tmp_pat
 def test_settings_without_effect_are_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ChainError, match=message):
         parse_chain([{"quantize": settings}])
+
+
+@pytest.mark.parametrize(
+    ("settings", "format", "message"),
+    [
+        ({"mode": "static"}, "torch", "has mode static, which is for ONNX"),
+        (
+            {"mode": "dynamic", "scheme": "int4"},
+            "torch",
+            "has mode dynamic, which is for int8, and scheme int4",
+        ),
+        ({"mode": "dynamic", "rotate": True}, "onnx", "sets rotate, which is for torch"),
+        ({"scheme": "int4_svd"}, "onnx", "has scheme int4_svd, which is for torch"),
+        ({"scheme": "int4", "mode": "static"}, "onnx", "has mode static, which is for int8, and scheme int4"),
+        ({"scheme": "int4", "group": 48}, "onnx", "has group 48; an ONNX model takes 16, 32"),
+        ({"scheme": "int4", "target": "tensorrt"}, "onnx", "has scheme int4, which TensorRT does not read"),
+    ],
+)
+def test_what_a_format_cannot_have_is_refused(settings: dict[str, Any], format: str, message: str):
+    with pytest.raises(ChainError, match=message):
+        check_chain(parse_chain([{"quantize": settings}]), format)
 
 
 def test_negative_indices_count_from_the_end():

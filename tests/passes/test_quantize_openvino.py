@@ -98,8 +98,8 @@ def test_a_denoiser_without_convolutions(tiny_irs: Callable[[str], Path], tmp_pa
     pytest.importorskip("nncf")
     name = next(name for name in families.runnable() if not has_convolutions(name))
     with pytest.raises(ArtifactError, match=r"has no convolutions that may compute in int8.*\n.*method ptq"):
-        quantized(tiny_irs(name), tmp_path, samples=2)
-    made = quantized(tiny_irs(name), tmp_path, method="ptq", samples=2)
+        quantized(tiny_irs(name), tmp_path, samples=4)
+    made = quantized(tiny_irs(name), tmp_path, method="ptq", samples=4)
     assert made.step is not None
     print(name, made.step.metrics)
     assert made.step.metrics["int8_computed_layers"] > 4  # type: ignore[operator]
@@ -125,8 +125,12 @@ def test_what_cannot_be(
     assert "put `export_openvino: {}` before it" in refused({}, "torch")
     with pytest.raises(ConfigError, match="method is weight_only"):
         parse_chain([{"quantize_openvino": {"method": "weight_only", "samples": 4}}])
+    with pytest.raises(ConfigError, match="samples: must be at least 4"):
+        parse_chain([{"quantize_openvino": {"samples": 2}}])
     pytest.importorskip("nncf")
     source = open_artifact(tiny_irs("sd15"))
+    with pytest.raises(ChainError, match="finds a model that is quantized already, by quantize_openvino"):
+        check_chain(parse_chain(["quantize_openvino", "quantize_openvino"]), "openvino")
     for settings, message in (
         ({"components": ["vae"]}, "has method hybrid, which has no effect on vae"),
         ({"keep": ["up_blocks.9"]}, '"up_blocks.9" names nothing'),

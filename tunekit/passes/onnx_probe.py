@@ -156,7 +156,8 @@ def measure_costs(
 ) -> list[Cost]:
     """What layers cost, the dearest first.
 
-    Where there is no time to look at each layer by itself, those of a module are looked at together.
+    Where there is no time to look at each layer by itself, half of it goes to modules, and the other half to
+    what is in those that cost most.
 
     Args:
         layers: of a probe.
@@ -167,12 +168,26 @@ def measure_costs(
     started = now()
     exact = made(())
     each, size = now() - started, max(1e-30, float(np.linalg.norm(exact)))
-    found = []
-    for path, numbers in _groups(
-        [layer.path for layer in layers], most=int(seconds / max(each, 1e-6))
-    ).items():
+    paths = [layer.path for layer in layers]
+
+    def cost(path: str, numbers: tuple[int, ...]) -> Cost:
         error = float(np.linalg.norm(made(numbers) - exact)) / size
-        found.append(Cost(path, error, sum(work[number] for number in numbers), numbers))
+        return Cost(path, error, sum(work[number] for number in numbers), numbers)
+
+    most = int(seconds / max(each, 1e-6))
+    groups = _groups(paths, most=most if len(set(paths)) <= most else most // 2)
+    found = [cost(path, numbers) for path, numbers in groups.items()]
+    left = most - len(found)
+    for _ in paths:
+        inner = {one.path: _inside(one, paths) for one in found}
+        able = [one for one in found if 1 < len(inner[one.path]) <= left]
+        if not able:
+            break
+        dearest = max(able, key=lambda one: one.error)
+        parts = inner[dearest.path]
+        found.remove(dearest)
+        found += [cost(path, numbers) for path, numbers in parts.items()]
+        left -= len(parts)
     return sorted(found, key=lambda cost: -cost.error)
 
 
@@ -196,6 +211,19 @@ def sparing(costs: Sequence[Cost], *, share: float, least: float = 0.0) -> list[
 def by_worth(costs: Sequence[Cost]) -> list[Cost]:
     """Costs by how much error (errors of layers add up in squares) leaves for their work, the most first."""
     return sorted(costs, key=lambda cost: -(cost.error**2) / max(cost.share, 1e-9))
+
+
+def _inside(cost: Cost, paths: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Numbers by path, one step further down where that makes a difference: one path if nothing does."""
+    deepest = max(paths[number].count(".") + 1 for number in cost.layers)
+    found: dict[str, list[int]] = {}
+    for depth in range(cost.path.count(".") + 2, deepest + 1):
+        found = {}
+        for number in cost.layers:
+            found.setdefault(".".join(paths[number].split(".")[:depth]), []).append(number)
+        if len(found) > 1:
+            break
+    return {path: tuple(numbers) for path, numbers in found.items()}
 
 
 def _groups(paths: Sequence[str], *, most: int) -> dict[str, tuple[int, ...]]:

@@ -19,6 +19,7 @@ from tunekit.passes.providers import lacks
 if TYPE_CHECKING:
     from tunekit.artifacts import Artifact
     from tunekit.families.family import Family
+    from tunekit.layers import Scheme
 
 
 NO_PROMPTS = (
@@ -27,6 +28,8 @@ NO_PROMPTS = (
 )
 OF_INT8 = ("target", "activations", "ranges", "reduce_range", "samples", "minutes")
 """Settings of models in ONNX."""
+GROUPS = (16, 32, 64, 128, 256)
+"""Weights per scale that onnxruntime has in 4 bits."""
 
 
 class KeepLayers(Section):
@@ -47,7 +50,8 @@ class KeepLayers(Section):
 class Quantize(Pass):
     """Stores weights as int8, int4 or nf4; with ONNX, computes in int8 too.
 
-    Torch: weights are packed and unpacked for each use, so a model takes less memory and is no faster. ONNX:
+    Torch: weights are packed and unpacked for each use, so a model takes less memory and is no faster; mode
+    dynamic rounds activations as int8 kernels do, to show what they would give. ONNX:
     the denoiser computes in int8, with ranges measured on pictures that the model draws from the run's own
     prompts, but for the few layers that lose most by it, which are measured too. See docs/quantize.md.
     """
@@ -68,8 +72,10 @@ class Quantize(Pass):
         Metric("layer_error", "error in int8", lower_is_better=True, bars=True),
     )
 
-    scheme: Literal["int8", "int4", "nf4"] = "int8"
-    """int8: a scale per output channel; int4: a scale per `group`; nf4: bitsandbytes' 4-bit normal float."""
+    scheme: Literal["int8", "int4", "int4_svd", "nf4"] = "int8"
+    """int8: a scale per output channel; int4: a scale per `group`; int4_svd: int4, and in bf16 the product of
+    rank 16 that makes up for most of what 4 bits lose; nf4: bitsandbytes' 4-bit normal float. An ONNX model
+    takes int8, or int4 for its matrix products: the weights of its convolutions are int8 then."""
     target: Literal["cpu", "openvino", "cuda", "tensorrt"] = "cpu"
     """Of ONNX: what the file is for, which decides how int8 is written in it. cpu: onnxruntime, and OpenVINO
     reads it too; openvino: for OpenVINO alone; tensorrt: symmetric int8, as TensorRT demands; cuda: the same,
@@ -78,7 +84,8 @@ class Quantize(Pass):
     """Of ONNX. static: convolutions and matrix products in int8, ranges measured before; dynamic: matrix
     products alone, ranges of the moment; weight_only: a small file that computes in floats. null: static;
     dynamic for target cpu where the denoiser has hardly a convolution, as ranges of the moment suit a
-    transformer better and cost it no speed; weight_only for target cuda and models in torch."""
+    transformer better and cost it no speed; weight_only for target cuda and models in torch. A torch model
+    takes weight_only, or dynamic for int8: convolutions and matrix products, ranges of the moment."""
     activations: Literal["uint8", "int8"] | None = None
     """Of mode static; null: as the target takes them, uint8 for processors and int8 for TensorRT."""
     ranges: Literal["minmax", "mse", "percentile"] = "minmax"
@@ -87,13 +94,16 @@ class Quantize(Pass):
     the extremes keep pictures best, though a single call is nearer with mse."""
     reduce_range: bool = False
     """Weights in 7 bits, for processors without VNNI: their sums overflow in modes dynamic and static."""
+    rotate: bool = False
+    """Of mode dynamic for torch: turn weights and activations by a Hadamard matrix over up to 256 channels,
+    which spreads outliers: nearer to floats, and a little slower."""
     group: int = Field(32, ge=8, le=65_536, multiple_of=2)
-    """Weights per scale of int4."""
+    """Weights per scale of int4 and int4_svd."""
     keep: Annotated[Names, DISTINCT] | KeepLayers | None = None
     """What of the denoiser is not computed in few bits: paths, such as `up_blocks.-1` (the last one); or how
     much, and the layers are measured: `{psnr: 40}`, `{share: 0.1}`. null: what the family knows to be
     sensitive, such as its first and last layer and the time embedding, and in mode static the layers that are
-    measured to lose most, up to 5 % of the multiplications."""
+    measured to lose most, up to a tenth of the multiplications."""
     components: Annotated[Names, DISTINCT] | None = Field(None, min_length=1)
     """Folders to quantize; null means the denoiser, and the weights of the others (up to 2 GB each) are kept
     in float16 and computed with as floats. The text encoders and the VAE run once per picture and gain
@@ -107,7 +117,7 @@ class Quantize(Pass):
 
     @model_validator(mode="after")
     def _effects(self) -> Quantize:
-        mode = self.mode or ("weight_only" if self.target == "cuda" else "static")
+        mode = self.mode or ("weight_only" if self.target == "cuda" or self.scheme != "int8" else "static")
         if mode != "static":
             because = f"mode is {mode}"
             no_effect(self, ("activations", "ranges", "samples", "minutes"), because)
@@ -119,22 +129,25 @@ class Quantize(Pass):
             no_effect(self, ("reduce_range",), "mode is weight_only")
         if self.activations == "uint8" and self.target in ("cuda", "tensorrt"):
             wrong("activations", f"uint8 is not what target {self.target} takes; leave it out")
-        if self.scheme != "int4":
+        if not self.scheme.startswith("int4"):
             no_effect(self, ("group",), "scheme is not int4")
+        if self.mode != "dynamic":
+            no_effect(self, ("rotate",), "mode is not dynamic")
         return self
 
     @classmethod
     def options(cls, target: str) -> Sequence[Sequence[Any]]:
-        """A tenth of the work in floats, then the usual few layers."""
+        """A fifth of the work in floats, then the usual tenth."""
         if target == "torch":
             return [[{cls.kind: {"scheme": scheme}}] for scheme in ("int8", "int4")]
-        return [[{cls.kind: {"keep": {"share": 0.1}}}], [cls.kind]] if target == "cpu" else []
+        return [[{cls.kind: {"keep": {"share": 0.2}}}], [cls.kind]] if target == "cpu" else []
 
     def mode_of(self, format: str) -> Literal["weight_only", "dynamic", "static"]:
         """What `mode` means for a model in this format."""
         if self.mode is not None:
             return self.mode
-        return "static" if format == "onnx" and self.target != "cuda" else "weight_only"
+        computes = format == "onnx" and self.target != "cuda" and self.scheme == "int8"
+        return "static" if computes else "weight_only"
 
     @property
     def is_open(self) -> bool:
@@ -143,6 +156,15 @@ class Quantize(Pass):
         return (
             self.mode is None and self.target == "cpu" and not asked and not isinstance(self.keep, KeepLayers)
         )
+
+    @property
+    def packing(self) -> Scheme:
+        """How layers of a torch model are packed."""
+        if self.scheme != "int8":
+            return self.scheme
+        if self.mode == "dynamic":
+            return "int8_rotated" if self.rotate else "int8_dynamic"
+        return "int8"
 
     @property
     def wanted_psnr(self) -> float | None:
@@ -170,17 +192,32 @@ class Quantize(Pass):
         if format == "onnx":
             return None
         settings = super().formerly(format) or {}
-        for name in ("target", "ranges", "minutes"):
+        if self.mode == "dynamic":
+            return None
+        for name in ("target", "ranges", "minutes", "rotate"):
             settings.pop(name, None)
         return {**settings, "mode": "weight_only", "activations": "uint8"}
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """Finds what this format cannot have."""
-        if format == "onnx" and self.scheme != "int8":
-            return f"has scheme {self.scheme}, which is for torch; an ONNX model takes int8"
-        if format == "torch":
+        if format == "onnx" and self.scheme not in ("int8", "int4"):
+            return f"has scheme {self.scheme}, which is for torch; an ONNX model takes int8 or int4"
+        if format == "onnx" and self.scheme == "int4":
             if self.mode_of(format) != "weight_only":
+                return f"has mode {self.mode}, which is for int8, and scheme int4; leave one of the two out"
+            if self.group not in GROUPS:
+                return f"has group {self.group}; an ONNX model takes {', '.join(map(str, GROUPS))}"
+            if self.target == "tensorrt":
+                return "has scheme int4, which TensorRT does not read as onnxruntime writes it; take int8"
+        if format == "onnx" and self.rotate:
+            return "sets rotate, which is for torch; leave it out"
+        if format == "torch":
+            if self.mode_of(format) == "static":
                 return f"has mode {self.mode}, which is for ONNX; put it behind export_onnx"
+            if self.mode == "dynamic" and self.scheme != "int8":
+                return (
+                    f"has mode dynamic, which is for int8, and scheme {self.scheme}; leave one of the two out"
+                )
             for name in OF_INT8:
                 if getattr(self, name) != type(self).model_fields[name].default:
                     return f"sets {name}, which is for ONNX; put it behind export_onnx"
@@ -279,12 +316,16 @@ class Quantize(Pass):
         calls = context.calls(runtime, count=TESTED_CALLS, steps=PROBE_STEPS)
         wanted = [runtime.denoise(*call) for call in calls]
         kept = self.sensitive(family)
-        done = layers.quantize(denoiser, self.scheme, group=self.group, keep=kept)
+        done = layers.quantize(denoiser, self.packing, group=self.group, keep=kept)
         if not done:
             raise nothing(name, "they are quantized already, or keep names them all", artifact.source)
         found = error([runtime.denoise(*call) for call in calls], wanted)
         context.save(pipeline, artifact)
-        return Outcome(metrics={"quantized_layers": len(done), **fidelity(found)}, details={"kept": kept})
+        computed = len(done) if self.mode == "dynamic" else 0
+        return Outcome(
+            metrics={"quantized_layers": len(done), "int8_computed_layers": computed, **fidelity(found)},
+            details={"kept": kept},
+        )
 
 
 PASS = Quantize

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from tunekit.artifacts import GRAPHS, Artifact, directory_size, write_json
-from tunekit.config import Count, Names, no_effect
+from tunekit.config import Names, no_effect
 from tunekit.errors import ArtifactError, ChainError, require
 from tunekit.passes.base import DISTINCT, SAMPLING, Context, Outcome, Pass, Start, formats
 from tunekit.passes.export_openvino import components, copy_rest, save
@@ -64,7 +64,7 @@ class QuantizeOpenvino(Pass):
     components: Annotated[Names, DISTINCT] | None = Field(None, min_length=1)
     """Folders to quantize; null means the denoiser. Others get int8 weights alone: they run once per picture,
     and a text encoder loses most in int8."""
-    samples: Count = 32
+    samples: int = Field(32, ge=4, le=1_000_000)
     """Calls of the denoiser, as it draws the run's prompts, that ranges are measured on."""
 
     @model_validator(mode="after")
