@@ -705,6 +705,22 @@ def _checkpoint(path: Path) -> ArtifactError:
     )
 
 
+def _that_ended_well(artifact: Artifact) -> Artifact:
+    """The artifact, unless the step that wrote its files found them wrong: they are kept for its figures.
+
+    A step that only looked at a model says nothing against the files of that model's own step.
+    """
+    step = artifact.step
+    failure = step.details.get("failure") if step else None
+    if step is not None and failure and artifact.model_path == artifact.path:
+        raise ArtifactError(
+            f"{step.kind} ended with a failure, so this is no model to use: {failure}",
+            where=artifact.source,
+            hint="open the step before it, or change what it says and run the chain again",
+        )
+    return artifact
+
+
 def _missing(source: str) -> ArtifactError:
     path = Path(source)
     siblings = (
@@ -750,7 +766,7 @@ def open_artifact(source: Path | str, *, family: str | None = None) -> Artifact:
             return bare("torch")
         raise ArtifactError("not a model file: expected .safetensors or .gguf", where=text)
     if (path / RECORD).is_file():
-        return Artifact.load(path)
+        return _that_ended_well(Artifact.load(path))
     if (path / "model_index.json").is_file():
         kinds = (kind for kind, file in GRAPHS.items() if any(path.glob(f"*/{file}")))
         return bare(next(kinds, "torch"))
@@ -760,7 +776,7 @@ def open_artifact(source: Path | str, *, family: str | None = None) -> Artifact:
         raise _checkpoint(path)
     run = RunFolder(path)
     if run.config.is_file() or run.trained() or run.passes():
-        return run.final()
+        return _that_ended_well(run.final())
     adapters = [file for file in sorted(path.glob("*.safetensors")) if _is_adapter_file(file)]
     if len(adapters) == 1:
         return dataclasses.replace(bare("adapter"), model_path=adapters[0], source=str(adapters[0]))

@@ -202,6 +202,7 @@ _OUTPUT_TEXTS = {
     "read-only file system": errno.EROFS,
     "input/output error": errno.EIO,
     "file write failed": errno.EIO,
+    "iostream error": errno.EIO,  # of OpenVINO, which does not say why
     "unexpected pos": errno.ENOSPC,
 }
 

@@ -36,6 +36,8 @@ KEPT_VALUES = 1024
 """Values kept of each tensor and call for choosing its range."""
 OUTSIDE = 1e-4
 """Share of the values on either side that a range by percentile leaves out."""
+STRAYING = 0.25
+"""Share of a range's width by which values of calls that it was not measured on may leave it."""
 FETCHED_AT_ONCE = 64
 """Values of a graph that are fetched in one run of it, as those of a large model would not all fit."""
 SMALL = 200_000_000
@@ -493,6 +495,16 @@ def measure_ranges(
         else _best_range(np.concatenate(kept[name]), extremes[name], signed=signed)
         for name in names
     }
+
+
+def beyond(ranges: Mapping[str, Range], others: Mapping[str, Range]) -> list[str]:
+    """Values whose ranges on other calls leave these by more than `STRAYING` of their width."""
+    found = []
+    for name, (low, high) in others.items():
+        bottom, top = ranges[name]
+        if max(bottom - low, high - top) > STRAYING * max(top - bottom, 1e-30):
+            found.append(name)
+    return found
 
 
 def _inner_range(values: Array) -> Range:

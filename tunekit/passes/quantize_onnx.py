@@ -15,7 +15,17 @@ from tunekit.artifacts import PICTURES, RECORD, write_json
 from tunekit.errors import ArtifactError, output_errors
 from tunekit.passes.base import Context, Outcome
 from tunekit.passes.fidelity import PROBE_STEPS, TESTED_CALLS, VAES, error, fidelity, nothing
-from tunekit.passes.onnx_int8 import FLAVOURS, Array, Feeds, Flavour, Graph, Layer, Range, measure_ranges
+from tunekit.passes.onnx_int8 import (
+    FLAVOURS,
+    Array,
+    Feeds,
+    Flavour,
+    Graph,
+    Layer,
+    Range,
+    beyond,
+    measure_ranges,
+)
 from tunekit.passes.onnx_probe import Cost, Probe, by_worth, measure_costs, sparing
 from tunekit.passes.paths import under
 from tunekit.passes.providers import everywhere, gpu_answers
@@ -49,6 +59,10 @@ CONVOLUTIONAL = 0.1
 """Share of the weights that are in convolutions from which mode static is taken where none is asked for."""
 MOST_HALVED = 2_000_000_000
 """Bytes of weights up to which a component that is not named is written anew: it is in memory then."""
+HELD_OUT = 2
+"""Calls, an early and a late one, that ranges are held against."""
+STRAYS = 0.25
+"""Share of the ranges that may not hold for them."""
 GARBAGE = 0.5
 """Relative error of a runtime's answers from which they are refused."""
 
@@ -111,7 +125,8 @@ def quantize_graphs(
         elif mode == "dynamic":
             row = work.dynamic(how.sensitive(family))
         else:
-            row, found = work.static(how.sensitive(family), measured, artifact, family)
+            held_out = feeds[component][:: max(1, len(feeds[component]) // HELD_OUT)]
+            row, found = work.static(how.sensitive(family), measured, held_out, artifact, family)
             details |= found
         errors = _errors(work.target / GRAPH, folder / component / GRAPH, feeds[component], how.target)
         _refuse_garbage(errors, component, how.target, artifact.source)
@@ -202,6 +217,7 @@ class _Component:
         self,
         keep: Sequence[str],
         calls: Sequence[Feeds],
+        held_out: Sequence[Feeds],
         artifact: Artifact,
         family: Family,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -210,6 +226,7 @@ class _Component:
         Args:
             keep: modules that stay in floats whatever they cost.
             calls: what ranges are measured on.
+            held_out: other calls, which the ranges have to hold for.
         """
         graph = Graph(self.path)
         found = graph.layers()
@@ -219,6 +236,8 @@ class _Component:
         ranges = measure_ranges(
             self.path, candidates, calls, signed=self.flavour.signed, method=self.how.ranges
         )
+        if self.how.ranges == "minmax":  # the others leave values out on purpose
+            self._hold(ranges, measure_ranges(self.path, candidates, held_out, signed=False), len(calls))
         weights = [layer.weight for layer in candidates]
         del graph, found, named, candidates
         costs = self._costs(weights, ranges, calls[0], artifact, family)
@@ -246,6 +265,19 @@ class _Component:
         if costs:
             details |= self._say_costs(costs, spared)
         return row, details
+
+    def _hold(self, ranges: Mapping[str, Range], others: Mapping[str, Range], calls: int) -> None:
+        """Raises where values of other calls leave the ranges: measured on too little, or on another."""
+        strays = beyond(ranges, others)
+        if len(strays) <= STRAYS * len(others):
+            return
+        raise ArtifactError(
+            f"ranges measured on {calls} calls of the {self.name} do not hold for others that it is called"
+            f" with: {len(strays)} of {len(others)} are left by more than a quarter of their width",
+            where=str(self.path),
+            hint="measure on more calls (samples), and on prompts like those that it is to draw"
+            " (preview.prompts)",
+        )
 
     def _costs(
         self,

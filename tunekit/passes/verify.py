@@ -114,7 +114,7 @@ class Verify(Pass):
         Raises:
             ChainError: there is no reference in this chain.
         """
-        from tunekit.runtime import remarks
+        from tunekit.runtime import other_steps, remarks
 
         reference = context.reference(self.against)
         if reference is None:
@@ -157,7 +157,11 @@ class Verify(Pass):
                 sides.append(_compare(runtime.title, got, expected, found, wanted))
                 context.say(f"{runtime.title}: PSNR {sides[-1].psnr_db:.1f} dB, SSIM {sides[-1].ssim:.4f}")
             saved += save_pictures(found.pixels, provider or "candidate", title, prompts, seeds, context)
+            if self.steps and (other := other_steps(runtime, self.steps)):
+                context.say(other)
         note = f"reference: {name}; {self.pictures} pictures of {found.sampling.steps} steps"
+        if self.steps and other:
+            note += f"; {other}"
         if sides[-1].trajectory is None:
             note += (
                 f", of the reference {wanted.sampling.steps}; its way to them is another, and not compared"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from tunekit.quiet import no_telemetry
 from tunekit.runtime.base import Runtime, torch_runtime
-from tunekit.runtime.draw import generate, generate_pixels, remarks, sample_pixels, to_images
+from tunekit.runtime.draw import generate, generate_pixels, other_steps, remarks, sample_pixels, to_images
 from tunekit.runtime.graph import Graph, GraphModule, GraphVae
 from tunekit.runtime.open import open_runtime
 
@@ -20,6 +20,7 @@ __all__ = [
     "generate",
     "generate_pixels",
     "open_runtime",
+    "other_steps",
     "remarks",
     "sample_pixels",
     "to_images",

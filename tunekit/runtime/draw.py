@@ -146,11 +146,17 @@ def remarks(runtime: Runtime, prompts: Sequence[str], sampling: SamplingConfig) 
             if runtime.cfg_scale(more) is not None
             else "the negative prompt has no effect: this model is drawn without one"
         )
-    decided = runtime.artifact.made_for if runtime.artifact else None
-    if decided and whole.steps not in (None, decided[1]):
-        kind, steps = decided
-        said.append(f"{kind} made this model for {steps} sampling steps, and {whole.steps} are asked for")
+    if other := other_steps(runtime, whole.steps):
+        said.append(other)
     return said
+
+
+def other_steps(runtime: Runtime, steps: int | None) -> str | None:
+    """What to say where a model that was made for so many sampling steps is asked for others; else None."""
+    decided = runtime.artifact.made_for if runtime.artifact else None
+    if decided is None or steps in (None, decided[1]):
+        return None
+    return f"{decided[0]} made this model for {decided[1]} sampling steps, and {steps} are asked for"
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:

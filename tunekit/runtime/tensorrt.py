@@ -12,6 +12,7 @@ from tunekit import hardware
 from tunekit.artifacts import Artifact
 from tunekit.errors import DeviceError, ModelError, require
 from tunekit.families.family import Family
+from tunekit.records import read_mapping
 from tunekit.runtime.base import Runtime
 from tunekit.runtime.graph import Array, graph_pipeline, model_folder, unbatched_inputs
 
@@ -42,6 +43,13 @@ def open_engines(artifact: Artifact, family: Family, device: str) -> Runtime:
     return Runtime(family, pipeline, f"tensorrt-rtx {torch.cuda.get_device_name(place)}", artifact)
 
 
+def _built_with(engine: Path) -> str:
+    """What is known of the version that built an engine, to be added to a sentence."""
+    index = engine.parent.parent / "engines.json"
+    said = read_mapping(index).get("tensorrt_rtx") if index.is_file() else None
+    return f"; it was built with {said}" if isinstance(said, str) else ""
+
+
 class EngineGraph:
     """A TensorRT-RTX engine on the GPU that torch uses; torch owns its buffers."""
 
@@ -56,7 +64,8 @@ class EngineGraph:
             self._context: Any = self._engine.create_execution_context() if self._engine else None
         if self._context is None:
             raise ModelError(
-                f"TensorRT-RTX {trt.__version__} cannot open it on {torch.cuda.get_device_name(device)}",
+                f"TensorRT-RTX {trt.__version__} cannot open it on {torch.cuda.get_device_name(device)}"
+                f"{_built_with(path)}",
                 where=str(path),
                 hint="engines need the card and the TensorRT-RTX they were built for; build them again",
             )
