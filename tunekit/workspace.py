@@ -729,8 +729,8 @@ def draw(
         )
 
     from tunekit import runtime
-    from tunekit.adapters import at_strength
     from tunekit.config import SamplingConfig
+    from tunekit.runtime.swap import at_strength
 
     drawer = runtime.open_runtime(opened, **opening)
     drawer.tiled = tiled
@@ -760,7 +760,7 @@ def draw(
             own = {"scale": f"{strength:g}"} if scales else {}
             for start in range(0, len(wanted), BATCH):
                 group = wanted[start : start + BATCH]
-                with at_strength(drawer.pipeline, drawer.family, strength):
+                with at_strength(drawer, strength):
                     pictures = runtime.generate(
                         drawer,
                         [text for text, _ in group],

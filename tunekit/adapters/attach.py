@@ -108,6 +108,22 @@ def targets_of(
     return _that_are_there(_named(presets[wanted], paths), paths)
 
 
+def adaptable(
+    denoiser: nn.Module,
+    config: AdapterConfig,
+    default_targets: Sequence[str],
+    presets: Mapping[str, Sequence[str]],
+) -> list[str]:
+    """Paths of the modules that a config asks for; arguments as of `add_adapter`.
+
+    Raises:
+        AdapterError: a target that matches no Linear or Conv2d.
+    """
+    targets = targets_of(denoiser, config, default_targets, presets)
+    check_targets(denoiser, targets)
+    return [path for path in modules_of(denoiser) if any(_answers(path, target) for target in targets)]
+
+
 def _named(targets: Sequence[str], paths: Collection[str]) -> list[str]:
     """A family's targets, and in place of one with "*", the whole paths that it stands for."""
     return [

@@ -51,7 +51,9 @@ class BuildTensorrt(Pass):
     produces: ClassVar[str | None] = "tensorrt"
     refuses: ClassVar[Mapping[str, str]] = {
         "uint8": "comes after {giver}, and TensorRT reads no uint8 activations; write"
-        " `quantize: {{target: tensorrt}}` before it, or mode weight_only"
+        " `quantize: {{target: tensorrt}}` before it, or mode weight_only",
+        "swappable": "comes after {giver} with adapters: swappable, and an engine takes no adapters; merge"
+        " the adapter, and leave that out",
     }
     metrics: ClassVar[tuple[Metric, ...]] = (SIZE, Metric("engines", "engines", "count"))
 

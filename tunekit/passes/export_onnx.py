@@ -12,13 +12,15 @@ The folder holds `{text_encoder, <denoiser>, vae_encoder, vae_decoder}/model.onn
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tunekit.artifacts import directory_size, write_json
+from tunekit.config import Names, no_effect
+from tunekit.config.adapter import Preset
 from tunekit.errors import ModelError, output_errors, require
 from tunekit.passes.base import Context, Outcome, Pass
 from tunekit.passes.metrics import RELATIVE_ERROR, SIZE, Metric
@@ -56,9 +58,22 @@ class ExportOnnx(Pass):
     external_data_threshold: int = Field(PROTOBUF_LIMIT, ge=0, le=PROTOBUF_LIMIT)
     """Bytes of weights above which they go into `model.onnx_data`: one ONNX file cannot hold 2 GiB."""
 
+    adapters: Literal["swappable"] | None = None
+    """swappable: adapters can be put on the denoiser afterwards, without another export, also after
+    `quantize`: `tunekit generate FOLDER --adapter A`. Their weights are inputs of the graph, and each layer
+    that they are for computes a little more. Export the base for it: what is merged stays."""
+    adapter_targets: Names | Preset | None = None
+    """Layers that such adapters may change, as `adapter.targets`; null means the family's own choice."""
+
+    @model_validator(mode="after")
+    def _effects(self) -> ExportOnnx:
+        if self.adapters is None:
+            no_effect(self, ("adapter_targets",), "adapters is not swappable")
+        return self
+
     def gives(self) -> frozenset[str]:
-        """What the graphs compute in."""
-        return frozenset({self.dtype})
+        """What the graphs compute in, and whether they take adapters."""
+        return frozenset({self.dtype, "swappable"} if self.adapters else {self.dtype})
 
     def reads(self, context: Context) -> frozenset[str]:
         """Nothing else."""
@@ -86,6 +101,7 @@ class ExportOnnx(Pass):
         family = families.get(context.family)
         pipeline, facts = context.open(artifact), family.facts
         _refuse_packed(family.denoiser(pipeline), artifact.source)
+        name, branches = facts.denoiser_name, self._branches(family, pipeline)
         wholes = components = family.export_components(pipeline)
         if self.dtype == "fp16":
             # The family gives example inputs in the type of what they are for.
@@ -100,10 +116,15 @@ class ExportOnnx(Pass):
             inputs = check_inputs(whole)
             with torch.no_grad():
                 expected = as_tuple(whole.module(*inputs.values()))
+            options: dict[str, Any] = {"branches": branches} if component.name == name and branches else {}
             nodes = export_component(
-                component, folder, opset=self.opset, external_data_threshold=self.external_data_threshold
+                component,
+                folder,
+                opset=self.opset,
+                external_data_threshold=self.external_data_threshold,
+                **options,
             )
-            write_json(folder / "config.json", graph_config(component))
+            write_json(folder / "config.json", graph_config(component, folder / GRAPH, **options))
             error = graph_error(folder / GRAPH, inputs, expected)
             dtype = "fp32" if component.component in facts.overflowing else self.dtype
             if _nan_is_worst(error) > MAX_RELATIVE_ERROR[dtype]:
@@ -134,6 +155,17 @@ class ExportOnnx(Pass):
             failure="; ".join(failures) or None,
         )
 
+    def _branches(self, family: Family, pipeline: Any) -> list[str]:
+        """Modules of the denoiser that adapters may change."""
+        if self.adapters is None:
+            return []
+        from tunekit.adapters.attach import adaptable
+        from tunekit.config import AdapterConfig
+
+        config = AdapterConfig(targets=self.adapter_targets)
+        facts = family.facts
+        return adaptable(family.denoiser(pipeline), config, facts.lora_targets, facts.presets)
+
 
 def export_component(
     component: ExportComponent,
@@ -141,8 +173,12 @@ def export_component(
     *,
     opset: int = 20,
     external_data_threshold: int = PROTOBUF_LIMIT,
+    branches: Collection[str] = (),
 ) -> int:
     """Writes one graph to `folder/model.onnx` and returns its number of nodes.
+
+    Args:
+        branches: modules that adapters may change; see `passes.onnx_adapters`.
 
     Raises:
         ModelError: the exporter refuses it.
@@ -154,6 +190,10 @@ def export_component(
 
     component.module.eval()
     model = graph_of(component, opset)
+    if branches:
+        from tunekit.passes.onnx_adapters import add_branches
+
+        add_branches(model, component.name, branches)
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     external = WEIGHTS if weights > external_data_threshold else None
     with output_errors(folder):
@@ -162,8 +202,15 @@ def export_component(
     return len(model.graph)
 
 
-def graph_config(component: ExportComponent) -> dict[str, Any]:
-    """What stands beside the graph: the model's configuration, and which inputs are the same for all rows."""
+def graph_config(
+    component: ExportComponent, graph: Path | None = None, *, branches: Collection[str] = ()
+) -> dict[str, Any]:
+    """What stands beside the graph: the model's configuration, and which inputs are the same for all rows.
+
+    Args:
+        graph: its file, of one that has branches for adapters.
+        branches: see `export_component`.
+    """
     from tunekit.runtime.graph import UNBATCHED
 
     same = [
@@ -172,7 +219,13 @@ def graph_config(component: ExportComponent) -> dict[str, Any]:
         # One row, as of the timestep, stands for all of them: it is no table of rows.
         if component.dynamic.get(name, {}).get(0) != "batch" and example.shape[:1] != (1,)
     ]
-    return {**component.config, UNBATCHED: same} if same else component.config
+    own = {**component.config, UNBATCHED: same} if same else component.config
+    if not (branches and graph):
+        return own
+    from tunekit.passes.onnx_adapters import without_branch
+    from tunekit.runtime.swap import KEY
+
+    return {**own, KEY: {"without_effect": without_branch(graph, component.name, branches)}}
 
 
 def _overflow(family: Family, folder: Path) -> str | None:
@@ -291,7 +344,9 @@ def graph_error(path: Path, inputs: dict[str, Tensor], expected: tuple[Tensor, .
 
     from tunekit.diffusion.metrics import relative_error
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # its warnings speak of its own optimizations
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     types = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
     feed = {}
     for wanted in session.get_inputs():

@@ -48,6 +48,10 @@ class ExportOpenvino(Pass):
     kind: ClassVar[str] = "export_openvino"
     accepts: ClassVar[frozenset[str]] = frozenset({"torch", "onnx"})
     produces: ClassVar[str | None] = "openvino"
+    refuses: ClassVar[Mapping[str, str]] = {
+        "swappable": "comes after {giver} with adapters: swappable, and OpenVINO's files take no adapters;"
+        " merge the adapter, and leave that out"
+    }
     metrics: ClassVar[tuple[Metric, ...]] = (SIZE, RELATIVE_ERROR)
 
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"

@@ -114,6 +114,7 @@ class Graph:
         del self.model.graph.value_info[:]
         self.nodes: list[NodeProto] = list(self.model.graph.node)
         self.initializers = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        self._defaults = {value.name for value in self.model.graph.input}
         self._replaced: dict[str, str] = {}
         self._activations: dict[tuple[str, bool], str] = {}
 
@@ -126,6 +127,8 @@ class Graph:
                 continue
             tensor = self.initializers.get(node.input[index])
             if tensor is None or tensor.data_type != TensorProto.FLOAT or _count(tensor) < SMALLEST:
+                continue
+            if tensor.name in self._defaults:  # of an input: adapters stay in floats
                 continue
             axis = _channel_axis(node, len(tensor.dims))
             if axis is not None:

@@ -24,6 +24,8 @@ ORT_PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+DOWN, UP = ".lora_down", ".lora_up"
+"""How the names of the two inputs of a layer end that adapters are for; see `runtime.swap`."""
 _ORT_TYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -84,6 +86,14 @@ class OrtGraph:
             node.name: (_ORT_TYPES[node.type], [d if isinstance(d, int) else None for d in node.shape])
             for node in self.session.get_inputs()
         }
+        self.open_inputs = {
+            node.name: (_ORT_TYPES[node.type], [d if isinstance(d, int) else None for d in node.shape])
+            for node in self.session.get_overridable_initializers()
+            if node.name.endswith((DOWN, UP)) and node.type in _ORT_TYPES
+        }
+        """What an adapter feeds, as `inputs`; they have a default, with which it has no effect."""
+        self.adapter: dict[str, Array] = {}
+        """What is fed in each call beside its inputs."""
         self.outputs = [node.name for node in self.session.get_outputs()]
         axes = {node.name: str(node.shape[0]) for node in self.session.get_inputs() if node.shape}
         named = {name: "batch" in axis for name, axis in axes.items() if not axis.isdigit()}
@@ -93,7 +103,8 @@ class OrtGraph:
     def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         """See `Graph.run`."""
         try:
-            return dict(zip(self.outputs, self.session.run(self.outputs, feeds), strict=True))
+            made = self.session.run(self.outputs, {**feeds, **self.adapter})
+            return dict(zip(self.outputs, made, strict=True))
         except Exception as error:  # its exception classes have no common base
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
             raise ModelError(

@@ -45,7 +45,8 @@ def open_runtime(
             at, fp32 on a processor. ONNX files state their own; OpenVINO's note what they are meant for.
         provider: of ONNX artifacts: "cpu", "cuda", "tensorrt", or "openvino" (the package, which reads the
             same model.onnx; "openvino_bf16" is the same with dtype bf16); chosen by the device if not given.
-        adapter: an adapter to put on a torch source, unmerged.
+        adapter: an adapter to put on a torch source, unmerged; or on an ONNX model that was exported for
+            adapters.
         threads: CPU threads.
         load: gives the torch model, where it need not be read from disk (again); not if an adapter is put on
             it, which changes it.
@@ -72,7 +73,7 @@ def open_runtime(
         raise ConfigError(f'unknown dtype "{dtype}"', hint=f"one of {', '.join(DTYPES)}")
 
     if artifact.format in ("onnx", "openvino", "tensorrt"):
-        if adapter is not None:
+        if adapter is not None and artifact.format != "onnx":
             raise ConfigError(
                 f"an adapter has no effect on a model in {artifact.format}",
                 hint="merge it first: a chain of merge, then an export",
@@ -89,7 +90,12 @@ def open_runtime(
                     "provider has no effect on a model in openvino: OpenVINO runs its own files"
                 )
             return open_ir(artifact, chosen, device, precision, threads)
-        return _open_onnx(artifact, chosen, device, precision, provider, threads)
+        opened = _open_onnx(artifact, chosen, device, precision, provider, threads)
+        if adapter is not None:
+            from tunekit.runtime.swap import put_adapter
+
+            put_adapter(opened, adapter)
+        return opened
 
     if provider is not None:
         raise ConfigError(
