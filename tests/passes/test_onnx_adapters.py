@@ -65,10 +65,16 @@ def branched(family: Any, exported: Path, folder: Path) -> Path:
 
 
 def test_pictures_are_those_of_the_merged_model(
-    family: Any, tiny_sources: Callable[[str], Path], tiny_onnxs: Callable[[str], Path], tmp_path: Path
+    family: Any,
+    tiny_sources: Callable[[str], Path],
+    tiny_onnxs: Callable[[str], Path],
+    unread: Callable[[Any], frozenset[str]],
+    tmp_path: Path,
 ) -> None:
     a, b = adapter(family, tmp_path / "a", 5), adapter(family, tmp_path / "b", 6, rank=5)
     folder = branched(family, tiny_onnxs(family.name), tmp_path)
+    noted = json.loads((folder / family.facts.denoiser_name / "config.json").read_text())[KEY]
+    assert set(noted["without_effect"]) <= unread(family)
     runtime = open_runtime(folder, family=family.name, device="cpu")
     base = drawn(runtime)
     whole = open_runtime(tiny_onnxs(family.name), device="cpu")

@@ -79,6 +79,14 @@ class ExportOnnx(Pass):
         """Nothing else."""
         return frozenset()
 
+    def formerly(self, format: str) -> dict[str, Any] | None:
+        """There were no adapters."""
+        settings = super().formerly(format)
+        if self.adapters or settings is None:
+            return None
+        del settings["adapters"], settings["adapter_targets"]
+        return settings
+
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """Says what is missing before other passes have taken their time."""
         return lacks("onnx", "onnxscript", "onnxruntime", extra="onnx")

@@ -42,6 +42,8 @@ def add_branches(model: Any, component: str, paths: Collection[str]) -> None:
         if weight.name not in inputs:
             inputs[weight.name] = _inputs(graph, node, weight, len(inputs))
         _branch(graph, node, *inputs[weight.name])
+    if not inputs:
+        raise ModelError(f"no layer of the {component} that adapters are for is in its graph by its name")
     for name in wanted.keys() - inputs.keys():
         if name in graph.initializers and graph.initializers[name].uses():
             use = next(iter(graph.initializers[name].uses())).node.op_type

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tunekit.artifacts import RECORD, RunFolder, model_files, write_json
-from tunekit.config import SamplingConfig, Section, refuse, wrong
+from tunekit.config import PathText, SamplingConfig, Section, no_effect, refuse, wrong
 from tunekit.errors import (
     ArtifactError,
     ChainError,
@@ -43,7 +43,8 @@ from tunekit.passes.base import (
     parse_chain,
     run_chain,
 )
-from tunekit.passes.metrics import PSNR, SSIM, Metric, Value
+from tunekit.passes.likeness import Judges
+from tunekit.passes.metrics import CLIP_DROP, LPIPS, PSNR, SSIM, Metric, Value
 from tunekit.passes.providers import Provider, cannot_run
 from tunekit.passes.tradeoff import Found, Point, Tradeoff
 from tunekit.passes.verify import PROMPTS
@@ -99,18 +100,42 @@ class Keep(Section):
     """Lowest PSNR against the model as it came, in dB."""
     ssim: float | None = Field(None, gt=0, le=1)
     """Lowest SSIM."""
+    lpips: float | None = Field(None, gt=0, le=10)
+    """Largest LPIPS (AlexNet): 0 is equal, and from about 0.1 on people see it."""
+    clip: float | None = Field(None, gt=0, le=2)
+    """Largest drop of the CLIP score, the cosine between picture and prompt; usual scores are near 0.3."""
+    lpips_weights: PathText | None = None
+    """File of torchvision's AlexNet; null: torch's hub folder. Nothing is downloaded."""
+    clip_model: PathText | None = None
+    """Folder of the CLIP that gives the score, as transformers saves it."""
 
     @model_validator(mode="after")
     def _some(self) -> Keep:
-        if self.psnr is None and self.ssim is None:
-            wrong("psnr", "says nothing to keep; give psnr (dB), ssim or both")
+        if not self.given:
+            wrong("psnr", "says nothing to keep; give psnr (dB), ssim, lpips or clip, or some of them")
+        if self.lpips is None:
+            no_effect(self, ("lpips_weights",), "lpips is not set")
+        if self.clip is None:
+            no_effect(self, ("clip_model",), "clip is not set")
+        elif self.clip_model is None:
+            wrong("clip", "needs a CLIP: give its folder as clip_model")
         return self
+
+    @property
+    def given(self) -> dict[str, float]:
+        """Measure -> what was stated."""
+        all_of_them = {"psnr": self.psnr, "ssim": self.ssim, "lpips": self.lpips, "clip": self.clip}
+        return {name: value for name, value in all_of_them.items() if value is not None}
 
     @property
     def limits(self) -> dict[str, float]:
         """Measure -> largest error, as errors add up."""
-        given = {"psnr": self.psnr, "ssim": self.ssim}
-        return {name: _as_error(name, value) for name, value in given.items() if value is not None}
+        return {name: _as_error(name, value) for name, value in self.given.items()}
+
+    @property
+    def judges(self) -> Judges:
+        """The networks that are asked."""
+        return Judges(self.lpips is not None, self.clip is not None, self.lpips_weights, self.clip_model)
 
 
 class Search(Pass):
@@ -124,6 +149,8 @@ class Search(Pass):
     metrics: ClassVar[tuple[Metric, ...]] = (
         PSNR,
         SSIM,
+        LPIPS,
+        CLIP_DROP,
         Metric("trials", "trials", "count"),
         Metric(
             "kept_speedup", "speed-up found", "x", lower_is_better=False, rank=43, column="speed-up found"
@@ -180,7 +207,9 @@ class Search(Pass):
         return EVERYTHING - {"models"}
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
-        """Refuses a target that does not answer here, because every trial is measured on it."""
+        """Refuses what does not answer here, a target or a network that judges: every trial asks it."""
+        if absent := self.keep.judges.lack():
+            return absent
         provider = TARGETS[self.target].provider
         return cannot_run([provider]) if provider else None
 
@@ -421,7 +450,7 @@ class Search(Pass):
         return "; ".join(said) or "each alone is kept by some, and all by none"
 
 
-_COLUMNS = {"psnr": "psnr_db", "ssim": "ssim"}
+_COLUMNS = {"psnr": "psnr_db", "ssim": "ssim", "lpips": "lpips", "clip": "clip_drop"}
 _CHEAPER = {"latency": "faster", "size": "smaller", "memory": "smaller in memory"}
 
 
@@ -465,7 +494,9 @@ class _Judge:
         self.prompts = {False: list(prompts[::2]), True: list(prompts[1::2] or prompts)}
         aside = context.aside(RunFolder(context.run_dir).trials.name)
         self.aside = dataclasses.replace(aside, prompts=tuple(self.prompts[False]))
+        self.judges = search.keep.judges
         self._wanted: dict[bool, Tensor] = {}
+        self._scored: dict[bool, float] = {}
 
     def drawn(self, *, unseen: bool) -> tuple[list[str], list[int]]:
         """Prompts and seeds of the pictures."""
@@ -488,9 +519,17 @@ class _Judge:
             raise ModelError("draws values that are not finite", where=model.source)
         pairs = [(got[i : i + 1], wanted[i : i + 1]) for i in range(len(wanted))]
         measures = {"psnr": psnr_db, "ssim": ssim}
-        return {
+        found = {
             name: sum(measure(*pair) for pair in pairs) / len(pairs) for name, measure in measures.items()
         }
+        if self.judges.lpips:
+            found["lpips"] = sum(self.judges.distances(got, wanted)) / len(pairs)
+        if self.judges.clip:
+            prompts, _ = self.drawn(unseen=unseen)
+            if unseen not in self._scored:
+                self._scored[unseen] = sum(self.judges.scores(wanted, prompts)) / len(pairs)
+            found["clip"] = self._scored[unseen] - sum(self.judges.scores(got, prompts)) / len(pairs)
+        return found
 
     def _pixels(self, model: Artifact, provider: Provider | None, *, unseen: bool) -> Tensor:
         from tunekit.runtime.draw import generate_pixels
@@ -570,6 +609,8 @@ class _Book:
         asked = [search.target, search.minimize, search.pictures, judge.context.seed, judge.prompts[False]]
         sampling = judge.context.sampling_of(judge.parent).model_dump(mode="json")
         self.asked = [judge.parent.hash, sampling, *asked]
+        if judge.judges.lpips or judge.judges.clip:
+            self.asked.append(dataclasses.asdict(judge.judges))
         self.count = 0
         try:
             self.lines = {line.key: line for line in read(path, Trials).trials}
@@ -640,11 +681,18 @@ def _told(settings: Mapping[str, Any]) -> list[str]:
 
 def _as_error(name: str, value: float) -> float:
     """As an error that adds up: of PSNR the mean squared error, of SSIM what is missing."""
-    return float(10 ** (-value / 10) if name == "psnr" else 1 - value)
+    if name == "psnr":
+        return float(10 ** (-value / 10))
+    return float(1 - value if name == "ssim" else value)
 
 
 def _format(name: str, value: float) -> str:
-    return f"PSNR {value:.1f} dB" if name == "psnr" else f"SSIM {value:.4f}"
+    if name == "psnr":
+        return f"PSNR {value:.1f} dB"
+    return f"{_NAMES[name]} {value:.4f}"
+
+
+_NAMES = {"ssim": "SSIM", "lpips": "LPIPS", "clip": "CLIP score less"}
 
 
 def _quality(values: Mapping[str, float]) -> str:
@@ -652,8 +700,7 @@ def _quality(values: Mapping[str, float]) -> str:
 
 
 def _wanted(keep: Keep) -> str:
-    given = {"psnr": keep.psnr, "ssim": keep.ssim}
-    return " and ".join(_format(name, value) for name, value in given.items() if value is not None)
+    return " and ".join(_format(name, value) for name, value in keep.given.items())
 
 
 def _copy(model: Artifact, folder: Path) -> None:

@@ -15,18 +15,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tunekit.artifacts import PICTURES
-from tunekit.config import SamplingConfig, SamplingSteps
+from tunekit.config import PathText, SamplingConfig, SamplingSteps, no_effect, wrong
 from tunekit.errors import ChainError, output_errors
 from tunekit.passes.base import SAMPLING, Context, Distinct, Outcome, Pass, Start, formats
-from tunekit.passes.metrics import PSNR, RELATIVE_ERROR, SSIM, Metric
+from tunekit.passes.likeness import Judges
+from tunekit.passes.metrics import CLIP_DROP, LPIPS, PSNR, RELATIVE_ERROR, SSIM, Metric
 from tunekit.passes.providers import Provider, cannot_run, everywhere, gpu_answers
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Verify(Pass):
     kind: ClassVar[str] = "verify"
     accepts: ClassVar[frozenset[str]] = frozenset({"torch", "onnx", "openvino", "tensorrt"})
     looks: ClassVar[bool] = True
-    metrics: ClassVar[tuple[Metric, ...]] = (RELATIVE_ERROR, PSNR, SSIM)
+    metrics: ClassVar[tuple[Metric, ...]] = (RELATIVE_ERROR, PSNR, SSIM, LPIPS, CLIP_DROP)
 
     against: Literal["parent", "first"] = "parent"
     """parent: the model before the last step that changed it; first: the whole fine-tuned model, in torch."""
@@ -67,11 +68,37 @@ class Verify(Pass):
     """Lowest PSNR that a picture may have, in dB; None: it is only reported."""
     min_ssim: float | None = Field(None, ge=-1, le=1)
     """Lowest SSIM that a picture may have; None: it is only reported."""
+    max_lpips: float | None = Field(None, gt=0, le=10)
+    """Largest LPIPS (AlexNet) that a picture may have; None: it is not measured."""
+    max_clip_drop: float | None = Field(None, gt=0, le=2)
+    """Largest drop of the mean CLIP score, the cosine of picture and prompt; None: it is not measured."""
+    lpips_weights: PathText | None = None
+    """File of torchvision's AlexNet; null: torch's hub folder. Nothing is downloaded."""
+    clip_model: PathText | None = None
+    """Folder of the CLIP that gives the score, as transformers saves it."""
+
+    @model_validator(mode="after")
+    def _effects(self) -> Verify:
+        if self.max_lpips is None:
+            no_effect(self, ("lpips_weights",), "max_lpips is not set")
+        if self.max_clip_drop is None:
+            no_effect(self, ("clip_model",), "max_clip_drop is not set")
+        elif self.clip_model is None:
+            wrong("max_clip_drop", "needs a CLIP: give its folder as clip_model")
+        return self
+
+    @property
+    def judges(self) -> Judges:
+        """The networks that are asked."""
+        wanted = self.max_lpips is not None, self.max_clip_drop is not None
+        return Judges(*wanted, self.lpips_weights, self.clip_model)
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """Refuses what could only fail after the passes before it have run."""
         if all(step.looks for step in earlier):
             return "has nothing to compare with; put it behind a pass that changes the model"
+        if absent := self.judges.lack():
+            return absent
         if self.providers and format != "onnx":
             return f"sets providers, which have no effect on a model in {format}: they run ONNX files"
         if format == "tensorrt" and not gpu_answers():
@@ -90,7 +117,10 @@ class Verify(Pass):
         settings = super().formerly(format)
         if self.tiled or settings is None or (format == "onnx" and self.providers is None):
             return None
-        del settings["tiled"]
+        if self.judges.lpips or self.judges.clip:
+            return None
+        for name in ("tiled", "max_lpips", "max_clip_drop", "lpips_weights", "clip_model"):
+            del settings[name]
         return settings
 
     def objection(self, start: Start, earlier: Sequence[Pass]) -> str | None:
@@ -145,7 +175,8 @@ class Verify(Pass):
         size = SamplingConfig(height=wanted.sampling.height, width=wanted.sampling.width)
         saved = save_pictures(wanted.pixels, "reference", name, prompts, seeds, context)
 
-        sides = []
+        judges, sides = self.judges, []
+        before = judges.scores(wanted.pixels, prompts) if judges.clip else []
         here = everywhere() if artifact.format == "onnx" else (None,)
         providers: Sequence[Provider | None] = self.providers or here
         for provider in providers:
@@ -154,7 +185,13 @@ class Verify(Pass):
                 context.say(title)
                 found = draw(artifact, runtime, size)
                 got = [trial.run(runtime) for trial in tried]
-                sides.append(_compare(runtime.title, got, expected, found, wanted))
+                side = _compare(runtime.title, got, expected, found, wanted)
+                if judges.lpips:
+                    side.lpips += judges.distances(found.pixels.nan_to_num(0), wanted.pixels.nan_to_num(0))
+                if judges.clip:
+                    after = judges.scores(found.pixels, prompts)
+                    side.clip_drop = (sum(before) - sum(after)) / len(after)
+                sides.append(side)
                 context.say(f"{runtime.title}: PSNR {sides[-1].psnr_db:.1f} dB, SSIM {sides[-1].ssim:.4f}")
             saved += save_pictures(found.pixels, provider or "candidate", title, prompts, seeds, context)
             if self.steps and (other := other_steps(runtime, self.steps)):
@@ -202,6 +239,11 @@ class Verify(Pass):
             "ssim": _lowest(side.ssim for side in sides),
             "ssim_worst": _lowest(ssim for side in sides for ssim in side.ssims),
         }
+        if self.max_lpips is not None:
+            metrics["lpips"] = _worst(sum(side.lpips) / len(side.lpips) for side in sides)
+            metrics["lpips_worst"] = _worst(value for side in sides for value in side.lpips)
+        if self.max_clip_drop is not None:
+            metrics["clip_drop"] = _worst(side.clip_drop for side in sides)
         return Outcome(
             metrics=metrics,
             details={
@@ -242,6 +284,11 @@ class Verify(Pass):
                 missed.append(f"{side.title}: PSNR {psnr:.2f} dB, min_psnr_db {self.min_psnr_db:g}")
             if self.min_ssim is not None and ssim < self.min_ssim:
                 missed.append(f"{side.title}: SSIM {ssim:.4f}, min_ssim {self.min_ssim:g}")
+            if self.max_lpips is not None and not _worst(side.lpips) <= self.max_lpips:
+                missed.append(f"{side.title}: LPIPS {_worst(side.lpips):.4f}, max_lpips {self.max_lpips:g}")
+            drop, most = side.clip_drop, self.max_clip_drop
+            if most is not None and drop is not None and not drop <= most:
+                missed.append(f"{side.title}: the CLIP score drops by {drop:.4f}, max_clip_drop {most:g}")
         return "; ".join(missed) or None
 
 
@@ -432,7 +479,7 @@ def _draw(runtime: Runtime, prompts: list[str], seeds: list[int], sampling: Samp
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Side:
     """What one runtime's answers came to."""
 
@@ -449,6 +496,9 @@ class _Side:
     """Per picture."""
     ssim: float
     ssims: list[float]
+    lpips: list[float] = field(default_factory=list)
+    """Per picture; empty where it is not measured."""
+    clip_drop: float | None = None
 
 
 def _compare(title: str, got: list[Tensor], expected: list[Tensor], found: _Drawn, wanted: _Drawn) -> _Side:
