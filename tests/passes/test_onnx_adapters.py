@@ -26,7 +26,7 @@ from tunekit.runtime import Runtime, generate_pixels, open_runtime, torch_runtim
 from tunekit.runtime.swap import KEY, put_adapter, save_onnx_adapter
 
 pytest.importorskip("onnx_ir")
-FEW = SamplingConfig(steps=2)
+FEW = SamplingConfig(steps=1)
 
 
 def adapter(family: Any, folder: Path, seed: int, targets: list[str] | str | None = None, **how: Any) -> Path:
@@ -77,8 +77,6 @@ def test_pictures_are_those_of_the_merged_model(
     assert set(noted["without_effect"]) <= unread(family)
     runtime = open_runtime(folder, family=family.name, device="cpu")
     base = drawn(runtime)
-    whole = open_runtime(tiny_onnxs(family.name), device="cpu")
-    assert psnr_db(base, drawn(whole)) > 90
     found = []
     for one in (a, b, a):
         put_adapter(runtime, one)
