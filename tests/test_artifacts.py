@@ -145,6 +145,7 @@ def change(folder: Path, *keys: str | int, value: object) -> None:
         (("model",), None, "names neither a model nor a source"),
         (("opened",), {"allow_pickle": "yes"}, "opened.allow_pickle: "),
         (("sampling",), {"steps": "many"}, "sampling.steps: "),
+        (("runtime",), {"runtime": "a", "machine": "b", "rows": 0}, "runtime.rows: "),
         (("hash",), 1, "hash: "),
     ],
 )

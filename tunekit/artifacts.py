@@ -27,7 +27,7 @@ from tunekit.provenance import at_home, made, public
 from tunekit.resources import Source, builtin
 
 if TYPE_CHECKING:
-    from tunekit.config import SamplingConfig
+    from tunekit.config import RuntimeConfig, SamplingConfig
     from tunekit.records import ArtifactRecord
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "COMFYUI_ENDINGS",
     "PICTURES",
     "RECORD",
+    "RUN_SO",
     "SAMPLED",
     "VERSION",
     "Artifact",
@@ -69,6 +70,8 @@ CARD = "README.md"
 
 SAMPLED = "sampling"
 """Of a step's details: how the model that it made is drawn with, where the step decided that."""
+RUN_SO = "runtime"
+"""Of a step's details: how the model that it made is run, where the step decided that."""
 
 Metric = float | int | bool | str | None
 
@@ -210,6 +213,7 @@ class Artifact:
         source: what to load from: `str(model_path)`, a hub id, or "tiny".
         opened: how `source`, or of an adapter its `base`, is opened; its `name` is not read.
         sampling: how pictures are drawn with it, where it says so: a model of few steps draws itself in few.
+        runtime: how its graphs are run, on the machine that it was measured on.
     """
 
     path: Path | None
@@ -221,6 +225,7 @@ class Artifact:
     base: str | None = None
     opened: Source | None = None
     sampling: SamplingConfig | None = None
+    runtime: RuntimeConfig | None = None
     recorded_hash: str | None = field(default=None, repr=False, compare=False)
     files: Mapping[str, Written] | None = field(default=None, repr=False, compare=False)
     """The model files as they were written; None where the record does not say."""
@@ -335,6 +340,7 @@ class Artifact:
             "base": self.base if self.base is None else at_home(self.base),
             "opened": {key: public(opened[key]) for key in OPENED} if opened else None,
             "sampling": self.sampling.model_dump(mode="json", exclude_none=True) if self.sampling else None,
+            **({"runtime": self.runtime.model_dump(mode="json", exclude_none=True)} if self.runtime else {}),
             "hash": whole,
             "files": {name: dataclasses.asdict(file) for name, file in files.items()} if files else None,
             "made": made(),
@@ -431,6 +437,7 @@ class Artifact:
             base=record.base,
             opened=_opened(record),
             sampling=_sampling(record.sampling, file),
+            runtime=_runtime(record.runtime, file),
             recorded_hash=record.hash,
             files=files or None,
             made=record.made,
@@ -496,6 +503,20 @@ def _sampling(settings: Mapping[str, Any] | None, file: Path) -> SamplingConfig 
         return SamplingConfig.model_validate(settings)
     except ValidationError as error:
         raise _damaged(file, f"sampling.{first_problem(error)}") from error
+
+
+def _runtime(settings: Mapping[str, Any] | None, file: Path) -> RuntimeConfig | None:
+    if settings is None:
+        return None
+    from pydantic import ValidationError
+
+    from tunekit.config import RuntimeConfig
+    from tunekit.records import first_problem
+
+    try:
+        return RuntimeConfig.model_validate(settings)
+    except ValidationError as error:
+        raise _damaged(file, f"runtime.{first_problem(error)}") from error
 
 
 # Run folders -----------------------------------------------------------------------------------------------

@@ -372,6 +372,19 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def processors() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def machine() -> str:
+    """This machine as far as timings depend on it: "AMD EPYC 7B13, 8 processors"."""
+    count = processors()
+    return f"{_processor()}, {count} processor{'' if count == 1 else 's'}"
+
+
 def best_precision(kind: str, supports_bf16: bool) -> Literal["fp32", "bf16", "fp16"]:
     """What `auto` is on a device: the narrowest arithmetic that it is good at."""
     if kind in ("cpu", "mps"):

@@ -286,6 +286,7 @@ class ArtifactRecord(Record):
     base: Place | None = None
     opened: OpenedRecord | None = None
     sampling: dict[str, Any] | None = None
+    runtime: dict[str, Any] | None = None
     hash: Annotated[str, Field(min_length=1)]
     files: dict[Inside, FileRecord] | None = None
     made: dict[str, str] = {}

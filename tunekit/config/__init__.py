@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tunekit.config.model import ModelConfig
     from tunekit.config.objective import ObjectiveConfig
     from tunekit.config.run import Chain, RunConfig, TrainingRunConfig
+    from tunekit.config.runtime import RuntimeConfig
     from tunekit.config.sampling import SamplingConfig
     from tunekit.config.schema import (
         BatchSize,
@@ -87,6 +88,7 @@ __all__ = [
     "PathText",
     "PreviewConfig",
     "RunConfig",
+    "RuntimeConfig",
     "SamplingConfig",
     "SamplingSteps",
     "Scale",
@@ -128,6 +130,7 @@ _FILES = (
     "data",
     "adapter",
     "objective",
+    "runtime",
     "sampling",
     "train",
     "memory",

@@ -41,6 +41,7 @@ from pydantic import AfterValidator
 import tunekit
 from tunekit.artifacts import (
     RECORD,
+    RUN_SO,
     SAMPLED,
     Artifact,
     RunFolder,
@@ -49,7 +50,7 @@ from tunekit.artifacts import (
     clean_leftovers,
     remove_folder,
 )
-from tunekit.config import SamplingConfig, Section, validate
+from tunekit.config import RuntimeConfig, SamplingConfig, Section, validate
 from tunekit.errors import ChainError, TunekitError, VerificationFailed, did_you_mean
 from tunekit.passes.metrics import Metric, Value, describe_metrics, format_metric
 from tunekit.passes.models import Models, in_types
@@ -472,6 +473,8 @@ class Outcome:
     sampling: SamplingConfig | None = None
     """How the result is drawn with, where that is otherwise than its parent: one that learned few steps. The
     step's details keep it, and `tunekit generate` says where other steps are asked for."""
+    runtime: RuntimeConfig | None = None
+    """How the result is run, where that was measured; of a step that changes no file."""
     failure: str | None = None
     """Set when a threshold was missed: the step is kept with its figures, then the chain stops."""
 
@@ -480,7 +483,8 @@ def distinct_models(history: Iterable[Artifact]) -> list[Artifact]:
     """`history` without the artifacts of passes that only look at a model."""
     models: list[Artifact] = []
     for artifact in history:
-        redrawn = artifact.step is not None and artifact.step.details.get(SAMPLED)
+        details = artifact.step.details if artifact.step is not None else {}
+        redrawn = details.get(SAMPLED) or details.get(RUN_SO)
         if not models or artifact.source != models[-1].source or redrawn:
             models.append(artifact)
     return models
@@ -659,6 +663,8 @@ def _run_step(step: Pass, context: Context, final: Path) -> Artifact:
         figures = _finite(dict(outcome.metrics), "", lost)
         if outcome.sampling is not None:
             details[SAMPLED] = outcome.sampling.model_dump(mode="json", exclude_none=True)
+        if outcome.runtime is not None:
+            details[RUN_SO] = outcome.runtime.model_dump(mode="json", exclude_none=True)
         kept = step.looks or step.redraws  # the files are those of the model that came in
         failure = outcome.failure
         if lost and "not finite" not in (failure or ""):
@@ -674,6 +680,7 @@ def _run_step(step: Pass, context: Context, final: Path) -> Artifact:
             base=parent.base if kept else None,
             opened=parent.opened if kept else None,  # what was written here is plain
             sampling=(outcome.sampling or SamplingConfig()).over(inherited(parent, context.sampling)),
+            runtime=outcome.runtime or (parent.runtime if kept else None),  # of other graphs it says nothing
             recorded_hash=parent.hash if kept else None,
         )
         metrics: dict[str, Value] = figures
@@ -765,6 +772,8 @@ def _key(step: Pass, context: Context) -> str:
             if drawn and (sampling := context.sampling_of(model))
         },
     }
+    if drawn and any(model.runtime for model in seen.values()):
+        shared["runtime"] = {name: str(model.runtime) for name, model in seen.items()}
     if "seed" in reads:
         shared["seed"] = context.seed
     if "prompts" in reads:

@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from tunekit.config import SamplingConfig, SamplingSteps
+from tunekit import hardware
+from tunekit.config import RuntimeConfig, SamplingConfig, SamplingSteps
 from tunekit.errors import ConfigError, DeviceError
 from tunekit.passes.base import SAMPLING, Context, Outcome, Pass
 from tunekit.passes.metrics import SIZE, Metric, Tile
@@ -119,7 +120,8 @@ class Benchmark(Pass):
     repeats: int = Field(5, ge=1, le=10_000)
     """Rounds; each draws one picture with every model."""
     threads: int | None = Field(None, ge=1, le=4096)
-    """CPU threads, the same for every model; None: as many as torch takes here."""
+    """CPU threads, the same for every model; None: those that `tune_runtime` chose for a model, else as many
+    as torch takes here."""
     provider: Provider | None = None
     """Runtime of ONNX models; None: the one that `tunekit generate` takes here."""
     memory: bool = True
@@ -202,7 +204,9 @@ class Benchmark(Pass):
 
 def _name(model: Artifact) -> str:
     """Of a model among others; its sampling is whole."""
-    return f"{model.source} {model.sampling.model_dump_json() if model.sampling else ''}"
+    return (
+        f"{model.source} {model.sampling.model_dump_json() if model.sampling else ''} {model.runtime or ''}"
+    )
 
 
 def _measured(row: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +228,7 @@ class Settings:
         repeats: rounds.
         device: "auto", "cpu", "cuda:0".
         provider: of the ONNX models among them.
-        threads: CPU threads; None: as many as torch takes here.
+        threads: CPU threads; None: those that were chosen for a model, else as many as torch takes here.
         memory: whether to measure peak memory too.
         seed: of the first picture.
     """
@@ -275,17 +279,20 @@ def compare(
     opened = [a if isinstance(a, Artifact) else open_artifact(a) for a in artifacts]
     before = torch.get_num_threads()
     threads = settings.threads or before
-    busy = _busy()
-    if busy:
-        say(busy)
+    found = busy()
+    if found:
+        say(found)
     sides = []
     try:
         with ExitStack() as stack:
             for artifact in opened:
                 provider = settings.provider if artifact.format == "onnx" else None
-                runtime = stack.enter_context(running(artifact, provider=provider, threads=threads))
+                own = artifact.runtime if settings.threads is None else None
+                taken = None if own and own.threads and own.machine == hardware.machine() else threads
+                runtime = stack.enter_context(running(artifact, provider=provider, threads=taken))
                 sampling = settings.sampling.over(runtime.sampling)
-                sides.append(_Side(artifact, runtime, describe(artifact, runtime), provider, sampling))
+                title = describe(artifact, runtime)
+                sides.append(_Side(artifact, runtime, title, provider, sampling, taken))
             with _collector_off():
                 for number in range(-1, settings.repeats):
                     # Round -1 warms up. Nobody is always first: who follows finds the caches another left.
@@ -301,7 +308,7 @@ def compare(
     rows = [_row(side, settings, threads) for side in sides]
     for row in rows[1:]:
         row |= ratios(row, rows[0])
-    shared = {"repeats": settings.repeats, "threads": threads, "device": settings.device, "busy": busy}
+    shared = {"repeats": settings.repeats, "threads": threads, "device": settings.device, "busy": found}
     return {"version": VERSION, "settings": shared, "artifacts": rows}
 
 
@@ -348,7 +355,7 @@ def ratios(row: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _busy() -> str | None:
+def busy() -> str | None:
     """What to say if others want the processors too: threads that wait for each other then lose most."""
     processors = os.cpu_count() or 1
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
@@ -379,6 +386,8 @@ class _Side:
     provider: str | None
     sampling: SamplingConfig
     """How it is drawn with; nothing of it is None but the scheduler."""
+    threads: int | None
+    """CPU threads; None: those that were chosen for it."""
     calls: list[float] = field(default_factory=list)
     """Milliseconds per denoiser call."""
     pictures: list[float] = field(default_factory=list)
@@ -434,7 +443,9 @@ def _peak_memory(side: _Side, settings: Settings, threads: int) -> int | None:
         "artifact": side.artifact.source,
         "family": side.artifact.family,
         "provider": side.provider,
-        "threads": threads,
+        "threads": side.threads,
+        "torch_threads": threads,
+        "runtime": side.artifact.runtime.model_dump(mode="json") if side.artifact.runtime else None,
         "device": settings.device,
         "prompt": settings.prompts[0],
         "sampling": side.sampling.model_dump(mode="json"),
@@ -465,19 +476,20 @@ def _measure_memory(request: dict[str, Any]) -> int | None:
     """Peak growth of this process's memory while a model is opened and draws one picture of two steps."""
     import torch
 
-    from tunekit import families, hardware
+    from tunekit import families
     from tunekit.artifacts import open_artifact
     from tunekit.runtime import generate, open_runtime, torch_runtime
 
-    torch.set_num_threads(request["threads"])
+    torch.set_num_threads(request["torch_threads"])
     artifact = open_artifact(request["artifact"], family=request["family"] or None)
-    artifact = replace(artifact, opened=Source(**request["source"]))
+    tuned = RuntimeConfig(**request["runtime"]) if request["runtime"] else None
+    artifact = replace(artifact, opened=Source(**request["source"]), runtime=tuned)
     family = families.get(artifact.family or families.detect(artifact.model_source))
     place = hardware.probe(request["device"])
     if place.kind != "cpu" and artifact.format != "torch":
         return None
     # Libraries load their parts when these are first used. A tiny model uses them all.
-    tiny = torch_runtime(family, family.tiny(), device=place.torch_device, threads=request["threads"])
+    tiny = torch_runtime(family, family.tiny(), device=place.torch_device, threads=request["torch_threads"])
     generate(tiny, ["warm up"], SamplingConfig(steps=1), seeds=[0])
     tiny.close()
     if artifact.format in ("onnx", "openvino"):

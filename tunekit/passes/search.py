@@ -436,6 +436,7 @@ class Search(Pass):
             },
             format=final.format,
             sampling=final.sampling,
+            runtime=final.runtime,
         )
 
     def _nearest(self, made: Mapping[Point, _Trial]) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from tunekit import hardware
 from tunekit.artifacts import Artifact
-from tunekit.config import SamplingConfig
+from tunekit.config import RuntimeConfig, SamplingConfig
 from tunekit.diffusion.sampling import Guided
+from tunekit.errors import ConfigError
 from tunekit.families.family import DTYPES, Conditioning, Family, Frame, Pipeline, as_kept
 from tunekit.families.prompts import cuts, tokenizers
 from tunekit.runtime.tiles import decode_in_tiles
@@ -28,6 +32,8 @@ class Runtime:
         artifact: where it came from; None for a pipeline that is only in memory.
         threads: CPU threads, None for the library's own choice.
         tiled: decode pictures larger than the model's own in tiles, which takes less memory.
+        settings: of the artifact, where they were measured with this runtime on this machine.
+        reopen: opens the denoiser once more, run otherwise; None where there is no choice.
     """
 
     family: Family
@@ -38,6 +44,30 @@ class Runtime:
     dtype: torch.dtype = torch.float32
     threads: int | None = None
     tiled: bool = False
+    settings: RuntimeConfig | None = None
+    reopen: Callable[[RuntimeConfig], Any] | None = None
+
+    def with_settings(self, settings: RuntimeConfig) -> Runtime:
+        """The same, whose denoiser is opened once more and run otherwise; all else is shared.
+
+        Raises:
+            ConfigError: this runtime has no choice.
+        """
+        if self.reopen is None:
+            raise ConfigError(f"{self.title} has no settings to choose")
+        pipeline = copy.copy(self.pipeline)
+        setattr(pipeline, self.family.facts.denoiser_name, self.reopen(settings))
+        return replace(self, pipeline=pipeline, settings=settings, threads=settings.threads or self.threads)
+
+    def in_rows(self, rows: int | None) -> Runtime:
+        """The same graphs, the denoiser given at most so many rows at once; None: as many as there are."""
+        name = self.family.facts.denoiser_name
+        pipeline, denoiser = copy.copy(self.pipeline), copy.copy(getattr(self.pipeline, name))
+        denoiser.graph = copy.copy(denoiser.graph)
+        denoiser.graph.max_rows = rows
+        setattr(pipeline, name, denoiser)
+        settings = self.settings.model_copy(update={"rows": rows}) if self.settings else None
+        return replace(self, pipeline=pipeline, settings=settings)
 
     @property
     def scheduler(self) -> Any:
@@ -138,6 +168,12 @@ class Runtime:
         if self.threads is not None and torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
         return torch.no_grad()
+
+
+def settings_here(artifact: Artifact | None, title: str) -> RuntimeConfig | None:
+    """The settings of an artifact, where they were measured with this runtime on this machine."""
+    found = artifact.runtime if artifact else None
+    return found if found and (found.runtime, found.machine) == (title, hardware.machine()) else None
 
 
 def torch_runtime(

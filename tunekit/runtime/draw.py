@@ -146,6 +146,12 @@ def remarks(runtime: Runtime, prompts: Sequence[str], sampling: SamplingConfig) 
             if runtime.cfg_scale(more) is not None
             else "the negative prompt has no effect: this model is drawn without one"
         )
+    tuned = runtime.artifact.runtime if runtime.artifact else None
+    if tuned and runtime.settings is None:
+        said.append(
+            f"its runtime settings ({tuned.words}) were measured with {tuned.runtime} on {tuned.machine},"
+            f" and are not used with {runtime.title} here; tune_runtime measures again"
+        )
     if other := other_steps(runtime, whole.steps):
         said.append(other)
     return said

@@ -172,6 +172,17 @@ class GraphVae:
         return self.decoder(latents)
 
 
+def graph_module(folder: Path, open_graph: Callable[[Path], Graph]) -> GraphModule:
+    """The graph in a component's folder.
+
+    Raises:
+        ArtifactError: its config.json is missing.
+    """
+    if not (folder / "config.json").is_file():
+        raise ArtifactError(f"its component {folder.name} is missing", where=str(folder.parent))
+    return GraphModule(open_graph(folder), read_json(folder / "config.json"), folder.name)
+
+
 def graph_pipeline(folder: Path, family: Family, open_graph: Callable[[Path], Graph]) -> Pipeline:
     """Build the stand-in for a pipeline out of a folder in Optimum's layout.
 
@@ -183,10 +194,7 @@ def graph_pipeline(folder: Path, family: Family, open_graph: Callable[[Path], Gr
     index = read_json(folder / "model_index.json")
 
     def component(name: str) -> GraphModule:
-        if not (folder / name / "config.json").is_file():
-            raise ArtifactError(f"its component {name} is missing", where=str(folder))
-        config = read_json(folder / name / "config.json")
-        return GraphModule(open_graph(folder / name), config, name)
+        return graph_module(folder / name, open_graph)
 
     # What is small and may be missing, before what takes long to open.
     encoders = [row for row in family.facts.encoders if not row.is_left_out(index)]

@@ -11,13 +11,14 @@ import torch
 
 from tunekit import install
 from tunekit.artifacts import Artifact
+from tunekit.config import RuntimeConfig
 from tunekit.errors import ConfigError, DeviceError, ModelError
 from tunekit.families.family import Family
 from tunekit.hardware import Device
 from tunekit.records import read_mapping
 from tunekit.resources import cache_dir
-from tunekit.runtime.base import Runtime
-from tunekit.runtime.graph import Array, first_line, graph_pipeline
+from tunekit.runtime.base import Runtime, settings_here
+from tunekit.runtime.graph import Array, GraphModule, first_line, graph_module, graph_pipeline
 
 ORT_PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -48,10 +49,55 @@ def open_in_onnxruntime(
         raise ConfigError("dtype has no effect on an ONNX model: its precision is in the file")
     providers = _ort_choice(provider, artifact, place.index)
     title = f"onnxruntime {ORT_PROVIDERS[provider]}"
-    pipeline = graph_pipeline(
-        folder, family, lambda path: OrtGraph(path / "model.onnx", providers(path.name), threads)
+    settings, name = settings_here(artifact, title), family.facts.denoiser_name
+
+    def graph(path: Path, settings: RuntimeConfig | None = settings) -> OrtGraph:
+        made = OrtGraph(path / "model.onnx", providers(path.name), threads, settings)
+        made.max_rows = settings.rows if settings and path.name == name else None
+        return made
+
+    def denoiser(settings: RuntimeConfig) -> GraphModule:
+        return graph_module(folder / name, lambda path: graph(path, settings))
+
+    return Runtime(
+        family,
+        graph_pipeline(folder, family, graph),
+        title,
+        artifact,
+        threads=threads or (settings.threads if settings else None),
+        settings=settings,
+        reopen=denoiser,
     )
-    return Runtime(family, pipeline, title, artifact, threads=threads)
+
+
+def _options(threads: int | None, settings: RuntimeConfig | None) -> Any:
+    """How ONNX Runtime runs a graph.
+
+    Args:
+        threads: that were asked for; before those of the settings.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # its warnings speak of its own optimizations
+    threads = threads or (settings.threads if settings else None)
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    # Idle threads that wait by spinning would slow whatever runs next in this process.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if settings is None:
+        return options
+    if settings.optimization is not None:
+        level = {"none": "DISABLE_ALL"}.get(settings.optimization, f"ENABLE_{settings.optimization.upper()}")
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_{level}")
+    if settings.arena is not None:
+        options.enable_cpu_mem_arena = settings.arena
+    if settings.memory_pattern is not None:
+        options.enable_mem_pattern = settings.memory_pattern
+    if settings.spinning is not None:
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(settings.spinning)))
+    return options
 
 
 class OrtGraph:
@@ -59,17 +105,17 @@ class OrtGraph:
 
     max_rows: int | None = None
 
-    def __init__(self, path: Path, providers: list[tuple[str, dict[str, Any]]], threads: int | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        providers: list[tuple[str, dict[str, Any]]],
+        threads: int | None,
+        settings: RuntimeConfig | None = None,
+    ) -> None:
         import onnxruntime as ort
 
         self.path = path
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # its warnings speak of its own optimizations
-        if threads is not None:
-            options.intra_op_num_threads = threads
-            options.inter_op_num_threads = 1
-        # Idle threads that wait by spinning would slow whatever runs next in this process.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options = _options(threads, settings)
         if _only_stores_int8(path.parent):  # then weights are unpacked once, here, and not in each call
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,20 @@ import torch
 
 from tunekit import hardware
 from tunekit.artifacts import GRAPHS, Artifact
+from tunekit.config import RuntimeConfig
 from tunekit.errors import DeviceError, ModelError, output_errors, require
 from tunekit.families.family import DTYPES, Family
 from tunekit.hardware import Device
 from tunekit.records import read_mapping
-from tunekit.runtime.base import Runtime
-from tunekit.runtime.graph import Array, first_line, graph_pipeline, model_folder
+from tunekit.runtime.base import Runtime, settings_here
+from tunekit.runtime.graph import (
+    Array,
+    GraphModule,
+    first_line,
+    graph_module,
+    graph_pipeline,
+    model_folder,
+)
 from tunekit.runtime.onnx_files import external_files, load_whole
 
 IR = GRAPHS["openvino"]
@@ -43,10 +52,13 @@ def open_in_openvino(
     precision = precision or torch.float32
     device = "GPU" if place.kind == "xpu" else "CPU"
     title = f"openvino {_TYPES[precision]} {device}"
-    pipeline = graph_pipeline(
-        folder, family, lambda path: OpenVinoGraph(path / GRAPHS["onnx"], device, precision, threads)
+    return _runtime(
+        artifact,
+        family,
+        lambda path, settings: OpenVinoGraph(path / GRAPHS["onnx"], device, precision, threads, settings),
+        threads,
+        title,
     )
-    return Runtime(family, pipeline, title, artifact, threads=threads)
 
 
 def open_ir(
@@ -62,19 +74,59 @@ def open_ir(
         DeviceError: it is not there.
         ModelError: a file is damaged, or of a newer OpenVINO.
     """
-    folder = model_folder(artifact)
     kind, _, number = device.partition(":")
     if kind != "xpu":  # torch need not know the GPU
         kind, number = hardware.probe(device).kind, ""
     where = ("GPU" + (f".{number}" if number else "")) if kind == "xpu" else "CPU"
-    pipeline = graph_pipeline(
-        folder,
+    return _runtime(
+        artifact,
         family,
-        lambda path: OpenVinoGraph(path / IR, where, precision or noted_precision(path), threads),
+        lambda path, settings: OpenVinoGraph(
+            path / IR, where, precision or noted_precision(path), threads, settings
+        ),
+        threads,
     )
-    denoiser: Any = family.denoiser(pipeline)
-    taken = denoiser.graph.precision
-    return Runtime(family, pipeline, f"openvino {taken} {where}", artifact, threads=threads)
+
+
+def _runtime(
+    artifact: Artifact,
+    family: Family,
+    open_graph: Callable[[Path, RuntimeConfig | None], OpenVinoGraph],
+    threads: int | None,
+    title: str | None = None,
+) -> Runtime:
+    """The graphs of an artifact in OpenVINO.
+
+    Args:
+        open_graph: of a component's folder.
+        threads: that were asked for; before those of the artifact's settings.
+        title: of the runtime; None: what the denoiser computes in says it.
+    """
+    folder, name = model_folder(artifact), family.facts.denoiser_name
+
+    def denoiser(settings: RuntimeConfig | None) -> GraphModule:
+        made = graph_module(folder / name, lambda path: open_graph(path, settings))
+        made.graph.max_rows = settings.rows if settings else None
+        return made
+
+    tuned = artifact.runtime if artifact.runtime and artifact.runtime.runtime.startswith("openvino") else None
+    pipeline = graph_pipeline(folder, family, lambda path: open_graph(path, tuned))
+    network: Any = family.denoiser(pipeline)
+    title = title or f"openvino {network.graph.precision} {network.graph.device}"
+    settings = settings_here(artifact, title)
+    if settings is None and tuned is not None:  # what they are for is known only now
+        pipeline = graph_pipeline(folder, family, lambda path: open_graph(path, None))
+    elif settings is not None:
+        network.graph.max_rows = settings.rows
+    return Runtime(
+        family,
+        pipeline,
+        title,
+        artifact,
+        threads=threads or (settings.threads if settings else None),
+        settings=settings,
+        reopen=denoiser,
+    )
 
 
 def noted_precision(folder: Path) -> torch.dtype:
@@ -98,7 +150,14 @@ class OpenVinoGraph:
     max_rows: int | None = None
     unbatched: frozenset[str] = frozenset()
 
-    def __init__(self, path: Path, device: str, precision: torch.dtype, threads: int | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: str,
+        precision: torch.dtype,
+        threads: int | None,
+        chosen: RuntimeConfig | None = None,
+    ) -> None:
         openvino = require("openvino", extra="openvino", why="running a model in OpenVINO needs")
         # Without the hint OpenVINO takes bf16 where the processor has it, which nobody asked for.
         settings: dict[str, Any] = {
@@ -108,9 +167,12 @@ class OpenVinoGraph:
             # floats, on every runtime.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
         }
+        threads = threads or (chosen.threads if chosen else None)
         if threads is not None and device == "CPU":
             settings["INFERENCE_NUM_THREADS"] = threads
-        self.path = path
+        if chosen and chosen.pinning is not None and device == "CPU":
+            settings["ENABLE_CPU_PINNING"] = chosen.pinning
+        self.path, self.device = path, device
         core = openvino.Core()
         there = list(core.available_devices)
         if device not in there and f"{device}.0" not in there:
