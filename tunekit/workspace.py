@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from tunekit.config import Loaded, SamplingConfig
+    from tunekit.config import CacheConfig, Loaded, SamplingConfig
     from tunekit.memory.plan import Plan
     from tunekit.progress import Progress
 
@@ -605,6 +605,7 @@ class Options(Opening, total=False):
     height: int
     width: int
     scheduler: dict[str, Any]
+    cache: dict[str, Any] | CacheConfig
     variant: str | None
     base: str | None
     batch: int
@@ -629,9 +630,9 @@ def generate(
             "cuda:1", "xpu", "mps"); provider (of ONNX models: "cpu", "cuda", "tensorrt", "openvino"); dtype
             ("fp32", "bf16", "fp16", of torch and OpenVINO); adapter (to put on the source); variant (of its
             weight files, such as "fp16"); base (folder or hub id with what a single file of a transformer
-            alone lacks). steps, guidance, guidance_interval, negative_prompt, height, width, scheduler: the
-            model's own where they are not given. batch (pictures at once), tiled (decode large ones in
-            tiles), on_step.
+            alone lacks). steps, guidance, guidance_interval, negative_prompt, height, width, scheduler,
+            cache: the model's own where they are not given. batch (pictures at once), tiled (decode large
+            ones in tiles), on_step.
 
     What of a prompt is not read, and a negative prompt without effect, are warnings.
 

@@ -17,6 +17,7 @@ from tunekit.diffusion.metrics import relative_error
 from tunekit.diffusion.objectives import FlowMatching
 from tunekit.errors import ConfigError, ModelError
 from tunekit.families import Family, Frame
+from tunekit.runtime.step_cache import TorchSplit
 
 PROMPTS = ["a red cat", "the moon"]
 TINY_BYTES = 20_000_000
@@ -99,6 +100,33 @@ def test_facts_name_things_that_exist(family: Family, pipeline: Any) -> None:
     assert {part.name for part in facts.components if part.role != "scheduler"} == networks
     assert facts.default_source.count("/") == 1
     assert facts.ss_base_model_version and facts.modelspec_architecture and facts.title
+
+
+@torch.no_grad()
+def test_its_middle_can_be_taken_from_another_step(family: Family, pipeline: Any) -> None:
+    """From the same step it is the same prediction, although nothing of the middle runs."""
+    denoiser, (noisy, times, told) = family.denoiser(pipeline), inputs(family, pipeline)
+    middle = family.middle(denoiser)
+    assert middle is not None and len(middle.paths) < len(family.blocks(denoiser))
+
+    def call() -> Tensor:
+        return family.denoise(denoiser, noisy, times, told)
+
+    split, expected = TorchSplit(denoiser, middle), call()
+    prediction, given = split.whole(call)
+    assert torch.equal(prediction, expected) and all(len(one) == len(noisy) for one in given)
+    ran = []
+    inner = [next(denoiser.get_submodule(path).children()) for path in middle.paths]
+    hooks = [
+        part.register_forward_hook(lambda *_: ran.append(1)) for module in inner for part in module.modules()
+    ]
+    again = split.outer(given, call)
+    assert not ran and torch.allclose(again, expected, atol=1e-5, rtol=1e-4)
+    other = split.outer([one * 0 for one in given], call)
+    assert not torch.allclose(other, expected, atol=1e-3)
+    assert torch.equal(call(), expected) and ran
+    for hook in hooks:
+        hook.remove()
 
 
 def test_tiny_is_small_and_a_function_of_its_seed(family: Family, pipeline: Any) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tunekit.config.objective import ObjectiveConfig
     from tunekit.config.run import Chain, RunConfig, TrainingRunConfig
     from tunekit.config.runtime import RuntimeConfig
-    from tunekit.config.sampling import SamplingConfig
+    from tunekit.config.sampling import CacheConfig, SamplingConfig
     from tunekit.config.schema import (
         BatchSize,
         Count,
@@ -70,6 +70,7 @@ __all__ = [
     "REQUIRED",
     "AdapterConfig",
     "BatchSize",
+    "CacheConfig",
     "Chain",
     "Count",
     "DataConfig",

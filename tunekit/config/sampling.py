@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -15,6 +15,15 @@ def _some(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] >= value[1]:
         refuse("must begin before it ends; leave guidance out with guidance: 1 instead")
     return value
+
+
+class CacheConfig(Section):
+    """Steps that take what the middle of the denoiser gave in an earlier step."""
+
+    interval: int = Field(ge=2, le=100)
+    """Every so many-th step runs the whole denoiser, the steps between its outer blocks alone."""
+    order: Literal[0, 1] = 0
+    """0: what the middle gave last; 1: carried on in a straight line from the last two times."""
 
 
 class SamplingConfig(Section):
@@ -35,6 +44,9 @@ class SamplingConfig(Section):
     """In pixels."""
     scheduler: dict[str, Any] | None = None
     """Keys of the sampler's configuration that differ from the model's; `class` names another sampler."""
+    cache: CacheConfig | None = None
+    """Steps that reuse what the middle of the denoiser gave; null: every step runs all of it, as previews
+    while a model is trained always do."""
 
     def over(self, other: SamplingConfig | None) -> SamplingConfig:
         """This one, with what it leaves open taken from another."""

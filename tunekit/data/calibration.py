@@ -178,7 +178,8 @@ def calls(model: Drawer, material: Material) -> list[Call]:
     kept in the cache, named after the model's hash and all else that they depend on.
     """
     sampling, seed, texts = material.sampling, material.seed, _texts(material)
-    described = [VERSION, material.model_hash, material.count, seed, texts, sampling.model_dump(mode="json")]
+    way = sampling.model_dump(mode="json", exclude={"cache"})  # every call here runs the whole
+    described = [VERSION, material.model_hash, material.count, seed, texts, way]
     name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
     file = material.cache / "calls" / f"{name}.safetensors"
     if is_whole(file):

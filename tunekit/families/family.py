@@ -361,6 +361,23 @@ class ExportComponent:
     multiples: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Middle:
+    """The part of a denoiser that changes little from step to step, so that steps may take it from another.
+
+    Attributes:
+        paths: modules, in the order they run.
+        adds: what they give is their input and something on top, as in a transformer: that is what is kept.
+            Else it is joined with newer values by what follows, as in a U-Net, and kept as it is.
+        skipped: where it does not add, what stands in for the output of a module that is not run, given its
+            input; nothing reads it but modules that are not run.
+    """
+
+    paths: tuple[str, ...]
+    adds: bool = False
+    skipped: Callable[[nn.Module, Tensor], Any] = lambda module, state: state
+
+
 class Planned(Protocol):
     """What planning a family's memory needs. Methods take the pipeline or the denoiser and keep no state."""
 
@@ -515,6 +532,14 @@ class Family(Planned, Protocol):
         Returns:
             Every path is part of a layer at least. Of several that have it the first is written, and all are
             read; the path itself is read anyway.
+        """
+        ...
+
+    def middle(self, denoiser: Any) -> Middle | None:
+        """Return the part of a denoiser that sampling steps may take from another; None where there is none.
+
+        Args:
+            denoiser: the network, or a graph of it, of which the `config` alone is read.
         """
         ...
 

@@ -11,7 +11,7 @@ from tunekit.config import ObjectiveConfig
 from tunekit.diffusion.objectives import FlowMatching, Objective, ShiftByTokens
 from tunekit.families import family as answers
 from tunekit.families import vae
-from tunekit.families.family import Pipeline
+from tunekit.families.family import Middle, Pipeline
 from tunekit.families.usual import Usual
 
 PATCH = 2
@@ -50,6 +50,14 @@ class Transformer(Usual):
             for name in self.lists
             for index, block in enumerate(getattr(denoiser, name))
         ]
+
+    def middle(self, denoiser: Any) -> Middle | None:
+        # All but the first of the blocks that do most of the work. Of a graph, names do not tell them apart.
+        if not isinstance(denoiser, nn.Module):
+            return None
+        name = max(reversed(self.lists), key=lambda one: len(denoiser.get_submodule(one)._modules))
+        count = len(denoiser.get_submodule(name)._modules)
+        return Middle(tuple(f"{name}.{index}" for index in range(1, count)), adds=True) if count > 1 else None
 
 
 def shift(scheduler: Any, latents: Tensor) -> float:

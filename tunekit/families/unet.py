@@ -12,7 +12,7 @@ from tunekit.diffusion.objectives import Discrete, Objective
 from tunekit.errors import TunekitError
 from tunekit.families import family as answers
 from tunekit.families import graphs, tiny
-from tunekit.families.family import ExportComponent, Pipeline, Published
+from tunekit.families.family import ExportComponent, Middle, Pipeline, Published
 from tunekit.families.usual import Usual
 from tunekit.families.vae import misfits as vae_misfits
 from tunekit.families.vae import vae_factor
@@ -53,6 +53,23 @@ class UNet(Usual):
         up = [(f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks)]
         middle = [("mid_block", unet.mid_block)] if unet.mid_block is not None else []  # BK-SDM has none
         return [*down, *middle, *up]
+
+    def middle(self, denoiser: Any) -> Middle | None:
+        # All between the first block of the way down and the last of the way up, as DeepCache has it.
+        down, up = len(denoiser.config.down_block_types), len(denoiser.config.up_block_types)
+        if up < 2:
+            return None
+        inside = () if denoiser.config.mid_block_type is None else ("mid_block",)
+        paths = [f"down_blocks.{index}" for index in range(1, down)]
+        return Middle((*paths, *inside, *(f"up_blocks.{index}" for index in range(up - 1))), skipped=_skipped)
+
+
+def _skipped(block: nn.Module, state: Tensor) -> Any:
+    """What stands in for a block that is not run: a way down gives a state for each of its parts as well."""
+    own: Any = block
+    if not hasattr(block, "downsamplers"):
+        return state
+    return state, (state,) * (len(own.resnets) + len(own.downsamplers or ()))
 
 
 def unet_factor(pipeline: Pipeline) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tunekit.errors import ModelError
 from tunekit.families import family as answers
 from tunekit.families import loading, vae
-from tunekit.families.family import Conditioning, Dtypes, FamilyFacts, Packing, Pipeline, Tokens
+from tunekit.families.family import Conditioning, Dtypes, FamilyFacts, Middle, Packing, Pipeline, Tokens
 from tunekit.families.weights import Entry
 from tunekit.resources import Source
 
@@ -91,6 +91,9 @@ class Usual(ABC):
         self, encoded: Conditioning, frame: Tensor, guidance: float | None = None
     ) -> Conditioning:
         return encoded
+
+    def middle(self, denoiser: Any) -> Middle | None:
+        return None
 
     # Drawing ------------------------------------------------------------------------------------------------
 

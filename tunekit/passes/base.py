@@ -84,7 +84,7 @@ __all__ = [
 ]
 
 SAMPLING = frozenset(
-    {"steps", "guidance", "guidance_interval", "negative_prompt", "height", "width", "scheduler"}
+    {"steps", "guidance", "guidance_interval", "negative_prompt", "height", "width", "scheduler", "cache"}
 )
 """Of what a pass can read: how pictures are drawn."""
 EVERYTHING = frozenset({"seed", "prompts", "data", "models", *SAMPLING})
@@ -763,10 +763,10 @@ def _key(step: Pass, context: Context) -> str:
         "models": {name: model.hash for name, model in seen.items()},
         "sampling": {
             name: {
-                key: value
+                key: value if key != "cache" else value.model_dump()
                 for key in drawn
                 # what not every version knew is named where it is set
-                if (value := getattr(sampling, key)) is not None or key != "guidance_interval"
+                if (value := getattr(sampling, key)) is not None or key not in ("guidance_interval", "cache")
             }
             for name, model in seen.items()
             if drawn and (sampling := context.sampling_of(model))
@@ -802,7 +802,7 @@ def _former_key(step: Pass, context: Context) -> str | None:
         context.data.model_dump(mode="json") if context.data else None,
     ]
     if own.scheduler or any(other != own for other in drawn):
-        shared.append([sampling.model_dump(mode="json") for sampling in drawn])
+        shared.append([sampling.model_dump(mode="json", exclude={"cache"}) for sampling in drawn])
     hashes = [model.hash for model in models]
     return _hashed([step.kind, settings, hashes, shared, tunekit.__version__])
 

@@ -54,6 +54,7 @@ class BuildTensorrt(Pass):
         " `quantize: {{target: tensorrt}}` before it, or mode weight_only",
         "swappable": "comes after {giver} with adapters: swappable, and an engine takes no adapters; merge"
         " the adapter, and leave that out",
+        "cached": "comes after {giver}, and an engine runs every step whole; leave {giver} out",
     }
     metrics: ClassVar[tuple[Metric, ...]] = (SIZE, Metric("engines", "engines", "count"))
 

@@ -117,7 +117,7 @@ class TuneSampler(Pass):
         with context.running(artifact) as runtime:
             own = context.sampling_of(artifact).over(runtime.sampling)
             search = _Search(
-                _Pictures(runtime, own, seen, context.seed, self.pictures),
+                Pictures(runtime, own, seen, context.seed, self.pictures),
                 self.keep.psnr,
                 time.monotonic() + 60 * self.minutes,
                 context.say,
@@ -130,7 +130,7 @@ class TuneSampler(Pass):
                 if self.steps is None
                 else search.at(found, self.steps)
             )
-            others = _Pictures(runtime, own, unseen, context.seed + APART, self.pictures)
+            others = Pictures(runtime, own, unseen, context.seed + APART, self.pictures)
             taken, final, note = self._verified(search, best, others)
             floor = search.pictures.floor
         shown = others.prompts, others.seeds
@@ -158,7 +158,7 @@ class TuneSampler(Pass):
             sampling=SamplingConfig(**changes),
         )
 
-    def _verified(self, search: _Search, best: _Try | None, others: _Pictures) -> tuple[_Try, _Compared, str]:
+    def _verified(self, search: _Search, best: _Try | None, others: Pictures) -> tuple[_Try, Compared, str]:
         """What is taken, on pictures that the search has not seen, and a line about it."""
         own = search.own
         before = f"instead of {own.calls} ({own.sampling.steps} steps)"
@@ -185,7 +185,7 @@ class TuneSampler(Pass):
 
 
 @dataclass(frozen=True)
-class _Compared:
+class Compared:
     """Pictures beside those of the model's own settings, in dB."""
 
     mean: float
@@ -194,7 +194,7 @@ class _Compared:
     """Pictures that were drawn."""
 
 
-class _Pictures:
+class Pictures:
     """Prompts and seeds, and what the model's own settings draw of them."""
 
     def __init__(
@@ -223,7 +223,7 @@ class _Pictures:
         seeds = [seed + 2 * APART for seed in self.seeds]
         return self._compared(torch.cat(list(self._draw(self.own, seeds)))).mean
 
-    def compare(self, sampling: SamplingConfig, bar: float | None = None) -> _Compared:
+    def compare(self, sampling: SamplingConfig, bar: float | None = None) -> Compared:
         """Draws the same another way.
 
         Args:
@@ -243,14 +243,14 @@ class _Pictures:
                 break
         return found
 
-    def _compared(self, pixels: Tensor) -> _Compared:
+    def _compared(self, pixels: Tensor) -> Compared:
         from tunekit.diffusion.metrics import psnr_db
 
         wanted = self.wanted[: len(pixels)]
         each = [psnr_db(a, b) for a, b in zip(pixels, wanted, strict=True)]
         if not all(map(math.isfinite, each)):
-            return _Compared(-math.inf, -math.inf, len(each))
-        return _Compared(sum(each) / len(each), min(each), len(each))
+            return Compared(-math.inf, -math.inf, len(each))
+        return Compared(sum(each) / len(each), min(each), len(each))
 
     def _draw(self, sampling: SamplingConfig, seeds: Sequence[int]) -> Iterator[Tensor]:
         from tunekit.runtime import sample_pixels
@@ -278,7 +278,7 @@ class _Try:
     name: str
     sampling: SamplingConfig
     calls: int
-    found: _Compared
+    found: Compared
     candidate: Candidate
 
     @property
@@ -299,7 +299,7 @@ class _Search:
         say: shows a line.
     """
 
-    pictures: _Pictures
+    pictures: Pictures
     keep: float
     until: float
     say: Callable[[str], None]

@@ -14,10 +14,11 @@ from torch import Tensor
 from tunekit import hardware
 from tunekit.artifacts import Artifact
 from tunekit.config import RuntimeConfig, SamplingConfig
-from tunekit.diffusion.sampling import Guided
+from tunekit.diffusion.sampling import Denoise, Guided
 from tunekit.errors import ConfigError
-from tunekit.families.family import DTYPES, Conditioning, Family, Frame, Pipeline, as_kept
+from tunekit.families.family import DTYPES, Conditioning, Family, Frame, Middle, Pipeline, as_kept
 from tunekit.families.prompts import cuts, tokenizers
+from tunekit.runtime.step_cache import Split, StepCache, TorchSplit
 from tunekit.runtime.tiles import decode_in_tiles
 
 
@@ -34,6 +35,7 @@ class Runtime:
         tiled: decode pictures larger than the model's own in tiles, which takes less memory.
         settings: of the artifact, where they were measured with this runtime on this machine.
         reopen: opens the denoiser once more, run otherwise; None where there is no choice.
+        take_apart: makes of the denoiser one whose middle can be left out; None where nothing can.
     """
 
     family: Family
@@ -46,6 +48,8 @@ class Runtime:
     tiled: bool = False
     settings: RuntimeConfig | None = None
     reopen: Callable[[RuntimeConfig], Any] | None = None
+    take_apart: Callable[[Runtime, Middle], Split] | None = None
+    _split: Split | None = field(default=None, init=False, repr=False)
 
     def with_settings(self, settings: RuntimeConfig) -> Runtime:
         """The same, whose denoiser is opened once more and run otherwise; all else is shared.
@@ -136,6 +140,25 @@ class Runtime:
             rows, known = latents.to(self.device, self.dtype), self._to_device(conditioning)
             return self.family.denoise(denoiser, rows, times.to(self.device), known).float().cpu()
 
+    def denoiser(self, sampling: SamplingConfig) -> Denoise:
+        """What one drawing calls in each of its steps; keeps of a step what `sampling` says.
+
+        Raises:
+            ConfigError: steps shall take the middle of the denoiser from another, and this has none.
+        """
+        if sampling.cache is None:
+            return self.denoise
+        if self._split is None:
+            middle = self.family.middle(self.family.denoiser(self.pipeline))
+            if self.take_apart is None or middle is None:
+                raise ConfigError(
+                    f"steps cannot be cached with {self.title}: {self.family.facts.title} has no part there"
+                    " that could be taken from another step",
+                    hint="leave out cache, under sampling or preview",
+                )
+            self._split = self.take_apart(self, middle)
+        return StepCache(self.denoise, self._split, sampling.cache)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents [B, C, h, w] to pixels [B, 3, H, W] in [0, 1]."""
         with self._running():
@@ -198,4 +221,5 @@ def torch_runtime(
         torch.device(device),
         dtype,
         threads,
+        take_apart=lambda runtime, middle: TorchSplit(family.denoiser(runtime.pipeline), middle),
     )

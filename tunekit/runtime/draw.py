@@ -31,7 +31,7 @@ def sample_pixels(
     sampling = sampling.over(runtime.sampling)
     latents = initial_latents(seeds, runtime.latent_shape(*runtime.size(sampling)))
     steps = sample_steps(
-        runtime.denoise,
+        runtime.denoiser(sampling),
         runtime.scheduler,
         latents,
         conditioning,

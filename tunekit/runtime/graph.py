@@ -55,6 +55,9 @@ class GraphModule:
         self.graph, self.name = graph, name
         self.config = SimpleNamespace(**config)
         self._unbatched = graph.unbatched | frozenset(config.get(UNBATCHED, ()))
+        self.hidden: tuple[str, ...] = ()  # outputs that are kept and not given on
+        self.kept: dict[str, Tensor] = {}
+        self.added: dict[str, Tensor] = {}  # inputs that nobody gives
 
     def __call__(self, *args: Tensor, return_dict: bool = True, **kwargs: Any) -> Any:
         """Take inputs by position or name; return outputs by name, or as a tuple without `return_dict`.
@@ -68,6 +71,7 @@ class GraphModule:
                 feeds |= value
             elif isinstance(value, Tensor):
                 feeds[name] = value
+        feeds |= self.added
         if feeds.keys() != self.graph.inputs.keys():
             raise ModelError(
                 f"the {self.name} takes {', '.join(self.graph.inputs)}; it is given {', '.join(feeds)}",
@@ -76,6 +80,7 @@ class GraphModule:
         outputs: dict[str, Any] = {
             name: torch.from_numpy(array).float() for name, array in self._run(feeds).items()
         }
+        self.kept = {name: outputs.pop(name) for name in self.hidden}
         if not return_dict:
             return tuple(outputs.values())
         numbers = [name.removeprefix(STATES) for name in outputs if name.startswith(STATES)]

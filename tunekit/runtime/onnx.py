@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,12 +13,14 @@ from tunekit import install
 from tunekit.artifacts import Artifact
 from tunekit.config import RuntimeConfig
 from tunekit.errors import ConfigError, DeviceError, ModelError
-from tunekit.families.family import Family
+from tunekit.families.family import Family, Middle
 from tunekit.hardware import Device
 from tunekit.records import read_mapping
 from tunekit.resources import cache_dir
 from tunekit.runtime.base import Runtime, settings_here
 from tunekit.runtime.graph import Array, GraphModule, first_line, graph_module, graph_pipeline
+from tunekit.runtime.onnx_split import with_middle, without_middle
+from tunekit.runtime.step_cache import GraphSplit, Split
 
 ORT_PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -32,7 +34,13 @@ _ORT_TYPES: dict[str, np.dtype[Any]] = {
     "tensor(float16)": np.dtype(np.float16),
     "tensor(int32)": np.dtype(np.int32),
     "tensor(int64)": np.dtype(np.int64),
+    "tensor(uint8)": np.dtype(np.uint8),
+    "tensor(int8)": np.dtype(np.int8),
 }
+
+
+_ONNX_TYPES = {"tensor(float)": 1, "tensor(uint8)": 2, "tensor(int8)": 3, "tensor(float16)": 10}
+"""Of values within a graph, as TensorProto counts them."""
 
 
 def open_in_onnxruntime(
@@ -59,6 +67,11 @@ def open_in_onnxruntime(
     def denoiser(settings: RuntimeConfig) -> GraphModule:
         return graph_module(folder / name, lambda path: graph(path, settings))
 
+    def take_apart(runtime: Runtime, middle: Middle) -> Split:
+        module = family.denoiser(runtime.pipeline)
+        assert isinstance(module, GraphModule)
+        return _apart(module, middle, providers(name), threads, runtime.settings)
+
     return Runtime(
         family,
         graph_pipeline(folder, family, graph),
@@ -67,7 +80,32 @@ def open_in_onnxruntime(
         threads=threads or (settings.threads if settings else None),
         settings=settings,
         reopen=denoiser,
+        take_apart=take_apart,
     )
+
+
+def _apart(
+    module: GraphModule,
+    middle: Middle,
+    providers: list[tuple[str, dict[str, Any]]],
+    threads: int | None,
+    settings: RuntimeConfig | None,
+) -> GraphSplit:
+    """Opens the two graphs that a denoiser's can be taken apart into, in place of it."""
+    whole_graph = cast("OrtGraph", module.graph)
+    path, rows = whole_graph.path, whole_graph.max_rows
+    model, names = with_middle(path, [f"{module.name}.{part}." for part in middle.paths])
+    whole = OrtGraph(path, providers, threads, settings, model=model.SerializeToString())
+    taken = {
+        node.name: (_ONNX_TYPES[node.type], list(node.shape))
+        for node in whole.session.get_outputs()
+        if node.name in names
+    }
+    outer = OrtGraph(
+        path, providers, threads, settings, model=without_middle(model, taken).SerializeToString()
+    )
+    whole.max_rows = outer.max_rows = rows
+    return GraphSplit(module, whole, outer, names)
 
 
 def _options(threads: int | None, settings: RuntimeConfig | None) -> Any:
@@ -111,15 +149,20 @@ class OrtGraph:
         providers: list[tuple[str, dict[str, Any]]],
         threads: int | None,
         settings: RuntimeConfig | None = None,
+        model: bytes | None = None,
     ) -> None:
         import onnxruntime as ort
 
         self.path = path
         options = _options(threads, settings)
+        if model is not None:  # weights outside of it lie beside the file that it was made of
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(path.parent)
+            )
         if _only_stores_int8(path.parent):  # then weights are unpacked once, here, and not in each call
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:
-            self.session = ort.InferenceSession(path, options, providers=providers)
+            self.session = ort.InferenceSession(model or path, options, providers=providers)
         except Exception as error:  # its exception classes have no common base
             raise ModelError(f"ONNX Runtime cannot load it: {first_line(error)}", where=str(path)) from error
         wanted = providers[0][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import tempfile
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from tunekit import hardware
 from tunekit.artifacts import GRAPHS, Artifact
 from tunekit.config import RuntimeConfig
 from tunekit.errors import DeviceError, ModelError, output_errors, require
-from tunekit.families.family import DTYPES, Family
+from tunekit.families.family import DTYPES, Family, Middle
 from tunekit.hardware import Device
 from tunekit.records import read_mapping
 from tunekit.runtime.base import Runtime, settings_here
@@ -28,6 +29,7 @@ from tunekit.runtime.graph import (
     model_folder,
 )
 from tunekit.runtime.onnx_files import external_files, load_whole
+from tunekit.runtime.step_cache import GraphSplit, Node, cut
 
 IR = GRAPHS["openvino"]
 """The graph in a component's folder; its weights are in `openvino_model.bin`."""
@@ -126,7 +128,71 @@ def _runtime(
         threads=threads or (settings.threads if settings else None),
         settings=settings,
         reopen=denoiser,
+        take_apart=_apart,
     )
+
+
+def _apart(runtime: Runtime, middle: Middle) -> GraphSplit:
+    """Compiles the two graphs that a denoiser's can be taken apart into, in place of it.
+
+    Raises:
+        ModelError: its weights do not have the names of their modules.
+    """
+    import openvino
+    from openvino import opset13
+
+    module: Any = runtime.family.denoiser(runtime.pipeline)
+    graph: OpenVinoGraph = module.graph
+    prefixes = tuple(f"{module.name}.{part}." for part in middle.paths)
+    model = read(openvino.Core(), graph.path)
+    names = _cut(model, prefixes)
+    if not names:
+        raise ModelError(
+            f"its graph does not say where the network's middle is: no weight begins with {prefixes[-1]}",
+            where=str(graph.path),
+            hint="export the model with export_openvino, which keeps the names",
+        )
+    ports = {name: port for op in model.get_ordered_ops() for name, port in _ports(op).items()}
+    given = [f"middle.{index}" for index in range(len(names))]
+    results = []
+    for name, title in zip(names, given, strict=True):
+        results.append(opset13.result(ports[name]))
+        ports[name].get_tensor().set_names({title})
+    whole = graph.of(openvino.Model([*model.get_results(), *results], model.get_parameters(), "whole"))
+    taken = []
+    for name, title in zip(names, given, strict=True):
+        port = ports[name]
+        shape = port.get_partial_shape()
+        added = opset13.parameter(shape, port.get_element_type(), name=title)
+        port.get_tensor().set_names(set())
+        added.output(0).get_tensor().set_names({title})
+        for target in port.get_target_inputs():
+            if target.get_node().get_type_name() != "Result":
+                target.replace_source_output(added.output(0))
+        taken.append(added)
+    outer = graph.of(openvino.Model(model.get_results(), [*model.get_parameters(), *taken], "outer"))
+    return GraphSplit(module, whole, outer, given)
+
+
+def _cut(model: Any, prefixes: tuple[str, ...]) -> list[str]:
+    nodes: list[Node] = []
+    constants: set[str] = set()
+    middle: set[str] = set()
+    for op in model.get_ordered_ops():
+        nodes.append(Node([_port(value.get_source_output()) for value in op.inputs()], list(_ports(op))))
+        if op.get_type_name() == "Constant":
+            constants.update(_ports(op))
+            if op.get_friendly_name().startswith(prefixes):
+                middle.update(_ports(op))
+    return cut(nodes, constants, middle)
+
+
+def _ports(op: Any) -> dict[str, Any]:
+    return {_port(port): port for port in op.outputs()}
+
+
+def _port(port: Any) -> str:
+    return f"{port.get_node().get_friendly_name()}:{port.get_index()}"
 
 
 def noted_precision(folder: Path) -> torch.dtype:
@@ -172,22 +238,25 @@ class OpenVinoGraph:
             settings["INFERENCE_NUM_THREADS"] = threads
         if chosen and chosen.pinning is not None and device == "CPU":
             settings["ENABLE_CPU_PINNING"] = chosen.pinning
-        self.path, self.device = path, device
+        self.path, self.device, self.settings = path, device, settings
         core = openvino.Core()
         there = list(core.available_devices)
         if device not in there and f"{device}.0" not in there:
             raise DeviceError(
                 f"OpenVINO finds no device {device}", hint=f"it finds {', '.join(there) or 'none'}"
             )
+        self._unmarked = path.name != IR and precision != torch.float32  # our own files have their marks
         try:
-            model = read(core, path)
-            if path.name != IR and precision != torch.float32:
-                model = _with_angles(core, model)  # our own files have their marks
-            self.compiled = core.compile_model(model, device, settings)
+            self._compile(core, read(core, path))
         except RuntimeError as error:
             raise ModelError(_why(path, error), where=str(path), hint=_newer(path)) from error
-        self.request = self.compiled.create_infer_request()
         self.precision: str = self._taken(openvino, _TYPES[precision])
+
+    def _compile(self, core: Any, model: Any) -> None:
+        if self._unmarked:
+            model = _with_angles(core, model)
+        self.compiled = core.compile_model(model, self.device, self.settings)
+        self.request = self.compiled.create_infer_request()
         self.inputs = {
             port.get_any_name(): (
                 np.dtype(port.get_element_type().to_dtype()),
@@ -196,6 +265,14 @@ class OpenVinoGraph:
             for port in self.compiled.inputs
         }
         self.outputs = [port.get_any_name() for port in self.compiled.outputs]
+
+    def of(self, model: Any) -> OpenVinoGraph:
+        """Another graph that is run as this one is."""
+        import openvino
+
+        made = copy.copy(self)
+        made._compile(openvino.Core(), model)
+        return made
 
     def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         """See `Graph.run`."""
