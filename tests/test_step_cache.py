@@ -81,6 +81,8 @@ def test_where_a_graph_is_cut() -> None:
     assert cut(nodes, constants, {"packed", "last"}) == ["up"]
     assert cut(nodes, constants, {"packed"}) == ["down"]
     assert cut(nodes, constants, set()) == []
+    shaped = [*nodes[:7], Node(["mid"], ["size"], is_shape=True), Node(["up", "size"], ["out"])]
+    assert cut(shaped, constants, {"packed", "last"}) == ["up"]
     biased = [
         *nodes[:7],
         Node(["bias", "up"], ["b"]),
@@ -132,7 +134,7 @@ def test_a_graph_that_does_not_name_its_middle(tiny_onnx: Path, monkeypatch: pyt
     with pytest.raises(ModelError, match=r"no weight begins with unet\.elsewhere\.0\.") as caught:
         runtime.take_apart(runtime, other)
     assert "export_onnx, which keeps the names" in str(caught.value)
-    assert found.paths[-1] == "up_blocks.0"
+    assert found.paths[-1] == "up_blocks.1.attentions.0"
     monkeypatch.setattr(runtime, "take_apart", None)
     with pytest.raises(ConfigError, match="steps cannot be cached with onnxruntime CPUExecutionProvider"):
         runtime.denoiser(CACHED)

@@ -55,21 +55,29 @@ class UNet(Usual):
         return [*down, *middle, *up]
 
     def middle(self, denoiser: Any) -> Middle | None:
-        # All between the first block of the way down and the last of the way up, as DeepCache has it.
-        down, up = len(denoiser.config.down_block_types), len(denoiser.config.up_block_types)
-        if up < 2:
-            return None
-        inside = () if denoiser.config.mid_block_type is None else ("mid_block",)
-        paths = [f"down_blocks.{index}" for index in range(1, down)]
-        return Middle((*paths, *inside, *(f"up_blocks.{index}" for index in range(up - 1))), skipped=_skipped)
+        # As DeepCache has it: all but the first convolution and the last layer on the way up.
+        config = denoiser.config
+        inside = () if config.mid_block_type is None else ("mid_block",)
+        blocks = [f"down_blocks.{index}" for index in range(len(config.down_block_types))]
+        last = len(config.up_block_types) - 1
+        paths = [*blocks, *inside, *(f"up_blocks.{index}" for index in range(last))]
+        layers = config.layers_per_block
+        count = layers if isinstance(layers, int) else layers[0]
+        if isinstance(denoiser, nn.Module):  # blocks may have lost some
+            own: Any = denoiser
+            count = len(own.up_blocks[last].resnets) - 1
+        parts = ("resnets", "attentions") if "Attn" in config.up_block_types[-1] else ("resnets",)
+        for index in range(count):
+            paths += [f"up_blocks.{last}.{part}.{index}" for part in parts]
+        return Middle(tuple(paths), skipped=_skipped)
 
 
-def _skipped(block: nn.Module, state: Tensor) -> Any:
-    """What stands in for a block that is not run: a way down gives a state for each of its parts as well."""
-    own: Any = block
-    if not hasattr(block, "downsamplers"):
-        return state
-    return state, (state,) * (len(own.resnets) + len(own.downsamplers or ()))
+def _skipped(module: nn.Module, state: Tensor) -> Any:
+    """What stands in for a module that is not run: a way down gives a state for each of its parts as well."""
+    own: Any = module
+    if hasattr(module, "downsamplers"):
+        return state, (state,) * (len(own.resnets) + len(own.downsamplers or ()))
+    return (state,) if hasattr(module, "transformer_blocks") else state
 
 
 def unet_factor(pipeline: Pipeline) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tunekit.errors import ModelError
 from tunekit.runtime.onnx_files import load_graph
-from tunekit.runtime.step_cache import Node, cut, needed
+from tunekit.runtime.step_cache import Node, cut, is_matrix, needed
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto
@@ -33,7 +33,11 @@ def with_middle(path: Path, prefixes: Sequence[str]) -> tuple[ModelProto, list[s
     graph, start = model.graph, tuple(prefixes)
     constants = {weight.name for weight in graph.initializer}
     constants |= {name for node in graph.node if node.op_type == "Constant" for name in node.output}
-    middle = {name for name in constants if name.startswith(start)}
+    middle = {
+        weight.name
+        for weight in graph.initializer
+        if weight.name.startswith(start) and is_matrix(weight.dims)
+    }
     names = cut(_nodes(graph), constants, middle)
     if not names:
         raise ModelError(
@@ -76,7 +80,8 @@ def without_middle(model: ModelProto, values: Values) -> ModelProto:
 
 
 def _nodes(graph: GraphProto) -> list[Node]:
-    return [Node(_reads(node), list(node.output)) for node in graph.node]
+    shapes = ("Shape", "Size")
+    return [Node(_reads(node), list(node.output), node.op_type in shapes) for node in graph.node]
 
 
 def _reads(node: object) -> list[str]:

@@ -29,7 +29,7 @@ from tunekit.runtime.graph import (
     model_folder,
 )
 from tunekit.runtime.onnx_files import external_files, load_whole
-from tunekit.runtime.step_cache import GraphSplit, Node, cut
+from tunekit.runtime.step_cache import GraphSplit, Node, cut, is_matrix
 
 IR = GRAPHS["openvino"]
 """The graph in a component's folder; its weights are in `openvino_model.bin`."""
@@ -179,10 +179,11 @@ def _cut(model: Any, prefixes: tuple[str, ...]) -> list[str]:
     constants: set[str] = set()
     middle: set[str] = set()
     for op in model.get_ordered_ops():
-        nodes.append(Node([_port(value.get_source_output()) for value in op.inputs()], list(_ports(op))))
-        if op.get_type_name() == "Constant":
+        reads, kind = [_port(value.get_source_output()) for value in op.inputs()], op.get_type_name()
+        nodes.append(Node(reads, list(_ports(op)), kind == "ShapeOf"))
+        if kind == "Constant":
             constants.update(_ports(op))
-            if op.get_friendly_name().startswith(prefixes):
+            if op.get_friendly_name().startswith(prefixes) and is_matrix(op.get_output_shape(0)):
                 middle.update(_ports(op))
     return cut(nodes, constants, middle)
 

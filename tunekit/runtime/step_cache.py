@@ -11,7 +11,7 @@ decides by the step alone, a picture does not depend on others in its batch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -141,22 +141,25 @@ class TorchSplit:
         def forward(*args: Any, **options: Any) -> Any:
             states = _states(module, args, options, forward=original)
             if not self.middle.adds:
-                return given[0].to(states[0].dtype) if last else self.middle.skipped(module, states[0])
+                if not last:
+                    return self.middle.skipped(module, states[0])
+                return (
+                    (given[0].to(states[0].dtype),) if self._forms[module] else given[0].to(states[0].dtype)
+                )
             form, now = self._forms[module], states[::-1]
             if last:
                 changes = zip(self._in_order(states), given, strict=True)
                 now = [old + new.to(old.dtype) for old, new in changes]
             if not form:
                 return now[-1]
-            return tuple(
-                state if there else None for state, there in zip([None, *now][-2:], form, strict=True)
-            )
+            parts = zip([None, *now][-len(form) :], form, strict=True)
+            return tuple(state if there else None for state, there in parts)
 
         return forward
 
     def _in_order(self, states: list[Tensor]) -> list[Tensor]:
         """Of the states that came in, those that the last module gives, a text's before a picture's."""
-        return states[1::-1] if all(self._forms[self.modules[-1]] or (False,)) else states[:1]
+        return states[1::-1] if self._forms[self.modules[-1]] == (True, True) else states[:1]
 
 
 TEXT = "encoder_hidden_states"
@@ -178,7 +181,7 @@ def _parts(output: Any) -> tuple[Tensor | None, ...]:
 
 
 def _form(output: Any) -> tuple[bool, ...]:
-    """What a block gives: () for a picture's state alone; whether a text's is there, and a picture's, of two.
+    """What a block gives: () for a picture's state; of a tuple, which of text and picture are there.
 
     Raises:
         ModelError: something else.
@@ -186,7 +189,7 @@ def _form(output: Any) -> tuple[bool, ...]:
     if isinstance(output, Tensor):
         return ()
     there = tuple(isinstance(part, Tensor) for part in _parts(output))
-    if there not in ((True, True), (False, True)):
+    if there not in ((True,), (True, True), (False, True)):
         raise ModelError("the middle of this denoiser gives what cannot be kept for the next step")
     return there
 
@@ -246,6 +249,13 @@ class Node(NamedTuple):
 
     inputs: Sequence[str]
     outputs: Sequence[str]
+    is_shape: bool = False
+    """Whether it gives the shape of what it reads, which depends on no weight."""
+
+
+def is_matrix(shape: Iterable[int]) -> bool:
+    """Whether a weight says by its name where it belongs: vectors that are alike are one in a graph."""
+    return sum(side > 1 for side in shape) > 1
 
 
 def cut(nodes: Sequence[Node], constants: Collection[str], middle: Collection[str]) -> list[str]:
@@ -273,7 +283,7 @@ def cut(nodes: Sequence[Node], constants: Collection[str], middle: Collection[st
         own.append(unpacks and not is_fixed)
     reached: set[str] = set()  # values that depend on the middle
     for node, is_own in zip(nodes, own, strict=True):
-        if is_own or reached.intersection(node.inputs):
+        if (is_own or reached.intersection(node.inputs)) and not node.is_shape:
             reached.update(node.outputs)
     before: set[str] = set()  # values that the middle depends on
     early: set[str] = set()
