@@ -48,6 +48,7 @@ class Chroma(Flux):
     """Chroma; see `Family` for what each method promises."""
 
     name: ClassVar[str] = "chroma"
+    counted: ClassVar[Mapping[str, str]] = {}  # one network modulates all blocks, each by its number
     # Sizes: https://huggingface.co/lodestones/Chroma1-Base, the config.json of each folder
     facts: ClassVar[FamilyFacts] = replace(
         Flux.facts,

@@ -543,6 +543,25 @@ class Family(Planned, Protocol):
         """
         ...
 
+    def removable(self, denoiser: nn.Module) -> dict[str, tuple[str, ...]]:
+        """Return what may leave the denoiser whole: name -> paths of modules that leave together.
+
+        Any of them may leave, some or all; a configuration of diffusers describes what is left.
+        """
+        ...
+
+    def layouts(self, denoiser: nn.Module) -> dict[str, tuple[str, ...]]:
+        """Return the smaller layouts that people have published: name -> paths of modules that leave."""
+        ...
+
+    def without(self, denoiser: nn.Module, gone: Collection[str]) -> nn.Module:
+        """Return a denoiser of the same modules, but for those that leave; the one given stays whole.
+
+        Args:
+            gone: paths of `removable`, all that leave together, or of one of `layouts`.
+        """
+        ...
+
     def export_components(self, pipeline: Pipeline) -> list[ExportComponent]:
         """Return the graphs that make up the pipeline, in the layout that Optimum and diffusers expect."""
         ...

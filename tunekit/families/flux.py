@@ -150,6 +150,10 @@ class Flux(Transformer):
 
     absent = ABSENT
     lists = ("transformer_blocks", "single_transformer_blocks")
+    counted: ClassVar[Mapping[str, str]] = {
+        "transformer_blocks": "num_layers",
+        "single_transformer_blocks": "num_single_layers",
+    }
     widths: ClassVar[Mapping[str, tuple[str, str]]] = {
         "text_encoder": ("hidden_size", "pooled_projection_dim"),
         "text_encoder_2": ("d_model", "joint_attention_dim"),

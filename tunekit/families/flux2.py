@@ -153,6 +153,10 @@ class Flux2(Transformer):
     )
 
     lists = ("transformer_blocks", "single_transformer_blocks")
+    counted: ClassVar[Mapping[str, str]] = {
+        "transformer_blocks": "num_layers",
+        "single_transformer_blocks": "num_single_layers",
+    }
 
     def misfits(self, parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]) -> list[str]:
         found = []

@@ -299,6 +299,15 @@ class SD3(Transformer):
         scheduler.set_timesteps(steps, device=latents.device, mu=shift(scheduler, latents))
         return latents
 
+    def recounted(self, denoiser: nn.Module, name: str, kept: list[int]) -> dict[str, Any]:
+        """The blocks in which the picture attends to itself once more.
+
+        The last block, in which the text is read only, is the last afterwards, too.
+        """
+        config: Any = denoiser.config
+        twice = config.dual_attention_layers
+        return {"dual_attention_layers": tuple(new for new, old in enumerate(kept) if old in twice)}
+
     def picture_state(self, output: Any) -> Tensor | None:
         return answers.last_state(output)  # the text comes first, and is None behind the last block
 

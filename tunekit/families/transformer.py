@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -9,8 +11,8 @@ from torch import Tensor, nn
 
 from tunekit.config import ObjectiveConfig
 from tunekit.diffusion.objectives import FlowMatching, Objective, ShiftByTokens
+from tunekit.families import depth, vae
 from tunekit.families import family as answers
-from tunekit.families import vae
 from tunekit.families.family import Middle, Pipeline
 from tunekit.families.usual import Usual
 
@@ -30,6 +32,9 @@ class Transformer(Usual):
 
     lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     """Lists of modules that a picture runs through one after the other."""
+    counted: ClassVar[Mapping[str, str]] = {"transformer_blocks": "num_layers"}
+    """Of those, the ones that any block may leave -> the key of the configuration that says how many there
+    are. Not so where another part of the network knows a block by its number."""
 
     def objective(self, pipeline: Pipeline, config: ObjectiveConfig | None = None) -> Objective:
         return FlowMatching.from_scheduler(pipeline.scheduler, config, patch=PATCH)
@@ -58,6 +63,35 @@ class Transformer(Usual):
         name = max(reversed(self.lists), key=lambda one: len(denoiser.get_submodule(one)._modules))
         count = len(denoiser.get_submodule(name)._modules)
         return Middle(tuple(f"{name}.{index}" for index in range(1, count)), adds=True) if count > 1 else None
+
+    def removable(self, denoiser: nn.Module) -> dict[str, tuple[str, ...]]:
+        """Every block of a list but its last, so that none is empty."""
+        return {
+            path: (path,)
+            for name in self.counted
+            for path in (f"{name}.{index}" for index in range(len(getattr(denoiser, name)) - 1))
+        }
+
+    def without(self, denoiser: nn.Module, gone: Collection[str]) -> nn.Module:
+        made: Any = copy.copy(denoiser)
+        made._modules = dict(denoiser._modules)
+        changes: dict[str, Any] = {}
+        for name, key in self.counted.items():
+            kept = [
+                (index, block)
+                for index, block in enumerate(getattr(denoiser, name))
+                if not depth.lies_in(f"{name}.{index}", gone)
+            ]
+            made._modules[name] = nn.ModuleList([block for _, block in kept])
+            changes[key] = len(kept)
+            changes |= self.recounted(denoiser, name, [index for index, _ in kept])
+        made.register_to_config(**depth.configured(denoiser, changes))
+        network: nn.Module = made
+        return network
+
+    def recounted(self, denoiser: nn.Module, name: str, kept: list[int]) -> dict[str, Any]:
+        """What else a configuration says of blocks by their number, where those of list `name` are kept."""
+        return {}
 
 
 def shift(scheduler: Any, latents: Tensor) -> float:

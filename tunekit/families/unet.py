@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from tunekit.config import ObjectiveConfig
 from tunekit.diffusion.objectives import Discrete, Objective
 from tunekit.errors import TunekitError
+from tunekit.families import depth, graphs, tiny
 from tunekit.families import family as answers
-from tunekit.families import graphs, tiny
 from tunekit.families.family import ExportComponent, Middle, Pipeline, Published
 from tunekit.families.usual import Usual
 from tunekit.families.vae import misfits as vae_misfits
 from tunekit.families.vae import vae_factor
 from tunekit.families.weights import Entry
+from tunekit.layers import replace
 
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0"),  # both attentions
@@ -71,6 +72,46 @@ class UNet(Usual):
             paths += [f"up_blocks.{last}.{part}.{index}" for part in parts]
         return Middle(tuple(paths), skipped=_skipped)
 
+    def removable(self, denoiser: nn.Module) -> dict[str, tuple[str, ...]]:
+        """The middle; of each level pairs of residual block and attention, down and up; all its attentions.
+
+        The first pair of a level changes the number of channels, and the last one up reads what comes from
+        the level above: they stay, as in BK-SDM (Kim et al. 2023, arXiv:2305.15798).
+        """
+        return {**_middle(denoiser), **_pairs(denoiser), **_attentions(denoiser)}
+
+    def layouts(self, denoiser: nn.Module) -> dict[str, tuple[str, ...]]:
+        """Those of BK-SDM, as far as this network has what they are without.
+
+        "base" is without the second pairs, "small" without the middle too, "tiny" without the lowest level
+        too, where that is as wide as the one above.
+        """
+        unet: Any = denoiser
+        found = {}
+        pairs = tuple(path for paths in _pairs(denoiser).values() for path in paths)
+        small = (*pairs, *_middle(denoiser))
+        if pairs:
+            found["base"] = pairs
+        if len(small) > len(pairs):
+            found["small"] = small
+        last = len(unet.down_blocks) - 1
+        widths = unet.config.block_out_channels
+        if last and small and widths[last] == widths[last - 1]:
+            lowest = (f"down_blocks.{last}", f"down_blocks.{last - 1}.downsamplers", "up_blocks.0")
+            middle = "mid_block" if unet.mid_block is not None else ""
+            found["tiny"] = tuple(dict.fromkeys(filter(None, (*small, middle, *lowest))))
+        return found
+
+    def without(self, denoiser: nn.Module, gone: Collection[str]) -> nn.Module:
+        # The configuration decides which classes levels have.
+        built = depth.described(denoiser, _configured(denoiser, gone))
+        there = dict(denoiser.named_modules())
+        units = [path for path in there if _is_unit(path)]
+        for path, name in depth.renumbered(units, gone).items():
+            replace(built, name, there[path])
+        network: nn.Module = built.train(denoiser.training)
+        return network
+
 
 def _skipped(module: nn.Module, state: Tensor) -> Any:
     """What stands in for a module that is not run: a way down gives a state for each of its parts as well."""
@@ -83,6 +124,104 @@ def _skipped(module: nn.Module, state: Tensor) -> Any:
 def unet_factor(pipeline: Pipeline) -> int:
     """The number that both sides of the latents have to be divisible by."""
     return int(2 ** (len(pipeline.unet.config.block_out_channels) - 1))
+
+
+# Fewer blocks ----------------------------------------------------------------------------------------------
+
+_ATTENDED = {"CrossAttnDownBlock2D": "DownBlock2D", "CrossAttnUpBlock2D": "UpBlock2D"}
+"""Classes of levels with attentions -> the same without."""
+
+
+def _middle(denoiser: Any) -> dict[str, tuple[str, ...]]:
+    return {} if denoiser.mid_block is None else {"mid_block": ("mid_block",)}
+
+
+def _pairs(denoiser: Any) -> dict[str, tuple[str, ...]]:
+    """Second and later pairs on the way down, each with one on the way up, which has one pair more."""
+    found = {}
+    for level, (down, up) in enumerate(_levels(denoiser)):
+        count = len(getattr(down, "resnets", ()))
+        if len(getattr(up, "resnets", ())) != count + 1:
+            continue
+        place = len(denoiser.up_blocks) - 1 - level
+        for index in range(1, count):
+            paths = []
+            for block, path, number in (
+                (down, f"down_blocks.{level}", index),
+                (up, f"up_blocks.{place}", count - index),
+            ):
+                parts = ("resnets", "attentions") if hasattr(block, "attentions") else ("resnets",)
+                paths += [f"{path}.{part}.{number}" for part in parts]
+            found[f"down_blocks.{level}.resnets.{index}"] = tuple(paths)
+    return found
+
+
+def _attentions(denoiser: Any) -> dict[str, tuple[str, ...]]:
+    found = {}
+    for level, blocks in enumerate(_levels(denoiser)):
+        places = (f"down_blocks.{level}", f"up_blocks.{len(denoiser.up_blocks) - 1 - level}")
+        paths = tuple(
+            f"{path}.attentions"
+            for block, path in zip(blocks, places, strict=True)
+            if type(block).__name__ in _ATTENDED
+        )
+        if paths:
+            found[paths[0]] = paths
+    return found
+
+
+def _levels(denoiser: Any) -> list[tuple[Any, Any]]:
+    """The blocks of each level on the way down and on the way up."""
+    return list(zip(denoiser.down_blocks, reversed(denoiser.up_blocks), strict=True))
+
+
+def _configured(denoiser: Any, gone: Collection[str]) -> dict[str, Any]:
+    """What the configuration of a U-Net says without some of its modules."""
+    config, count = denoiser.config, len(denoiser.down_blocks)
+    levels = [level for level in range(count) if not depth.lies_in(f"down_blocks.{level}", gone)]
+
+    def kind(path: str, known: str) -> str:
+        return _ATTENDED.get(known, known) if depth.lies_in(f"{path}.attentions", gone) else known
+
+    def left(level: int) -> int:
+        path = f"down_blocks.{level}.resnets"
+        return sum(
+            not depth.lies_in(f"{path}.{index}", gone)
+            for index in range(len(denoiser.down_blocks[level].resnets))
+        )
+
+    def each(key: str) -> Any:
+        """A setting of every level, or of all alike."""
+        known = config[key]
+        return [known[level] for level in levels] if isinstance(known, list | tuple) else known
+
+    depths = [left(level) for level in levels]
+    changes: dict[str, Any] = {
+        key: each(key)
+        for key in (
+            *("block_out_channels", "attention_head_dim", "num_attention_heads", "cross_attention_dim"),
+            *("only_cross_attention", "transformer_layers_per_block"),
+        )
+    }
+    changes["layers_per_block"] = depths[0] if len(set(depths)) == 1 else depths
+    changes["down_block_types"] = [
+        kind(f"down_blocks.{level}", config.down_block_types[level]) for level in levels
+    ]
+    changes["up_block_types"] = [
+        kind(f"up_blocks.{count - 1 - level}", config.up_block_types[count - 1 - level])
+        for level in reversed(levels)
+    ]
+    if depth.lies_in("mid_block", gone):
+        changes["mid_block_type"] = None
+    return changes
+
+
+def _is_unit(path: str) -> bool:
+    """Whether a module moves as a whole: parts of levels, and whatever is no level."""
+    parts = path.split(".")
+    if parts[0] in ("down_blocks", "up_blocks"):
+        return len(parts) == 4
+    return len(parts) == 1 and bool(path)
 
 
 # Whether components make up a model ------------------------------------------------------------------------
@@ -177,8 +316,7 @@ def published_names(paths: Collection[str]) -> dict[str, str]:
     Returns:
         diffusers' module path -> path there.
     """
-    down = _count(paths, "down_blocks.0.resnets.")
-    up = _count(paths, "up_blocks.0.resnets.")
+    down, up = _starts(paths, "down_blocks", 1), _starts(paths, "up_blocks", 0)
     attended = {path.split(".attentions.")[0] for path in paths if ".attentions." in path}
     return {path: _published(path, down, up, attended) for path in paths}
 
@@ -205,12 +343,20 @@ def encoder_names(paths: Collection[str]) -> list[Published]:
     return names
 
 
+def _starts(paths: Collection[str], way: str, beside: int) -> list[int]:
+    """How many residual blocks there are before each level, and in all; `beside` them, so many more each."""
+    starts = [0]
+    while found := _count(paths, f"{way}.{len(starts) - 1}.resnets."):
+        starts.append(starts[-1] + found + beside)
+    return starts
+
+
 def _count(paths: Collection[str], prefix: str) -> int:
     found = {path.removeprefix(prefix).partition(".")[0] for path in paths if path.startswith(prefix)}
     return len(found)
 
 
-def _published(path: str, down: int, up: int, attended: Collection[str]) -> str:
+def _published(path: str, down: list[int], up: list[int], attended: Collection[str]) -> str:
     if path in _OUTSIDE:
         return _OUTSIDE[path]
     kind, *rest = path.split(".")
@@ -220,15 +366,15 @@ def _published(path: str, down: int, up: int, attended: Collection[str]) -> str:
     elif kind in ("down_blocks", "up_blocks"):
         level, part, index, *inner = rest
         if part == "downsamplers":
-            return f"input_blocks.{(int(level) + 1) * (down + 1)}.0.op"
+            return f"input_blocks.{down[int(level) + 1]}.0.op"
         if part == "upsamplers":
             last = 2 if f"up_blocks.{level}" in attended else 1
-            return f"output_blocks.{int(level) * up + up - 1}.{last}.conv"
+            return f"output_blocks.{up[int(level) + 1] - 1}.{last}.conv"
         within = 1 if part == "attentions" else 0
         if kind == "down_blocks":
-            place = f"input_blocks.{1 + int(level) * (down + 1) + int(index)}.{within}"
+            place = f"input_blocks.{1 + down[int(level)] + int(index)}.{within}"
         else:
-            place = f"output_blocks.{int(level) * up + int(index)}.{within}"
+            place = f"output_blocks.{up[int(level)] + int(index)}.{within}"
     else:
         return path
     name = ".".join([place, *inner])

@@ -6,7 +6,7 @@ Whoever asks knows `family.Family` alone: a family may as well answer everything
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -102,3 +102,14 @@ class Usual(ABC):
 
     def picture_state(self, output: Any) -> Tensor | None:
         return answers.first_state(output)
+
+    # Fewer blocks -------------------------------------------------------------------------------------------
+
+    def removable(self, denoiser: nn.Module) -> dict[str, tuple[str, ...]]:
+        return {}
+
+    def layouts(self, denoiser: nn.Module) -> dict[str, tuple[str, ...]]:
+        return {}
+
+    def without(self, denoiser: nn.Module, gone: Collection[str]) -> nn.Module:
+        raise NotImplementedError(f"nothing of a {type(denoiser).__name__} may leave")

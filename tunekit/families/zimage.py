@@ -118,6 +118,7 @@ class ZImage(Transformer):
     )
 
     lists = ("noise_refiner", "layers")  # those that see the picture; a text is refined by its own
+    counted: ClassVar[Mapping[str, str]] = {"layers": "n_layers"}  # text and picture have as many refiners
 
     def misfits(self, parts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Entry]]) -> list[str]:
         network, coder, encoder = (parts[name].config for name in ("transformer", "vae", "text_encoder"))
