@@ -335,6 +335,12 @@ def test_a_chain_that_heals_is_planned_with_its_teacher() -> None:
         config(*TINY, chain.replace("micro_batch: 2", "micro_batch: 1")), device="rtx-3060"
     )
     assert smaller.phases["heal"]["peak_allocated_bytes"] < plan.phases["heal"]["peak_allocated_bytes"]
+    (adapter,) = planning.plan_config(
+        config(*TINY, chain.replace("batch_size", "adapter: {rank: 4}, batch_size")), device="rtx-3060"
+    )
+    less = adapter.phases["heal"]["ledger"]
+    assert less["teacher"] == ledger["teacher"] and less["optimizer state"] < ledger["optimizer state"] / 5
+    assert adapter.phases["heal"]["peak_allocated_bytes"] < plan.phases["heal"]["peak_allocated_bytes"]
 
 
 def test_a_chain_that_distills_is_planned_with_its_teacher() -> None:

@@ -92,7 +92,7 @@ def absent(name: str) -> MissingPackageError | None:
 
 def build(
     name: str,
-    parameters: Iterable[torch.nn.Parameter],
+    parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]],
     *,
     lr: float,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -105,6 +105,7 @@ def build(
 
     Args:
         name: a row, or auto for adamw.
+        parameters: or groups of them, as torch's optimizers take them.
         betas, eps, weight_decay: ignored where the class does not take them (`OptimizerFacts.takes`).
         device: torch device the parameters are on ("cuda:0"); decides whether the fused kernel is used.
         per_parameter: one group per parameter, so that each can be stepped alone during the backward pass.

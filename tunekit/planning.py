@@ -624,18 +624,17 @@ class _Taught:
 
 
 def _healing(step: Any, job: Job) -> _Taught:
-    """All weights, beside a teacher of the size."""
-    from tunekit.memory.levers import Levers
+    """All weights or an adapter, beside a teacher of the size."""
     from tunekit.training.distill import Distillation
 
-    sizes, weight = job.sizes, step.feature_weight
+    sizes, weight, decay = job.sizes, step.feature_weight, step.ema
 
     def make(fitted: Fitted) -> Distillation:
         teacher: nn.Module = sizes.denoiser.build()
-        return Distillation(fitted, sizes.family, teacher, job.learned(), weight)
+        return Distillation(fitted, sizes.family, teacher, job.learned(), weight, decay=decay)
 
-    levers = Levers(step.precision, micro_batch=step.micro_batch or step.batch_size)
-    return _Taught(step, None, make, f"distillation {weight}", levers, 2)
+    name = f"distillation {weight}{' mean' if decay else ''}"
+    return _Taught(step, step.adapter, make, name, step.levers, 2)
 
 
 def _distilling(step: Any, config: TrainingRunConfig, job: Job) -> _Taught:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tunekit import families, layers
-from tunekit.passes.prunable import Sensitivity, find, macs, macs_each, magnitudes, parameters
+from tunekit.passes.prunable import Activation, Sensitivity, find, macs, macs_each, magnitudes, parameters
 
 FAMILY = families.get("sd15")
 ALL = ["feed_forward", "heads", "resnet"]
@@ -103,6 +103,25 @@ def test_sensitivity_estimates_the_squared_derivative_by_the_gate():
     (estimate,) = sensitivity.scores
     assert torch.allclose(estimate, exact.double(), rtol=0.15)
     assert sensitivity.examples == 8000
+
+
+def test_other_importances_measure_what_they_say():
+    """What a structure adds to its reader, and how far the output moves with what it says."""
+    torch.manual_seed(0)
+    model = nn.Sequential(FeedForward())
+    block, x = model[0], torch.randn(2, 3)
+    found = find(model, ["feed_forward"])
+    hidden = torch.tanh(block.net[0].proj(x)).detach()
+    with Activation(found) as activation, torch.no_grad():
+        model(x)
+    added = hidden.square().sum(0) * block.net[2].weight.square().sum(0).detach()
+    assert torch.allclose(activation.scores[0], (added / added.mean()).double(), rtol=1e-5)
+    slopes = block.net[2].weight.square().sum(0).detach().double()  # the output is linear in what they say
+    with Sensitivity(found, by="gradient") as sensitivity:
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3000):
+            sensitivity.add(model(x.clone().requires_grad_()), generator)
+    assert torch.allclose(sensitivity.scores[0], slopes, rtol=0.15)
 
 
 def test_the_ranking_predicts_what_removal_costs():

@@ -138,14 +138,13 @@ class Distill(Pass):
 
         from tunekit import families
         from tunekit.adapters import fold_adapter, save_adapter
-        from tunekit.config import TrainConfig
         from tunekit.data.cache import Draws, Stream
         from tunekit.diffusion.sampling import sampler
         from tunekit.errors import ConfigError
         from tunekit.families.family import as_kept
         from tunekit.memory.levers import fit
+        from tunekit.passes.learning import checkpointed, settings_of
         from tunekit.passes.prunable import parameters
-        from tunekit.training.checkpoint import Checkpoints
         from tunekit.training.consistency import Guidance, Teacher
         from tunekit.training.loop import Hooks, train
         from tunekit.training.run import build_optimizer
@@ -168,17 +167,7 @@ class Distill(Pass):
         learned = self.learned(family, whole, sampling)
         scheduler = sampler(whole.scheduler, learned)
         objective = family.objective(around(whole, {"scheduler": scheduler}))
-        settings = TrainConfig(
-            max_steps=self.max_steps,
-            lr=self.lr,
-            batch_size=self.batch_size,
-            optimizer=self.optimizer,
-            schedule="cosine",
-            warmup_steps=self.max_steps // 20,
-            weight_decay=0.0,
-            log_every=max(1, self.max_steps // 20),
-            checkpoint_every=self.checkpoint_every,
-        )
+        settings = settings_of(self)
         with context.examples(
             artifact, count=self.pictures, precision=self.precision, adapter=self.adapter
         ) as drawn:
@@ -213,7 +202,7 @@ class Distill(Pass):
                 settings,
                 Hooks(
                     seed=context.seed,
-                    checkpoints=Checkpoints(context.state / "checkpoints", {"pass": context.state.name}),
+                    checkpoints=checkpointed(context),
                     say=context.say,
                     title="distill",
                 ),
@@ -273,12 +262,9 @@ class Distill(Pass):
     @property
     def levers(self) -> Levers:
         """How its memory is arranged."""
-        from tunekit.memory.levers import Levers
+        from tunekit.passes.learning import levers_of
 
-        micro_batch = self.micro_batch or self.batch_size
-        return Levers(
-            self.precision, micro_batch=micro_batch, gradient_checkpointing=self.gradient_checkpointing
-        )
+        return levers_of(self)
 
     def learned(self, family: Planned, pipeline: Pipeline, sampling: SamplingConfig) -> SamplingConfig:
         """How the student is drawn with.

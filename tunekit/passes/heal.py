@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from tunekit.config import BatchSize, Count, Steps
+from tunekit.config import AdapterConfig, BatchSize, Count, Steps
 from tunekit.passes.base import NO_EXAMPLES, Context, Outcome, Pass, Start, formats, learned_from, untrainable
 from tunekit.passes.metrics import PARAMETERS, RELATIVE_ERROR, SIZE, Metric
 from tunekit.passes.models import around
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from tunekit.artifacts import Artifact
+    from tunekit.memory.decided import Levers
+    from tunekit.training.loop import Result
 
 
 class Heal(Pass):
@@ -21,7 +25,10 @@ class Heal(Pass):
 
     The loss is the squared error of the output and of each large block's hidden state against the parent's,
     on the run's own pictures, or where it has none on pictures that the parent draws from the run's prompts.
-    Where training leaves the output farther away than it was, the weights stay as they were, and it is said.
+    Where whole blocks have left, the one before them learns to give on what they did. It ends by itself when
+    the error on held-out noise stops falling; the weights at its lowest are taken. Where training leaves the
+    output farther away than it was, the weights stay as they were, and it is said. A healing that was killed
+    goes on from its last checkpoint.
     """
 
     kind: ClassVar[str] = "heal"
@@ -38,21 +45,36 @@ class Heal(Pass):
     )
 
     max_steps: Steps = 200
-    """Optimizer steps."""
-    lr: float = Field(1e-4, gt=0, le=100)
-    """Highest learning rate; it warms up over a twentieth of the steps and falls to zero as a cosine."""
+    """Optimizer steps at most."""
+    lr: float = Field(1e-3, gt=0, le=100)
+    """Highest learning rate, of layers with up to 32 inputs; of wider ones it is less in proportion, so that
+    one rate serves networks of any size. It warms up over a twentieth of the steps and falls to zero as a
+    cosine."""
+    adapter: AdapterConfig | None = None
+    """Train an adapter in place of all weights, in much less memory; it is folded in."""
     batch_size: BatchSize = 8
     """Samples per optimizer step."""
     micro_batch: BatchSize | None = None
     """Samples per forward; null means the whole batch at once."""
     feature_weight: float = Field(1.0, ge=0, le=1e6)
     """Weight of the blocks' hidden states; the output counts 1."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Share of itself that a mean of the weights keeps at each step; it is what is kept in the end. 0 takes
+    the weights themselves."""
+    check_every: Steps = 50
+    """Optimizer steps between looks at the error on held-out noise."""
+    patience: Count | None = 3
+    """Looks in a row without a lower error, after which it ends; null never ends before `max_steps`."""
     optimizer: str = "adamw"
     """Row of tunekit/optimizers.py."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic; the trained weights are fp32."""
+    gradient_checkpointing: bool = False
+    """Keep less of each forward pass and compute it again: slower, in less memory."""
     pictures: Count = 32
     """Pictures the parent draws where the run has none of its own."""
+    checkpoint_every: Steps = 100
+    """Optimizer steps between checkpoints."""
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """Finds settings that contradict each other, and a model that nothing has changed."""
@@ -81,76 +103,148 @@ class Heal(Pass):
         Raises:
             ConfigError: the run knows neither pictures nor prompts.
             NonFiniteError: the loss is not finite.
+            Interrupted: it was told to stop; started again, it goes on.
         """
         import copy
 
+        from safetensors.torch import load_file
+
         from tunekit import families
-        from tunekit.config import TrainConfig
-        from tunekit.data.cache import Draws, Stream
+        from tunekit.adapters import fold_adapter
+        from tunekit.data.cache import Draws, Stream, save_tensors
         from tunekit.data.calibration import UNCONDITIONAL
-        from tunekit.memory.levers import Fitted
+        from tunekit.memory.levers import fit
+        from tunekit.passes.learning import checkpointed, gone, settings_of
         from tunekit.passes.prunable import parameters
-        from tunekit.training.distill import Distillation, output_error
+        from tunekit.training.distill import Distillation, HeldOut
         from tunekit.training.loop import Hooks, train
         from tunekit.training.run import build_optimizer
+        from tunekit.training.schedule import scales
 
         family = families.get(context.family)
         origin = context.reference("parent")
         assert origin is not None  # `problem` has seen to it
         whole = context.open(artifact)
         denoiser, teacher = family.denoiser(whole), family.denoiser(context.open(origin))
-        student = copy.deepcopy(denoiser)
-        settings = TrainConfig(
-            max_steps=self.max_steps,
-            lr=self.lr,
-            batch_size=self.batch_size,
-            optimizer=self.optimizer,
-            schedule="cosine",
-            warmup_steps=self.max_steps // 20,
-            weight_decay=0.0,
-            log_every=max(1, self.max_steps // 10),
-        )
-        drawn = context.examples(origin, count=self.pictures, precision=self.precision)
+        settings = settings_of(self).model_copy(update={"validate_every": self.check_every})
+        best = context.state / "best.safetensors"
+        drawn = context.examples(origin, count=self.pictures, precision=self.precision, adapter=self.adapter)
         with drawn as (examples, accelerator):
+            student = copy.deepcopy(denoiser)
             for module in (student, teacher):
                 module.to(accelerator.device)
-            before = output_error(family, student, teacher, examples)
+            held = HeldOut(family, teacher, examples)
+            before = held.error(student)
             context.say(f"learning from {examples.origin}")
-            batches = Stream(
-                examples.dataset,
-                examples.objective,
-                Draws(self.batch_size, self.micro_batch, caption_dropout=UNCONDITIONAL),
+            fitted = fit(
+                student,
+                self.adapter,
+                family.facts,
+                self.levers,
+                device=accelerator.device,
                 seed=context.seed,
             )
-            fitted = Fitted.plain(student.train().requires_grad_(True))
+            fitted.module.train()
+            task = Distillation(
+                fitted,
+                family,
+                teacher,
+                examples.objective,
+                self.feature_weight,
+                gone=gone(artifact, origin),
+                decay=self.ema,
+            )
+
+            def error(module: nn.Module) -> dict[str, float]:
+                with task.average.used():
+                    return {"val_loss": held.error(module)}
+
+            def keep(name: str, step: int, figures: Mapping[str, float]) -> None:
+                save_tensors(best, dict(fitted.parameters) | task.average.values)
+
             result = train(
                 accelerator,
-                Distillation(fitted, family, teacher, examples.objective, self.feature_weight),
-                build_optimizer(settings, fitted, accelerator.device),
-                batches,
+                task,
+                build_optimizer(
+                    settings, fitted, accelerator.device, scales(fitted.module, fitted.parameters)
+                ),
+                Stream(
+                    examples.dataset,
+                    examples.objective,
+                    Draws(self.batch_size, self.micro_batch, caption_dropout=UNCONDITIONAL),
+                    seed=context.seed,
+                ),
                 settings,
-                Hooks(seed=context.seed, say=context.say, title="heal"),
+                Hooks(
+                    seed=context.seed,
+                    checkpoints=checkpointed(context),
+                    evaluate=error,
+                    keep=keep,
+                    keep_best=True,
+                    patience=self.patience,
+                    say=context.say,
+                    title="heal",
+                ),
             )
-            student.eval().requires_grad_(False)
-            trained = output_error(family, student, teacher, examples)
-        worse = not trained <= before  # NaN, too
-        note = f"learned from {examples.origin}"
-        if worse:
-            note += (
-                f"; training made the output worse ({before:.3g} -> {trained:.3g}), so the weights are as"
-                " before: lower lr, or leave heal out"
-            )
+            fitted.finish()
+            taken = int(result.metrics.get("best_step", 0))
+            if taken:
+                own = dict(fitted.module.named_parameters())
+                for name, value in load_file(best).items():
+                    own[name].data.copy_(value)
+            student = fitted.module.eval().requires_grad_(False)
+            trained = held.error(student)
+            if self.adapter is not None:
+                folded = copy.deepcopy(denoiser).to("cpu")
+                fold_adapter(folded, student.to("cpu"))
+                student = folded
+        worse = not taken or not trained <= before  # NaN, too
+        note = self._note(examples.origin, result, taken, before, trained, worse=worse)
         context.save(whole if worse else around(whole, {family.facts.denoiser_name: student}), artifact)
         return Outcome(
             metrics={
-                "parameters": parameters(student),
+                "parameters": parameters(denoiser),
                 "relative_error_before": before,
                 "relative_error": before if worse else trained,
                 "loss": result.loss,
                 "steps": result.step,
             },
-            details={"note": note},
+            details={
+                "note": note,
+                "ended": {
+                    "step": result.step,
+                    "taken": 0 if worse else taken,
+                    "why": self._why(result.step, taken),
+                },
+            },
         )
+
+    def _why(self, step: int, taken: int) -> str:
+        if step >= self.max_steps:
+            return "max_steps"
+        return f"no lower error on held-out noise in {self.patience} looks, since step {taken}"
+
+    def _note(
+        self, origin: str, result: Result, taken: int, before: float, trained: float, *, worse: bool
+    ) -> str:
+        said = f"learned from {origin}"
+        if result.step < self.max_steps:
+            said += f"; ended at step {result.step} of {self.max_steps}: {self._why(result.step, taken)}"
+        if worse:
+            said += (
+                f"; training made the output worse ({before:.3g} -> {trained:.3g}), so the weights are as"
+                " before: lower lr, or leave heal out"
+            )
+        elif taken < result.step:
+            said += f"; the weights are those of step {taken}, whose error was lowest"
+        return said
+
+    @property
+    def levers(self) -> Levers:
+        """How its memory is arranged."""
+        from tunekit.passes.learning import levers_of
+
+        return levers_of(self)
 
 
 PASS = Heal

@@ -193,11 +193,15 @@ class Sensitivity:
     still depends on everything. It equals the Fisher information of a gate (Theis et al. 2018,
     arXiv:1801.05787) under squared error.
 
+    "gradient" leaves the structure's own output out: the squared derivative by it alone, which is how far the
+    output would move with it, whatever it says now.
+
     Use as a context manager around `add`; then read `scores`.
     """
 
-    def __init__(self, found: Sequence[Structures]) -> None:
+    def __init__(self, found: Sequence[Structures], *, by: Literal["taylor", "gradient"] = "taylor") -> None:
         self.found = list(found)
+        self.by = by
         self.examples = 0
         self._sums = [torch.zeros(item.count, dtype=torch.float64) for item in self.found]
         self._hooks: list[Any] = []
@@ -229,13 +233,59 @@ class Sensitivity:
                 return
 
             def gradient(g: Tensor) -> None:
-                product = (g.detach() * x.detach()).double()
-                channel = 1 if isinstance(module, nn.Conv2d) else product.ndim - 1
-                product = product.movedim(channel, 1).flatten(2).sum(2) if product.ndim > 2 else product
-                gates = product.view(len(product), item.count, item.width).sum(2)
-                self._sums[index] += gates.square().sum(0).cpu()
+                if self.by == "gradient":
+                    moved = _by_structure(g.detach().double().square(), module, item)
+                else:
+                    moved = _by_structure((g.detach() * x.detach()).double(), module, item).square()
+                self._sums[index] += moved.sum(0).cpu()
 
             x.register_hook(gradient)  # type: ignore[no-untyped-call]
+
+        return hook
+
+
+def _by_structure(values: Tensor, module: nn.Module, item: Structures) -> Tensor:
+    """Sums over the channels and places of each structure in a consumer's input [B, ...]: [B, count]."""
+    channel = 1 if isinstance(module, nn.Conv2d) else values.ndim - 1
+    values = values.movedim(channel, 1).flatten(2).sum(2) if values.ndim > 2 else values
+    return values.view(len(values), item.count, item.width).sum(2)
+
+
+class Activation:
+    """Measures what each structure adds to its consumer: the mean square of its output, by its weights' norm.
+
+    As Wanda has it for single weights (Sun et al. 2023, arXiv:2306.11695), over the block's mean. No gradient
+    is needed. Use as `Sensitivity`.
+    """
+
+    def __init__(self, found: Sequence[Structures]) -> None:
+        self.found = list(found)
+        self._sums = [torch.zeros(item.count, dtype=torch.float64) for item in self.found]
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Activation:
+        for index, item in enumerate(self.found):
+            self._hooks.append(item.consumer.register_forward_pre_hook(self._watch(index, item)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def scores(self) -> list[Tensor]:
+        """For each of `found`, [count] float64 on the CPU."""
+        return [total / total.mean().clamp(min=1e-30) for total in self._sums]
+
+    def _watch(self, index: int, item: Structures) -> Callable[..., None]:
+        weight = item.consumer.weight.detach().double()
+        norms = weight.transpose(0, 1).flatten(1).square().sum(1)
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            values = args[0].detach().double().square()
+            shape = [1] * values.ndim
+            shape[1 if isinstance(module, nn.Conv2d) else -1] = -1
+            self._sums[index] += _by_structure(values * norms.view(shape), module, item).sum(0).cpu()
 
         return hook
 
@@ -286,18 +336,27 @@ def macs_each(found: Sequence[Structures], family: Family, pipeline: Pipeline) -
     return [round(item.parameters * item.everywhere * places[item.consumer]) for item in found]
 
 
-@torch.no_grad()
 def _one_step(family: Family, pipeline: Pipeline, hooks: Mapping[nn.Module, Callable[..., None]]) -> None:
     """Runs the denoiser once, with a forward hook on some modules."""
-    denoiser = family.denoiser(pipeline)
     handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
     try:
-        place = next(denoiser.parameters())
-        size = family.default_size(pipeline)
-        told = family.conditioning(family.encode_prompt(pipeline, [""]), Frame.whole(*size).rows(1))
-        known = {k: v.to(place if v.is_floating_point() else place.device) for k, v in told.items()}
-        latents = torch.zeros(1, *family.latent_shape(pipeline, *size)).to(place)
-        family.denoise(denoiser, latents, torch.zeros(1, device=place.device), known)
+        call_on(family, pipeline)(family.denoiser(pipeline))
     finally:
         for handle in handles:
             handle.remove()
+
+
+def call_on(family: Family, pipeline: Pipeline, rows: int = 1) -> Callable[[nn.Module], Tensor]:
+    """One call as sampling makes them, of rows without a prompt, for a pipeline's denoiser or one like it."""
+    place = next(family.denoiser(pipeline).parameters())
+    size = family.default_size(pipeline)
+    told = family.conditioning(family.encode_prompt(pipeline, [""] * rows), Frame.whole(*size).rows(rows))
+    known = {k: v.to(place if v.is_floating_point() else place.device) for k, v in told.items()}
+    latents = torch.zeros(rows, *family.latent_shape(pipeline, *size)).to(place)
+    times = torch.zeros(rows, device=place.device)
+
+    def call(denoiser: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return family.denoise(denoiser, latents, times, known)
+
+    return call

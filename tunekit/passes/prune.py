@@ -1,8 +1,8 @@
-"""Removes whole channels, attention heads and groups from the denoiser."""
+"""Removes whole blocks, channels, attention heads and groups from the denoiser."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -20,22 +20,31 @@ if TYPE_CHECKING:
 
     from tunekit.artifacts import Artifact
     from tunekit.data.calibration import CalibrationSet
-    from tunekit.families.family import Family
+    from tunekit.families.family import Family, Pipeline
+    from tunekit.passes.pace import Pace
     from tunekit.passes.prunable import Structures
+    from tunekit.training.distill import HeldOut
 
 Target = Literal["feed_forward", "heads", "resnet"]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Part = Annotated[float, Field(gt=0, lt=1)]
+Layout = Literal["base", "small", "tiny"]
+
+USUAL = 0.25
+"""Share that leaves where nothing is said."""
 
 DRAWN = 32
 """Pictures that are drawn at most where the run has none; more examples differ in noise and timestep."""
 
 
 class Prune(Pass):
-    """Removes whole feed-forward channels, attention heads and residual-block groups; shapes shrink.
+    """Removes whole blocks, feed-forward channels, attention heads and residual-block groups; shapes shrink.
 
     Structures are ranked by how far the output moves when one is silenced, to first order (`taylor`, see
     `tunekit.passes.prunable.Sensitivity` for the measure and its sources), per cost that leaves with it. What
-    is left computes exactly what the same model with those structures silenced computes.
+    is left computes exactly what the same model with those structures silenced computes. Blocks are left out
+    one by one, and the output is compared; the configuration describes what is left of them, so that any
+    program opens it.
     """
 
     kind: ClassVar[str] = "prune"
@@ -48,18 +57,30 @@ class Prune(Pass):
         SIZE,
         RELATIVE_ERROR,
         Metric("macs", "multiply-adds", "count", lower_is_better=True),
+        Metric("blocks", "blocks that left", "count"),
+        Metric("latency_ratio", "time of a call", "x", lower_is_better=True),
     )
 
-    ratio: Share | dict[Target, Share] = 0.25
-    """Share of the targets' cost that leaves; or one share for each target."""
+    ratio: Share | dict[Target, Share] | None = None
+    """Share of the targets' cost that leaves; or one share for each target. Null is 0.25, and nothing of
+    them where whole blocks leave or latency decides."""
+    blocks: Layout | Literal["fewest"] | Annotated[int, Field(ge=1, le=1000)] | Part | None = None
+    """Whole blocks that leave: a number of them, those that move the output least; a share of the cost of all
+    that may leave; BK-SDM's layouts of U-Nets, base (a pair less per level), small (without the middle, too)
+    or tiny (without the lowest level, too); fewest: as few as latency takes."""
+    latency: Part | None = None
+    """Share of the time of a call that is to stay; the smallest ratio, or the fewest blocks, that reach it
+    are found by measuring here, in turns with the whole model."""
     cost: Literal["parameters", "macs"] = "parameters"
     """What `ratio` is a share of, and what importance is weighed against: parameters make the model small,
     macs (multiply-adds) make it fast."""
     targets: Distinct[Target] = Field(["feed_forward", "heads", "resnet"], min_length=1)
     """What may leave: feed-forward channels, attention heads, groups of residual blocks' inner channels.
     Where it is not given, those that the network has."""
-    importance: Literal["taylor", "magnitude"] = "taylor"
-    """taylor measures on examples; magnitude looks at the weights only."""
+    importance: Literal["taylor", "gradient", "activation", "magnitude"] = "taylor"
+    """taylor: how far the output moves without a structure; gradient: how far it moves with what a structure
+    says; activation: how much a structure adds to what reads it. They measure on examples; magnitude looks at
+    the weights only."""
     spread: Literal["global", "uniform"] = "global"
     """global takes the least important structures anywhere; uniform takes the same share of each block."""
     floor: Share = 0.25
@@ -73,8 +94,8 @@ class Prune(Pass):
 
     @field_validator("ratio")
     @classmethod
-    def _some(cls, value: float | dict[str, float]) -> float | dict[str, float]:
-        if not any(value.values() if isinstance(value, dict) else [value]):
+    def _some(cls, value: float | dict[str, float] | None) -> float | dict[str, float] | None:
+        if value is not None and not any(value.values() if isinstance(value, dict) else [value]):
             refuse("must be greater than 0: nothing would leave; leave the pass out instead")
         return value
 
@@ -87,7 +108,18 @@ class Prune(Pass):
         """Finds settings that contradict each other."""
         if isinstance(self.ratio, dict) and set(self.ratio) != set(self.targets):
             return f"gives ratios for {', '.join(self.ratio)} but its targets are {', '.join(self.targets)}"
+        if self.latency is not None and self.ratio is not None:
+            return "gives ratio and latency: one of them says how much leaves"
+        if self.blocks == "fewest" and self.latency is None:
+            return "takes the fewest blocks of what: give latency, or a number of blocks"
         return None
+
+    @property
+    def _narrows(self) -> bool:
+        """Whether structures within blocks leave."""
+        if self.latency is not None:
+            return self.blocks != "fewest"
+        return self.ratio is not None or self.blocks is None
 
     def reads(self, context: Context) -> frozenset[str]:
         """What structures are judged on."""
@@ -105,24 +137,167 @@ class Prune(Pass):
 
         Raises:
             ConfigError: there is nothing to judge by: neither pictures nor prompts are known.
-            ChainError: nothing leaves, or `keep` names what is not there.
+            ChainError: nothing leaves, `keep` names what is not there, or the model has no such layout.
             NonFiniteError: the output's gradients are not finite.
         """
         import copy
 
         from tunekit import families
         from tunekit.passes import prunable
-        from tunekit.training.distill import output_error
+        from tunekit.passes.pace import Pace
+        from tunekit.training.distill import HeldOut
 
         family = families.get(context.family)
         whole = context.open(artifact)
         parent = family.denoiser(whole)
-        denoiser = copy.deepcopy(parent)
-        pipeline = around(whole, {family.facts.denoiser_name: denoiser})
-        if wrong := unmatched(self.keep, [name for name, _ in denoiser.named_modules() if name]):
+        if wrong := unmatched(self.keep, [name for name, _ in parent.named_modules() if name]):
             raise ChainError(f"prune has a wrong keep: {wrong}", where=artifact.source)
         before, macs_before = prunable.parameters(parent), prunable.macs(family, whole)
-        structures = prunable.find(denoiser, self.targets)
+        self._check_targets(family, parent, artifact)
+        details: dict[str, Any] = {}
+        gone: tuple[str, ...] = ()
+        with context.examples(artifact, count=min(self.samples, DRAWN)) as (examples, accelerator):
+            parent.to(accelerator.device)
+            held, pace = HeldOut(family, parent, examples), Pace(family, whole)
+            if self.blocks is not None:
+                gone, details["whole"] = self._leaving(family, whole, held, pace, artifact, context)
+                details["gone"] = list(gone)
+            denoiser = copy.deepcopy(family.without(parent, gone) if gone else parent)
+            pipeline = around(whole, {family.facts.denoiser_name: denoiser})
+            if self._narrows:
+                details["blocks"] = self._narrowed(family, pipeline, examples, pace, artifact)
+            error = held.error(denoiser)
+            timed = {"latency_ratio": pace.share(denoiser)} if self.latency is not None else {}
+        context.save(pipeline, artifact)
+        note = f"judged on {examples.origin}"
+        if timed:
+            note += (
+                f"; a call takes {timed['latency_ratio']:.2f} of the time, measured here in turns"
+                f" ({self.latency:g} was asked for)"
+            )
+        return Outcome(
+            metrics={
+                "parameters": prunable.parameters(denoiser),
+                "parameters_before": before,
+                "macs": prunable.macs(family, pipeline),
+                "macs_before": macs_before,
+                "relative_error": error,
+                **({"blocks": sum(row["left"] for row in details["whole"])} if gone else {}),
+                **timed,
+            },
+            details={**details, "note": note},
+        )
+
+    # Whole blocks -------------------------------------------------------------------------------------------
+
+    def _leaving(
+        self,
+        family: Family,
+        whole: Pipeline,
+        held: HeldOut,
+        pace: Pace,
+        artifact: Artifact,
+        context: Context,
+    ) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+        """Paths of the modules that leave, and a row for each block that might have."""
+        from dataclasses import replace
+
+        from tunekit.passes import whole as blocks
+
+        parent = family.denoiser(whole)
+
+        def kept(name: str) -> bool:
+            return self._kept(name, parent)
+
+        def without(count: int) -> nn.Module:
+            return family.without(parent, blocks.paths_of(ever_more[count]))
+
+        found = blocks.find(family, parent, kept)
+        total = blocks.size(family, whole, (), self.cost)
+        costs = {item.name: total - blocks.size(family, whole, item.paths, self.cost) for item in found}
+        if isinstance(self.blocks, str) and self.blocks != "fewest":
+            gone = self._layout(family, parent, kept, artifact)
+            return gone, blocks.rows(found, gone, costs)
+        if not found:
+            raise ChainError(
+                f"prune finds no whole blocks that may leave the {family.facts.denoiser_name}",
+                where=artifact.source,
+                hint="keep less, or leave blocks out and give ratio" if self.keep else "give ratio instead",
+            )
+        context.say(f"leaving out each of {len(found)} blocks")
+        found = [replace(item, error=held.error(family.without(parent, item.paths))) for item in found]
+        share = isinstance(self.blocks, float)
+        ever_more = blocks.steps(blocks.ranked(found, costs, per_cost=share))
+        most = len(ever_more) - 1
+        if share:
+            assert isinstance(self.blocks, float)
+            every = total - blocks.size(family, whole, blocks.paths_of(ever_more[-1]), self.cost)
+            wanted = total - self.blocks * every
+            count = next(
+                number
+                for number in range(1, most + 1)
+                if number == most
+                or blocks.size(family, whole, blocks.paths_of(ever_more[number]), self.cost) <= wanted
+            )
+        elif self.blocks == "fewest":
+            assert self.latency is not None
+            enough = pace.fewest(without, most, self.latency)
+            if enough is None:
+                raise self._too_slow(pace, artifact)
+            count = enough
+        else:
+            assert isinstance(self.blocks, int)
+            count = self.blocks
+        if count > most:
+            raise ChainError(
+                f"prune is to take {count} whole blocks, and {most} may leave the"
+                f" {family.facts.denoiser_name}: {', '.join(item.name for item in found)}",
+                where=artifact.source,
+                hint="take fewer" + (", or keep less" if self.keep else ""),
+            )
+        gone = blocks.paths_of(ever_more[count])
+        return gone, blocks.rows(found, gone, costs)
+
+    def _layout(
+        self, family: Family, parent: nn.Module, kept: Callable[[str], bool], artifact: Artifact
+    ) -> tuple[str, ...]:
+        """What a published layout is without."""
+        from tunekit.passes.whole import touched
+
+        layouts = family.layouts(parent)
+        gone = layouts.get(str(self.blocks))
+        if gone is None:
+            known = f"there are {', '.join(layouts)}" if layouts else "no layout of it was published"
+            raise ChainError(
+                f"prune has blocks: {self.blocks}, which the {family.facts.denoiser_name} of this model"
+                f" cannot become: {known}",
+                where=artifact.source,
+                hint="give a number of blocks, as `blocks: 2`: those that move the output least",
+            )
+        if stays := touched(parent, gone, kept):
+            raise ChainError(
+                f"prune has blocks: {self.blocks}, which is without {stays}, and keep names that",
+                where=artifact.source,
+                hint="keep less, or give a number of blocks",
+            )
+        return gone
+
+    def _too_slow(self, pace: Pace, artifact: Artifact) -> ChainError:
+        nearest = min((share for _, share in pace.seen), default=1.0)
+        return ChainError(
+            f"prune cannot reach latency {self.latency:g} here: the nearest was {nearest:.2f} of the time",
+            where=artifact.source,
+            hint="raise latency, lower floor or multiple, or keep less",
+        )
+
+    # Within blocks ------------------------------------------------------------------------------------------
+
+    def _check_targets(self, family: Family, parent: nn.Module, artifact: Artifact) -> None:
+        from tunekit.passes import prunable
+
+        if not self._narrows:
+            return
+        structures = prunable.find(parent, self.targets)
         absent = set(self.targets) - {item.target for item in structures}
         # Not every network has all of them, and the usual targets are for all networks.
         if absent and (not structures or "targets" in self.model_fields_set):
@@ -132,78 +307,106 @@ class Prune(Pass):
                 where=artifact.source,
                 hint="leave that out of targets",
             )
-        found = [item for item in structures if not self._kept(item.name, denoiser)]
-        with context.examples(artifact, count=min(self.samples, DRAWN)) as (examples, accelerator):
-            denoiser.to(accelerator.device)
-            if self.importance == "magnitude":
-                scores = prunable.magnitudes(found)
-            else:
-                scores = self._sensitivity(found, family, denoiser, examples)
-            costs = (
-                prunable.macs_each(found, family, pipeline)
-                if self.cost == "macs"
-                else [item.parameters for item in found]
-            )
-            if not all(bool(score.isfinite().all()) for score in scores):
-                raise NonFiniteError(
-                    "the gradients of the model's output are not finite", where=artifact.source
-                )
-            table = self._remove(found, scores, costs)
-            if prunable.parameters(denoiser) == before:
-                raise ChainError(
-                    f"prune would remove nothing of {len(found)} blocks: ratio {self.ratio}, floor"
-                    f" {self.floor} and multiple {self.multiple} leave nothing to take",
-                    where=artifact.source,
-                    hint="raise ratio, lower floor or multiple, or keep less",
-                )
-            error = output_error(family, denoiser, parent.to(accelerator.device), examples)
-        context.save(pipeline, artifact)
-        return Outcome(
-            metrics={
-                "parameters": prunable.parameters(denoiser),
-                "parameters_before": before,
-                "macs": prunable.macs(family, pipeline),
-                "macs_before": macs_before,
-                "relative_error": error,
-            },
-            details={"blocks": table, "note": f"judged on {examples.origin}"},
+
+    def _narrowed(
+        self,
+        family: Family,
+        pipeline: Pipeline,
+        examples: CalibrationSet,
+        pace: Pace,
+        artifact: Artifact,
+    ) -> list[dict[str, Any]]:
+        """Removes the least important structures of the denoiser; a row for each block."""
+        import copy
+
+        from tunekit.passes import prunable
+
+        denoiser = family.denoiser(pipeline)
+
+        def found_in(module: nn.Module) -> list[Structures]:
+            every = prunable.find(module, self.targets)
+            return [item for item in every if not self._kept(item.name, module)]
+
+        found = found_in(denoiser)
+        if self.importance == "magnitude":
+            scores = prunable.magnitudes(found)
+        else:
+            scores = self._importance(found, family, denoiser, examples)
+        costs = (
+            prunable.macs_each(found, family, pipeline)
+            if self.cost == "macs"
+            else [item.parameters for item in found]
         )
+        if not all(bool(score.isfinite().all()) for score in scores):
+            raise NonFiniteError("the gradients of the model's output are not finite", where=artifact.source)
+        ratio: float | dict[Target, float] = USUAL if self.ratio is None else self.ratio
+
+        def narrower(share: float) -> nn.Module:
+            made = copy.deepcopy(denoiser)
+            self._remove(found_in(made), scores, costs, share)
+            return made
+
+        if self.latency is not None:
+            ratio = 0.0
+            if pace.share(denoiser) > self.latency:  # what whole blocks took may do
+                enough = pace.least(narrower, self.latency)
+                if enough is None:
+                    raise self._too_slow(pace, artifact)
+                ratio = enough
+        before = prunable.parameters(denoiser)
+        table = self._remove(found, scores, costs, ratio)
+        if ratio and prunable.parameters(denoiser) == before:
+            raise ChainError(
+                f"prune would remove nothing of {len(found)} blocks: ratio {ratio}, floor"
+                f" {self.floor} and multiple {self.multiple} leave nothing to take",
+                where=artifact.source,
+                hint="raise ratio, lower floor or multiple, or keep less",
+            )
+        return table
 
     def _kept(self, name: str, denoiser: nn.Module) -> bool:
         from tunekit.layers import under
 
         return under(name, denoiser, self.keep)
 
-    def _sensitivity(
+    def _importance(
         self, found: Sequence[Structures], family: Family, denoiser: nn.Module, examples: CalibrationSet
     ) -> list[torch.Tensor]:
         import torch
 
-        from tunekit.passes.prunable import Sensitivity
+        from tunekit.passes.prunable import Activation, Sensitivity
 
         generator = torch.Generator().manual_seed(examples.seed)
         device = next(denoiser.parameters()).device
-        with Sensitivity(found) as sensitivity:
+        slopes = self.importance != "activation"
+        by: Literal["taylor", "gradient"] = "gradient" if self.importance == "gradient" else "taylor"
+        judge = Sensitivity(found, by=by) if slopes else Activation(found)
+        with judge, torch.set_grad_enabled(slopes):
             for batch in examples.batches(self.samples, 4, purpose="importance"):
                 moved = batch.to(device)
                 noised = examples.objective.sample(moved.latents, moved.noise, moved.timesteps)
                 told = family.conditioning(moved.conditioning, moved.frame)
                 # The weights are frozen, so it is the input that gradients have to begin at.
                 output = family.denoise(denoiser, noised.noisy.requires_grad_(), noised.timesteps, told)
-                sensitivity.add(output, generator)
-        return sensitivity.scores
+                if isinstance(judge, Sensitivity):
+                    judge.add(output, generator)
+        return judge.scores
 
     def _remove(
-        self, found: Sequence[Structures], scores: Sequence[torch.Tensor], costs: Sequence[int]
+        self,
+        found: Sequence[Structures],
+        scores: Sequence[torch.Tensor],
+        costs: Sequence[int],
+        ratio: float | Mapping[Target, float],
     ) -> list[dict[str, Any]]:
         """Removes the least important structures; returns a row per block for the report."""
         groups: list[tuple[list[int], float]] = (
             [
                 ([i for i, item in enumerate(found) if item.target == target], share)
-                for target, share in self.ratio.items()
+                for target, share in ratio.items()
             ]
-            if isinstance(self.ratio, dict)
-            else [(list(range(len(found))), self.ratio)]
+            if isinstance(ratio, Mapping)
+            else [(list(range(len(found))), ratio)]
         )
         if self.spread == "uniform":
             groups = [([index], share) for indices, share in groups for index in indices]

@@ -10,7 +10,7 @@ arXiv:2405.18407), so that it draws without new noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -27,6 +27,7 @@ from tunekit.diffusion.sampling import Begin, Guided, is_flow, sample
 from tunekit.families.family import Conditioning, Family, Pipeline, Planned
 from tunekit.memory.levers import Fitted
 from tunekit.tasks import Losses
+from tunekit.training.average import Average
 
 HUBER = 1e-3
 """Where the pseudo-Huber loss turns from a square into a line, in units of latents."""
@@ -277,53 +278,6 @@ def unguided(family: Planned, pipeline: Pipeline, guidance: float) -> float:
     if family.cfg_scale(pipeline, guidance) is None:
         return guidance
     return next(scale for scale in (1.0, 0.0) if family.cfg_scale(pipeline, scale) is None)
-
-
-class Average:
-    """A running mean of what is trained (EMA).
-
-    Args:
-        fitted: what is trained.
-        decay: share of itself that it keeps at each step; 0 follows at once, and holds nothing.
-        names: of the parameters; None is all.
-    """
-
-    def __init__(self, fitted: Fitted, decay: float, names: Collection[str] | None = None) -> None:
-        self.fitted = fitted
-        self.decay = decay
-        self.values: dict[str, Tensor] = {}
-        for name in (fitted.parameters if names is None else names) if decay else ():
-            self.values[name] = fitted.parameters[name].detach().clone()
-
-    @torch.no_grad()
-    def follow(self) -> None:
-        """After an update."""
-        for name, value in self.values.items():
-            value.lerp_(self.fitted.parameters[name].detach(), 1 - self.decay)
-
-    @contextmanager
-    def used(self) -> Iterator[None]:
-        """Inside, the module computes with the mean; no gradient may be under way."""
-        own = dict(self.fitted.module.named_parameters())
-        kept = {name: own[name].data for name in self.values}
-        for name, value in self.values.items():
-            own[name].data = value.to(own[name].dtype)
-        try:
-            yield
-        finally:
-            for name, data in kept.items():
-                own[name].data = data
-
-    def settle(self) -> None:
-        """After training: the module holds the mean."""
-        own = dict(self.fitted.module.named_parameters())
-        for name, value in self.values.items():
-            own[name].data = value.to(own[name].dtype)
-
-    def restore(self, values: dict[str, Tensor]) -> None:
-        """Takes back `values`."""
-        for name, value in self.values.items():
-            value.copy_(values[name])
 
 
 class Consistency:

@@ -94,6 +94,7 @@ class Hooks:
         keep: called on the main process to keep what is learned as it is: with a name ("step-000050" every
             `save_every`, "best"), the step, and the figures so far.
         keep_best: keep the "best" by `val_loss`, of the steps at which it is evaluated.
+        patience: end by itself behind so many evaluations without a better one; only with `keep_best`.
         say: where lines go; None is the console.
         title: first word of each console line.
     """
@@ -107,6 +108,7 @@ class Hooks:
     preview_every: int | None = None
     keep: Callable[[str, int, Mapping[str, float]], None] | None = None
     keep_best: bool = False
+    patience: int | None = None
     say: Callable[[str], None] | None = None
     title: str = "training"
 
@@ -245,8 +247,10 @@ class _Training:
                         self._look(self.start, self.rows)
                 else:
                     self._look(0, [])
-                for step in range(self.start + 1, total + 1):
-                    self._step(step)
+                last = self.start
+                while last < total and not self._enough(last):
+                    last += 1
+                    self._step(last)
             except (Interrupted, NonFiniteError):
                 raise
             except Exception as error:
@@ -263,7 +267,7 @@ class _Training:
                 self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
                 self.accelerator.free_memory()
         self.module.eval()
-        return Result(step=total, loss=self._mean(), seconds=self._seconds(), metrics=self.figures)
+        return Result(step=last, loss=self._mean(), seconds=self._seconds(), metrics=self.figures)
 
     def _resume(self) -> None:
         """Go back to the newest checkpoint, if there is one."""
@@ -285,7 +289,7 @@ class _Training:
     def _step(self, step: int) -> None:
         """One optimizer step, and whatever is due after it."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings, step - 1)
+            group["lr"] = learning_rate(self.settings, step - 1) * group.get("scale", 1.0)
         first, early = step == self.start + 1, step <= self.start + MEASURED
         with self.meter.phase("first_step" if first else "step", again=early):
             rows, stop = self._update(step)
@@ -513,6 +517,16 @@ class _Training:
         self.rows = []
         self.module.train()
         self.window += time.perf_counter() - began  # not the steps' time
+
+    def _enough(self, step: int) -> bool:
+        """Whether too many evaluations in a row were no better; of a resumed run as if it had gone on."""
+        patience, every = self.hooks.patience, self.settings.validate_every
+        if not (patience and every and self.hooks.keep_best) or step % every:
+            return False
+        if step - self.figures.get("best_step", 0) < patience * every:
+            return False
+        self._say(f"stops at step {step}: no better since step {self.figures.get('best_step', 0):.0f}")
+        return True
 
     def _is_best(self, step: int, values: Mapping[str, float]) -> bool:
         """Whether no step before was judged better; the untrained model does not count."""

@@ -21,7 +21,8 @@ from tunekit.diffusion.objectives import Objective, mixed
 from tunekit.families.family import Planned
 from tunekit.memory.levers import Fitted
 from tunekit.tasks import Losses, denoising_loss
-from tunekit.training.consistency import Average, Guidance, Teacher, Way, boundary, resting
+from tunekit.training.average import Average
+from tunekit.training.consistency import Guidance, Teacher, Way, boundary, resting
 
 LEAST, MOST = 0.02, 0.98
 """Shares of the schedule between which answers are compared: at its ends they say nothing."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import nn
 
 from tunekit import hardware, optimizers
 from tunekit.config import AdapterConfig, MemoryConfig, TrainConfig
@@ -138,12 +139,18 @@ def close_accelerator(accelerator: Accelerator) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def build_optimizer(train: TrainConfig, fitted: Fitted, device: torch.device) -> torch.optim.Optimizer:
-    """Make the optimizer of a `train:` section, for what `fitted` trains."""
+def build_optimizer(
+    train: TrainConfig, fitted: Fitted, device: torch.device, scales: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """Make the optimizer of a `train:` section, for what `fitted` trains.
+
+    Args:
+        scales: name of a parameter -> share of the learning rate for it; None is all of it for all.
+    """
     in_backward = fitted.optimizer_in_backward
     optimizer = optimizers.build(
         train.optimizer,
-        fitted.parameters.values(),
+        _grouped(fitted.parameters, scales) if scales else fitted.parameters.values(),
         lr=train.lr,
         betas=train.betas,
         eps=train.eps,
@@ -154,3 +161,11 @@ def build_optimizer(train: TrainConfig, fitted: Fitted, device: torch.device) ->
     if in_backward:
         step_in_backward(optimizer, fitted)
     return optimizer
+
+
+def _grouped(parameters: Mapping[str, nn.Parameter], scales: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Groups of parameters for an optimizer, one for each rate."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(scales[name], []).append(parameter)
+    return [{"params": found, "scale": scale} for scale, found in groups.items()]
