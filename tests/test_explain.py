@@ -92,7 +92,7 @@ def test_every_key_of_a_recipe_and_a_pass_is_explained():
         ("learning_rate", ["train.lr"], "a number above 0 to 100"),
         ("lr", ["train.lr", "heal.lr"], "a number above 0 to 100"),
         ("network_dim", ["adapter.rank"], "a whole number from 1 to 4,096"),
-        ("prune.ratio", ["prune.ratio"], "a number from 0 below 1 or a section"),
+        ("prune.ratio", ["prune.ratio"], "a number from 0 below 1 or a section or null"),
         ("train.betas", ["train.betas"], "a list of 2, each a number from 0 below 1"),
         ("train.schedule", ["train.schedule"], "constant or linear or cosine"),
         (

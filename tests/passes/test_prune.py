@@ -11,11 +11,12 @@ import torch
 
 from tunekit import families, layers
 from tunekit.artifacts import Artifact, open_artifact
-from tunekit.config import DataConfig, SamplingConfig
-from tunekit.errors import ConfigError
-from tunekit.passes.base import Context, run_chain
+from tunekit.config import AdapterConfig, DataConfig, SamplingConfig
+from tunekit.errors import ChainError, ConfigError
+from tunekit.passes.base import Context, check_chain, run_chain
 from tunekit.passes.prunable import find, parameters
 from tunekit.passes.prune import Prune, choose
+from tunekit.passes.sparse import patterns
 from tunekit.runtime import generate_pixels, open_runtime
 
 FAMILY = families.get("sd15")
@@ -152,6 +153,36 @@ def test_half_precision_stays(tmp_path: Path):
     FAMILY.save(FAMILY.tiny().to(torch.float16), tmp_path / "half")
     artifact = pruned(tmp_path / "half", tmp_path)
     assert layers.stored_dtype(Path(artifact.source, "unet")) == torch.float16
+
+
+@pytest.mark.parametrize("importance", ["gradient", "activation"])
+def test_it_is_judged_otherwise(importance: str, result: Artifact, tiny_source: Path, tmp_path: Path):
+    other = pruned(tiny_source, tmp_path, ratio=0.4, multiple=4, importance=importance)
+    assert other.hash != result.hash
+    assert 0 < other.lineage[-1].metrics["relative_error"] < 1
+
+
+def test_two_of_four_weights_become_zero_and_stay_so(tiny_source: Path, tmp_path: Path):
+    from tunekit.passes.heal import Heal
+
+    context = Context(run_dir=tmp_path / "run", prompts=("a cat",), device="cpu", say=lambda line: None)
+    chain = [Prune(sparsity="2:4", keep=["mid_block"], **FEW), Heal(max_steps=3, batch_size=2, pictures=2)]
+    healed = run_chain(chain, open_artifact(tiny_source, family="sd15"), context)
+    step = healed.lineage[0]
+    assert step.metrics["parameters"] == step.metrics["parameters_before"]
+    assert step.details["note"].endswith("as large as before, and as slow but for cards that skip zeros")
+    before, after = FAMILY.denoiser(FAMILY.tiny()), unet(healed)
+    names = [f"{name}.weight" for name in step.details["sparse"]]
+    assert names and set(names) == set(patterns(FAMILY, after))
+    assert not any(name.startswith("mid_block") for name in names)
+    for name in names:
+        was, now = (model.get_parameter(name).detach().movedim(1, -1) for model in (before, after))
+        was, now = (weight.reshape(-1, 4) for weight in (was, now))
+        assert ((now != 0).sum(1) == 2).all()
+        left = was.abs().masked_fill(now == 0, 0).sum(1)
+        assert torch.allclose(left, was.abs().topk(2).values.sum(1))  # the larger two
+    with pytest.raises(ChainError, match=r"would fill the zeros of prune; leave adapter out"):
+        check_chain([chain[0], Heal(adapter=AdapterConfig(rank=2))], "torch")
 
 
 def test_the_least_worth_leaves_first():

@@ -138,12 +138,14 @@ class BuildTensorrt(Pass):
         components = sorted(path.parent.name for path in source.glob("*/model.onnx"))
         family = families.get(context.family)
         shapes = self._shapes(family, source, components)
+        sparse = "sparse" in Start.of(artifact).traits
         table = []
         for component in components:
             for engine, cards in targets.items():
                 context.say(f"{component} for {engine} ({', '.join(cards)})")
                 started = time.perf_counter()
-                data = _build(trt, source / component / "model.onnx", shapes[component], engine)
+                graph = source / component / "model.onnx"
+                data = _build(trt, graph, shapes[component], engine, sparse=sparse)
                 target = context.folder / component / f"{engine}.engine"
                 with output_errors(target):
                     target.parent.mkdir(exist_ok=True)
@@ -165,6 +167,8 @@ class BuildTensorrt(Pass):
                 if (source / folder).is_dir():  # some may be without one of their encoders
                     shutil.copytree(source / folder, context.folder / folder)
         index = {"version": VERSION, PACKAGE: trt.__version__, "engines": targets, "shapes": shapes}
+        if sparse:
+            index["sparse"] = True
         write_json(context.folder / INDEX, index)
         return Outcome(metrics={"engines": len(table)}, details={"engines": table})
 
@@ -308,8 +312,8 @@ def _input_shapes(
     return shapes
 
 
-def _build(trt: Any, graph: Path, shapes: Shapes, engine: str) -> bytes:
-    """Parses and builds one graph for one compute capability."""
+def _build(trt: Any, graph: Path, shapes: Shapes, engine: str, *, sparse: bool = False) -> bytes:
+    """Parses and builds one graph for one compute capability; `sparse` lets it skip zeros that are 2:4."""
     log = _logger(trt)
     builder = trt.Builder(log)
     network = builder.create_network(0)
@@ -329,6 +333,8 @@ def _build(trt: Any, graph: Path, shapes: Shapes, engine: str) -> bytes:
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
     config.set_compute_capability(getattr(trt.ComputeCapability, engine.upper()), 0)
+    if sparse:
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     profile = builder.create_optimization_profile()
     for name, (smallest, usual, largest) in shapes.items():
         profile.set_shape(name, smallest, usual, largest)

@@ -83,6 +83,9 @@ class Heal(Pass):
         last = next((step for step in reversed(earlier) if not step.looks), None)
         if last is not None and "few_steps" in last.gives():
             return f"would teach the student of {last.kind} to be its teacher again; put it before"
+        sparse = next((step for step in earlier if "sparse" in step.gives()), None)
+        if sparse is not None and self.adapter is not None:
+            return f"trains an adapter, which would fill the zeros of {sparse.kind}; leave adapter out"
         if not any("changed" in step.gives() for step in earlier):
             return "has nothing to heal: no step before it changed the model (put it behind prune)"
         return None
@@ -93,6 +96,8 @@ class Heal(Pass):
 
     def objection(self, start: Start, earlier: Sequence[Pass]) -> str | None:
         """Finds a chain that has nothing to learn from or nobody to learn from."""
+        if "sparse" in start.traits and self.adapter is not None:
+            return "trains an adapter, which would fill the zeros of a sparse model; leave adapter out"
         if sum(format != "adapter" for format in formats(start.format, earlier)) < 2:
             return "has no parent to learn from: there is only one whole model so far"
         return None if start.examples else NO_EXAMPLES
@@ -116,6 +121,7 @@ class Heal(Pass):
         from tunekit.memory.levers import fit
         from tunekit.passes.learning import checkpointed, gone, settings_of
         from tunekit.passes.prunable import parameters
+        from tunekit.passes.sparse import patterns
         from tunekit.training.distill import Distillation, HeldOut
         from tunekit.training.loop import Hooks, train
         from tunekit.training.run import build_optimizer
@@ -153,6 +159,7 @@ class Heal(Pass):
                 self.feature_weight,
                 gone=gone(artifact, origin),
                 decay=self.ema,
+                patterns=patterns(family, student) if "sparse" in Start.of(artifact).traits else {},
             )
 
             def error(module: nn.Module) -> dict[str, float]:

@@ -62,8 +62,8 @@ class Prune(Pass):
     )
 
     ratio: Share | dict[Target, Share] | None = None
-    """Share of the targets' cost that leaves; or one share for each target. Null is 0.25, and nothing of
-    them where whole blocks leave or latency decides."""
+    """Share of the targets' cost that leaves; or one share for each target. Null is 0.25; it is nothing of
+    them with blocks or sparsity, and what latency asks for."""
     blocks: Layout | Literal["fewest"] | Annotated[int, Field(ge=1, le=1000)] | Part | None = None
     """Whole blocks that leave: a number of them, those that move the output least; a share of the cost of all
     that may leave; BK-SDM's layouts of U-Nets, base (a pair less per level), small (without the middle, too)
@@ -71,6 +71,9 @@ class Prune(Pass):
     latency: Part | None = None
     """Share of the time of a call that is to stay; the smallest ratio, or the fewest blocks, that reach it
     are found by measuring here, in turns with the whole model."""
+    sparsity: Literal["2:4"] | None = None
+    """2:4 sets of every four weights along a layer's inputs the two smaller ones to zero, in what is left.
+    Nothing becomes smaller by it, nor faster on processors; `build_tensorrt` lets cards skip the zeros."""
     cost: Literal["parameters", "macs"] = "parameters"
     """What `ratio` is a share of, and what importance is weighed against: parameters make the model small,
     macs (multiply-adds) make it fast."""
@@ -119,7 +122,11 @@ class Prune(Pass):
         """Whether structures within blocks leave."""
         if self.latency is not None:
             return self.blocks != "fewest"
-        return self.ratio is not None or self.blocks is None
+        return self.ratio is not None or (self.blocks is None and self.sparsity is None)
+
+    def gives(self) -> frozenset[str]:
+        """That it is another model; and zeros that are to stay."""
+        return frozenset({"changed", "sparse"} if self.sparsity else {"changed"})
 
     def reads(self, context: Context) -> frozenset[str]:
         """What structures are judged on."""
@@ -143,7 +150,7 @@ class Prune(Pass):
         import copy
 
         from tunekit import families
-        from tunekit.passes import prunable
+        from tunekit.passes import prunable, sparse
         from tunekit.passes.pace import Pace
         from tunekit.training.distill import HeldOut
 
@@ -166,10 +173,24 @@ class Prune(Pass):
             pipeline = around(whole, {family.facts.denoiser_name: denoiser})
             if self._narrows:
                 details["blocks"] = self._narrowed(family, pipeline, examples, pace, artifact)
+            if self.sparsity:
+                zeroed = sparse.halve(family, denoiser, lambda name: self._kept(name, denoiser))
+                if not zeroed:
+                    raise ChainError(
+                        f"prune finds no layers in blocks to make {self.sparsity}",
+                        where=artifact.source,
+                        hint="keep less, or leave sparsity out",
+                    )
+                details["sparse"] = zeroed
             error = held.error(denoiser)
             timed = {"latency_ratio": pace.share(denoiser)} if self.latency is not None else {}
         context.save(pipeline, artifact)
         note = f"judged on {examples.origin}"
+        if self.sparsity:
+            note += (
+                f"; {len(details['sparse'])} layers are {self.sparsity}: as large as before, and as slow but"
+                " for cards that skip zeros"
+            )
         if timed:
             note += (
                 f"; a call takes {timed['latency_ratio']:.2f} of the time, measured here in turns"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,7 @@ class Distillation:
         feature_weight: of the mean over blocks; the output counts 1.
         gone: the teacher's modules that the student is without.
         decay: of the mean of the weights (EMA); 0 takes the student itself.
+        patterns: names of parameters -> where they are not zero; elsewhere they stay zero.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class Distillation:
         *,
         gone: Collection[str] = (),
         decay: float = 0.0,
+        patterns: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.fitted = fitted
         self.family = family
         self.teacher = teacher.eval().requires_grad_(False)
         self.objective = objective
         self.feature_weight = feature_weight
+        self.patterns = dict(patterns or {})
         self.average = Average(fitted, decay)
         theirs = dict(family.blocks(teacher))
         pairs = counterparts(theirs, gone) if gone else {path: path for path in theirs}
@@ -83,7 +86,10 @@ class Distillation:
         return {"loss": own + self.feature_weight * features, "output": own, "features": features}
 
     def updated(self, step: int) -> None:
-        """The mean follows."""
+        """What is to stay zero does, and the mean follows."""
+        with torch.no_grad():
+            for name, pattern in self.patterns.items():
+                self.fitted.parameters[name].mul_(pattern)
         self.average.follow()
 
     def state(self) -> dict[str, Tensor]:
