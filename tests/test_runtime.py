@@ -585,7 +585,7 @@ def why(error: type[TunekitError], source: Any, **options: Any) -> str:
 def test_options_without_effect(tiny_source: Path, tiny_onnx: Path, adapter: Path) -> None:
     assert "no effect on a torch model" in why(ConfigError, tiny_source, provider="cpu")
     assert "its precision is in the file" in why(ConfigError, tiny_onnx, dtype="bf16")
-    assert "no effect on a model in onnx" in why(ConfigError, tiny_onnx, adapter=adapter)
+    assert "was not exported for adapters" in why(ConfigError, tiny_onnx, adapter=adapter)
     assert "fp32, bf16, fp16" in why(ConfigError, tiny_source, dtype="float16")
     assert 'did you mean "openvino"' in why(ConfigError, tiny_onnx, provider="openvin")
 

@@ -113,7 +113,7 @@ PSNR = Metric(
     tile=Tile("fidelity of the last model", ("SSIM {ssim}",)),
 )
 SSIM = Metric("ssim", "SSIM", lower_is_better=False, form=".4f", rank=71, column="SSIM")
-LPIPS = Metric("lpips", "LPIPS", lower_is_better=True, form=".4f", rank=72, column="LPIPS")
+LPIPS = Metric("lpips", "LPIPS", lower_is_better=True, form=".4f", rank=72)
 CLIP_DROP = Metric("clip_drop", "drop of the CLIP score", lower_is_better=True, form=".4f", rank=73)
 
 
