@@ -70,7 +70,7 @@ def test_a_figure_means_the_same_wherever_it_is_given():
         for part in metric.tile.note if metric.tile else ():
             part.format_map(dict.fromkeys(known, ""))
     assert [metric.column for metric in declared() if metric.column] == [
-        *("size on disk", "denoiser step p50", "picture p50", "speed-up", "peak memory"),
+        *("size on disk", "denoiser step p50", "picture p50", "speed-up", "speed-up found", "peak memory"),
         *("rel. error", "PSNR", "SSIM"),
     ]
 
