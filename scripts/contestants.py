@@ -173,7 +173,9 @@ class Tunekit(Contestant):
         from tunekit.runtime import generate_pixels
 
         seeds = [self.told["seed"] + number for number in numbers]
-        drawn = generate_pixels(self.runtime, prompts, self.sampling, seeds=seeds)
+        # What is compiled was compiled for one picture; others would be compiled for anew.
+        batch = 1 if self.told.get("compile") else None
+        drawn = generate_pixels(self.runtime, prompts, self.sampling, seeds=seeds, batch=batch)
         return drawn.permute(0, 2, 3, 1).numpy()
 
 
