@@ -280,7 +280,9 @@ def sides(name: str, work: Path, options: argparse.Namespace) -> list[Side]:
         if options.only and title not in options.only and title != BASELINE:
             continue
         slug = re.sub(r"\W+", "-", title.lower()).strip("-")
-        place = folder / ("chains" if own["kind"] in ("tunekit", "nncf") else slug)
+        # Chains share steps; how a step's model is drawn is that of the chain that ran last.
+        chains = "chains-own" if own.get("own") else "chains"
+        place = folder / (chains if own["kind"] in ("tunekit", "nncf") else slug)
         program = own["kind"].replace("_", "-")
         side = Side(
             title,
@@ -561,7 +563,7 @@ def main() -> None:
                 side.stop()
         content["models"][name] = {
             "title": MODELS[name].title,
-            "machine": measuring.machine(*PACKAGES),
+            "machine": {**measuring.machine(*PACKAGES), "load": round(os.getloadavg()[0], 1)},
             "seconds": round(time.perf_counter() - began),
             "rows": rows({side.name: side.found for side in everyone}),
         }
