@@ -39,12 +39,12 @@ PARTS = ["unet", "vae_decoder", "vae_encoder"]
 SENSITIVE = ["conv_in", "conv_out", "time_embedding"]
 WAYS: dict[str, dict[str, Any]] = {
     "weight_only": {"mode": "weight_only", "components": PARTS},
+    "scheme: int4": {"scheme": "int4"},
     "dynamic": {"mode": "dynamic"},
     "named layers in floats": {"keep": SENSITIVE},
     "named layers, mse": {"keep": SENSITIVE, "ranges": "mse"},
-    "named layers, percentile": {"keep": SENSITIVE, "ranges": "percentile"},
     "default": {},
-    "keep: {share: 0.1}": {"keep": {"share": 0.1}},
+    "keep: {share: 0.2}": {"keep": {"share": 0.2}},
     "target: openvino": {"target": "openvino"},
 }
 RUNS = (("default", "openvino"), ("target: openvino", "openvino"))
