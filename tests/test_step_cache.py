@@ -82,7 +82,7 @@ def test_where_a_graph_is_cut() -> None:
     assert cut(nodes, constants, {"packed"}) == ["down"]
     assert cut(nodes, constants, set()) == []
     shaped = [*nodes[:7], Node(["mid"], ["size"], is_shape=True), Node(["up", "size"], ["out"])]
-    assert cut(shaped, constants, {"packed", "last"}) == ["up"]
+    assert cut(shaped, constants, {"packed", "last"}) == ["mid", "up"]  # and not the size
     biased = [
         *nodes[:7],
         Node(["bias", "up"], ["b"]),
