@@ -8,7 +8,7 @@ The first folder's pictures are what those of the others are compared with, too.
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 
 import torch
@@ -44,4 +44,8 @@ def main(sources: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sources", nargs="+", metavar="FOLDER", help="a model of any format")
+    main(parser.parse_args().sources)
