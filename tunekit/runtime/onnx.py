@@ -105,6 +105,7 @@ def _apart(
         path, providers, threads, settings, model=without_middle(model, taken).SerializeToString()
     )
     whole.max_rows = outer.max_rows = rows
+    whole.adapter = whole_graph.adapter
     return GraphSplit(module, whole, outer, names)
 
 

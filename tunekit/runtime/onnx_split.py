@@ -67,15 +67,21 @@ def without_middle(model: ModelProto, values: Values) -> ModelProto:
     kept = [graph.node[index] for index in needed(_nodes(graph), outputs, list(values))]
     read = {name for node in kept for name in _reads(node)}
     weights = [weight for weight in graph.initializer if weight.name in read]
+    left = {weight.name for weight in graph.initializer} - read  # also of adapters: inputs with a default
+    inputs = [value for value in graph.input if value.name not in left]
     results = [value for value in graph.output if value.name in outputs]
     taken = []
     for name, (kind, shape) in values.items():
         sides = [size if isinstance(size, int) else f"{name}_{axis}" for axis, size in enumerate(shape)]
         taken.append(helper.make_tensor_value_info(name, kind, ["batch", *sides[1:]]))
-    for part, content in (("node", kept), ("initializer", weights), ("output", results)):
+    for part, content in (
+        ("node", kept),
+        ("initializer", weights),
+        ("output", results),
+        ("input", [*inputs, *taken]),
+    ):
         graph.ClearField(part)
         getattr(graph, part).extend(content)
-    graph.input.extend(taken)
     return model
 
 

@@ -233,6 +233,9 @@ class GraphSplit:
     def outer(self, given: Sequence[Tensor], call: Call) -> Tensor:
         """See `Split`."""
         module, graph = self.module, self.module.graph
+        adapter, known = getattr(graph, "adapter", {}), getattr(self.outer_graph, "open_inputs", ())
+        if adapter or known:  # whichever is put on the whole now, as far as it reaches out here
+            self.outer_graph.adapter = {name: value for name, value in adapter.items() if name in known}  # type: ignore[attr-defined]
         module.graph, module.hidden, module.added = (
             self.outer_graph,
             (),
