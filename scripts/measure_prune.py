@@ -34,11 +34,10 @@ LEARNED = ("cat face", "house", "banana", "airplane", "blue book", "pizza", "roc
 UNSEEN = ("tiger", "red apple", "crying face", "soccer ball")
 WAYS: dict[str, dict[str, Any]] = {
     "`ratio: 0.5, cost: macs`": {"ratio": 0.5, "cost": "macs"},
-    "`blocks: 1`": {"blocks": 1},
     "`blocks: small`": {"blocks": "small"},
     "`blocks: 2`": {"blocks": 2},
 }
-HEAL = {"max_steps": 100, "batch_size": 8, "pictures": 32}
+HEAL = {"max_steps": 100, "lr": 1e-3, "batch_size": 8, "pictures": 32}
 DRAWN = SamplingConfig(steps=12, guidance=4.0, height=64, width=64)
 
 

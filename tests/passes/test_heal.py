@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from tunekit.training import average
 
 FAMILY = families.get("sd15")
 PRUNE = Prune(ratio=0.3, samples=8, spread="uniform", multiple=1)
+DRAWN = tempfile.TemporaryDirectory(prefix="tunekit-heal-")
+"""What models draw to learn from, once for all tests."""
 WEIGHTS = 32_000_000
 """Moved by all steps together: of a network with few weights, a step is quick and mends little."""
 
@@ -44,6 +47,7 @@ def healed(
             prompts=("a cat", "a dog"),
             data=data,
             device="cpu",
+            shared_cache=Path(DRAWN.name),
             say=say,
         ),
     )

@@ -26,9 +26,25 @@ FAMILY = families.get("sd15")
 FEW = {"samples": 4}
 
 
-def run(source: Path, folder: Path, *steps: Pass, family: str = "sd15") -> Artifact:
-    context = Context(run_dir=folder / "run", prompts=("a cat",), device="cpu", say=lambda line: None)
-    return run_chain(steps, open_artifact(source, family=family), context)
+Run = Callable[..., Artifact]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """`run(source, folder, *steps, family="sd15")`; what is drawn to judge by is drawn once."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def chain(source: Path, folder: Path, *steps: Pass, family: str = "sd15") -> Artifact:
+        context = Context(
+            run_dir=folder / "run",
+            prompts=("a cat",),
+            device="cpu",
+            shared_cache=cache,
+            say=lambda line: None,
+        )
+        return run_chain(steps, open_artifact(source, family=family), context)
+
+    return chain
 
 
 def wide(**other: Any) -> Any:
@@ -84,7 +100,7 @@ def test_what_leaves_is_described_by_the_configuration(family: Any, tmp_path: Pa
 
 
 def test_blocks_that_move_the_output_least_leave(
-    family: Any, tiny_sources: Callable[[str], Path], tmp_path: Path
+    run: Run, family: Any, tiny_sources: Callable[[str], Path], tmp_path: Path
 ):
     """Of every family."""
     step, source = Prune(blocks=1, **FEW), tiny_sources(family.name)
@@ -135,9 +151,19 @@ def test_layouts_are_those_of_bk_sdm(name: str):
         assert left.config[key] == config[key]
 
 
-def test_a_layout_is_pruned_and_healed(source: Path, tmp_path: Path):
-    steps = [Prune(blocks="tiny", **FEW), Heal(max_steps=2, batch_size=2, pictures=2)]
+def test_a_layout_is_pruned_and_healed(run: Run, source: Path, tmp_path: Path):
+    narrower = {
+        "ratio": 0.4,
+        "targets": ["feed_forward"],
+        "multiple": 1,
+        "keep": ["up_blocks.1.attentions.0"],
+    }
+    steps = [Prune(blocks="tiny", **narrower, **FEW), Heal(max_steps=2, batch_size=2, pictures=2)]
     made = run(source, tmp_path, *steps)
+    within = [row["block"] for row in made.lineage[0].details["blocks"]]
+    # What stays is called up_blocks.0.attentions.0 now.
+    assert any(name.startswith("up_blocks.1.attentions.0") for name in within)
+    assert not any(name.startswith("up_blocks.0.attentions.0") for name in within)
     gone = made.lineage[0].details["gone"]
     assert {"mid_block", "down_blocks.2", "up_blocks.0", "down_blocks.0.resnets.1"} <= set(gone)
     assert all(row["left"] for row in made.lineage[0].details["whole"] if "resnets" in row["block"])
@@ -146,7 +172,7 @@ def test_a_layout_is_pruned_and_healed(source: Path, tmp_path: Path):
     assert made.lineage[1].metrics["relative_error_before"] > 0
 
 
-def test_what_is_left_is_exported(tiny_source: Path, tmp_path: Path):
+def test_what_is_left_is_exported(run: Run, tiny_source: Path, tmp_path: Path):
     from tunekit.config import SamplingConfig
     from tunekit.passes.export_onnx import ExportOnnx
     from tunekit.runtime import generate_pixels, open_runtime
@@ -160,7 +186,7 @@ def test_what_is_left_is_exported(tiny_source: Path, tmp_path: Path):
     torch.testing.assert_close(onnx_model, torch_model, atol=1e-4, rtol=1e-3)
 
 
-def test_levels_may_be_of_different_depths(source: Path, tmp_path: Path):
+def test_levels_may_be_of_different_depths(run: Run, source: Path, tmp_path: Path):
     """By share of cost, in names as they were published too, where blocks are numbered through."""
     from tunekit.families import unet
 
@@ -182,7 +208,7 @@ def test_levels_may_be_of_different_depths(source: Path, tmp_path: Path):
 
 
 def test_as_little_leaves_as_the_time_of_a_call_asks_for(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def share(self: Pace, denoiser: nn.Module) -> float:
         """As if time went with the number of weights."""
@@ -200,7 +226,6 @@ def test_as_little_leaves_as_the_time_of_a_call_asks_for(
     with pytest.raises(ChainError, match=r"cannot reach latency 0.01 here: the nearest was 0\.\d\d"):
         run(source, tmp_path / "c", Prune(latency=0.01, **FEW))
     pipeline = FAMILY.tiny()
-    pipeline.register_modules(unet=wide())
     # Of a real clock, whatever else this machine does.
     assert 0.2 < real(Pace(FAMILY, pipeline), FAMILY.without(pipeline.unet, ("mid_block",))) < 1.5
 
@@ -230,7 +255,7 @@ def test_bisection_finds_the_smallest_change():
     ],
 )
 def test_what_the_model_does_not_have_is_said(
-    settings: dict[str, Any], message: str, tiny_source: Path, tmp_path: Path
+    run: Run, settings: dict[str, Any], message: str, tiny_source: Path, tmp_path: Path
 ):
     with pytest.raises(ChainError, match=message):
         run(tiny_source, tmp_path, Prune(**settings, **FEW))

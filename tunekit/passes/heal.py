@@ -46,7 +46,7 @@ class Heal(Pass):
 
     max_steps: Steps = 200
     """Optimizer steps at most."""
-    lr: float = Field(1e-3, gt=0, le=100)
+    lr: float = Field(5e-4, gt=0, le=100)
     """Highest learning rate, of layers with up to 32 inputs; of wider ones it is less in proportion, so that
     one rate serves networks of any size. It warms up over a twentieth of the steps and falls to zero as a
     cosine."""

@@ -16,7 +16,7 @@ from tunekit.passes.prunable import call_on
 
 ROUNDS = 5
 """Calls of either network at least; `SECONDS` allow for more."""
-SECONDS = 1.0
+SECONDS = 0.5
 TRIES = 7
 """Changes that are measured until the one that is enough is known closely."""
 

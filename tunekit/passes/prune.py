@@ -150,6 +150,7 @@ class Prune(Pass):
         import copy
 
         from tunekit import families
+        from tunekit.families.depth import renumbered
         from tunekit.passes import prunable, sparse
         from tunekit.passes.pace import Pace
         from tunekit.training.distill import HeldOut
@@ -170,11 +171,18 @@ class Prune(Pass):
                 gone, details["whole"] = self._leaving(family, whole, held, pace, artifact, context)
                 details["gone"] = list(gone)
             denoiser = copy.deepcopy(family.without(parent, gone) if gone else parent)
+            # `keep` has the names of before.
+            names = renumbered([name for name, _ in parent.named_modules()], gone)
+            formerly = {now: name for name, now in names.items()}
+
+            def stays(name: str) -> bool:
+                return self._kept(formerly[name], parent)
+
             pipeline = around(whole, {family.facts.denoiser_name: denoiser})
             if self._narrows:
-                details["blocks"] = self._narrowed(family, pipeline, examples, pace, artifact)
+                details["blocks"] = self._narrowed(family, pipeline, examples, pace, stays, artifact)
             if self.sparsity:
-                zeroed = sparse.halve(family, denoiser, lambda name: self._kept(name, denoiser))
+                zeroed = sparse.halve(family, denoiser, stays)
                 if not zeroed:
                     raise ChainError(
                         f"prune finds no layers in blocks to make {self.sparsity}",
@@ -238,7 +246,7 @@ class Prune(Pass):
         costs = {item.name: total - blocks.size(family, whole, item.paths, self.cost) for item in found}
         if isinstance(self.blocks, str) and self.blocks != "fewest":
             gone = self._layout(family, parent, kept, artifact)
-            return gone, blocks.rows(found, gone, costs)
+            return gone, blocks.rows(found, gone, costs, self.cost)
         if not found:
             raise ChainError(
                 f"prune finds no whole blocks that may leave the {family.facts.denoiser_name}",
@@ -277,7 +285,7 @@ class Prune(Pass):
                 hint="take fewer" + (", or keep less" if self.keep else ""),
             )
         gone = blocks.paths_of(ever_more[count])
-        return gone, blocks.rows(found, gone, costs)
+        return gone, blocks.rows(found, gone, costs, self.cost)
 
     def _layout(
         self, family: Family, parent: nn.Module, kept: Callable[[str], bool], artifact: Artifact
@@ -335,6 +343,7 @@ class Prune(Pass):
         pipeline: Pipeline,
         examples: CalibrationSet,
         pace: Pace,
+        stays: Callable[[str], bool],
         artifact: Artifact,
     ) -> list[dict[str, Any]]:
         """Removes the least important structures of the denoiser; a row for each block."""
@@ -346,7 +355,7 @@ class Prune(Pass):
 
         def found_in(module: nn.Module) -> list[Structures]:
             every = prunable.find(module, self.targets)
-            return [item for item in every if not self._kept(item.name, module)]
+            return [item for item in every if not stays(item.name)]
 
         found = found_in(denoiser)
         if self.importance == "magnitude":

@@ -81,13 +81,15 @@ def paths_of(blocks: Collection[Block]) -> tuple[str, ...]:
     return tuple(path for path in every if not lies_in(path, every.keys() - {path}))
 
 
-def rows(blocks: Sequence[Block], gone: Collection[str], costs: Mapping[str, int]) -> list[dict[str, Any]]:
-    """A line for each block, for the report; the least important first."""
+def rows(
+    blocks: Sequence[Block], gone: Collection[str], costs: Mapping[str, int], cost: str
+) -> list[dict[str, Any]]:
+    """A line for each block, for the report; the least important first. `cost` is what `costs` are."""
     return [
         {
             "block": block.name,
             "left": all(lies_in(path, gone) for path in block.paths),
-            "parameters": costs[block.name],
+            cost: costs[block.name],
             **({} if block.error is None else {"relative_error": block.error}),
         }
         for block in sorted(blocks, key=lambda block: block.error or 0.0)
