@@ -26,7 +26,7 @@ from tunekit.runtime import Runtime, generate_pixels, open_runtime, torch_runtim
 from tunekit.runtime.swap import KEY, put_adapter, save_onnx_adapter
 
 pytest.importorskip("onnx_ir")
-FEW = SamplingConfig(steps=1)
+FEW = SamplingConfig(steps=2)
 
 
 def adapter(family: Any, folder: Path, seed: int, targets: list[str] | str | None = None, **how: Any) -> Path:
