@@ -382,7 +382,8 @@ def _single_file(folder: Path) -> None:
 
     family = families.get(FAMILY)
     pipeline = family.load(Source(str(folder)), torch.float16)
-    save_single_file(pipeline, family.facts, folder / "single.safetensors")
+    dtypes = {part.name: torch.float16 for part in family.facts.components if part.role != "scheduler"}
+    save_single_file(pipeline, folder / "single.safetensors", family.facts, dtypes)
 
 
 def measure(name: str, everyone: Sequence[Side], rounds: int, patience: float) -> None:
