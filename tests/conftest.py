@@ -36,8 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 LONG = [
-    "recipes/test_families.py",
     "test_runtime.py",
+    "recipes/test_families.py",
     "passes/test_build_tensorrt.py",
     "test_cli.py",
     "passes/test_export_onnx.py",
@@ -109,6 +109,23 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], AbstractCo
             yield folder
 
     return hold
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_by_one(once: Callable[[str], AbstractContextManager[Path]]) -> Iterator[None]:
+    """What one process traces, no other traces at the same time: it waits and finds the graph."""
+    from tunekit.passes import onnx_graph
+
+    real = onnx_graph.graph_of
+
+    def graph_of(component: Any, opset: int) -> Any:
+        with once(f"graph-{component.name}"):
+            return real(component, opset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("fcntl"):
+            patch.setattr(onnx_graph, "graph_of", graph_of)
+        yield
 
 
 @pytest.fixture(scope="session")

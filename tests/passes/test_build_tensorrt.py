@@ -55,20 +55,13 @@ def test_one_engine_per_capability(tiny_onnx: Path, tmp_path: Path) -> None:
             open_runtime(made)
 
 
-@pytest.mark.parametrize(
-    "whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["denoiser", "every network"]
-)
+@pytest.mark.slow
 @needs_tensorrt
-def test_it_builds_for_every_family(
-    family: Any, whole: bool, tiny_onnxs: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """The denoiser, which takes longest to build and differs most, or all networks."""
+def test_it_builds_for_every_family(family: Any, tiny_onnxs: Callable[[str], Path], tmp_path: Path) -> None:
     source = Artifact.load(tiny_onnxs(family.name))
-    if not whole:
-        source = _denoiser_alone(source, family.facts.denoiser_name, tmp_path / "model")
     assert source.model_path is not None
     graphs = {path.parent.name for path in source.model_path.glob("*/model.onnx")}
-    assert family.facts.denoiser_name in graphs and (len(graphs) > 3) == whole
+    assert family.facts.denoiser_name in graphs and len(graphs) > 3
     chain = parse_chain([{"build_tensorrt": {"devices": ["rtx-4090"], "batch": [1, 1, 3]}}])
     made = run_chain(chain, source, Context(run_dir=tmp_path, say=lambda line: None))
     assert made.path is not None and made.step is not None
@@ -77,16 +70,6 @@ def test_it_builds_for_every_family(
     beside = {"scheduler", *(part.tokenizer for part in family.facts.encoders)}
     assert beside <= {path.name for path in made.path.iterdir()}
     print(family.name, {row["component"]: row["seconds"] for row in made.step.details["engines"]})
-
-
-def _denoiser_alone(source: Artifact, name: str, folder: Path) -> Artifact:
-    """A copy that has no other graph."""
-    assert source.path is not None
-    shutil.copytree(source.path, folder)
-    for graph in folder.glob("*/model.onnx*"):
-        if graph.parent.name != name:
-            graph.unlink()
-    return Artifact.load(folder, check=False)  # it is changed on purpose
 
 
 def test_shapes_of_a_model_with_two_text_encoders(tiny_onnxs: Callable[[str], Path]) -> None:

@@ -22,10 +22,10 @@ Configured = Callable[..., Path]
 FAMILIES = families.runnable()
 PIPELINES = sorted({families.get(name).facts.pipeline_class: name for name in FAMILIES}.values())
 """One family of each class of pipelines, for what takes long."""
+PRUNED = {families.get(name).facts.denoiser_name: name for name in reversed(FAMILIES)}.values()
+"""One family for each kind of denoiser: a pruned one is traced anew, and passes have tests of their own."""
+FEWER = [{"prune": {"ratio": 0.2, "samples": 8}}, {"heal": {"max_steps": 3, "batch_size": 2}}]
 CHAIN = [
-    "merge",
-    {"prune": {"ratio": 0.2, "samples": 8}},
-    {"heal": {"max_steps": 3, "batch_size": 2}},
     "export_onnx",
     {"verify": {"max_relative_error": 1e-4, "steps": 2, "pictures": 2}},
     {"quantize": {"scheme": "int8"}},
@@ -55,9 +55,10 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
 def test_from_pictures_to_onnx_with_a_report(
     family: str, lora_tree: dict[str, Any], configured: Configured, run_here: RunHere, tmp_path: Path
 ) -> None:
-    run = run_here(configured(tmp_path, tree(lora_tree, family, optimize=CHAIN)))
+    chain = ["merge", *(FEWER if family in PRUNED else []), *CHAIN]
+    run = run_here(configured(tmp_path, tree(lora_tree, family, optimize=chain)))
     final = RunFolder(run).final()
-    kinds = [next(iter(step)) if isinstance(step, dict) else step for step in CHAIN]
+    kinds = [next(iter(step)) if isinstance(step, dict) else step for step in chain]
     assert [step.kind for step in final.lineage] == ["train", *kinds]
     assert final.format == "onnx"
     assert final.family == family
