@@ -7,7 +7,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
@@ -49,6 +49,7 @@ class Registry(Generic[T]):
         """What a member is called in messages: "pass", "family"."""
         return self.attribute.lower()
 
+    @cached_property
     def _builtin(self) -> list[str]:
         folder = PACKAGE.joinpath(*self.package.split(".")[1:])
         sets_it = re.compile(rf"^{self.attribute}\b", re.MULTILINE)  # helpers in the same folder do not
@@ -60,7 +61,7 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """All names, sorted; nothing is imported."""
-        return sorted({*self._builtin(), *_entry_points(self.group)})
+        return sorted({*self._builtin, *_entry_points(self.group)})
 
     def get(self, name: str, *, where: str | None = None) -> T:
         """Imports one member.
@@ -68,7 +69,7 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: when there is none of that name.
         """
-        if name in self._builtin():
+        if name in self._builtin:
             return cast(T, getattr(importlib.import_module(f"{self.package}.{name}"), self.attribute))
         if name in _entry_points(self.group):
             return cast(T, _entry_points(self.group)[name].load())
