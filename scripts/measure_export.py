@@ -35,7 +35,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from measure_sdxl import _write_shards
+from measuring import write_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "benchmarks" / "export_real_size.json"
@@ -82,7 +82,7 @@ def write(family: str, graph: str, folder: Path) -> dict[str, Any]:
     place.mkdir(parents=True, exist_ok=True)
     part.config.save_pretrained(place) if row.tokenizer else part.save_config(place)
     stem = "model" if row.tokenizer else "diffusion_pytorch_model"
-    return {"bytes": _write_shards(part.state_dict(), place, stem, save_file)}
+    return {"bytes": write_shards(part.state_dict(), place, stem, save_file)}
 
 
 def export(family: str, graph: str, folder: Path) -> dict[str, Any]:

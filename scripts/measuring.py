@@ -74,7 +74,7 @@ def write_random(family_name: str, pipeline: str, folder: Path) -> int:
             continue
         made.config.save_pretrained(place) if part.tokenizer else made.save_config(place)
         stem = "model" if part.tokenizer else "diffusion_pytorch_model"
-        total += _write_shards(made.state_dict(), place, stem, save_file)
+        total += write_shards(made.state_dict(), place, stem, save_file)
     for part in family.facts.encoders:
         save_tokenizer(tiny.clip_tokenizer(max_length=part.tokens), folder / part.tokenizer)
     index: dict[str, Any] = {"_class_name": pipeline, "force_zeros_for_empty_prompt": True}
@@ -90,7 +90,7 @@ def write_random(family_name: str, pipeline: str, folder: Path) -> int:
     return total
 
 
-def _write_shards(state: dict[str, Any], place: Path, stem: str, save_file: Any) -> int:
+def write_shards(state: dict[str, Any], place: Path, stem: str, save_file: Any) -> int:
     """Draws tensors one after the other and writes a file whenever enough are there."""
     generator = torch.Generator().manual_seed(0)
     shards: list[dict[str, Any]] = [{}]
