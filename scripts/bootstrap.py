@@ -3,7 +3,7 @@
 
     python scripts/bootstrap.py setup onnx,quant     .venv with these extras (onnx if none is named)
     python scripts/bootstrap.py quickstart [--again] [a.b=c ...]
-    python scripts/bootstrap.py test [pytest arguments]
+    python scripts/bootstrap.py test [--slow] [pytest arguments]
     python scripts/bootstrap.py check                style and types
 
 The files setup, quickstart, test and check beside it are these four for a Unix shell. Versions come
@@ -94,17 +94,18 @@ def quickstart(*arguments: str) -> int:
 
 
 def test(*arguments: str) -> int:
-    """Every test; or those that pytest is told."""
+    """The tests but for the slow ones; all of them; or those that pytest is told."""
     setup(ALL)
     pytest = (BIN / f"python{ENDING}", "-m", "pytest")
-    if arguments:
-        return run(*pytest, *arguments)
+    chosen: tuple[str, ...] = () if "--slow" in arguments else ("-m", "not slow")
+    if rest := [argument for argument in arguments if argument != "--slow"]:
+        return run(*pytest, *rest)
     # Long files first, which the tests' conftest.py knows, so that no process is left with one at the end.
     spread = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder")
-    first = run(*pytest, *spread, "--durations=25", "tests", "--ignore=tests/training")
+    first = run(*pytest, *chosen, *spread, "--durations=25", "tests", "--ignore=tests/training")
     # The training tests raise real signals; once, in a process that held the threads of OpenVINO and TensorRT
     # from the tests before, that ended in a segmentation fault. So they have a process of their own.
-    return run(*pytest, "tests/training") or first
+    return run(*pytest, *chosen, "tests/training") or first
 
 
 def check() -> int:

@@ -63,11 +63,19 @@ LONG = [
 """Files that take more than half a minute, the longest first: so no process is left alone at the end."""
 
 
+@pytest.hookimpl(tryfirst=True)  # -m chooses after this
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files come first, if tests are shared out.
+    """Long files come first, if tests are shared out; `each_family` is slow but for a family of each kind.
 
     Tests marked `gpu` are skipped where there is none; torch is asked only if there are such tests.
     """
+    if long := [item for item in items if item.get_closest_marker("each_family")]:
+        from tunekit import families
+
+        kinds = {families.get(name).facts.denoiser_name: name for name in reversed(families.runnable())}
+        for item in long:
+            if not set(kinds.values()) & set(_parameters(item)):
+                item.add_marker(pytest.mark.slow)
     if "PYTEST_XDIST_WORKER" in os.environ:
         rank = {ROOT / "tests" / name: place for place, name in enumerate(LONG)}
         items.sort(key=lambda item: rank.get(item.path, len(rank)))
@@ -79,6 +87,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+def _parameters(item: pytest.Item) -> list[Any]:
+    """What a test was given: a family by its name among them."""
+    given = getattr(item, "callspec", None)
+    return [value for value in given.params.values() if isinstance(value, str)] if given else []
 
 
 def pytest_collection_finish() -> None:

@@ -318,6 +318,7 @@ def test_a_real_step_takes_what_was_predicted(
     assert abs(row["error_allocated"]) < 0.01
 
 
+@pytest.mark.each_family
 @pytest.mark.parametrize("scheme", PACKED)
 @pytest.mark.parametrize("name", families.runnable())
 def test_every_family_steps_on_a_packed_base(script: Any, name: str, scheme: layers.Scheme) -> None:

@@ -55,7 +55,7 @@ def test_one_engine_per_capability(tiny_onnx: Path, tmp_path: Path) -> None:
             open_runtime(made)
 
 
-@pytest.mark.slow
+@pytest.mark.each_family
 @needs_tensorrt
 def test_it_builds_for_every_family(family: Any, tiny_onnxs: Callable[[str], Path], tmp_path: Path) -> None:
     source = Artifact.load(tiny_onnxs(family.name))

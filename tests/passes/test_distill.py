@@ -46,6 +46,7 @@ def student(
     return distilled(source, tmp_path_factory.mktemp("distilled"), family.name, steps=2, adapter=adapter)
 
 
+@pytest.mark.each_family
 def test_it_draws_in_so_many_calls_by_itself(student: Artifact, monkeypatch: pytest.MonkeyPatch):
     assert student.sampling is not None
     assert student.sampling.steps == 2
@@ -110,6 +111,7 @@ def test_lcm_of_all_weights_goes_on_where_it_was_stopped(
     assert (again.sampling.scheduler or {})["class"] == "LCMScheduler"
 
 
+@pytest.mark.each_family
 def test_distributions_are_matched_in_each_family(
     family: Any, tiny_sources: Callable[[str], Path], tmp_path: Path
 ):

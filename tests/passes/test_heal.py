@@ -62,6 +62,7 @@ def result(
     return healed(source, tmp_path_factory.mktemp("healed"), heal(family), family=family.name)
 
 
+@pytest.mark.each_family
 def test_the_output_comes_closer_to_the_parents(result: Artifact):
     metrics = result.lineage[-1].metrics
     before, after, steps = (metrics[name] for name in ("relative_error_before", "relative_error", "steps"))

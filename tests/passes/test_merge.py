@@ -29,6 +29,7 @@ def merged(artifact: Artifact, folder: Path, **settings: Any) -> Artifact:
     return run_chain([Merge(**settings)], artifact, Context(run_dir=folder / "run", say=lambda line: None))
 
 
+@pytest.mark.each_family
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_the_merged_model_is_the_base_with_its_adapter(
     family: Any, tiny_sources: Callable[[str], Path], make_adapter: Make, tmp_path: Path, kind: str
@@ -48,6 +49,7 @@ def test_the_merged_model_is_the_base_with_its_adapter(
     )
 
 
+@pytest.mark.each_family
 def test_in_half_precision_all_is_half_but_what_overflows(
     family: Any, tiny_sources: Callable[[str], Path], make_adapter: Make, tmp_path: Path
 ):

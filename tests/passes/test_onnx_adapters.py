@@ -64,6 +64,7 @@ def branched(family: Any, exported: Path, folder: Path) -> Path:
     return made
 
 
+@pytest.mark.each_family
 def test_pictures_are_those_of_the_merged_model(
     family: Any,
     tiny_sources: Callable[[str], Path],

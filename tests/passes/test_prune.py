@@ -66,6 +66,7 @@ def each(family: Any, results: Callable[[str], Artifact]) -> Artifact:
     return results(family.name)
 
 
+@pytest.mark.each_family
 def test_shapes_shrink_and_nothing_is_zeroed(family: Any, each: Artifact):
     denoiser, whole = unet(each), family.denoiser(family.tiny())
     metrics = each.lineage[-1].metrics

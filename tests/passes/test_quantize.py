@@ -76,6 +76,7 @@ def test_a_torch_model_gets_small_and_stays_near(scheme: str, tiny_source: Path,
     assert metrics["quantized_layers"] == count > 50
 
 
+@pytest.mark.each_family
 def test_every_family_keeps_what_it_knows_to_be_sensitive(
     family: Any, tiny_sources: Callable[[str], Path], tmp_path: Path
 ):

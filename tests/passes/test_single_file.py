@@ -17,6 +17,7 @@ from tunekit.resources import Source
 CHAIN: list[Any] = ["merge", {"single_file": {"dtype": "fp32"}}]
 
 
+@pytest.mark.each_family
 def test_the_merged_model_is_written_and_the_chain_goes_on(
     family: Any, tiny_sources: Callable[[str], Path], make_adapter: Any, tmp_path: Path
 ):

@@ -38,6 +38,7 @@ def run(chain: list[Any], artifact: Artifact, folder: Path, **options: Any) -> t
 # Whole ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_family
 def test_every_family_is_tuned(family: Any, tmp_path: Path) -> None:
     """And from "tiny", which like a hub id has no folder whose files could be written again."""
     start = open_artifact("tiny", family=family.name)

@@ -99,6 +99,7 @@ def test_what_leaves_is_described_by_the_configuration(family: Any, tmp_path: Pa
     assert dict(denoiser.config) == before and depth.fits(denoiser)
 
 
+@pytest.mark.each_family
 def test_blocks_that_move_the_output_least_leave(
     run: Run, family: Any, tiny_sources: Callable[[str], Path], tmp_path: Path
 ):

@@ -50,7 +50,7 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapter" / "pytorch_lora_weights.safetensors")
 
 
-@pytest.mark.slow
+@pytest.mark.each_family
 @pytest.mark.parametrize("family", PIPELINES)
 def test_from_pictures_to_onnx_with_a_report(
     family: str, lora_tree: dict[str, Any], configured: Configured, run_here: RunHere, tmp_path: Path
