@@ -196,7 +196,11 @@ def _fill(model: Any, component: ExportComponent) -> None:
 
     The transposed weight of a Linear layer is named after its module, as all others are; passes go by it.
     """
-    from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
+    from onnx_ir.passes.common import (
+        DeduplicateInitializersPass,
+        LiftConstantsToInitializersPass,
+        RemoveUnusedNodesPass,
+    )
     from onnx_ir.tensor_adapters import TorchTensor
     from onnxscript.optimizer import fold_constants_ir
 
@@ -221,6 +225,7 @@ def _fill(model: Any, component: ExportComponent) -> None:
         model, input_size_limit=no_limit, output_size_limit=no_limit, should_fold=foldable.__contains__
     )
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    DeduplicateInitializersPass()(model)  # small ones that are equal in these weights
     RemoveUnusedNodesPass()(model)
     _tidy(model)
 
