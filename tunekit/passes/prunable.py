@@ -8,9 +8,10 @@ judged, and silenced, there.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -183,7 +184,29 @@ def _take_norm(norm: nn.GroupNorm, channels: Sequence[int], groups: int) -> nn.G
 # Importance ------------------------------------------------------------------------------------------------
 
 
-class Sensitivity:
+class _Watching:
+    """Sees what goes into the consumer of each structure, as a context manager."""
+
+    def __init__(self, found: Sequence[Structures]) -> None:
+        self.found = list(found)
+        self._sums = [torch.zeros(item.count, dtype=torch.float64) for item in self.found]
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Self:
+        for index, item in enumerate(self.found):
+            self._hooks.append(item.consumer.register_forward_pre_hook(self._watch(index, item)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @abstractmethod
+    def _watch(self, index: int, item: Structures) -> Callable[..., None]:
+        """The hook that notes what goes in."""
+
+
+class Sensitivity(_Watching):
     """Measures how far the output moves when a structure is silenced, to first order.
 
     Multiply a structure's output by a gate m = 1. For a random direction v of the output, (d (v . output) / d
@@ -200,20 +223,9 @@ class Sensitivity:
     """
 
     def __init__(self, found: Sequence[Structures], *, by: Literal["taylor", "gradient"] = "taylor") -> None:
-        self.found = list(found)
+        super().__init__(found)
         self.by = by
         self.examples = 0
-        self._sums = [torch.zeros(item.count, dtype=torch.float64) for item in self.found]
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> Sensitivity:
-        for index, item in enumerate(self.found):
-            self._hooks.append(item.consumer.register_forward_pre_hook(self._watch(index, item)))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
     def add(self, output: Tensor, generator: torch.Generator) -> None:
         """Takes the denoiser's output [B, ...], made with gradients, of B more examples."""
@@ -251,26 +263,12 @@ def _by_structure(values: Tensor, module: nn.Module, item: Structures) -> Tensor
     return values.view(len(values), item.count, item.width).sum(2)
 
 
-class Activation:
+class Activation(_Watching):
     """Measures what each structure adds to its consumer: the mean square of its output, by its weights' norm.
 
     As Wanda has it for single weights (Sun et al. 2023, arXiv:2306.11695), over the block's mean. No gradient
     is needed. Use as `Sensitivity`.
     """
-
-    def __init__(self, found: Sequence[Structures]) -> None:
-        self.found = list(found)
-        self._sums = [torch.zeros(item.count, dtype=torch.float64) for item in self.found]
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> Activation:
-        for index, item in enumerate(self.found):
-            self._hooks.append(item.consumer.register_forward_pre_hook(self._watch(index, item)))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
     @property
     def scores(self) -> list[Tensor]:
