@@ -91,7 +91,8 @@ def _trace(component: ExportComponent, opset: int) -> Any:
             weight = model.graph.initializers.pop(name)
             weight.const_value = None
             model.graph.inputs.append(weight)
-        optimize_ir(model)
+        with _rules_by_kind():
+            optimize_ir(model)
         _promote(model)
         _name_axes(model, component)
         _tidy(model)
@@ -170,6 +171,44 @@ def _read_translations_once() -> None:
     except (ImportError, AttributeError):
         return
     ONNXRegistry.from_torchlib = staticmethod(cache(make))  # type: ignore[method-assign]
+
+
+@contextmanager
+def _rules_by_kind() -> Iterator[None]:
+    """Tries a rewriting rule of the optimizer only on the kind of node that its pattern ends in.
+
+    By itself it tries every rule on every node, and for a rule with several outputs goes through the whole
+    graph each time: a third of the time that a tiny SDXL took to trace, and more in larger graphs. An
+    onnxscript whose rules do not say what they end in optimizes as before.
+    """
+    try:
+        from onnxscript.rewriter._rewrite_rule import RewriteRule
+
+        tried = RewriteRule.try_rewrite
+    except (ImportError, AttributeError):
+        yield
+        return
+    ends: dict[int, tuple[str, str] | None] = {}  # of rules, which live as long as the package
+
+    def end(rule: Any) -> tuple[str, str] | None:
+        try:
+            kind = rule._target_pattern.output_nodes[0].op_identifier()
+        except (AttributeError, IndexError):
+            return None
+        return None if kind is None else (kind[0], kind[1])
+
+    def try_rewrite(rule: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
+        if id(rule) not in ends:
+            ends[id(rule)] = end(rule)
+        if ends[id(rule)] not in (None, (node.domain, node.op_type)):
+            return None
+        return tried(rule, model, graph, node, **options)
+
+    RewriteRule.try_rewrite = try_rewrite
+    try:
+        yield
+    finally:
+        RewriteRule.try_rewrite = tried
 
 
 @contextmanager
