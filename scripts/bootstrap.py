@@ -104,8 +104,8 @@ def test(*arguments: str) -> int:
     spread = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder")
     first = run(*pytest, *chosen, *spread, "--durations=25", "tests", "--ignore=tests/training")
     # The training tests raise real signals; once, in a process that held the threads of OpenVINO and TensorRT
-    # from the tests before, that ended in a segmentation fault. So they have a process of their own.
-    return run(*pytest, *chosen, "tests/training") or first
+    # from the tests before, that ended in a segmentation fault. So they have processes of their own.
+    return run(*pytest, *chosen, "-n", "auto", "--maxprocesses", "4", "tests/training") or first
 
 
 def check() -> int:

@@ -96,16 +96,22 @@ def _parameters(item: pytest.Item) -> list[Any]:
 
 
 def pytest_collection_finish() -> None:
-    """What is loaded by now stays to the end: the garbage collector need not go through it, over and over.
-
-    With the large libraries that is a million objects, a second each time.
-    """
+    """What nearly every file imports is loaded before the first test, whose time it is not."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         for name in ("tunekit.adapters", "diffusers.models", "onnxscript", "transformers.modeling_utils"):
             with suppress(ImportError):
                 importlib.import_module(name)
-        gc.collect()
-        gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What is there before a test stays to the end: the garbage collector need not go through it again.
+
+    Libraries, and what tracing leaves in the caches of sympy and torch, are millions of objects after a
+    while, and a chain of passes collects garbage several times: seconds each.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -191,6 +191,16 @@ def test_yaml(block: Block, tmp_path: Path) -> None:
 # The shell --------------------------------------------------------------------------------------------------
 
 
+SHORT = {
+    "prune": {"samples": 8},
+    "heal": {"max_steps": 2, "batch_size": 2},
+    "quantize": {"samples": 8},
+    "verify": {"pictures": 1, "steps": 2},
+    "benchmark": {"repeats": 1, "memory": False},
+}
+"""Of the README's chain, so that the tiny model is soon through it."""
+
+
 @pytest.fixture(scope="module")
 def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a reader has, or has after the lines before: pictures, and the run of the README's own config.
@@ -211,9 +221,10 @@ def brought(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree["data"]["resolution"] = 32
     tree["train"] |= {"max_steps": 2, "batch_size": 2}
     tree["memory"]["device"] = "cpu"
-    for step in tree["optimize"]:
-        if "heal" in step:
-            step["heal"] |= {"max_steps": 2, "batch_size": 2}
+    steps = [{step: {}} if isinstance(step, str) else step for step in tree["optimize"]]
+    tree["optimize"] = [
+        {kind: {**settings, **SHORT.get(kind, {})}} for step in steps for kind, settings in step.items()
+    ]
     (folder / "mine.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     command = [sys.executable, "-m", "tunekit", "run", "mine.yaml"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
