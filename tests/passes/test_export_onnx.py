@@ -14,11 +14,12 @@ import onnx
 import pytest
 import torch
 
-from tunekit import families, install, layers
+from tunekit import families, hardware, install, layers
 from tunekit.artifacts import Artifact, open_artifact
 from tunekit.config import SamplingConfig
 from tunekit.diffusion.metrics import psnr_db, relative_error
 from tunekit.errors import ChainError
+from tunekit.passes import models
 from tunekit.passes.base import Context, parse_chain, run_chain
 from tunekit.passes.export_onnx import check_inputs, export_component, graph_config, graph_error
 from tunekit.passes.onnx_int8 import Graph
@@ -364,3 +365,52 @@ def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
         )
     line = install.with_extra("onnx")
     assert f'(export_onnx) needs the package "onnxscript": {line}' in str(raised.value)
+
+
+@pytest.mark.each_family
+def test_of_a_large_model_one_network_at_a_time_has_weights_and_the_graphs_are_the_same(
+    family: Any,
+    tiny_sources: Callable[[str], Path],
+    tiny_onnxs: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alive: list[set[str]] = []
+    load = type(family).load
+
+    def watched(self: Any, *arguments: Any, **options: Any) -> Any:
+        pipeline = load(self, *arguments, **options)
+        networks = {part.name: getattr(pipeline, part.name) for part in self.facts.components[:-1]}
+        parts = {name: network for name, network in networks.items() if isinstance(network, torch.nn.Module)}
+        alive.append({name for name, part in parts.items() if not next(part.parameters()).is_meta})
+        return pipeline
+
+    monkeypatch.setattr(type(family), "load", watched)
+    monkeypatch.setattr(models, "LARGE", 0)
+    source = open_artifact(tiny_sources(family.name), family=family.name)
+    context = Context(run_dir=tmp_path, say=lambda line: None)
+    made = run_chain(parse_chain(["export_onnx"]), source, context).path
+    assert made is not None
+    assert alive[0] == set() and all(len(names) == 1 for names in alive[1:]), alive
+    assert set().union(*alive) >= {family.facts.denoiser_name, "vae"}
+    whole = tiny_onnxs(family.name)
+    files = {str(file.relative_to(whole)) for folder in whole.iterdir() for file in folder.glob("*")}
+    assert len(files) > 8 and all((made / name).read_bytes() == (whole / name).read_bytes() for name in files)
+    assert (made / "model_index.json").read_bytes() == (whole / "model_index.json").read_bytes()
+
+
+def test_graphs_that_memory_is_short_for_are_open_one_at_a_time_and_draw_the_same(
+    tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drawn() -> tuple[torch.Tensor, list[Any]]:
+        runtime = open_runtime(tiny_onnx, device="cpu", provider="cpu")
+        pipeline = runtime.pipeline
+        pixels = generate_pixels(runtime, ["a cat"], SamplingConfig(steps=2), seeds=[1, 2], batch=1)
+        return pixels, [pipeline.text_encoder.graph, pipeline.unet.graph, pipeline.vae.decoder.graph]
+
+    wanted, graphs = drawn()
+    assert all(graph._session is not None for graph in graphs)
+    monkeypatch.setattr(hardware, "machine_memory", lambda: (1 << 30, 1))
+    found, graphs = drawn()
+    assert [graph._session is not None for graph in graphs] == [False, False, True]
+    assert torch.equal(found, wanted)

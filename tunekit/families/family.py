@@ -465,7 +465,14 @@ class Planned(Protocol):
 class Family(Planned, Protocol):
     """A model family that can be run."""
 
-    def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: Packing = "") -> Pipeline:
+    def load(
+        self,
+        source: Source | str,
+        dtypes: Dtypes = torch.float32,
+        *,
+        pack: Packing = "",
+        only: Collection[str] | None = None,
+    ) -> Pipeline:
         """Load a pipeline on the CPU, in eval mode, component by component, each in its own type.
 
         Args:
@@ -473,6 +480,7 @@ class Family(Planned, Protocol):
             dtypes: of weights that are not packed.
             pack: "int8", "fp8" or "nf4" packs the linear layers in the denoiser's blocks while they are read;
                 with "fp8" those that are stored in that type, e4m3, stay as they are.
+            only: networks whose weights are read; the others are on the meta device. None is all.
 
         Raises:
             ModelError: nothing there, not this family, pickled or non-finite weights.

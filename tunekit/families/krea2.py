@@ -150,8 +150,15 @@ class Krea2(Transformer):
         since="0.42",
     )
 
-    def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: Packing = "") -> Pipeline:
-        made = super().load(source, dtypes, pack=pack)
+    def load(
+        self,
+        source: Source | str,
+        dtypes: Dtypes = torch.float32,
+        *,
+        pack: Packing = "",
+        only: Collection[str] | None = None,
+    ) -> Pipeline:
+        made = super().load(source, dtypes, pack=pack, only=only)
         if made.config.is_distilled:  # so that its sampler says by itself how it is drawn
             made.scheduler.register_to_config(base_shift=TURBO_MU, max_shift=TURBO_MU)
         return made

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +85,7 @@ def load_pipeline(
     pack: Packing = "",
     fixed: Mapping[str, Any] | None = None,
     misfits: Misfits | None = None,
+    only: Collection[str] | None = None,
 ) -> Pipeline:
     """Load a pipeline from a folder, "builtin/...", a single file or a hub id.
 
@@ -97,6 +98,7 @@ def load_pipeline(
         pack: of the denoiser's linear layers, see `Family.load`.
         fixed: arguments of the pipeline's constructor.
         misfits: see `Misfits`.
+        only: networks whose weights are read, see `Family.load`.
 
     Raises:
         ModelError: see `Family.load`. Of several problems, `parts` lists each.
@@ -115,7 +117,7 @@ def load_pipeline(
         refuse(found.problems)
         for part in facts.components:
             network = found.parts.get(part.name)
-            if isinstance(network, nn.Module):
+            if isinstance(network, nn.Module) and (only is None or part.name in only):
                 packed: list[str] = []
                 if pack and part.role == "denoiser":
                     packed = layers.quantize(network, pack, only=layers.block_linears(network))
@@ -129,7 +131,7 @@ def load_pipeline(
     # diffusers, transformers, safetensors and the hub raise two dozen kinds; to the user all are one.
     except Exception as error:
         raise ModelError(_reason(error), where=source.name, hint=_hint(source)) from error
-    check_finite(pipeline, source.name)
+    check_finite(pipeline, source.name, only)
     return pipeline
 
 
@@ -743,6 +745,19 @@ def source_files(source: Source, facts: FamilyFacts) -> dict[str, tuple[Path, ..
     return own | {part.name: found(base, part) for part in others if base}
 
 
+def stored_bytes(source: Source, facts: FamilyFacts) -> int | None:
+    """Bytes of the files that a model's weights lie in; None where they are not on this machine."""
+    if source.name == "tiny":
+        return 0
+    path = here(source)
+    if path is None:
+        return None
+    if path.is_file() and source.rest is None:
+        return path.stat().st_size
+    found = source_files(replace(source, name=str(path)), facts)
+    return sum(file.stat().st_size for file in {file for files in found.values() for file in files})
+
+
 def here(source: Source) -> Path | None:
     """The folder or file of a source on this machine; of a hub id, where it has been fetched to."""
     path = source.path
@@ -854,10 +869,10 @@ def components(pipeline: Pipeline) -> dict[str, Any]:
     return {k: v for k, v in pipeline.components.items() if hasattr(v, "save_pretrained")}
 
 
-def check_finite(pipeline: Pipeline, source: str) -> None:
-    """Raise ModelError naming the first tensor that holds NaN or infinity."""
+def check_finite(pipeline: Pipeline, source: str, only: Collection[str] | None = None) -> None:
+    """Raise ModelError naming the first tensor, of all networks or of some, that holds NaN or infinity."""
     for name, component in components(pipeline).items():
-        if isinstance(component, nn.Module):
+        if isinstance(component, nn.Module) and (only is None or name in only):
             for key, tensor in component.state_dict().items():
                 if tensor.is_floating_point() and not _finite(tensor):
                     raise ModelError(

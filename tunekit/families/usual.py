@@ -30,12 +30,19 @@ class Usual(ABC):
 
     # Opening and writing ------------------------------------------------------------------------------------
 
-    def load(self, source: Source | str, dtypes: Dtypes = torch.float32, *, pack: Packing = "") -> Pipeline:
+    def load(
+        self,
+        source: Source | str,
+        dtypes: Dtypes = torch.float32,
+        *,
+        pack: Packing = "",
+        only: Collection[str] | None = None,
+    ) -> Pipeline:
         source = Source.of(source)
         if source.name == "tiny":
             return loading.cast(self.tiny(), self.facts, dtypes)
         return loading.load_pipeline(
-            source, self.facts, dtypes, pack=pack, fixed=self.absent, misfits=self.misfits
+            source, self.facts, dtypes, pack=pack, fixed=self.absent, misfits=self.misfits, only=only
         )
 
     def look(self, source: Source | str) -> list[ModelError]:

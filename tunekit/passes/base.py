@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
     from tunekit.config import AdapterConfig, DataConfig, DreamboothData
     from tunekit.data.calibration import CalibrationSet, Call, Material
-    from tunekit.families.family import Pipeline
+    from tunekit.families.family import Dtypes, Pipeline
     from tunekit.runtime import Runtime
 
 Where = Callable[[int, str | None], str]
@@ -270,6 +270,19 @@ class Context:
         from tunekit import families
 
         return self.models.load(families.get(self.family), model.model_source)
+
+    def open_networks(self, model: Artifact, *only: str, dtypes: Dtypes | None = None) -> Pipeline:
+        """The same where some networks are needed: of a large model the others have no weights.
+
+        What is not used any more has to be let go before the next one is opened.
+
+        Args:
+            only: their names; none gives configurations, tokenizers and scheduler alone.
+            dtypes: of weights; None is float32.
+        """
+        from tunekit import families
+
+        return self.models.networks(families.get(self.family), model.model_source, only, dtypes)
 
     @contextmanager
     def running(

@@ -11,6 +11,7 @@ The folder holds `{text_encoder, <denoiser>, vae_encoder, vae_decoder}/model.onn
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,6 @@ from tunekit.config.adapter import Preset
 from tunekit.errors import ModelError, output_errors, require
 from tunekit.passes.base import Context, Outcome, Pass
 from tunekit.passes.metrics import RELATIVE_ERROR, SIZE, Metric
-from tunekit.passes.models import in_types
 from tunekit.passes.providers import lacks
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from tunekit.artifacts import Artifact
     from tunekit.families import ExportComponent, Family
+    from tunekit.families.family import Dtypes
 
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx_data"
@@ -102,54 +103,29 @@ class ExportOnnx(Pass):
         """
         for package in ("onnx", "onnxscript", "onnxruntime"):
             require(package, extra="onnx", why=NEEDS)
-        import torch
 
         from tunekit import families
 
         family = families.get(context.family)
-        pipeline, facts = context.open(artifact), family.facts
-        _refuse_packed(family.denoiser(pipeline), artifact.source)
-        name, branches = facts.denoiser_name, self._branches(family, pipeline)
-        wholes = components = family.export_components(pipeline)
-        if self.dtype == "fp16":
-            # The family gives example inputs in the type of what they are for.
-            pipeline = in_types(pipeline, facts, facts.drawing_dtypes(torch.float16))
-            components = family.export_components(pipeline)
+        shapes = context.open_networks(artifact)  # of a large model, without weights
+        _refuse_packed(family.denoiser(shapes), artifact.source)
+        exported = family.export_components(shapes)
+        branches = {family.facts.denoiser_name: self._branches(family, shapes)}
+        names = [(component.name, component.component) for component in exported]
+        write_rest(family, shapes, [name for name, _ in names], context.folder)
+        del exported, shapes
 
         table: list[dict[str, Any]] = []
         failures = []
-        for whole, component in zip(wholes, components, strict=True):
-            context.say(component.name)
-            folder = context.folder / component.name
-            inputs = check_inputs(whole)
-            with torch.no_grad():
-                expected = as_tuple(whole.module(*inputs.values()))
-            options: dict[str, Any] = {"branches": branches} if component.name == name and branches else {}
-            nodes = export_component(
-                component,
-                folder,
-                opset=self.opset,
-                external_data_threshold=self.external_data_threshold,
-                **options,
-            )
-            write_json(folder / "config.json", graph_config(component, folder / GRAPH, **options))
-            error = graph_error(folder / GRAPH, inputs, expected)
-            dtype = "fp32" if component.component in facts.overflowing else self.dtype
-            if _nan_is_worst(error) > MAX_RELATIVE_ERROR[dtype]:
+        for name, network in names:
+            context.say(name)
+            row = self._write(name, network, artifact, context, branches.get(name) or [])
+            table.append(row)
+            if _nan_is_worst(row["relative_error"]) > MAX_RELATIVE_ERROR[row["dtype"]]:
                 failures.append(
-                    f"{component.name} in onnxruntime differs from torch by {error:.2g} of its size;"
-                    f" {dtype} should stay below {MAX_RELATIVE_ERROR[dtype]:g}"
+                    f"{name} in onnxruntime differs from torch by {row['relative_error']:.2g} of its size;"
+                    f" {row['dtype']} should stay below {MAX_RELATIVE_ERROR[row['dtype']]:g}"
                 )
-            table.append(
-                {
-                    "component": component.name,
-                    "dtype": dtype,
-                    "nodes": nodes,
-                    "size_bytes": directory_size(folder),
-                    "relative_error": error,
-                }
-            )
-        write_rest(family, pipeline, [component.name for component in components], context.folder)
         if self.dtype == "fp16" and not failures and (trouble := _overflow(family, context.folder)):
             failures.append(trouble)
         error = max((row["relative_error"] for row in table), key=_nan_is_worst)
@@ -162,6 +138,51 @@ class ExportOnnx(Pass):
             details={"components": table},
             failure="; ".join(failures) or None,
         )
+
+    def _write(
+        self, name: str, network: str, artifact: Artifact, context: Context, branches: Sequence[str]
+    ) -> dict[str, Any]:
+        """Writes one graph and compares it; of a large model nothing else is in memory meanwhile.
+
+        Args:
+            network: that it is a part of.
+        """
+        import torch
+
+        from tunekit import families
+
+        family = families.get(context.family)
+        facts = family.facts
+
+        def opened(dtypes: Dtypes | None = None) -> ExportComponent:
+            pipeline = context.open_networks(artifact, network, dtypes=dtypes)
+            return next(one for one in family.export_components(pipeline) if one.name == name)
+
+        folder, component = context.folder / name, opened()
+        inputs = check_inputs(component)
+        with torch.no_grad():
+            expected = as_tuple(component.module(*inputs.values()))
+        if self.dtype == "fp16":
+            del component
+            # The family gives example inputs in the type of what they are for.
+            component = opened(facts.drawing_dtypes(torch.float16))
+        nodes = export_component(
+            component,
+            folder,
+            opset=self.opset,
+            external_data_threshold=self.external_data_threshold,
+            branches=branches,
+        )
+        write_json(folder / "config.json", graph_config(component, folder / GRAPH, branches=branches))
+        del component  # before its graph comes
+        gc.collect()
+        return {
+            "component": name,
+            "dtype": "fp32" if network in facts.overflowing else self.dtype,
+            "nodes": nodes,
+            "size_bytes": directory_size(folder),
+            "relative_error": graph_error(folder / GRAPH, inputs, expected),
+        }
 
     def _branches(self, family: Family, pipeline: Any) -> list[str]:
         """Modules of the denoiser that adapters may change."""

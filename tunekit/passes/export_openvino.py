@@ -14,6 +14,7 @@ those of `export_onnx`.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import shutil
@@ -138,18 +139,22 @@ class ExportOpenvino(Pass):
 
         from tunekit.passes.export_onnx import export_component, graph_config, write_rest
 
-        pipeline = context.open(artifact)
-        wholes = family.export_components(pipeline)
-        for component in wholes:
+        shapes = context.open_networks(artifact)  # of a large model, without weights
+        names = [(component.name, component.component) for component in family.export_components(shapes)]
+        write_rest(family, shapes, [name for name, _ in names], context.folder, read_by=READ_BY)
+        del shapes
+        for name, network in names:
+            pipeline = context.open_networks(artifact, network)
+            component = next(one for one in family.export_components(pipeline) if one.name == name)
+            del pipeline
             with tempfile.TemporaryDirectory(dir=context.folder, prefix=".") as scratch:
                 with torch.no_grad():
                     export_component(component, Path(scratch))
-                self._convert(Path(scratch) / GRAPHS["onnx"], context.folder / component.name)
-            write_json(context.folder / component.name / "config.json", graph_config(component))
-            yield component.name
-        write_rest(
-            family, pipeline, [component.name for component in wholes], context.folder, read_by=READ_BY
-        )
+                write_json(context.folder / name / "config.json", graph_config(component))
+                del component  # before its graph comes
+                gc.collect()
+                self._convert(Path(scratch) / GRAPHS["onnx"], context.folder / name)
+            yield name
 
     def _from_onnx(self, artifact: Artifact, context: Context, family: Family) -> Iterator[str]:
         """Writes each graph, and everything else as it is; gives the components' names."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tunekit.resources import Source
 
 T = TypeVar("T")
+LARGE = 2_000_000_000
+"""Bytes of weights in files from which a pass that needs a network at a time is not given the others."""
 
 
 class Models:
@@ -45,6 +47,32 @@ class Models:
             self._pipelines[source] = pipeline
         shared = self._pipelines[source]
         return shared if dtypes is None else in_types(shared, family.facts, dtypes)
+
+    def networks(
+        self,
+        family: Family,
+        source: Source,
+        only: Collection[str],
+        dtypes: Dtypes | None = None,
+    ) -> Pipeline:
+        """A model of which some networks are needed: the shared one, or of a large one a pipeline of its own.
+
+        The others are without weights then, and the shared one goes: whoever wants it reads it again.
+
+        Raises:
+            ModelError: see `Family.load`.
+        """
+        import torch
+
+        from tunekit.families.loading import stored_bytes
+
+        size = stored_bytes(source, family.facts)
+        if size is not None and size < LARGE:
+            shared = self.load(family, source)
+            return shared if dtypes is None else in_types(shared, family.facts, dtypes, only)
+        self._pipelines.pop(source, None)
+        _tidy()
+        return family.load(source, dtypes or torch.float32, only=only)
 
     def recorded(self, model: Artifact, what: Hashable, make: Callable[[], T]) -> T:
         """What was recorded of a model under the name `what`; made where it is not there."""
@@ -94,12 +122,20 @@ def around(pipeline: Pipeline, networks: Mapping[str, nn.Module]) -> Pipeline:
     return made
 
 
-def in_types(pipeline: Pipeline, facts: FamilyFacts, dtypes: Dtypes) -> Pipeline:
-    """A pipeline whose networks have these types: its own where they have them already, else copies."""
+def in_types(
+    pipeline: Pipeline, facts: FamilyFacts, dtypes: Dtypes, only: Collection[str] | None = None
+) -> Pipeline:
+    """A pipeline whose networks have these types: its own where they have them already, else copies.
+
+    Args:
+        only: networks that are to have them; None is all.
+    """
     import torch
 
     copies = {}
     for part in facts.components:
+        if only is not None and part.name not in only:
+            continue
         network = getattr(pipeline, part.name)
         wanted = dtypes if isinstance(dtypes, torch.dtype) else dtypes.get(part.name, torch.float32)
         if part.role != "scheduler" and network is not None and network.dtype != wanted:

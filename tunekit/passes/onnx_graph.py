@@ -243,22 +243,26 @@ def _fill(model: Any, component: ExportComponent) -> None:
     from onnx_ir.tensor_adapters import TorchTensor
     from onnxscript.optimizer import fold_constants_ir
 
-    graph, weights = model.graph, dict(component.module.named_parameters(remove_duplicate=False))
+    graph = model.graph
+    weights = {
+        name: value.detach() for name, value in component.module.named_parameters(remove_duplicate=False)
+    }
     fixed = set(graph.initializers.values())
     while len(graph.inputs) > len(component.inputs):
         weight = graph.inputs.pop()
-        weight.const_value = TorchTensor(weights[weight.name].detach(), weight.name)
+        weight.const_value = TorchTensor(weights[weight.name], weight.name)
         weight.shape = weight.type = None
         graph.initializers[weight.name] = weight
         fixed.add(weight)
     foldable = set()
     for node in graph:
         if node.inputs and fixed.issuperset(node.inputs):
-            foldable.add(node)
-            fixed.update(node.outputs)
             weight = node.inputs[0]
             if node.op_type == "Transpose" and weight.name in weights and len(weight.uses()) == 1:
-                node.outputs[0].name, weight.name = weight.name, f"{weight.name}.T"
+                fixed.add(_turned(graph, node, weights[weight.name]))
+                continue
+            foldable.add(node)
+            fixed.update(node.outputs)
     no_limit = sys.maxsize
     fold_constants_ir(
         model, input_size_limit=no_limit, output_size_limit=no_limit, should_fold=foldable.__contains__
@@ -267,6 +271,27 @@ def _fill(model: Any, component: ExportComponent) -> None:
     DeduplicateInitializersPass()(model)  # small ones that are equal in these weights
     RemoveUnusedNodesPass()(model)
     _tidy(model)
+
+
+def _turned(graph: Any, node: Any, weight: torch.Tensor) -> Any:
+    """Puts a transposed weight in the place of the node; it is there once it is written, one at a time."""
+    import onnx_ir
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    given, name = node.inputs[0], node.inputs[0].name
+    order = node.attributes["perm"].as_ints() if "perm" in node.attributes else range(weight.dim())[::-1]
+    like = TorchTensor(weight.permute(*order), name)
+
+    def turn() -> Any:
+        return TorchTensor(weight.permute(*order).contiguous(), name)
+
+    lazy = onnx_ir.LazyTensor(turn, dtype=like.dtype, shape=like.shape, name=name)
+    made = onnx_ir.Value(name=name, const_value=lazy)
+    node.outputs[0].replace_all_uses_with(made)
+    graph.remove(node, safe=True)
+    del graph.initializers[given.name]
+    graph.initializers[name] = made
+    return made
 
 
 # Structure -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from tunekit import install
+from tunekit import hardware, install
 from tunekit.artifacts import Artifact
 from tunekit.config import RuntimeConfig
 from tunekit.errors import ConfigError, DeviceError, ModelError
@@ -58,9 +58,10 @@ def open_in_onnxruntime(
     providers = _ort_choice(provider, artifact, place.index)
     title = f"onnxruntime {ORT_PROVIDERS[provider]}"
     settings, name = settings_here(artifact, title), family.facts.denoiser_name
+    turns = Turns() if provider == "cpu" and _is_crowded(folder) else None
 
     def graph(path: Path, settings: RuntimeConfig | None = settings) -> OrtGraph:
-        made = OrtGraph(path / "model.onnx", providers(path.name), threads, settings)
+        made = OrtGraph(path / "model.onnx", providers(path.name), threads, settings, turns=turns)
         made.max_rows = settings.rows if settings and path.name == name else None
         return made
 
@@ -139,6 +140,31 @@ def _options(threads: int | None, settings: RuntimeConfig | None) -> Any:
     return options
 
 
+ROOM = 0.4
+"""Share of the host's free memory from which graphs, by the size of their files, are opened one at a time:
+ONNX Runtime reorders weights, and then has some of them twice."""
+
+
+def _is_crowded(folder: Path) -> bool:
+    size = sum(
+        path.stat().st_size for graph in folder.glob("*/model.onnx") for path in graph.parent.iterdir()
+    )
+    return size > ROOM * hardware.machine_memory()[1]
+
+
+class Turns:
+    """Graphs that are in memory one at a time: whose turn it is, is opened, and the one before goes."""
+
+    def __init__(self) -> None:
+        self._last: OrtGraph | None = None
+
+    def take(self, graph: OrtGraph) -> None:
+        """Before a graph is opened."""
+        if self._last is not None and self._last is not graph:
+            self._last.put_away()
+        self._last = graph
+
+
 class OrtGraph:
     """A model.onnx in ONNX Runtime."""
 
@@ -151,44 +177,78 @@ class OrtGraph:
         threads: int | None,
         settings: RuntimeConfig | None = None,
         model: bytes | None = None,
+        turns: Turns | None = None,
     ) -> None:
-        import onnxruntime as ort
+        """Opens it.
 
-        self.path = path
-        options = _options(threads, settings)
-        if model is not None:  # weights outside of it lie beside the file that it was made of
-            options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path", str(path.parent)
-            )
-        if _only_stores_int8(path.parent):  # then weights are unpacked once, here, and not in each call
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
-        try:
-            self.session = ort.InferenceSession(model or path, options, providers=providers)
-        except Exception as error:  # its exception classes have no common base
-            raise ModelError(f"ONNX Runtime cannot load it: {first_line(error)}", where=str(path)) from error
-        wanted = providers[0][0]
-        if wanted not in self.session.get_providers():
-            raise DeviceError(f"ONNX Runtime's {wanted} does not start here", hint="see its messages above")
-        for node in self.session.get_inputs():
+        Args:
+            threads: before those of the settings.
+            model: what was made of the file, in place of what is in it.
+            turns: of graphs of which one is in memory at a time.
+        """
+        self.path, self._model, self._turns = path, model, turns
+        self._how = (providers, threads, settings)
+        session = self._opened(at_once=turns is None)
+        self._session = session if turns is None else None
+        for node in session.get_inputs():
             if node.type not in _ORT_TYPES:
                 raise ModelError(f"its input {node.name} is a {node.type}", where=str(path))
         self.inputs: dict[str, tuple[np.dtype[Any], list[int | None]]] = {
             node.name: (_ORT_TYPES[node.type], [d if isinstance(d, int) else None for d in node.shape])
-            for node in self.session.get_inputs()
+            for node in session.get_inputs()
         }
         self.open_inputs = {
             node.name: (_ORT_TYPES[node.type], [d if isinstance(d, int) else None for d in node.shape])
-            for node in self.session.get_overridable_initializers()
+            for node in session.get_overridable_initializers()
             if node.name.endswith((DOWN, UP)) and node.type in _ORT_TYPES
         }
         """What an adapter feeds, as `inputs`; they have a default, with which it has no effect."""
         self.adapter: dict[str, Array] = {}
         """What is fed in each call beside its inputs."""
-        self.outputs = [node.name for node in self.session.get_outputs()]
-        axes = {node.name: str(node.shape[0]) for node in self.session.get_inputs() if node.shape}
+        self.outputs = [node.name for node in session.get_outputs()]
+        axes = {node.name: str(node.shape[0]) for node in session.get_inputs() if node.shape}
         named = {name: "batch" in axis for name, axis in axes.items() if not axis.isdigit()}
         # Only where the batch has its name are the other names worth something.
         self.unbatched = frozenset(name for name, batch in named.items() if not batch and any(named.values()))
+
+    @property
+    def session(self) -> Any:
+        """What runs it; opened where it was put away."""
+        if self._turns is not None:
+            self._turns.take(self)
+        if self._session is None:
+            self._session = self._opened()
+        return self._session
+
+    def put_away(self) -> None:
+        """Lets go of its memory until it is used again."""
+        self._session = None
+
+    def _opened(self, *, at_once: bool = True) -> Any:
+        """A session; or one to look at, which reads no weights that lie beside the graph."""
+        import onnxruntime as ort
+
+        providers, threads, settings = self._how
+        options = _options(threads, settings)
+        if not at_once:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        if self._model is not None:  # weights outside of it lie beside the file that it was made of
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(self.path.parent)
+            )
+        if _only_stores_int8(self.path.parent):  # then weights are unpacked once, here, not in each call
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        try:
+            session = ort.InferenceSession(self._model or self.path, options, providers=providers)
+        except Exception as error:  # its exception classes have no common base
+            raise ModelError(
+                f"ONNX Runtime cannot load it: {first_line(error)}", where=str(self.path)
+            ) from error
+        wanted = providers[0][0]
+        if wanted not in session.get_providers():
+            raise DeviceError(f"ONNX Runtime's {wanted} does not start here", hint="see its messages above")
+        return session
 
     def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         """See `Graph.run`."""
