@@ -41,6 +41,7 @@ from tunekit.resources import Source
 from tunekit.runtime import (
     GraphModule,
     Runtime,
+    base,
     generate,
     generate_pixels,
     open_runtime,
@@ -177,6 +178,37 @@ def test_other_sizes(eager: Runtime) -> None:
     assert draw(height=40, width=72).size == (72, 40)
     with pytest.raises(ConfigError, match="multiple of"):
         eager.latent_shape(44, 64)
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx", "openvino"])
+def test_a_prompt_is_encoded_once_for_all_its_pictures(
+    kind: str,
+    tiny_source: Path,
+    tiny_onnx: Path,
+    tiny_irs: Callable[[str], Path],
+    expected: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    places = {"torch": lambda: tiny_source, "onnx": lambda: tiny_onnx, "openvino": lambda: tiny_irs("sd15")}
+    runtime = open_runtime(places[kind](), family="sd15", **CPU)
+    encode, asked = runtime.family.encode_prompt, []
+
+    def counted(pipeline: Any, prompts: list[str]) -> Any:
+        asked.append(list(prompts))
+        return encode(pipeline, prompts)
+
+    monkeypatch.setattr(type(runtime.family), "encode_prompt", lambda self, *given: counted(*given))
+    drawn = generate_pixels(runtime, PROMPTS[:1], FEW, seeds=[SEEDS[0], 8], batch=1)
+    assert asked == [PROMPTS[:1], ["blue"]]
+    again = generate_pixels(runtime, PROMPTS, FEW, seeds=SEEDS)
+    assert asked[2:] == [PROMPTS[1:]]
+    assert psnr_db(again, expected) > 70 and psnr_db(drawn[0], expected[0]) > 70
+    runtime.forget_prompts()
+    alone = generate_pixels(runtime, PROMPTS[:1], FEW, seeds=[8])
+    assert torch.equal(alone[0], drawn[1]) and len(asked) == 5
+    monkeypatch.setattr(base, "KEPT_BYTES", 1)
+    generate_pixels(runtime, PROMPTS[:1], SamplingConfig(steps=1), seeds=[3])
+    assert not runtime._encoded, "what is kept is bounded"
 
 
 def test_progress(eager: Runtime) -> None:

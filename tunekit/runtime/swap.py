@@ -85,8 +85,12 @@ def at_strength(runtime: Runtime, strength: float) -> Iterator[None]:
     if not isinstance(graph, OrtGraph):
         from tunekit import adapters
 
-        with adapters.at_strength(runtime.pipeline, runtime.family, strength):
-            yield
+        runtime.forget_prompts()  # the adapter may be on a text encoder, too
+        try:
+            with adapters.at_strength(runtime.pipeline, runtime.family, strength):
+                yield
+        finally:
+            runtime.forget_prompts()
         return
     before = graph.adapter
     graph.adapter = {
