@@ -7,7 +7,8 @@
 write     the pipeline in fp16, drawn at random and written shard by shard (SD 1.5: 2 GB, SDXL: 7 GB)
 load      what opening it in bf16 takes of the host's memory, beside the bytes of the model
 step      two steps of a LoRA at 512 px through the recipe, planned and measured memory side by side
-export    `export_onnx` in fp32: all graphs, each beside its torch module at another batch and size
+export    `export_onnx` in fp32, each graph compared with its torch module on one row of 256 px; with --graphs
+          some of them, which are no whole model then
 quantize  `quantize` of them as it is without settings, but for --mode and the target
 draw      one picture of 256 px in two steps with that, and with the graphs in fp32
 
@@ -94,7 +95,7 @@ def _guard(spare: int) -> None:
 # Parts ------------------------------------------------------------------------------------------------------
 
 
-def write(family: str, folder: Path, mode: str) -> dict[str, Any]:
+def write(family: str, folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """Writes the pipeline, never holding more than a shard of it."""
     from tunekit import families
 
@@ -104,7 +105,7 @@ def write(family: str, folder: Path, mode: str) -> dict[str, Any]:
     return {"bytes": total, **memory}
 
 
-def load(family: str, folder: Path, mode: str) -> dict[str, Any]:
+def load(family: str, folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """Opens the pipeline in bf16."""
     from tunekit import families
     from tunekit.resources import Source
@@ -128,7 +129,7 @@ def load(family: str, folder: Path, mode: str) -> dict[str, Any]:
     }
 
 
-def step(family: str, folder: Path, mode: str) -> dict[str, Any]:
+def step(family: str, folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """Two steps of a LoRA, planned for what is free here."""
     import numpy as np
     from PIL import Image
@@ -168,18 +169,36 @@ def step(family: str, folder: Path, mode: str) -> dict[str, Any]:
     }
 
 
-def export(family: str, folder: Path, mode: str) -> dict[str, Any]:
-    """Exports all graphs."""
+def export(family: str, folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
+    """Exports all graphs, or some."""
+    from tunekit import families
+    from tunekit.passes import export_onnx
+
+    drawn, made = export_onnx.check_inputs, type(families.get(family))
+    listed = made.export_components
+
+    def one_row(component: Any) -> dict[str, torch.Tensor]:
+        side = DRAWN if component.name == "vae_encoder" else DRAWN // 8
+        return {
+            name: value[:1, ..., :side, :side] if value.ndim == 4 else value[:1]
+            for name, value in drawn(component).items()
+        }
+
+    def some(self: Any, pipeline: Any) -> Any:
+        return [one for one in listed(self, pipeline) if not asked.graphs or one.name in asked.graphs]
+
+    export_onnx.check_inputs = one_row  # type: ignore[assignment]
+    made.export_components = some  # type: ignore[method-assign]
     return _passed("export_onnx", {}, folder / "model", family, folder / "exported")
 
 
-def quantize(family: str, folder: Path, mode: str) -> dict[str, Any]:
+def quantize(family: str, folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """Quantizes them."""
-    settings = {"mode": mode, "target": "cpu"} if mode else {"target": "cpu"}
+    settings = {"mode": asked.mode, "target": "cpu"} if asked.mode else {"target": "cpu"}
     return _passed("quantize", settings, _only(folder / "exported"), family, folder / "quantized")
 
 
-def draw(family: str, folder: Path, mode: str) -> dict[str, Any]:
+def draw(family: str, folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """Draws a picture with either."""
     from tunekit.diffusion.metrics import psnr_db
     from tunekit.runtime import generate_pixels, open_runtime
@@ -234,8 +253,9 @@ def main() -> None:
     parts = {part.__name__: part for part in (write, load, step, export, quantize, draw)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("work", type=Path, help="folder for the model and all that is made of it")
-    parser.add_argument("family", help="such as sd15")
+    parser.add_argument("family", choices=("sd15", "sd2", "sdxl"))
     parser.add_argument("parts", nargs="*", metavar="part", help=f"default: {' '.join(CHAIN)}")
+    parser.add_argument("--graphs", nargs="+", default=[], help="of export; default: all")
     parser.add_argument("--mode", default="", help="of quantize; default: its own")
     parser.add_argument("--spare", type=float, default=4.0, metavar="GB", help="memory that stays free")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
@@ -249,7 +269,7 @@ def main() -> None:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         _guard(int(arguments.spare * 1e9))
         started = time.perf_counter()
-        found = parts[name](family, folder, arguments.mode)
+        found = parts[name](family, folder, arguments)
         print(json.dumps({"seconds": round(time.perf_counter() - started, 1), **found}))
         return
     target = ROOT / "benchmarks" / f"{family}_real_size.json"
@@ -257,6 +277,7 @@ def main() -> None:
     for name in arguments.parts or CHAIN:
         command = [sys.executable, __file__, str(arguments.work), family, name, "--inside"]
         options = ["--mode", arguments.mode, "--spare", str(arguments.spare)]
+        options += ["--graphs", *arguments.graphs] if arguments.graphs else []
         done = subprocess.run([*command, *options], stdout=subprocess.PIPE, text=True, check=True)
         known = json.loads(target.read_text()) if target.is_file() else {}
         today = datetime.date.today().isoformat()

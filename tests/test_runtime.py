@@ -622,14 +622,21 @@ def test_options_without_effect(tiny_source: Path, tiny_onnx: Path, adapter: Pat
     assert 'did you mean "openvino"' in why(ConfigError, tiny_onnx, provider="openvin")
 
 
-@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
-def test_a_provider_that_is_not_installed(tiny_onnx: Path, provider: str) -> None:
+@pytest.mark.parametrize(
+    ("provider", "package"),
+    [
+        *(("cuda", "[gpu]"), ("tensorrt", "[gpu]"), ("directml", "onnxruntime-directml (Windows)")),
+        *(("migraphx", "onnxruntime-migraphx (an AMD card"), ("rocm", "onnxruntime-rocm (an AMD card")),
+        ("coreml", "onnxruntime has it on macOS alone"),
+    ],
+)
+def test_a_provider_that_is_not_installed(tiny_onnx: Path, provider: str, package: str) -> None:
     import onnxruntime
 
     if len(onnxruntime.get_available_providers()) > 2:
         pytest.skip("onnxruntime-gpu is installed")
     message = why(DeviceError, tiny_onnx, provider=provider)
-    assert "ExecutionProvider here; it has" in message and "[gpu]" in message
+    assert "ExecutionProvider here; it has" in message and package in message
 
 
 def test_a_missing_component(tiny_onnx: Path, tmp_path: Path) -> None:

@@ -15,8 +15,11 @@ import pytest
 import torch
 
 from tunekit import families
+from tunekit.artifacts import open_artifact
 from tunekit.config import SamplingConfig
 from tunekit.diffusion.metrics import psnr_db
+from tunekit.passes import tiny_decoder
+from tunekit.passes.base import Context, parse_chain, run_chain
 from tunekit.runtime import generate_pixels, open_runtime
 
 pytestmark = pytest.mark.interop
@@ -77,6 +80,38 @@ def test_optimum_draws_the_same_pictures(tiny_onnx: Path, tmp_path: Path, in_opt
         psnr = psnr_db(pixels(Path(request["out"])), ours)  # type: ignore[arg-type]
         print(f"Optimum, {request['height']} x {request['width']}: {psnr:.1f} dB")
         assert psnr >= 60
+
+
+def test_optimum_opens_what_later_passes_made(tiny_source: Path, tmp_path: Path, in_optimum: Run) -> None:
+    """A small decoder in the own one's place, and steps that are cached, which are in artifact.json alone."""
+    from diffusers import AutoencoderTiny
+
+    widths, counts = (8, 8, 8), (1, 1, 1)
+    small = AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=counts,
+        num_decoder_blocks=counts,
+    )
+    small.save_pretrained(tmp_path / "small")
+    taken = {"source": str(tmp_path / "small"), "keep": {"psnr": 1}, "compared": 1}
+    chain = parse_chain(["export_onnx", {"tiny_decoder": taken}, {"cache": {"interval": 2}}])
+    few = {"steps": 4, "guidance": 5.0, "height": 64, "width": 64}
+    context = Context(tmp_path, device="cpu", prompts=("a cat",), sampling=SamplingConfig(**few))
+    real = tiny_decoder.TinyDecoder._compared
+    with pytest.MonkeyPatch.context() as patch:  # it may be no faster than one that is tiny itself
+        patch.setattr(tiny_decoder.TinyDecoder, "_compared", lambda *given: (real(*given)[0], 2.0, []))
+        made = run_chain(chain, open_artifact(tiny_source, family="sd15"), context)
+    names = {step.kind: step.artifact for step in made.lineage}
+    folder = tmp_path / names["tiny_decoder"]
+    assert str(made.model_path) in (str(folder), str(tmp_path / names["cache"]))
+    request = {"folder": made.source, "prompts": ["a red cat"], "seeds": [1], **few}
+    (tmp_path / "requests.json").write_text(json.dumps([request | {"out": str(tmp_path / "there.npy")}]))
+    in_optimum(HERE / "draw_with_optimum.py", tmp_path / "requests.json")
+    ours = generate_pixels(open_runtime(folder), ["a red cat"], SamplingConfig(**few), seeds=[1])
+    psnr = psnr_db(pixels(tmp_path / "there.npy"), ours)
+    print(f"Optimum, with a small decoder: {psnr:.1f} dB")
+    assert psnr >= 60
 
 
 @pytest.mark.parametrize("name", families.runnable())

@@ -10,7 +10,7 @@ import torch
 
 from tunekit.artifacts import Artifact, open_artifact
 from tunekit.config import SamplingConfig
-from tunekit.errors import ChainError
+from tunekit.errors import ChainError, ModelError
 from tunekit.passes import tiny_decoder
 from tunekit.passes.base import Context, check_chain, parse_chain, run_chain
 from tunekit.runtime import generate_pixels, open_runtime
@@ -73,8 +73,55 @@ def test_a_small_decoder_takes_what_the_own_one_takes() -> None:
     assert torch.allclose(shifted(latents * 3 + 2), decoder(latents), atol=1e-5)
 
 
+def test_the_decoder_of_a_small_autoencoder_is_taken_as_it_is(tiny_source: Path, tmp_path: Path) -> None:
+    from diffusers import AutoencoderTiny
+
+    def made(channels: int) -> str:
+        widths, counts = (8, 8, 8), (1, 1, 1)
+        small = AutoencoderTiny(
+            latent_channels=channels,
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths,
+            num_encoder_blocks=counts,
+            num_decoder_blocks=counts,
+        )
+        small.save_pretrained(tmp_path / f"taesd-{channels}")
+        return str(tmp_path / f"taesd-{channels}")
+
+    start = open_artifact(tiny_source, family="sd15")
+    right = {"source": made(4), "keep": {"psnr": 1}, "compared": 1}
+    said: list[str] = []
+    context = Context(run_dir=tmp_path, device="cpu", prompts=("a cat",), sampling=TWO, say=said.append)
+    with pytest.MonkeyPatch.context() as patch:
+        real = tiny_decoder.TinyDecoder._compared
+        patch.setattr(tiny_decoder.TinyDecoder, "_compared", lambda *given: (real(*given)[0], 3.0, []))
+        last = run_chain(parse_chain(["export_onnx", {"tiny_decoder": right}]), start, context)
+    assert any("the decoder of " in line and "3.00x" in line for line in said)
+    assert "loss" not in last.lineage[-1].metrics
+    runtime = open_runtime(last, device="cpu")
+    latents = torch.randn(1, *runtime.latent_shape(32, 48))
+    with torch.no_grad():
+        theirs = AutoencoderTiny.from_pretrained(str(right["source"])).decode(latents).sample
+    assert torch.allclose(runtime.decode(latents), (theirs / 2 + 0.5).clamp(0, 1), atol=1e-4)
+
+    wrong = parse_chain(["export_onnx", {"tiny_decoder": {**right, "source": made(16)}}])
+    with pytest.raises(
+        ModelError, match="16 channels to 4 pixels per latent and 3 colours; this model has 4"
+    ):
+        run_chain(wrong, start, context)
+    other = parse_chain(["export_onnx", {"tiny_decoder": {**right, "source": str(tiny_source / "vae")}}])
+    with pytest.raises(
+        ModelError, match="is AutoencoderKL, and a small decoder is that of an AutoencoderTiny"
+    ):
+        run_chain(other, start, context)
+
+
 def test_bad_input() -> None:
     with pytest.raises(ChainError, match="learns from the model in torch, which this chain has not"):
         check_chain(parse_chain(["tiny_decoder"]), "onnx")
     with pytest.raises(ChainError, match="micro_batch larger than its batch_size"):
         check_chain(parse_chain(["export_onnx", {"tiny_decoder": {"micro_batch": 99}}]), "torch")
+    with pytest.raises(ChainError, match="has a source that is no folder of a model: taesd"):
+        check_chain(parse_chain(["export_onnx", {"tiny_decoder": {"source": "taesd"}}]), "torch")
+    with pytest.raises(ChainError, match="has no effect: the decoder of source is taken as it is"):
+        parse_chain([{"tiny_decoder": {"source": "taesd", "width": 16}}])

@@ -67,7 +67,8 @@ def generate(
     family: Annotated[str | None, typer.Option(help="if the artifact does not say it")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu, mps")] = "auto",
     provider: Annotated[
-        str | None, typer.Option("--provider", "--backend", help="for ONNX: cpu, cuda, tensorrt, openvino")
+        str | None,
+        typer.Option("--provider", "--backend", help="for ONNX: cpu, cuda, directml, openvino, ..."),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16, for torch and OpenVINO")] = None,
     base: ModelBase = None,
@@ -150,7 +151,8 @@ def bench(
     family: Annotated[str | None, typer.Option(help="if the artifacts do not say it")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, xpu, mps")] = "auto",
     provider: Annotated[
-        str | None, typer.Option("--provider", "--backend", help="for ONNX: cpu, cuda, tensorrt, openvino")
+        str | None,
+        typer.Option("--provider", "--backend", help="for ONNX: cpu, cuda, directml, openvino, ..."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads")] = None,
     memory: Annotated[bool, typer.Option(help="measure peak memory too")] = True,

@@ -9,7 +9,9 @@ from typing import Literal
 from tunekit import hardware
 from tunekit.errors import DeviceError, missing
 
-Provider = Literal["cpu", "cuda", "tensorrt", "openvino", "openvino_bf16"]
+Provider = Literal[
+    "cpu", "cuda", "tensorrt", "directml", "migraphx", "rocm", "coreml", "openvino", "openvino_bf16"
+]
 """Of ONNX Runtime, or the package OpenVINO, in float32 or with products in bfloat16."""
 
 
@@ -27,12 +29,12 @@ def cannot_run(providers: Sequence[Provider]) -> str | None:
             continue
         if problem := lacks("onnxruntime", extra="onnx"):
             return problem
-        from tunekit.runtime.onnx import ORT_PROVIDERS, ort_providers
+        from tunekit.runtime.onnx import ORT_PROVIDERS, ort_providers, package_with
 
         if ORT_PROVIDERS[provider] not in ort_providers():
             return (
                 f"asks for provider {provider}, and ONNX Runtime has no {ORT_PROVIDERS[provider]} here;"
-                f" it has {', '.join(ort_providers())}"
+                f" it has {', '.join(ort_providers())}: {package_with(provider)}"
             )
     return None
 

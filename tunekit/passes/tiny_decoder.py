@@ -13,11 +13,12 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from itertools import cycle, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from tunekit.config import BatchSize, Count, Steps
+from tunekit.config import BatchSize, Count, PathText, Steps, no_effect
 from tunekit.passes.base import (
     NO_EXAMPLES,
     SAMPLING,
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
     from tunekit.training.decoding import SmallDecoder
 
 DECODER = "vae_decoder"
+TRAINING = (
+    *("width", "blocks", "max_steps", "lr", "batch_size", "micro_batch"),
+    *("optimizer", "precision", "pictures", "checkpoint_every"),
+)
 ROUNDS = 5
 """In which both decoders are timed."""
 
@@ -57,6 +62,9 @@ class TinyDecoder(Pass):
         Metric("decoder_speedup", "decoder, faster by", "x", lower_is_better=False, rank=45),
     )
 
+    source: PathText | None = None
+    """Folder of an AutoencoderTiny of diffusers, such as TAESD, made for these latents: its decoder is taken
+    as it is, and nothing is trained."""
     keep: Keep = Keep()
     """What pictures must keep against those of the own decoder; where they do not, that one stays."""
     width: int = Field(32, ge=4, le=512)
@@ -82,6 +90,12 @@ class TinyDecoder(Pass):
     checkpoint_every: Steps = 100
     """Optimizer steps between checkpoints."""
 
+    @model_validator(mode="after")
+    def _effects(self) -> TinyDecoder:
+        if self.source is not None:
+            no_effect(self, TRAINING, "the decoder of source is taken as it is")
+        return self
+
     @classmethod
     def options(cls, target: str) -> Sequence[Sequence[Any]]:
         """A wider one, then a narrower."""
@@ -89,6 +103,8 @@ class TinyDecoder(Pass):
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """Finds settings that contradict each other, and what is missing."""
+        if self.source is not None and not (Path(self.source) / "config.json").is_file():
+            return f"has a source that is no folder of a model: {self.source}"
         return untrainable(self.optimizer, self.batch_size, self.micro_batch) or lacks(
             "onnx", "onnxscript", "onnxruntime", extra="onnx"
         )
@@ -97,7 +113,7 @@ class TinyDecoder(Pass):
         """Finds a chain without the model in torch, or with nothing to learn from."""
         if "torch" not in formats(start.format, earlier):
             return "learns from the model in torch, which this chain has not; start it before the export"
-        return None if start.examples else NO_EXAMPLES
+        return None if start.examples or self.source is not None else NO_EXAMPLES
 
     def gives(self) -> frozenset[str]:
         """Nothing that heal could mend."""
@@ -105,13 +121,15 @@ class TinyDecoder(Pass):
 
     def reads(self, context: Context) -> frozenset[str]:
         """The model in torch, what is learned from, and what is drawn."""
-        return frozenset({"models", "prompts"}) | SAMPLING | learned_from(context)
+        learned = learned_from(context) if self.source is None else frozenset({"seed"})
+        return frozenset({"models", "prompts"}) | SAMPLING | learned
 
     def run(self, artifact: Artifact, context: Context) -> Outcome:
         """Trains, exports, draws with both, and keeps the small one where pictures keep what they must.
 
         Raises:
-            ModelError: an autoencoder of films, or one that does not double its sides.
+            ModelError: an autoencoder of films, or one that does not double its sides; a source that is no
+                small autoencoder, or one for other latents.
         """
         from tunekit import families
         from tunekit.artifacts import write_json
@@ -121,7 +139,7 @@ class TinyDecoder(Pass):
 
         source = artifact.model_path
         assert source is not None  # graphs are a folder
-        student, origin, loss = self._learned(context)
+        student, origin, loss = self._learned(context) if self.source is None else self._taken(context)
         family = families.get(context.family)
         whole = next(part for part in family.export_components(context.open(origin)) if part.name == DECODER)
         component: ExportComponent = dataclasses.replace(whole, module=student)
@@ -136,7 +154,7 @@ class TinyDecoder(Pass):
         each, faster, pictures = self._compared(artifact, made, context)
         mean, worst = sum(each) / len(each), min(each)
         note = (
-            f"a decoder of width {self.width}, {faster:.2f}x as fast as the own one, {mean:.1f} dB"
+            f"{self._words}, {faster:.2f}x as fast as the own one, {mean:.1f} dB"
             f" (worst {worst:.1f}) on {self.compared} unseen pictures"
         )
         stays = ""
@@ -155,11 +173,33 @@ class TinyDecoder(Pass):
                 "psnr_db": mean,
                 "psnr_db_worst": worst,
                 "decoder_speedup": 1.0 if stays else faster,
-                "loss": loss,
+                **({} if loss is None else {"loss": loss}),
             },
             details={"note": note},
             pictures=pictures,
         )
+
+    @property
+    def _words(self) -> str:
+        return f"a decoder of width {self.width}" if self.source is None else f"the decoder of {self.source}"
+
+    def _taken(self, context: Context) -> tuple[SmallDecoder, Artifact, None]:
+        """The decoder of `source`, which takes latents as the denoiser gives them; the model in torch."""
+        import torch
+
+        from tunekit import families
+        from tunekit.training.decoding import Teacher, taken
+
+        family = families.get(context.family)
+        origin = [model for model in distinct_models(context.history) if model.format == "torch"][-1]
+        pipeline = context.open(origin)
+        side = family.resolution_multiple(pipeline)
+        with torch.no_grad():
+            given, pixels = Teacher(family, pipeline)(
+                torch.zeros(1, *family.latent_shape(pipeline, side, side))
+            )
+        student = taken(str(self.source), pipeline.vae, given.shape[1], pixels.shape[-1] // given.shape[-1])
+        return student, origin, None
 
     def _learned(self, context: Context) -> tuple[SmallDecoder, Artifact, float]:
         """The small decoder, on the CPU; the model in torch; the last loss."""

@@ -26,7 +26,12 @@ ORT_PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
+    "directml": "DmlExecutionProvider",
+    "migraphx": "MIGraphXExecutionProvider",
+    "rocm": "ROCMExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
 }
+"""Of which a package of ONNX Runtime has some; `package_with` says which."""
 DOWN, UP = ".lora_down", ".lora_up"
 """How the names of the two inputs of a layer end that adapters are for; see `runtime.swap`."""
 _ORT_TYPES: dict[str, np.dtype[Any]] = {
@@ -110,10 +115,11 @@ def _apart(
     return GraphSplit(module, whole, outer, names)
 
 
-def _options(threads: int | None, settings: RuntimeConfig | None) -> Any:
+def _options(title: str, threads: int | None, settings: RuntimeConfig | None) -> Any:
     """How ONNX Runtime runs a graph.
 
     Args:
+        title: ONNX Runtime's name of the provider.
         threads: that were asked for; before those of the settings.
     """
     import onnxruntime as ort
@@ -126,6 +132,9 @@ def _options(threads: int | None, settings: RuntimeConfig | None) -> Any:
         options.inter_op_num_threads = 1
     # Idle threads that wait by spinning would slow whatever runs next in this process.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if title == ORT_PROVIDERS["directml"]:  # which takes no other (onnxruntime.ai/docs, DirectML)
+        options.enable_mem_pattern = False
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     if settings is None:
         return options
     if settings.optimization is not None:
@@ -133,7 +142,7 @@ def _options(threads: int | None, settings: RuntimeConfig | None) -> Any:
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_{level}")
     if settings.arena is not None:
         options.enable_cpu_mem_arena = settings.arena
-    if settings.memory_pattern is not None:
+    if settings.memory_pattern is not None and title != ORT_PROVIDERS["directml"]:
         options.enable_mem_pattern = settings.memory_pattern
     if settings.spinning is not None:
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(settings.spinning)))
@@ -229,7 +238,7 @@ class OrtGraph:
         import onnxruntime as ort
 
         providers, threads, settings = self._how
-        options = _options(threads, settings)
+        options = _options(providers[0][0], threads, settings)
         if not at_once:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -276,6 +285,17 @@ def ort_providers() -> list[str]:
     return list(ort.get_available_providers())
 
 
+def package_with(provider: str) -> str:
+    """How ONNX Runtime comes to have one of ORT_PROVIDERS; one of its packages alone can be there."""
+    remove = f"{install.pip('uninstall')} onnxruntime"
+    packages = {"directml": "Windows", "migraphx": "an AMD card on Linux", "rocm": "an AMD card on Linux"}
+    if provider in packages:
+        return f"{remove}; {install.pip('install')} onnxruntime-{provider} ({packages[provider]})"
+    if provider == "coreml":
+        return "onnxruntime has it on macOS alone"
+    return f"{remove}; {install.with_extra('gpu')} (and an NVIDIA driver)"
+
+
 def _ort_choice(
     provider: str, artifact: Artifact, index: int
 ) -> Callable[[str], list[tuple[str, dict[str, Any]]]]:
@@ -284,8 +304,7 @@ def _ort_choice(
     if name not in ort_providers():
         raise DeviceError(
             f"ONNX Runtime has no {name} here; it has {', '.join(ort_providers())}",
-            hint=f"{install.pip('uninstall')} onnxruntime; {install.with_extra('gpu')}"
-            " (and an NVIDIA driver)",
+            hint=package_with(provider),
         )
     cpu: tuple[str, dict[str, Any]] = (ORT_PROVIDERS["cpu"], {})
     cuda = (ORT_PROVIDERS["cuda"], {"device_id": index})
@@ -293,6 +312,9 @@ def _ort_choice(
         return lambda component: [cpu]
     if provider == "cuda":
         return lambda component: [cuda, cpu]
+    if provider != "tensorrt":
+        own: dict[str, Any] = {} if provider == "coreml" else {"device_id": index}
+        return lambda component: [(name, own), cpu]
     # Building takes minutes; the next start takes the engines from here.
     home = cache_dir()
     if home is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tunekit.diffusion.batch import Batch
 from tunekit.errors import ModelError
 from tunekit.families.family import Planned
+from tunekit.families.weights import read_json
 from tunekit.memory.levers import Fitted
 from tunekit.tasks import Losses
 
@@ -62,6 +64,57 @@ class SmallDecoder(nn.Module):
         """Decode."""
         pixels: Tensor = self.decoder((latent_sample - self.mean) / self.std)
         return pixels
+
+
+def taken(source: str, own: Any, channels: int, factor: int) -> SmallDecoder:
+    """The decoder of an AutoencoderTiny of diffusers, which is given latents as the denoiser makes them.
+
+    Args:
+        source: its folder.
+        own: the autoencoder whose place it takes; says how its latents are scaled.
+        channels: of these latents.
+        factor: pixels per latent.
+
+    Raises:
+        ModelError: another model, a damaged one, or one for other latents.
+    """
+    from diffusers import AutoencoderTiny
+
+    kind = read_json(Path(source) / "config.json").get("_class_name")
+    if kind != "AutoencoderTiny":
+        raise ModelError(f"is {kind}, and a small decoder is that of an AutoencoderTiny", where=source)
+    try:
+        small, said = AutoencoderTiny.from_pretrained(
+            source, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # diffusers and safetensors raise many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"cannot be opened: {reason}", where=source) from error
+    if missing := [name for name in said["missing_keys"] if name.startswith("decoder.")]:
+        raise ModelError(f"lacks {len(missing)} tensors, such as {missing[0]}", where=source)
+    config = small.config
+    made = config.upsampling_scaling_factor ** (len(config.decoder_block_out_channels) - 1)
+    if (config.latent_channels, config.out_channels, made) != (channels, 3, factor):
+        raise ModelError(
+            f"decodes {config.latent_channels} channels to {made} pixels per latent and"
+            f" {config.out_channels} colours; this model has {channels} channels and {factor} pixels",
+            where=source,
+            hint="take the one that was made for this family: taesd, taesdxl, taesd3, taef1",
+        )
+    if getattr(own, "bn", None) is not None:
+        raise ModelError(
+            "latents of this family are scaled channel by channel, which no AutoencoderTiny is made for",
+            where=source,
+            hint="leave source out: a small decoder is trained then",
+        )
+    scale, shift = float(own.config.scaling_factor), float(own.config.get("shift_factor") or 0.0)
+    made_of = SmallDecoder(
+        channels, 1, 4, 1, torch.full((channels,), shift), torch.full((channels,), 1 / scale)
+    )
+    made_of.decoder = small.decoder.float()
+    if not all(bool(value.isfinite().all()) for value in made_of.state_dict().values()):
+        raise ModelError("its weights hold NaN or infinity", where=source)
+    return made_of.eval().requires_grad_(False)
 
 
 class Teacher:
