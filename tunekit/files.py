@@ -96,6 +96,15 @@ def atomic_folder(final: Path | str) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+def link_file(path: Path, to: Path) -> None:
+    """The same file under a second name, in folders that need not be there; a copy where no disk links."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path, to)
+    except OSError:
+        shutil.copy2(path, to)
+
+
 def write_text(path: Path | str, text: str) -> Path:
     """Writes a text file whole or not at all.
 

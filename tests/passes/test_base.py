@@ -511,6 +511,43 @@ def test_every_artifact_says_how_it_is_drawn_with_and_opened(start: Artifact, tm
     assert hastened.model_source == after.model_source == Source(hastened.source)  # written here: plain
 
 
+class Redraw(Pass):
+    """Says how many steps a model is drawn in from here on."""
+
+    kind: ClassVar[str] = "redraw"
+    accepts: ClassVar[frozenset[str]] = frozenset({"torch"})
+    redraws: ClassVar[bool] = True
+    steps: int = 8
+
+    def run(self, artifact: Artifact, context: Context) -> Outcome:
+        return Outcome(sampling=SamplingConfig(steps=self.steps))
+
+
+def test_chains_in_one_folder_do_not_change_how_the_other_draws(start: Artifact, tmp_path: Path):
+    """They share a step, one of them behind a step that says how it is drawn."""
+    chains: list[list[Pass]] = [[Deaf()], [Redraw(), Deaf()], [Redraw(steps=4), Deaf(), Deaf(word="y")]]
+    made = [run(chain, start, tmp_path, sampling=SamplingConfig(steps=30)) for chain in chains]
+    loaded = [Artifact.load(one.path) for one in made if one.path]
+    assert [one.sampling for one in loaded] == [SamplingConfig(steps=steps) for steps in (30, 8, 4)]
+    assert [[step.kind for step in one.lineage] for one in loaded] == [
+        ["deaf"],
+        ["redraw", "deaf"],
+        ["redraw", "deaf", "deaf"],
+    ]
+    first, second = loaded[:2]
+    assert first.hash == second.hash
+    inodes = [Path(one.source, "model.txt").stat().st_ino for one in (first, second)]
+    assert inodes[0] == inodes[1] and first.path != second.path  # nothing was made twice
+    before = names(tmp_path)
+    for chain, one in zip(chains, made, strict=True):
+        assert run(chain, start, tmp_path, sampling=SamplingConfig(steps=30)).path == one.path
+    # What the run says is no chain's own, and is noted in place.
+    again = run(chains[0], start, tmp_path, sampling=SamplingConfig(steps=20))
+    assert again.path == made[0].path and again.sampling == SamplingConfig(steps=20)
+    assert Artifact.load(second.path or "").sampling == SamplingConfig(steps=8)
+    assert names(tmp_path) == before
+
+
 def test_another_model_is_another_result(start: Artifact, tmp_path: Path):
     run([Mark()], start, tmp_path)
     Path(start.source, "model.txt").write_text("n")

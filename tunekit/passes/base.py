@@ -18,7 +18,8 @@ its fields are its YAML keys, `run` fills `context.folder` and returns what it m
 
 A chain is a list of passes. Each step lives in `NN-kind-hash8/`, written aside and renamed when whole. The
 hash covers all that the pass reads and nothing else, so a step that is there is found, whatever its number,
-and skipped: a killed chain goes on, and a `verify` put between two steps makes neither of them again.
+and skipped: a killed chain goes on, and a `verify` put between two steps makes neither of them again. A chain
+in which an earlier step says otherwise how the model is drawn has a folder of its own, with the same files.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from pydantic import AfterValidator
 
 import tunekit
 from tunekit.artifacts import (
+    CARD,
     RECORD,
     RUN_SO,
     SAMPLED,
@@ -52,6 +54,7 @@ from tunekit.artifacts import (
 )
 from tunekit.config import RuntimeConfig, SamplingConfig, Section, validate
 from tunekit.errors import ChainError, TunekitError, VerificationFailed, did_you_mean
+from tunekit.files import link_file
 from tunekit.passes.metrics import Metric, Value, describe_metrics, format_metric
 from tunekit.passes.models import Models, in_types
 from tunekit.passes.start import Start
@@ -636,11 +639,12 @@ def run_chain(
             history=tuple(history),
             say=lambda line, label=label: context.say(f"{label}: {line}"),  # type: ignore[misc]
         )
-        folder = _made(run, step, now) or run.pass_folder(index, step.kind, _key(step, now))
-        if (folder / RECORD).is_file():
-            result = _up_to_date(Artifact.load(folder), step, now)
-            context.say(f"{label}: already there ({folder.name})")
+        there = _made(run, step, now)
+        if there is not None:
+            result = there
+            context.say(f"{label}: already there ({result.path.name if result.path else ''})")
         else:
+            folder = run.pass_folder(index, step.kind, _key(step, now))
             context.say(f"{label} ...")
             now.models.begin(() if is_last else now.later(step))
             try:
@@ -658,7 +662,7 @@ def run_chain(
         if failure:
             raise VerificationFailed(
                 f"optimize[{index - 1}] ({step.kind}): {failure}",
-                where=str(folder),
+                where=str(result.path),
                 hint="its folder and the report hold the figures; loosen it or change an earlier step",
             )
     return history[-1]
@@ -734,17 +738,57 @@ def _finite(value: Any, name: str, lost: list[str]) -> Any:
 # Names of steps --------------------------------------------------------------------------------------------
 
 
-def _made(run: RunFolder, step: Pass, context: Context) -> Path | None:
-    """The folder that this step has in the run, whatever its number; None if there is none."""
-    for key in (_key(step, context), _former_key(step, context)):
-        for record in sorted(run.path.glob(f"*-{step.kind}-{key}/{RECORD}") if key else ()):
-            if re.fullmatch(r"\d+", record.parent.name.partition("-")[0]):
-                return record.parent
-    return None
+def _made(run: RunFolder, step: Pass, context: Context) -> Artifact | None:
+    """This step as it is there, whatever its number; None if it is not."""
+    key, said = _key(step, context), _said(context.history[-1])
+    apart = _hashed([key, said])
+    found = [
+        Artifact.load(record.parent)
+        for name in (apart, key, _former_key(step, context))
+        for record in sorted(run.path.glob(f"*-{step.kind}-{name}/{RECORD}") if name else ())
+        if re.fullmatch(r"\d+", record.parent.name.partition("-")[0])
+    ]
+    for one in found:
+        if _said(one, before=True) == said:
+            return _up_to_date(one, step, context)
+    return _beside(found[0], apart, step, context) if found else None
+
+
+def _said(model: Artifact, *, before: bool = False) -> dict[str, Any]:
+    """What the steps of a model, or those before its last, say about how it is drawn."""
+    said: dict[str, Any] = {}
+    for step in model.lineage[:-1] if before else model.lineage:
+        said |= step.details.get(SAMPLED) or {}
+    return said
+
+
+def _beside(found: Artifact, name: str, step: Pass, context: Context) -> Artifact:
+    """The files of a step once more, as links, for a chain that draws otherwise."""
+    from tunekit import card, families
+
+    assert found.path is not None
+    number, kind, _ = found.path.name.split("-")
+    final = found.path.with_name(f"{number}-{kind}-{name}")
+    with atomic_folder(final) as folder:
+        for path in sorted(path for path in found.path.rglob("*") if path.is_file()):
+            if path.parent != found.path or path.name not in (RECORD, CARD):
+                link_file(path, folder / path.relative_to(found.path))
+        own = found.model_path == found.path
+        linked = dataclasses.replace(
+            found,
+            path=folder,
+            model_path=folder if own else found.model_path,
+            source=str(folder) if own else found.source,
+            lineage=(*found.lineage[:-1], dataclasses.replace(found.lineage[-1], artifact=final.name)),
+        )
+        written = _up_to_date(linked, step, context)
+        if written.family:
+            card.write(written, families.get(written.family).facts)
+    return Artifact.load(final)
 
 
 def _up_to_date(found: Artifact, step: Pass, context: Context) -> Artifact:
-    """A step that is there; how its model is drawn, and what was done before, may be otherwise now."""
+    """A step that is there: how the run draws its model, and what was done before, may be otherwise now."""
     parent, own = context.history[-1], found.lineage[-1]
     changes: dict[str, Any] = {}
     if _made_by(parent.lineage) != _made_by(found.lineage[:-1]):

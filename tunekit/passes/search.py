@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +31,7 @@ from tunekit.errors import (
     VerificationFailed,
     did_you_mean,
 )
+from tunekit.files import link_file
 from tunekit.passes.base import (
     EVERYTHING,
     Context,
@@ -712,12 +711,7 @@ def _copy(model: Artifact, folder: Path) -> None:
             hint="leave the search out",
         )
     for name, path in model_files(model.model_path).items():
-        to = folder / name
-        to.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path, to)
-        except OSError:
-            shutil.copy2(path, to)
+        link_file(path, folder / name)
 
 
 def _zero(point: Point) -> Point:
