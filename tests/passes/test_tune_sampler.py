@@ -80,10 +80,11 @@ def test_all_that_follows_draws_as_was_found(tiny_source: Path, tmp_path: Path) 
     assert any("tune_sampler (torch fp32 cpu)" in line for line in said)
     again, said = run(chain, start, tmp_path)
     assert again.path == last.path and sum("already there" in line for line in said) == 3
-    # Steps behind it that did not change are found, and say from now on what they come from.
+    # Steps behind it that did not change are found, and say in a folder of their own what they come from.
     exported, _ = run([{"single_file": {}}], start, tmp_path / "other")
     tuned_too, _ = run([chain[0], {"single_file": {}}], start, tmp_path / "other")
-    assert tuned_too.path == exported.path
+    assert tuned_too.path != exported.path and tuned_too.hash == exported.hash
+    assert Artifact.load(exported.path or "").sampling == SIX  # each chain's own
     assert [step.kind for step in tuned_too.lineage] == ["tune_sampler", "single_file"]
     assert tuned_too.sampling is not None and tuned_too.sampling.steps == 2
 
@@ -142,9 +143,12 @@ def test_settings_that_mean_nothing(settings: dict[str, Any], words: str) -> Non
         parse_chain([{"tune_sampler": settings}])
 
 
-def test_two_goals_at_once() -> None:
-    with pytest.raises(ChainError, match="sets steps and keep"):
-        check_chain(parse_chain([{"tune_sampler": {"steps": 4, "keep": {"psnr": 20}}}]), "torch")
+@pytest.mark.parametrize("other", [{"steps": 4}, {"keep": {"psnr": 20}}])
+def test_two_goals_at_once(other: dict[str, Any]) -> None:
+    for one in ({"steps": 4}, {"calls": 4}):
+        if one != other:
+            with pytest.raises(ChainError, match=r"sets (steps|calls) and (calls|keep)"):
+                check_chain(parse_chain([{"tune_sampler": {**one, **other}}]), "torch")
 
 
 @pytest.mark.parametrize(("name", "sampler"), [("flux", "ddim"), ("sd3", "lcm")])
@@ -215,7 +219,28 @@ def test_guidance_is_left_out_where_it_is_not_missed(monkeypatch: pytest.MonkeyP
     assert low == 0 and high < 0.6 and best.sampling.steps in (6, 7) and best.calls <= 9
     assert len(search.tried) < 20
     more = search.after(best, best)
+    assert more is not None and best.calls < more.calls <= best.calls + tune_sampler.MORE
+    for _ in range(tune_sampler.MORE):  # then guidance everywhere
+        assert more is not None
+        more = search.after(more, best) if more.sampling.guidance_interval else more
     assert more is not None and more.sampling.guidance_interval is None
+
+
+def test_late_steps_without_guidance_may_be_nearer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps overshoot with it: one guided step less is worse, and some less are better than all."""
+
+    def fidelity(sampling: SamplingConfig) -> float:
+        assert sampling.steps
+        low, high = sampling.guidance_interval or (0.0, 1.0)
+        overshoot = 8.0 if high > 0.75 else 0.0
+        return 5.0 * sampling.steps - overshoot - 3 * (high < 1) - 100 * low - 60 * max(0.0, 0.4 - high)
+
+    search = searched(monkeypatch, fidelity)
+    made = search.within([named("any"), named("other")], 10, guidance=True)
+    assert made.calls == 10 and (made.sampling.steps, made.sampling.guidance_interval) == (7, (0.0, 0.357))
+    assert search.within([named("any")], 10, guidance=False).sampling.steps == 5
+    best = search.fewest([named("any")], guidance=True)
+    assert best is not None and best.calls < 16  # of 8 steps, that all overshoot
 
 
 def test_a_model_keeps_what_it_was_told_by_its_training() -> None:

@@ -3,7 +3,8 @@
 No weight changes. Samplers that suit the model are tried from the same noise, each in ever fewer steps, and
 their pictures compared with those of the model's own settings. For each sampler the fewest steps are found by
 halving, as fidelity grows with steps, near enough; a sampler that cannot do better than the best so far costs
-one try. Then guidance is left out of the first or the last steps, where that saves calls.
+one try. Then ever fewer calls are shared out otherwise: more steps, and guidance in the first or the last of
+them alone. In few steps that can be nearer than guidance everywhere, whose last steps overshoot.
 
 A call is one row through the denoiser: a step with guidance has two, one with and one without the prompt.
 What was found is drawn once more, with prompts and seeds that the search has not seen, and its figures are of
@@ -39,7 +40,9 @@ AT_ONCE = 4
 APART = 1000
 """Between the seeds of the pictures that are searched on, verified with, and compared for a floor."""
 MORE = 3
-"""Steps that are added at most where unseen pictures are worse than those that were searched on."""
+"""Steps, or calls, that are added at most where unseen pictures are worse than those searched on."""
+SPLITS = 6
+"""Ways to share calls out between steps and guidance that are tried at most for a number of calls."""
 
 FAR_DB = 3.0
 """A way whose first pictures are so far below what has to be kept is not looked at longer."""
@@ -67,6 +70,9 @@ class TuneSampler(Pass):
     """What the pictures must keep; the fewest calls that do are taken."""
     steps: SamplingSteps | None = None
     """Exactly so many steps: the sampler that draws them best is taken, whatever it keeps."""
+    calls: Annotated[int, Field(ge=1, le=2000)] | None = None
+    """At most so many calls of the denoiser for a picture: what draws best in them is taken, whatever it
+    keeps. A step with guidance has two."""
     samplers: Distinct[Sampler] | None = Field(None, min_length=1)
     """Which may be taken, beside the model's own; null: all that suit the model."""
     spacings: Distinct[Spacing] | None = Field(None, min_length=1)
@@ -82,15 +88,26 @@ class TuneSampler(Pass):
 
     @classmethod
     def options(cls, target: str) -> Sequence[Sequence[Any]]:
-        """Ever fewer steps, in the samplers that need fewest."""
-        shared = {"samplers": ["unipc", "dpm++2m"], "pictures": 4}
-        return [[{cls.kind: {"steps": steps, **shared}}] for steps in (16, 12, 8, 6, 5, 4)]
+        """Ever fewer calls, in the samplers that need fewest."""
+        shared = {"samplers": ["ddim", "unipc", "dpm++2m"], "pictures": 4}
+        return [[{cls.kind: {"calls": calls, **shared}}] for calls in (32, 24, 16, 12, 10, 8, 7, 6)]
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """Refuses two goals at once."""
-        if self.steps is not None and "keep" in self.model_fields_set:
-            return "sets steps and keep: with a fixed number of steps nothing is kept; leave one of them out"
+        fixed = [name for name in ("steps", "calls") if getattr(self, name) is not None]
+        if len(fixed) > 1:
+            return "sets steps and calls: one of them says how much is drawn; leave the other out"
+        if fixed and "keep" in self.model_fields_set:
+            return (
+                f"sets {fixed[0]} and keep: with a fixed number of {fixed[0]} nothing is kept; leave one of"
+                " them out"
+            )
         return None
+
+    @property
+    def _fixed(self) -> bool:
+        """Whether it is said how much is drawn, and not what is kept."""
+        return self.steps is not None or self.calls is not None
 
     def objection(self, start: Start, earlier: Sequence[Pass]) -> str | None:
         """Finds samplers that no model of the family is drawn with."""
@@ -125,11 +142,12 @@ class TuneSampler(Pass):
             found, troubles = candidates(runtime, own, self.samplers, self.spacings)
             for trouble in troubles:
                 context.say(trouble)
-            best = (
-                search.fewest(found, guidance=self.interval)
-                if self.steps is None
-                else search.at(found, self.steps)
-            )
+            if self.steps is not None:
+                best: _Try | None = search.at(found, self.steps)
+            elif self.calls is not None:
+                best = search.within(found, self.calls, guidance=self.interval)
+            else:
+                best = search.fewest(found, guidance=self.interval)
             others = Pictures(runtime, own, unseen, context.seed + APART, self.pictures)
             taken, final, note = self._verified(search, best, others)
             floor = search.pictures.floor
@@ -166,7 +184,7 @@ class TuneSampler(Pass):
         while trial is not None:
             found = others.compare(trial.sampling)
             kept = f"{found.mean:.1f} dB (worst {found.worst:.1f}) on {len(others.seeds)} unseen pictures"
-            if self.steps is not None or found.mean >= self.keep.psnr:
+            if self._fixed or found.mean >= self.keep.psnr:
                 return trial, found, f"{trial.words}: {trial.calls} calls {before}, {kept}"
             search.say(f"{trial.words}: {kept}")
             trial = search.after(trial, best)
@@ -305,6 +323,8 @@ class _Search:
     say: Callable[[str], None]
     tried: list[_Try] = field(default_factory=list)
     stopped: bool = False
+    _guided: _Try | None = None
+    """The fewest calls with guidance in every step."""
 
     @property
     def own(self) -> _Try:
@@ -330,12 +350,50 @@ class _Search:
             raise ChainError(f"tune_sampler: no sampler of this model takes {steps} steps")
         return max(tries, key=lambda one: one.found.mean)
 
+    def within(self, found: Sequence[Candidate], count: int, *, guidance: bool) -> _Try:
+        """What draws best in so many calls of the denoiser, or one less where each step has two.
+
+        Each sampler is tried with guidance everywhere, and in the first part of more steps; the best of them
+        in every other way to share the calls out.
+
+        Raises:
+            ChainError: none can.
+        """
+        best: _Try | None = None
+        for candidate in found:
+            ways = self._ways(candidate, count, guidance=guidance)
+            best = _nearer([best, *(self._try(candidate, way) for way in (*ways[:1], *ways[2:3]))])
+        if best is None:
+            raise ChainError(
+                f"tune_sampler: no sampler of this model draws in {count} calls; with guidance a step has two"
+            )
+        ways = self._ways(best.candidate, count, guidance=guidance)
+        return _nearer([best, *(self._try(best.candidate, way) for way in ways)]) or best
+
+    def _ways(self, candidate: Candidate, count: int, *, guidance: bool) -> list[SamplingConfig]:
+        """How a sampler can spend so many calls: guided in all steps, then in the first of ever more."""
+        runtime, most = self.pictures.runtime, self.pictures.own.steps or 1
+        fitting = (s for s in range(min(count, most), 0, -1) if _count(runtime, candidate.at(s)) <= count)
+        whole = next(fitting, 0)
+        ways = [candidate.at(whole)] if whole else []
+        if not guidance or candidate.sampling.guidance_interval is not None or whole >= count:
+            return ways
+        splits = range(whole + 1, min(count, most + 1))
+        every = max(1, -(-len(splits) // SPLITS))
+        for steps in splits[::every]:
+            ways.append(candidate.at(steps, (0.0, _before(count - steps, steps))))
+        if splits:  # rarely better, and one try
+            steps = splits[0]
+            ways.append(candidate.at(steps, (_before(steps - (count - steps), steps), 1.0)))
+        return [way for way in ways if _count(runtime, way) <= count]
+
     def fewest(self, found: Sequence[Candidate], *, guidance: bool) -> _Try | None:
         """The fewest calls that keep what has to be kept, the best of several; None where none does."""
         self.say("mean / worst of the pictures; the sampler, and where guidance is on, if not everywhere")
         best: _Try | None = None
         for candidate in [*found[1:], *found[:1]]:  # the model's own rarely wins, and is one try then
             best = self._fewest(candidate, best)
+        self._guided = best
         if best is not None and guidance:
             best = self._less_guidance(best)
         if self.stopped:
@@ -345,12 +403,19 @@ class _Search:
     def after(self, last: _Try, best: _Try | None) -> _Try | None:
         """Where unseen pictures were worse: the same with one call more or a few; None after some."""
         assert best is not None
-        assert best.sampling.steps is not None
         assert last.sampling.steps is not None
         if last.sampling.guidance_interval != last.candidate.sampling.guidance_interval:
-            return self._try(last.candidate, last.candidate.at(last.sampling.steps))
+            guided = self._guided
+            for count in range(last.calls + 1, best.calls + MORE + 1):
+                if guided is not None and count >= guided.calls:
+                    break
+                made = self._kept_within(last.candidate, count)
+                if made is not None and made.calls > last.calls:
+                    return made
+            return guided
+        first = self._guided or best
         steps = last.sampling.steps + 1
-        if steps > best.sampling.steps + MORE:
+        if steps > (first.sampling.steps or 1) + MORE:
             return None
         more = self._try(last.candidate, last.candidate.at(steps))
         return more if more is not None and more.calls < self.pictures.calls else None
@@ -419,21 +484,23 @@ class _Search:
         return _better(found, best)
 
     def _less_guidance(self, best: _Try) -> _Try:
-        """Guidance in a part of the steps, of which there may be one more then."""
-        candidate, steps = best.candidate, best.sampling.steps or 1
-        if candidate.sampling.guidance_interval is not None or best.calls == steps:
+        """Ever fewer calls, found by halving, with guidance in a part of the steps."""
+        candidate = best.candidate
+        if candidate.sampling.guidance_interval is not None or best.calls == best.sampling.steps:
             return best  # it is decided already, or there is none
-        for count in (steps, steps + 1):
-            for is_early in (True, False):
-                # The most that saves a call, then less: pictures suffer at once.
-                for guided in range(min(count, best.calls - count) - 1, 0, -1):
-                    edge = _before(guided if is_early else count - guided, count)
-                    part = (0.0, edge) if is_early else (edge, 1.0)
-                    made = self._kept(candidate, candidate.at(count, part))
-                    if made is None:
-                        break
-                    best = _better(made, best) or best
+        low, high = 2, best.calls
+        while low < high:
+            middle = (low + high) // 2
+            if made := self._kept_within(candidate, middle):
+                best, high = made, middle
+            else:
+                low = middle + 1
         return best
+
+    def _kept_within(self, candidate: Candidate, count: int) -> _Try | None:
+        """A way to share so many calls out that keeps what has to be kept."""
+        ways = self._ways(candidate, count, guidance=True)
+        return next((made for way in ways[1:] if (made := self._kept(candidate, way))), None)
 
     def _kept(self, candidate: Candidate, sampling: SamplingConfig) -> _Try | None:
         """A way, drawn, if it keeps what has to be kept."""
@@ -444,6 +511,12 @@ class _Search:
 def _better(one: _Try | None, other: _Try | None) -> _Try | None:
     known = [made for made in (one, other) if made is not None]
     return min(known, key=lambda made: (made.calls, -made.found.mean), default=None)
+
+
+def _nearer(tries: Sequence[_Try | None]) -> _Try | None:
+    """The best pictures; of equal ones, those of fewer calls."""
+    known = [made for made in tries if made is not None]
+    return max(known, key=lambda made: (made.found.mean, -made.calls), default=None)
 
 
 def _count(runtime: Runtime, sampling: SamplingConfig) -> float:
