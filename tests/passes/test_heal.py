@@ -11,6 +11,7 @@ import torch
 from tunekit import families, layers
 from tunekit.artifacts import Artifact, open_artifact
 from tunekit.config import AdapterConfig, DataConfig
+from tunekit.passes import learning
 from tunekit.passes.base import Context, run_chain
 from tunekit.passes.heal import Heal
 from tunekit.passes.prune import Prune
@@ -129,9 +130,10 @@ def test_an_adapter_heals_and_is_folded_in(tiny_source: Path, tmp_path: Path):
 
 
 def test_it_goes_on_where_it_was_stopped(tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Bit for bit, with the mean of the weights and what was found out about the error."""
+    """Bit for bit, with the mean of the weights and what was found out about the error; timed or not."""
     step = Heal(max_steps=6, check_every=2, checkpoint_every=2, ema=0.5, batch_size=2, pictures=2)
     whole = healed(tiny_source, tmp_path / "whole", step)
+    step = step.model_copy(update={"minutes": 1000.0})
     follow, followed = average.Average.follow, []
 
     def stopped(self: Any) -> None:
@@ -145,12 +147,23 @@ def test_it_goes_on_where_it_was_stopped(tiny_source: Path, tmp_path: Path, monk
         healed(tiny_source, tmp_path / "cut", step)
     (state,) = (tmp_path / "cut" / "run").glob(".heal-*.state")
     assert (state / "checkpoints" / "step-000002").is_dir() and (state / "best.safetensors").is_file()
+    assert (state / "pace.json").is_file()
     again = healed(tiny_source, tmp_path / "cut", step)
     assert not state.exists()
     states = [FAMILY.denoiser(FAMILY.load(made.source)).state_dict() for made in (whole, again)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     for name in ("relative_error", "relative_error_before", "steps"):
         assert whole.lineage[-1].metrics[name] == again.lineage[-1].metrics[name]
+
+
+def test_minutes_bound_the_steps_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A training that goes on has the same end, however fast this machine is then."""
+    said: list[str] = []
+    context = Context(run_dir=tmp_path, state=tmp_path / "state", say=said.append)
+    for pace, minutes, steps in ((2.0, 0.5, 15), (60.0, 0.5, 15), (60.0, None, 200), (0.1, 1e-6, 1)):
+        monkeypatch.setattr(learning, "_pace", lambda *_, pace=pace: pace)
+        assert learning.affordable(Heal(minutes=minutes), None, None, None, context) == steps  # type: ignore[arg-type]
+    assert said[0] == "15 of 200 steps, for which minutes: 0.5 has time"
 
 
 def test_a_unet_without_a_middle_is_pruned_and_healed(tmp_path: Path):

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tunekit import workspace
 from tunekit.artifacts import Artifact, open_artifact
 from tunekit.config import SamplingConfig
 from tunekit.errors import ArtifactError, ChainError
-from tunekit.passes.base import Context, check_chain, parse_chain, run_chain
+from tunekit.passes.base import Context, Start, check_chain, parse_chain, run_chain
+from tunekit.passes.search import _training
+from tunekit.passes.space import Space, describe
 from tunekit.runtime import generate_pixels, open_runtime
 
 CHOICES = [
@@ -164,6 +167,47 @@ def test_choices_that_nobody_can_make_are_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(ChainError, match=said):
         check_chain(parse_chain([{"search": {**SETTINGS, **settings}}]), "torch")
+
+
+def test_what_is_offered_suits_the_model(tiny_source: Path) -> None:
+    """By itself it leaves blocks out, and trains no longer than its minutes have time for."""
+    chain = yaml.safe_load("""
+      - search:
+          keep: {psnr: 28}
+          minimize: latency
+          target: cpu
+          passes: [distill, prune, quantize, cache, tune_sampler]
+          minutes: 60
+    """)
+    start = Start.of(open_artifact(tiny_source, family="sd15"))
+    check_chain(parse_chain(chain), start)
+    space = Space.of(["distill", "prune", "quantize", "cache", "tune_sampler"], "cpu", 60, start)
+    assert space.names == ["distill", "prune", "quantize", "cache", "tune_sampler"]
+    words = [describe(choice) for choice in space.choices[1]]
+    assert "prune blocks 1" in words and "prune blocks small, heal minutes 10.0" in words
+    assert [line.partition(",")[0] for line in space.absent] == ["prune blocks base", "prune blocks tiny"]
+    assert sorted({(rungs.axis, rungs.effort) for rungs in space.rungs}) == [
+        (0, 2),
+        (1, 1),
+        (1, 2),
+        (2, 1),
+        (3, 0),
+        (4, 0),
+    ]
+    point = (1, 1, 2, 0, 3)
+    kinds = [item if isinstance(item, str) else next(iter(item)) for item in space.chain(point)]
+    assert kinds == ["distill", "prune", "export_onnx", "quantize", "tune_sampler"]
+    assert _training(space.chain(point), []) == 600.0
+
+
+def test_a_training_that_has_no_time_left_is_not_begun(tiny_source: Path, tmp_path: Path) -> None:
+    passes = [
+        {"prune": [{"ratio": 0.5, "samples": 4, "multiple": 4}]},
+        {"distill": [{"steps": 1, "minutes": 99}]},
+    ]
+    made = searched(tiny_source, tmp_path, passes=passes, keep={"psnr": 5}, minutes=60)
+    assert len(rows(made)) == 2
+    assert "no time to train: distill steps 1 minutes 99" in made.step.details["note"]  # type: ignore[union-attr]
 
 
 def test_a_damaged_book_of_trials_is_named(tiny_sources: Callable[[str], Path], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from tunekit.passes.tradeoff import GAIN, Found, Point, Tradeoff
+from tunekit.passes.tradeoff import GAIN, Found, Point, Rungs, Tradeoff
 
 ERRORS = ((0.0, 0.2, 0.5, 2.0), (0.0, 0.1, 0.3), (0.0, 0.05, 0.2, 0.4, 0.9, 3.0))
 COSTS = ((1.0, 0.8, 0.6, 0.4), (1.0, 0.5, 0.99), (1.0, 0.8, 0.6, 0.4, 0.3, 0.2))
@@ -40,9 +40,42 @@ def test_it_finds_what_trying_everything_finds(limit: float, wrong: float) -> No
     assert len(search.known) <= 25  # of 72
 
 
-def test_the_first_that_misses_ends_an_axis() -> None:
-    tried = explore(0.45).known
-    assert (0, 0, 4) in tried and (0, 0, 5) not in tried
+def test_what_is_bolder_than_a_miss_is_not_tried() -> None:
+    tried = explore(0.1).known
+    assert (0, 0, 3) in tried and (0, 0, 4) not in tried and (0, 0, 5) not in tried
+
+
+def test_long_ladders_take_few_tries_and_what_lies_between_is_expected() -> None:
+    search = Tradeoff([17, 2], {"psnr": 0.5})
+
+    def truly(point: Point) -> Found:
+        return Found({"psnr": (point[0] / 16) ** 2 + 0.1 * point[1]}, 0.9 ** point[0] * 0.5 ** point[1])
+
+    while (point := search.next()) is not None:
+        search.known[point] = truly(point)
+    assert search.best()[0] == (10, 1)  # which was never tried alone
+    assert (10, 0) not in search.known and len(search.known) <= 10
+
+
+def test_axes_that_gain_nothing_together_are_not_tried_on() -> None:
+    """Of a student of few steps fewer calls are no gain: known after one try."""
+    search = Tradeoff([4, 4], {"psnr": 1.0})
+    while (point := search.next()) is not None:
+        costs = [(1.0, 0.5, 0.3, 0.2)[choice] for choice in point]
+        search.known[point] = Found({"psnr": 0.1 * sum(point)}, min(costs))
+    assert len([point for point in search.known if all(point)]) <= 2
+
+
+def test_what_takes_long_is_tried_when_the_rest_is_combined() -> None:
+    """A ladder that trains waits; the others are combined before."""
+    ladders = [Rungs(0, (1,), 2), Rungs(0, (2, 3), 1), Rungs(1, (1, 2)), Rungs(2, (1, 2, 3, 4, 5))]
+    search = Tradeoff([len(axis) for axis in ERRORS], {"psnr": 10.0}, ladders)
+    order = []
+    while (point := search.next()) is not None:
+        order.append(point)
+        search.known[point] = truth(point)
+    assert order.index((0, 1, 5)) < order.index((3, 0, 0)) < order.index((3, 1, 5)) < order.index((1, 0, 0))
+    assert search.best()[0] == (3, 1, 5)
 
 
 def test_what_makes_nothing_cheaper_is_left_out_of_combinations() -> None:

@@ -250,7 +250,7 @@ def test_bisection_finds_the_smallest_change():
     ("settings", "message"),
     [
         ({"blocks": 7}, r"is to take 7 whole blocks, and 2 may leave the unet: mid_block, "),
-        ({"blocks": "base"}, r"blocks: base, which the unet of this model cannot become: there are small"),
+        ({"blocks": "base"}, r"blocks: base, a layout that this model cannot have \(small\)"),
         ({"blocks": "small", "keep": ["mid_block"]}, r"is without mid_block, and keep names that"),
         ({"blocks": 1, "keep": ["mid_block", "down_blocks.0"]}, r"finds no whole blocks that may leave"),
     ],

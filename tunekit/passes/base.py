@@ -103,6 +103,8 @@ def _distinct(items: list[T] | None) -> list[T] | None:
     return items
 
 
+Ladder = Sequence[Sequence[Any]]
+"""Chains as in YAML, from the mildest to the boldest."""
 DISTINCT = AfterValidator(_distinct)
 Distinct = Annotated[list[T], DISTINCT]
 """A list of settings in which nothing stands twice."""
@@ -124,6 +126,8 @@ class Pass(Section):
     redraws: ClassVar[bool] = False
     """True for a pass that changes how a model is drawn with and nothing else: its artifact is another model,
     in the very files of the one it was given."""
+    learns: ClassVar[bool] = False
+    """True for a pass that trains, and takes long."""
     refuses: ClassVar[Mapping[str, str]] = {}
     """Trait of the model -> why this pass cannot take it; "{giver}" is the pass that gave it."""
     metrics: ClassVar[tuple[Metric, ...]] = ()
@@ -185,11 +189,14 @@ class Pass(Section):
         return self.produces or format
 
     @classmethod
-    def options(cls, target: str) -> Sequence[Sequence[Any]]:
-        """What a search may put in this pass's place: chains as in YAML, the mildest first.
+    def options(cls, target: str, minutes: float) -> Sequence[Ladder]:
+        """What a search may put in this pass's place.
+
+        What the model at hand cannot have (`objection`) is left out there.
 
         Args:
-            target: what the model shall run on, a key of `passes.search.TARGETS`.
+            target: what the model shall run on, a key of `passes.space.TARGETS`.
+            minutes: that the whole search has; a choice that trains takes a part of them at most.
         """
         return ()
 

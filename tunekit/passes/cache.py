@@ -17,7 +17,7 @@ from pydantic import Field
 
 from tunekit.config import CacheConfig, SamplingConfig, Text
 from tunekit.errors import ChainError
-from tunekit.passes.base import DISTINCT, SAMPLING, Context, Distinct, Outcome, Pass
+from tunekit.passes.base import DISTINCT, SAMPLING, Context, Distinct, Ladder, Outcome, Pass
 from tunekit.passes.metrics import PSNR, Metric, Value
 from tunekit.passes.tune_sampler import APART, Compared, Keep, Pictures
 
@@ -56,11 +56,11 @@ class Cache(Pass):
     """Pictures that are searched on, and as many again that the search does not see."""
 
     @classmethod
-    def options(cls, target: str) -> Sequence[Sequence[Any]]:
+    def options(cls, target: str, minutes: float) -> Sequence[Ladder]:
         """Ever larger intervals."""
         if target not in ("cpu", "cuda", "openvino", "torch"):
             return ()
-        return [[{cls.kind: {"interval": interval, "pictures": 4}}] for interval in (2, 3, 5, 8)]
+        return [[[{cls.kind: {"interval": interval, "pictures": 4}}] for interval in (2, 3, 5, 8)]]
 
     def gives(self) -> frozenset[str]:
         """That steps are cached, which engines of one graph cannot do."""

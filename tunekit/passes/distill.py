@@ -12,12 +12,14 @@ from tunekit.passes.base import (
     NO_EXAMPLES,
     SAMPLING,
     Context,
+    Ladder,
     Outcome,
     Pass,
     Start,
     learned_from,
     untrainable,
 )
+from tunekit.passes.learning import part_of
 from tunekit.passes.metrics import PARAMETERS, RELATIVE_ERROR, SIZE, Metric
 from tunekit.passes.models import around
 
@@ -47,6 +49,7 @@ class Distill(Pass):
 
     kind: ClassVar[str] = "distill"
     accepts: ClassVar[frozenset[str]] = frozenset({"torch"})
+    learns: ClassVar[bool] = True
     refuses: ClassVar[Mapping[str, str]] = {
         "packed": "comes after {giver}, and packed weights cannot be trained; put it before",
         "few_steps": "comes after {giver}: the model draws in few steps already, and is no teacher any more",
@@ -73,6 +76,8 @@ class Distill(Pass):
     """What is trained; null trains all weights. The adapter is folded in, and kept beside as adapter/."""
     max_steps: Steps = 1000
     """Optimizer steps."""
+    minutes: float | None = Field(None, gt=0, le=100_000)
+    """Fewer steps, where these minutes have no time for all at the pace that the first ones have here."""
     lr: float = Field(1e-4, gt=0, le=100)
     """Highest learning rate; it warms up over a twentieth of the steps and falls to zero as a cosine."""
     batch_size: BatchSize = 8
@@ -96,9 +101,9 @@ class Distill(Pass):
     """Optimizer steps between checkpoints."""
 
     @classmethod
-    def options(cls, target: str) -> Sequence[Sequence[Any]]:
+    def options(cls, target: str, minutes: float) -> Sequence[Ladder]:
         """Ever fewer steps."""
-        return [[{cls.kind: {"steps": steps}}] for steps in (8, 4, 2)]
+        return [[[{cls.kind: {"steps": steps, "minutes": part_of(minutes)}}] for steps in (8, 4, 2)]]
 
     def gives(self) -> frozenset[str]:
         """That it draws in few steps; nothing that heal could mend by the model before."""
@@ -143,7 +148,7 @@ class Distill(Pass):
         from tunekit.errors import ConfigError
         from tunekit.families.family import as_kept
         from tunekit.memory.levers import fit
-        from tunekit.passes.learning import checkpointed, settings_of
+        from tunekit.passes.learning import affordable, checkpointed, settings_of
         from tunekit.passes.prunable import parameters
         from tunekit.training.consistency import Guidance, Teacher
         from tunekit.training.loop import Hooks, train
@@ -167,7 +172,6 @@ class Distill(Pass):
         learned = self.learned(family, whole, sampling)
         scheduler = sampler(whole.scheduler, learned)
         objective = family.objective(around(whole, {"scheduler": scheduler}))
-        settings = settings_of(self)
         with context.examples(
             artifact, count=self.pictures, precision=self.precision, adapter=self.adapter
         ) as drawn:
@@ -189,16 +193,18 @@ class Distill(Pass):
             way = self.way(family, scheduler, learned, latents, objective)
             task = self.task(fitted, family, teacher, learned, objective, way, context.seed)
             context.say(f"learning from {examples.origin}: {len(way)} points, guidance {sampling.guidance:g}")
+            stream = Stream(
+                examples.dataset,
+                way.chance(objective),
+                Draws(self.batch_size, self.micro_batch),
+                seed=context.seed,
+            )
+            settings = settings_of(self, affordable(self, accelerator, task, stream, context))
             result = train(
                 accelerator,
                 task,
                 build_optimizer(settings, fitted, accelerator.device),
-                Stream(
-                    examples.dataset,
-                    way.chance(objective),
-                    Draws(self.batch_size, self.micro_batch),
-                    seed=context.seed,
-                ),
+                stream,
                 settings,
                 Hooks(
                     seed=context.seed,

@@ -33,6 +33,7 @@ class Heal(Pass):
 
     kind: ClassVar[str] = "heal"
     accepts: ClassVar[frozenset[str]] = frozenset({"torch"})
+    learns: ClassVar[bool] = True
     refuses: ClassVar[Mapping[str, str]] = {
         "packed": "comes after {giver}, and packed weights cannot be trained; put it before"
     }
@@ -46,6 +47,8 @@ class Heal(Pass):
 
     max_steps: Steps = 200
     """Optimizer steps at most."""
+    minutes: float | None = Field(None, gt=0, le=100_000)
+    """Fewer steps, where these minutes have no time for all at the pace that the first ones have here."""
     lr: float = Field(5e-4, gt=0, le=100)
     """Highest learning rate, of layers with up to 32 inputs; of wider ones it is less in proportion, so that
     one rate serves networks of any size. It warms up over a twentieth of the steps and falls to zero as a
@@ -119,7 +122,7 @@ class Heal(Pass):
         from tunekit.data.cache import Draws, Stream, save_tensors
         from tunekit.data.calibration import UNCONDITIONAL
         from tunekit.memory.levers import fit
-        from tunekit.passes.learning import checkpointed, gone, settings_of
+        from tunekit.passes.learning import affordable, checkpointed, gone, settings_of
         from tunekit.passes.prunable import parameters
         from tunekit.passes.sparse import patterns
         from tunekit.training.distill import Distillation, HeldOut
@@ -132,7 +135,6 @@ class Heal(Pass):
         assert origin is not None  # `problem` has seen to it
         whole = context.open(artifact)
         denoiser, teacher = family.denoiser(whole), family.denoiser(context.open(origin))
-        settings = settings_of(self).model_copy(update={"validate_every": self.check_every})
         best = context.state / "best.safetensors"
         drawn = context.examples(origin, count=self.pictures, precision=self.precision, adapter=self.adapter)
         with drawn as (examples, accelerator):
@@ -169,18 +171,21 @@ class Heal(Pass):
             def keep(name: str, step: int, figures: Mapping[str, float]) -> None:
                 save_tensors(best, dict(fitted.parameters) | task.average.values)
 
+            stream = Stream(
+                examples.dataset,
+                examples.objective,
+                Draws(self.batch_size, self.micro_batch, caption_dropout=UNCONDITIONAL),
+                seed=context.seed,
+            )
+            most = affordable(self, accelerator, task, stream, context)
+            settings = settings_of(self, most).model_copy(update={"validate_every": self.check_every})
             result = train(
                 accelerator,
                 task,
                 build_optimizer(
                     settings, fitted, accelerator.device, scales(fitted.module, fitted.parameters)
                 ),
-                Stream(
-                    examples.dataset,
-                    examples.objective,
-                    Draws(self.batch_size, self.micro_batch, caption_dropout=UNCONDITIONAL),
-                    seed=context.seed,
-                ),
+                stream,
                 settings,
                 Hooks(
                     seed=context.seed,
@@ -206,7 +211,7 @@ class Heal(Pass):
                 fold_adapter(folded, student.to("cpu"))
                 student = folded
         worse = not taken or not trained <= before  # NaN, too
-        note = self._note(examples.origin, result, taken, before, trained, worse=worse)
+        note = self._note(examples.origin, result, most, taken, before, trained, worse=worse)
         context.save(whole if worse else around(whole, {family.facts.denoiser_name: student}), artifact)
         return Outcome(
             metrics={
@@ -221,22 +226,32 @@ class Heal(Pass):
                 "ended": {
                     "step": result.step,
                     "taken": 0 if worse else taken,
-                    "why": self._why(result.step, taken),
+                    "why": self._why(result.step, most, taken),
                 },
             },
         )
 
-    def _why(self, step: int, taken: int) -> str:
-        if step >= self.max_steps:
-            return "max_steps"
+    def _why(self, step: int, most: int, taken: int) -> str:
+        if step >= most:
+            return "max_steps" if most == self.max_steps else f"minutes: {self.minutes:g}"
         return f"no lower error on held-out noise in {self.patience} looks, since step {taken}"
 
     def _note(
-        self, origin: str, result: Result, taken: int, before: float, trained: float, *, worse: bool
+        self,
+        origin: str,
+        result: Result,
+        most: int,
+        taken: int,
+        before: float,
+        trained: float,
+        *,
+        worse: bool,
     ) -> str:
         said = f"learned from {origin}"
         if result.step < self.max_steps:
-            said += f"; ended at step {result.step} of {self.max_steps}: {self._why(result.step, taken)}"
+            said += (
+                f"; ended at step {result.step} of {self.max_steps}: {self._why(result.step, most, taken)}"
+            )
         if worse:
             said += (
                 f"; training made the output worse ({before:.3g} -> {trained:.3g}), so the weights are as"

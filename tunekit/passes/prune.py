@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
 from tunekit.config import Count, Names, refuse
 from tunekit.errors import ChainError, NonFiniteError
-from tunekit.passes.base import DISTINCT, NO_EXAMPLES, Context, Distinct, Outcome, Pass, Start, learned_from
+from tunekit.passes.base import (
+    DISTINCT,
+    NO_EXAMPLES,
+    Context,
+    Distinct,
+    Ladder,
+    Outcome,
+    Pass,
+    Start,
+    learned_from,
+)
+from tunekit.passes.learning import part_of
 from tunekit.passes.metrics import PARAMETERS, RELATIVE_ERROR, SIZE, Metric
 from tunekit.passes.models import around
 from tunekit.passes.paths import unmatched
@@ -103,9 +114,19 @@ class Prune(Pass):
         return value
 
     @classmethod
-    def options(cls, target: str) -> Sequence[Sequence[Any]]:
-        """Rising shares of what is computed, each healed."""
-        return [[{cls.kind: {"ratio": ratio, "cost": "macs"}}, "heal"] for ratio in (0.1, 0.2, 0.3, 0.45)]
+    def options(cls, target: str, minutes: float) -> Sequence[Ladder]:
+        """The block that is missed least; more of them, layouts, and shares of what is computed: healed."""
+        heal = {"heal": {"minutes": part_of(minutes)}}
+
+        def healed(choices: Sequence[dict[str, Any]]) -> Ladder:
+            return [[{cls.kind: choice}, heal] for choice in choices]
+
+        return [
+            [[{cls.kind: {"blocks": 1}}]],
+            healed([{"blocks": blocks} for blocks in (2, 0.5)]),
+            healed([{"blocks": layout} for layout in get_args(Layout)]),
+            healed([{"ratio": ratio, "cost": "macs"} for ratio in (0.1, 0.2, 0.3, 0.45)]),
+        ]
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """Finds settings that contradict each other."""
@@ -137,7 +158,16 @@ class Prune(Pass):
         if not start.examples:
             return NO_EXAMPLES
         wrong = unmatched(self.keep, start.modules) if start.modules else None
-        return f"has a wrong keep: {wrong}" if wrong else None
+        if wrong:
+            return f"has a wrong keep: {wrong}"
+        named = self.blocks in get_args(Layout)
+        if named and start.layouts is not None and self.blocks not in start.layouts:
+            known = ", ".join(sorted(start.layouts)) or "none was published"
+            return (
+                f"has blocks: {self.blocks}, a layout that this model cannot have ({known}); give a number of"
+                " blocks, as `blocks: 2`: those that move the output least"
+            )
+        return None
 
     def run(self, artifact: Artifact, context: Context) -> Outcome:
         """Judges, removes, measures the damage, saves.

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from tunekit.config import Names, Section, idle, no_effect, refuse, wrong
 from tunekit.errors import ArtifactError, ChainError, require
-from tunekit.passes.base import DISTINCT, SAMPLING, Context, Outcome, Pass, Start, formats
+from tunekit.passes.base import DISTINCT, SAMPLING, Context, Ladder, Outcome, Pass, Start, formats
 from tunekit.passes.fidelity import PROBE_STEPS, TESTED_CALLS, VAES, error, fidelity, nothing
 from tunekit.passes.metrics import RELATIVE_ERROR, SIZE, Metric
 from tunekit.passes.models import around
@@ -136,11 +136,11 @@ class Quantize(Pass):
         return self
 
     @classmethod
-    def options(cls, target: str) -> Sequence[Sequence[Any]]:
+    def options(cls, target: str, minutes: float) -> Sequence[Ladder]:
         """A fifth of the work in floats, then the usual tenth."""
         if target == "torch":
-            return [[{cls.kind: {"scheme": scheme}}] for scheme in ("int8", "int4")]
-        return [[{cls.kind: {"keep": {"share": 0.2}}}], [cls.kind]] if target == "cpu" else []
+            return [[[{cls.kind: {"scheme": scheme}}] for scheme in ("int8", "int4")]]
+        return [[[{cls.kind: {"keep": {"share": 0.2}}}], [cls.kind]]] if target == "cpu" else []
 
     def mode_of(self, format: str) -> Literal["weight_only", "dynamic", "static"]:
         """What `mode` means for a model in this format."""

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from tunekit.artifacts import GRAPHS, Artifact, directory_size, write_json
 from tunekit.config import Names, no_effect
 from tunekit.errors import ArtifactError, ChainError, require
-from tunekit.passes.base import DISTINCT, SAMPLING, Context, Outcome, Pass, Start, formats
+from tunekit.passes.base import DISTINCT, SAMPLING, Context, Ladder, Outcome, Pass, Start, formats
 from tunekit.passes.export_openvino import components, copy_rest, save
 from tunekit.passes.fidelity import PROBE_STEPS, TESTED_CALLS
 from tunekit.passes.metrics import RELATIVE_ERROR, SIZE, Metric, Value
@@ -74,10 +74,11 @@ class QuantizeOpenvino(Pass):
         return self
 
     @classmethod
-    def options(cls, target: str) -> Sequence[Sequence[Any]]:
+    def options(cls, target: str, minutes: float) -> Sequence[Ladder]:
         """Convolutions in int8, then all."""
-        methods = ("hybrid", "ptq") if target == "openvino" else ()
-        return [[{cls.kind: {"method": method}}] for method in methods]
+        if target != "openvino":
+            return ()
+        return [[[{cls.kind: {"method": method}}] for method in ("hybrid", "ptq")]]
 
     def gives(self) -> frozenset[str]:
         """Weights in few bits."""

@@ -84,6 +84,18 @@ class Start:
             return frozenset()  # whoever opens it will say more
         return frozenset(name for name, _ in denoiser.named_modules() if name) if denoiser else frozenset()
 
+    @cached_property
+    def layouts(self) -> frozenset[str] | None:
+        """Names of published smaller layouts of its denoiser; None where that cannot be told yet."""
+        from tunekit import families
+
+        try:
+            denoiser = self._denoiser()
+            family = families.get(self.family) if denoiser is not None else None
+            return None if family is None else frozenset(family.layouts(denoiser))
+        except (TunekitError, OSError, ValueError, TypeError, AttributeError, KeyError):
+            return None  # whoever opens it will say more
+
     def _denoiser(self) -> Any:
         """The denoiser on the meta device."""
         if not self.family or self.source is None:

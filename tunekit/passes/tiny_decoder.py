@@ -23,6 +23,7 @@ from tunekit.passes.base import (
     NO_EXAMPLES,
     SAMPLING,
     Context,
+    Ladder,
     Outcome,
     Pass,
     Start,
@@ -56,6 +57,7 @@ class TinyDecoder(Pass):
 
     kind: ClassVar[str] = "tiny_decoder"
     accepts: ClassVar[frozenset[str]] = frozenset({"onnx"})
+    learns: ClassVar[bool] = True
     metrics: ClassVar[tuple[Metric, ...]] = (
         SIZE,
         PSNR,
@@ -97,9 +99,11 @@ class TinyDecoder(Pass):
         return self
 
     @classmethod
-    def options(cls, target: str) -> Sequence[Sequence[Any]]:
+    def options(cls, target: str, minutes: float) -> Sequence[Ladder]:
         """A wider one, then a narrower."""
-        return [[{cls.kind: {"width": width}}] for width in (32, 16)] if target in ("cpu", "cuda") else ()
+        if target not in ("cpu", "cuda"):
+            return ()
+        return [[[{cls.kind: {"width": width}}] for width in (32, 16)]]
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """Finds settings that contradict each other, and what is missing."""

@@ -1,23 +1,40 @@
 """What several steps together cost in quality and time, told from what each costs alone.
 
-A search has a few axes (a share to prune, a flavour of quantization, a number of sampling steps), each a row
-of choices from the mildest, which leaves the model as it is, to the boldest. Errors of small and unrelated
-changes add up, and factors of speed multiply; so each axis is tried alone, every combination is predicted,
-and only those are made that promise to be the best within the limits. What was measured corrects what is
-predicted.
+A search has a few axes (what to prune, a flavour of quantization, a number of calls), each with choices, of
+which the first leaves the model as it is. Choices stand on ladders, from the mildest to the boldest. Errors
+of small and unrelated changes add up, and factors of speed multiply; so each ladder is tried alone, and the
+boldest rung that keeps enough is found by halving; every combination is predicted, and only those are made
+that promise to be the best within the limits. What was measured corrects what is predicted, for the axes
+that were measured together. What takes little time is tried, and combined, before what takes much.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 Point = tuple[int, ...]
 """The number of the choice on each axis; 0 is the mildest."""
+COST = "cost"
 GAIN = 0.03
 """Costs that differ by less are not called different: rounds of a measurement differ as much."""
+
+
+@dataclass(frozen=True)
+class Rungs:
+    """Choices of one axis, from the mildest to the boldest.
+
+    Attributes:
+        axis: its number.
+        choices: their numbers.
+        effort: of making one; ladders of less are tried first.
+    """
+
+    axis: int
+    choices: Sequence[int]
+    effort: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,7 @@ class Tradeoff:
     Attributes:
         choices: how many each axis has.
         limits: measure -> largest error.
+        ladders: on which they stand; none: each axis is one.
         known: what was tried; None for a combination that could not be made.
         margins: measure -> how much larger errors are on pictures that the search did not see; learned from
             combinations that kept the limits, and did not there.
@@ -51,9 +69,14 @@ class Tradeoff:
 
     choices: Sequence[int]
     limits: Mapping[str, float]
+    ladders: Sequence[Rungs] = ()
     known: dict[Point, Found | None] = field(default_factory=dict)
     margins: dict[str, float] = field(default_factory=dict)
     _rejected: set[Point] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        if not self.ladders:
+            self.ladders = [Rungs(axis, range(1, count)) for axis, count in enumerate(self.choices)]
 
     def reject(self, point: Point, errors: Mapping[str, float]) -> None:
         """A combination that keeps the limits, but not on other pictures, where its errors are these."""
@@ -67,26 +90,24 @@ class Tradeoff:
     def next(self) -> Point | None:
         """The combination to try, or None where nothing that is left promises more.
 
-        First nothing at all, then each axis alone from its mildest choice up to the first that misses a
-        limit, then combinations from the cheapest that should keep them.
+        First nothing at all. Then, from the least effort to the most: each ladder alone, by halving, and
+        combinations from the cheapest that should keep the limits.
         """
         origin = self._alone(0, 0)
         if origin not in self.known:
             return origin
         if self.known[origin] is None:
             return None
-        for axis, count in enumerate(self.choices):
-            for choice in range(1, count):
-                point = self._alone(axis, choice)
-                if point not in self.known:
+        for effort in sorted({ladder.effort for ladder in self.ladders}):
+            for ladder in self.ladders:
+                if ladder.effort == effort and (point := self._rung(ladder)) is not None:
                     return point
-                found = self.known[point]
-                if found is not None and not found.keeps(self.limits):
-                    break
-        return self._promising()
+            if (point := self._promising()) is not None:
+                return point
+        return None
 
     def predict(self, point: Point) -> Found | None:
-        """What a combination should be; None where one of its choices cannot be made, or was not tried."""
+        """What a combination should be; None where one of its choices cannot be made, or nothing is known."""
         start = self.known.get(self._alone(0, 0))
         if start is None:
             return None
@@ -94,7 +115,7 @@ class Tradeoff:
         for axis, choice in enumerate(point):
             if not choice:
                 continue
-            alone = self.known.get(self._alone(axis, choice))
+            alone = self._expected(axis, choice)
             if alone is None:
                 return None
             for name, error in alone.errors.items():
@@ -138,10 +159,55 @@ class Tradeoff:
                 least = error
         return front
 
+    def _rung(self, ladder: Rungs) -> Point | None:
+        """The rung to try; None where the boldest that gains something and keeps the limits is known."""
+        origin = self.known[self._alone(0, 0)]
+        start = origin.cost if origin else math.inf
+        low, high = 0, len(ladder.choices) + 1
+        open_rungs = []
+        for rung, choice in enumerate(ladder.choices, start=1):
+            point = self._alone(ladder.axis, choice)
+            if point not in self.known:
+                open_rungs.append((rung, point))
+            elif (found := self.known[point]) is not None:
+                if found.keeps(self.limits) and found.cost <= (1 - GAIN) * start:
+                    low = rung
+                else:
+                    high = min(high, rung)
+        between = [point for rung, point in open_rungs if low < rung < high]
+        return between[len(between) // 2] if between else None
+
+    def _expected(self, axis: int, choice: int) -> Found | None:
+        """What a choice is alone: as was measured, or between what was measured on its ladder."""
+        point = self._alone(axis, choice)
+        if point in self.known:
+            return self.known[point]
+        start = self.known.get(self._alone(0, 0))
+        ladder = next((one for one in self.ladders if one.axis == axis and choice in one.choices), None)
+        if start is None or ladder is None:
+            return None
+        below: tuple[int, Found] = (0, start)
+        own = list(ladder.choices).index(choice) + 1
+        for rung, other in enumerate(ladder.choices, start=1):
+            found = self.known.get(self._alone(axis, other))
+            if found is None:
+                continue
+            if rung < own:
+                below = (rung, found)
+            else:
+                share = (own - below[0]) / (rung - below[0])
+                errors = {
+                    name: error + share**2 * (found.errors[name] - error)
+                    for name, error in below[1].errors.items()
+                }
+                ratio = found.cost / below[1].cost if below[1].cost else 1.0
+                return Found(errors, below[1].cost * ratio**share)
+        return None  # bolder than all that was tried
+
     def _promising(self) -> Point | None:
         """The cheapest combination that should keep the limits and be cheaper than what was found."""
         useless = set(self.useless())
-        wrong = self._corrections()
+        together = self._together()
         best = self.best()
         bound = self.known[best[0]].cost if best else math.inf  # type: ignore[union-attr]
         found: tuple[float, Point] | None = None
@@ -149,35 +215,65 @@ class Tradeoff:
             if point in self.known or any((axis, choice) in useless for axis, choice in enumerate(point)):
                 continue
             told = self.predict(point)
-            if told is None or told.cost >= (1 - GAIN) * bound:
+            if told is None:
+                continue
+            wrong = _nearest(together, _active(point))
+            cost = told.cost * wrong[COST]
+            if cost >= (1 - GAIN) * bound:
                 continue
             errors = {
-                name: error * wrong[name] * self.margins.get(name, 1.0) for name, error in told.errors.items()
+                name: error * wrong.get(name, 1.0) * self.margins.get(name, 1.0)
+                for name, error in told.errors.items()
             }
-            if Found(errors, told.cost).keeps(self.limits) and (found is None or told.cost < found[0]):
-                found = (told.cost, point)
+            if Found(errors, cost).keeps(self.limits) and (found is None or cost < found[0]):
+                found = (cost, point)
         return found[1] if found else None
 
-    def _corrections(self) -> dict[str, float]:
-        """Measured over predicted errors of the combinations so far, as geometric means."""
-        logs: dict[str, list[float]] = {name: [] for name in self.limits}
-        for point, found in self.known.items():
-            if found is None or sum(choice > 0 for choice in point) < 2:
-                continue
-            told = self.predict(point)
-            for name, list_of in logs.items():
-                if told and told.errors[name] > 0 and 0 < found.errors[name] < math.inf:
-                    list_of.append(math.log(found.errors[name] / told.errors[name]))
-        known = {name: math.exp(_mean(values)) for name, values in logs.items()}
-        return dict.fromkeys(self._measures(), 1.0) | known
+    def _together(self) -> dict[frozenset[int], dict[str, float]]:
+        """Axes that were measured together -> measured over predicted errors and cost, as geometric means.
 
-    def _measures(self) -> set[str]:
-        return {name for found in self.known.values() if found for name in found.errors}
+        Errors of no axes at all are those of all combinations so far.
+        """
+        logs: dict[frozenset[int], dict[str, list[float]]] = {frozenset(): {}}
+        for point, found in self.known.items():
+            axes = _active(point)
+            told = self.predict(point) if found is not None and len(axes) > 1 else None
+            if told is None or found is None:
+                continue
+            own, every = logs.setdefault(axes, {}), logs[frozenset()]
+            if told.cost > 0 and found.cost > 0:
+                own.setdefault(COST, []).append(math.log(found.cost / told.cost))
+            for name in self.limits:
+                if told.errors[name] > 0 and 0 < found.errors[name] < math.inf:
+                    ratio = math.log(found.errors[name] / told.errors[name])
+                    own.setdefault(name, []).append(ratio)
+                    every.setdefault(name, []).append(ratio)
+        return {
+            axes: {name: math.exp(sum(values) / len(values)) for name, values in of.items()}
+            for axes, of in logs.items()
+        }
 
     def _alone(self, axis: int, choice: int) -> Point:
         return tuple(choice if index == axis else 0 for index in range(len(self.choices)))
 
 
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed) if listed else 0.0
+def _active(point: Point) -> frozenset[int]:
+    """Axes on which something is done."""
+    return frozenset(axis for axis, choice in enumerate(point) if choice)
+
+
+def _nearest(
+    together: Mapping[frozenset[int], Mapping[str, float]], axes: frozenset[int]
+) -> dict[str, float]:
+    """What is known of the most of these axes, over what is known of all."""
+    known = dict(together[frozenset()])
+    within = [measured for measured in together if measured <= axes and measured]
+    if within:
+        most = max(map(len, within))
+        for measured in within:
+            if len(measured) == most:
+                known |= {
+                    name: max(value, known[name]) if name in known and name == COST else value
+                    for name, value in together[measured].items()
+                }
+    return {COST: 1.0, **known}

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from tunekit import hardware
 from tunekit.config import RuntimeConfig
-from tunekit.passes.base import SAMPLING, Context, Distinct, Outcome, Pass
+from tunekit.passes.base import SAMPLING, Context, Distinct, Ladder, Outcome, Pass
 from tunekit.passes.metrics import PSNR, Metric, Value
 from tunekit.passes.providers import Provider, cannot_run
 
@@ -69,10 +69,10 @@ class TuneRuntime(Pass):
     """After which nothing more is tried."""
 
     @classmethod
-    def options(cls, target: str) -> Sequence[Sequence[Any]]:
+    def options(cls, target: str, minutes: float) -> Sequence[Ladder]:
         """Whatever is fastest, where graphs are run."""
         provider = {"cpu": {"provider": "cpu"}, "cuda": {"provider": "cuda"}, "openvino": {}}.get(target)
-        return () if provider is None else [[{cls.kind: provider}]]
+        return () if provider is None else [[[{cls.kind: provider}]]]
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """Refuses a runtime that is not here, and more threads than processors."""

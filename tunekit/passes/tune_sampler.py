@@ -24,7 +24,7 @@ from pydantic import Field
 
 from tunekit.config import SamplingConfig, SamplingSteps, Section, Text
 from tunekit.errors import ChainError
-from tunekit.passes.base import DISTINCT, SAMPLING, Context, Distinct, Outcome, Pass, Start
+from tunekit.passes.base import DISTINCT, SAMPLING, Context, Distinct, Ladder, Outcome, Pass, Start
 from tunekit.passes.metrics import PSNR, Metric
 from tunekit.passes.samplers import OWN, Candidate, Sampler, Spacing, calls, candidates, unsuited
 
@@ -87,10 +87,10 @@ class TuneSampler(Pass):
     """After which no more is tried, and the best so far is taken."""
 
     @classmethod
-    def options(cls, target: str) -> Sequence[Sequence[Any]]:
+    def options(cls, target: str, minutes: float) -> Sequence[Ladder]:
         """Ever fewer calls, in the samplers that need fewest."""
         shared = {"samplers": ["ddim", "unipc", "dpm++2m"], "pictures": 4}
-        return [[{cls.kind: {"calls": calls, **shared}}] for calls in (32, 24, 16, 12, 10, 8, 7, 6)]
+        return [[[{cls.kind: {"calls": calls, **shared}}] for calls in (32, 24, 16, 12, 10, 8, 7, 6, 5)]]
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """Refuses two goals at once."""
@@ -150,13 +150,14 @@ class TuneSampler(Pass):
                 best = search.fewest(found, guidance=self.interval)
             others = Pictures(runtime, own, unseen, context.seed + APART, self.pictures)
             taken, final, note = self._verified(search, best, others)
-            floor = search.pictures.floor
+            floor = None if self._fixed else search.pictures.floor  # nothing is said to be near enough
         shown = others.prompts, others.seeds
         pictures = [
             *save_pictures(others.wanted, "before", f"as before, {own.steps} steps", *shown, context),
             *save_pictures(others.latest, "after", f"tuned: {taken.words}", *shown, context),
         ]
-        note += f"; pictures of another seed are {floor:.1f} dB apart"
+        if floor is not None:
+            note += f"; pictures of another seed are {floor:.1f} dB apart"
         context.say(note)
         changes = {
             name: value
@@ -169,7 +170,7 @@ class TuneSampler(Pass):
                 "calls_before": search.pictures.calls,
                 "psnr_db": final.mean,
                 "psnr_db_worst": final.worst,
-                "psnr_db_floor": floor,
+                **({} if floor is None else {"psnr_db_floor": floor}),
             },
             details={"note": note, "tried": search.table(taken)},
             pictures=pictures,

@@ -20,13 +20,13 @@ from functools import partial
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from tunekit.artifacts import PICTURES
-from tunekit.config import PathText, SamplingConfig, SamplingSteps, no_effect, wrong
+from tunekit.config import SamplingConfig, SamplingSteps
 from tunekit.errors import ChainError, output_errors
 from tunekit.passes.base import SAMPLING, Context, Distinct, Outcome, Pass, Start, formats
-from tunekit.passes.likeness import Judges
+from tunekit.passes.likeness import Judged
 from tunekit.passes.metrics import CLIP_DROP, LPIPS, PSNR, RELATIVE_ERROR, SSIM, Metric
 from tunekit.passes.providers import Provider, cannot_run, everywhere, gpu_answers
 
@@ -43,10 +43,12 @@ STEPS = 20
 AT_ONCE = 4
 
 
-class Verify(Pass):
+class Verify(Judged, Pass):
     """Compares the model with its reference: components, trajectory and pictures."""
 
     kind: ClassVar[str] = "verify"
+    lpips_key: ClassVar[str] = "max_lpips"
+    clip_key: ClassVar[str] = "max_clip_drop"
     accepts: ClassVar[frozenset[str]] = frozenset({"torch", "onnx", "openvino", "tensorrt"})
     looks: ClassVar[bool] = True
     metrics: ClassVar[tuple[Metric, ...]] = (RELATIVE_ERROR, PSNR, SSIM, LPIPS, CLIP_DROP)
@@ -72,26 +74,6 @@ class Verify(Pass):
     """Largest LPIPS (AlexNet) that a picture may have; None: it is not measured."""
     max_clip_drop: float | None = Field(None, gt=0, le=2)
     """Largest drop of the mean CLIP score, the cosine of picture and prompt; None: it is not measured."""
-    lpips_weights: PathText | None = None
-    """File of torchvision's AlexNet; null: torch's hub folder. Nothing is downloaded."""
-    clip_model: PathText | None = None
-    """Folder of the CLIP that gives the score, as transformers saves it."""
-
-    @model_validator(mode="after")
-    def _effects(self) -> Verify:
-        if self.max_lpips is None:
-            no_effect(self, ("lpips_weights",), "max_lpips is not set")
-        if self.max_clip_drop is None:
-            no_effect(self, ("clip_model",), "max_clip_drop is not set")
-        elif self.clip_model is None:
-            wrong("max_clip_drop", "needs a CLIP: give its folder as clip_model")
-        return self
-
-    @property
-    def judges(self) -> Judges:
-        """The networks that are asked."""
-        wanted = self.max_lpips is not None, self.max_clip_drop is not None
-        return Judges(*wanted, self.lpips_weights, self.clip_model)
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """Refuses what could only fail after the passes before it have run."""
