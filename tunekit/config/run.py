@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, field_validator, model_validator
 
 from tunekit.config.adapter import AdapterConfig
-from tunekit.config.memory import MemoryConfig
+from tunekit.config.memory import MemoryConfig, free_on_resume
 from tunekit.config.model import ModelConfig
 from tunekit.config.objective import ObjectiveConfig
 from tunekit.config.schema import PathText, Section, Seed, idle, refuse, wrong
@@ -17,6 +17,28 @@ from tunekit.config.train import PreviewConfig, TrainConfig
 from tunekit.config.yaml import Key
 from tunekit.resources import expand
 
+FREE = (
+    "name",
+    "runs",
+    "recipe",
+    "optimize",
+    "preview",
+    "data.path",  # the pictures themselves are compared, see `training/checkpoint.py`
+    "data.class_path",
+    "data.validation",
+    "data.cache",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.validate_every",
+    "train.log_every",
+    "train.save_every",
+    "train.keep_best",
+    "train.final",
+    "train.trackers",
+    "adapter.init",  # what it holds is compared
+    *free_on_resume(),
+)
+"""Keys that do not change what is learned: they may differ between the lives of one run."""
 LONGEST_NAME = 150
 """Bytes of a run's name: a file system takes 255, and there is `.<name>.comfyui.safetensors.tmp-<pid>`."""
 

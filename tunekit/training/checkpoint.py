@@ -31,7 +31,7 @@ from torch import Tensor
 from tunekit import optimizers
 from tunekit.artifacts import RunFolder, atomic_folder, clean_leftovers, remove_folder, write_json
 from tunekit.config import ObjectiveConfig, TrainingRunConfig
-from tunekit.config.memory import free_on_resume
+from tunekit.config.run import FREE
 from tunekit.data.images import Sample
 from tunekit.errors import ArtifactError, ResumeError, output_errors
 from tunekit.kept import Kept
@@ -43,28 +43,6 @@ REMEDY = "remove this folder to continue from the one before it"
 _NAME = re.compile(r"step-(\d{6,})")
 _LOCK_SECONDS = 30.0
 
-FREE = (
-    "name",
-    "runs",
-    "recipe",
-    "optimize",
-    "preview",
-    "data.path",  # the pictures themselves are compared, see `identity`
-    "data.class_path",
-    "data.validation",
-    "data.cache",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.validate_every",
-    "train.log_every",
-    "train.save_every",
-    "train.keep_best",
-    "train.final",
-    "train.trackers",
-    "adapter.init",  # what it holds is compared
-    *free_on_resume(),
-)
-"""Keys that do not change what is learned: they may differ between the lives of one run."""
 BASE, INITIAL, MASKS = "model (its weights)", "adapter.init (its weights)", "adapter.dropout (its masks)"
 DATA, CLASS = "data (its pictures or captions)", "data.class_path (its pictures)"
 LATER = (BASE, MASKS, CLASS)
