@@ -559,6 +559,11 @@ class RunFolder:
         return self.path / "adapters"
 
     @property
+    def best(self) -> Path:
+        """The best weights so far, when all weights are trained and the best is kept."""
+        return self.path / "best"
+
+    @property
     def model(self) -> Path:
         """The trained model, when all weights were trained (`adapter: null`)."""
         return self.path / "model"

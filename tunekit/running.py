@@ -25,6 +25,7 @@ from tunekit.artifacts import (
     RECORD,
     Artifact,
     RunFolder,
+    Step,
     clean_leftovers,
     open_artifact,
     write_json,
@@ -66,7 +67,7 @@ from tunekit.training.checkpoint import (
     weights_hash,
 )
 from tunekit.training.evaluation import Previewer
-from tunekit.training.loop import Hooks, Result, train
+from tunekit.training.loop import Hooks, Result, ends_early, no_better, train
 from tunekit.training.pictures import changes, keep
 from tunekit.training.results import Results
 from tunekit.training.run import Processes, build_optimizer, close_accelerator, on_main, open_accelerator
@@ -205,17 +206,37 @@ class Run:
             keep(self.folder.path, self._pictures)
             if self.plan is not None:
                 self._write_plan(self.plan)
-        if details and int(details.get("step", 0)) >= self.config.train.max_steps:
-            self.say(f"training is finished ({details['step']} steps): {trained}")
-            both = self.config.keeps_best and (self.folder.adapters / "last" / RECORD).is_file()
-            if self.main and both and details.get("final") != self.config.final:
-                self._results.choose(Artifact.load(self.folder.adapter).lineage[-1])
+        if step and (finished := self._finished(step)):
+            self.say(f"training is finished ({finished}): {trained}")
+            self._choose_again(step)
             self.accelerator.wait_for_everyone()
             return False
         if begun is not None:
             self._say_what_changed(begun)
         self.learns = True
         return True
+
+    def _finished(self, step: Step) -> str | None:
+        """How far a training came that is at its end, as the config is now; None if there is more to do."""
+        train, done, best = self.config.train, int(step.details.get("step", 0)), step.metrics.get("best_step")
+        if done >= train.max_steps:
+            return f"{done} steps"
+        best_step = int(best) if isinstance(best, int | float) else 0
+        if done and ends_early(done, best_step, patience=train.early_stop, every=train.validate_every):
+            return f"by itself after {done} of {train.max_steps} steps, {no_better(best_step)}"
+        return None
+
+    def _choose_again(self, step: Step) -> None:
+        """Of a finished training, what `train.final` says now."""
+        if not self.main or not self.config.keeps_best or step.details.get("final") == self.config.final:
+            return
+        if (self.folder.adapters / "last" / RECORD).is_file():
+            self._results.choose(Artifact.load(self.folder.adapter).lineage[-1])
+        elif self.config.adapter is None and "final" in step.details:
+            self.say(
+                f"{self.folder.model} stays the {step.details['final']}, of step {step.details['taken']}:"
+                " of all weights one set is kept, and train.final is asked at the end of the training"
+            )
 
     def _opening(self) -> str:
         """`20 pictures, batch 4, 1,500 steps = 300 epochs, writes to runs/mine`."""
@@ -404,6 +425,7 @@ class Run:
             preview_every=config.preview.every,
             keep=partial(self._keep, base),
             keep_best=config.keeps_best,
+            patience=config.train.early_stop,
         )
         result = train(accelerator, task, optimizer, batches, config.train, hooks)
         with console().phase("saving what was learned"):
@@ -449,8 +471,9 @@ class Run:
         )
 
     def _keep(self, base: Base, name: str, step: int, figures: Mapping[str, float]) -> None:
-        """Write the adapter as it is after `step` to `adapters/<name>`, on the main process."""
-        with console().phase(f"saving {(self.folder.adapters / name).relative_to(self.folder.path)}"):
+        """Write what is learned as it is after `step`, on the main process."""
+        kept = self.folder.adapters / name if self.config.adapter else self.folder.best
+        with console().phase(f"saving {kept.relative_to(self.folder.path)}"):
             self._results.keep(base.pipeline, name, step, figures)
 
     def _save(self, base: Base, fitted: Fitted, result: Result) -> None:
@@ -463,7 +486,7 @@ class Run:
             step = results.save(base.pipeline, result, parameters=count)
         if self.meter.active:
             self.meter.write(self.folder.path / "plan.json")
-        if self.config.keeps_best:
+        if self.config.keeps_best and self.config.adapter:
             results.choose(step)
 
     # After --------------------------------------------------------------------------------------------------

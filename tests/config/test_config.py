@@ -128,6 +128,11 @@ def test_a_name_taken_from_the_file_says_so(config: Path):
         ("data.caption_dropout=2", "data.caption_dropout: must be at most 1, not 2"),
         ("model.family=sd16", 'model.family: there is no family "sd16"; did you mean "sd15"?'),
         ("memory.device=gpu", 'memory.device: there is no device "gpu"; known: auto, cpu, cuda'),
+        ("train.keep_best=clip_score", '"clip_score" is not measured while training; what is, is val_loss'),
+        (
+            "train.keep_best=val_loss",
+            "nothing to choose by without data.validation: val_loss is not",
+        ),
         ("adapter.targets=[]", "adapter.targets: an empty list adapts nothing"),
         ("preview.prompts=hello", 'preview.prompts: must be a list, not "hello"'),
         ("optimize={}", "optimize: must be a list, not {}"),
@@ -156,6 +161,22 @@ def test_wrong_keys_and_values(config: Path, override: str, expected: str):
         (
             ["train.validate_every=101", "data.validation=0.1"],
             "train.validate_every: has no effect: training ends",
+        ),
+        (
+            ["train.early_stop=3"],
+            "train.early_stop: has no effect: val_loss is not measured without data",
+        ),
+        (
+            ["train.early_stop=3", "data.validation=0.1"],
+            "train.early_stop: has no effect: val_loss is not measured without train.validate_every",
+        ),
+        (
+            ["train.early_stop=4", "train.validate_every=20", "data.validation=0.1"],
+            "train.early_stop: has no effect: it could end the training at step 100 at the earliest, of 100",
+        ),
+        (
+            ["train.keep_best=true", "data.validation=0.1"],
+            "train.keep_best: has no effect: without train.validate_every the last step alone is measured",
         ),
     ],
 )

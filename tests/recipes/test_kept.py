@@ -109,6 +109,67 @@ def test_the_best_is_kept_and_becomes_the_result(
         run_here(config)
 
 
+def test_it_ends_by_itself_and_the_report_shows_where_the_best_was(
+    tree: dict[str, Any],
+    configured: Configured,
+    run_here: RunHere,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judged = iter([0.5, 0.2, 0.3, 0.35, 0.3])
+    monkeypatch.setattr(evaluation, "validation", lambda *arguments: lambda model: {"val_loss": next(judged)})
+    overrides = ["train.early_stop=2", "train.save_every=null", "train.keep_best=val_loss"]
+    run = run_here(configured(tmp_path, tree), *overrides)
+    out = capsys.readouterr().out
+    assert "ends by itself after step 9 of 12: no lower val_loss since step 3" in out
+    made = Artifact.load(run / "adapter").lineage[-1]
+    assert (made.details["step"], made.details["taken"]) == (9, 3)
+    assert [path.name for path in sorted((run / "previews").iterdir())] == ["step-000000", "step-000009"]
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert ">lowest: 0.2000 (step 3)</text>" in page and "<circle" in page
+    assert "Lowest on held-out pictures: 0.2000 at step 3; 0.3500 at step 9" in page
+    assert "ended by itself after step 9 of 12: 2 measurements in a row were not lower" in page
+    # The same command again has nothing to do; more patience goes on.
+    run_here(configured(tmp_path, tree), *overrides)
+    assert "training is finished (by itself after 9 of 12 steps, no lower val_loss" in capsys.readouterr().out
+    run_here(configured(tmp_path, tree), *overrides[1:])
+    assert "continues after step 9 of 12" in capsys.readouterr().out
+    assert Artifact.load(run / "adapter").lineage[-1].details["step"] == 12
+
+
+def test_of_all_weights_the_best_become_the_model(
+    tree: dict[str, Any],
+    configured: Configured,
+    run_here: RunHere,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def judged(*values: float) -> None:
+        found = iter(values)
+        monkeypatch.setattr(
+            evaluation, "validation", lambda *arguments: lambda model: {"val_loss": next(found)}
+        )
+
+    whole = {**tree, "adapter": None, "preview": {}}
+    whole["train"] = {**tree["train"], "max_steps": 6, "save_every": None, "schedule": "constant"}
+    config, name = configured(tmp_path, whole), "model/unet/diffusion_pytorch_model.safetensors"
+    judged(0.5, 0.2)
+    three = load_file(run_here(config, "name=three", "train.max_steps=3") / name)
+    judged(0.5, 0.2, 0.3)
+    run = run_here(config, "train.keep_best=val_loss")
+    best = load_file(run / name)
+    assert best.keys() == three.keys() and all(torch.equal(best[key], three[key]) for key in best)
+    made = Artifact.load(run / "model").lineage[-1]
+    assert (made.details["step"], made.details["taken"], made.details["final"]) == (6, 3, "best")
+    assert (made.metrics["val_loss"], made.metrics["last_val_loss"]) == (0.2, 0.3)
+    assert "the best, of step 3 (train.final)" in capsys.readouterr().out
+    run_here(config, "train.keep_best=val_loss", "train.final=last")
+    assert "stays the best, of step 3" in capsys.readouterr().out
+    assert not (tmp_path / "runs" / "three" / "best").exists()  # as ever where nothing is said
+
+
 def test_kept_adapters_of_bf16_are_the_float32_ones(
     tree: dict[str, Any], configured: Configured, run_here: RunHere, tmp_path: Path
 ) -> None:

@@ -867,6 +867,57 @@ def test_a_loss_that_is_no_number_is_never_the_best(accelerator: Accelerator) ->
     assert kept == []
 
 
+@pytest.mark.parametrize("cut", [5, 8])
+def test_it_ends_where_nothing_got_better_and_as_if_it_had_never_been_cut(
+    accelerator: Accelerator, tmp_path: Path, cut: int
+) -> None:
+    """Lowest at step 3; with a patience of 2 the end is step 9, with one of 3 it is step 12 of 30."""
+    judged = {0: 0.9, 3: 0.2, 6: 0.3, 9: 0.2, 12: 0.4, 15: 0.1, 18: 0.5}
+    made: list[tuple[str, int]] = []
+    said: list[str] = []
+
+    class Killed(Line):
+        def step(self, step: int, rank: int, processes: int) -> list[Rows]:
+            if step == cut:
+                raise KeyboardInterrupt
+            return super().step(step, rank, processes)
+
+    def life(patience: int, batches: Line | None = None) -> tuple[nn.Module, Result]:
+        task = Fitting(Fitted.plain(linear()), squared)
+
+        def evaluate(model: nn.Module) -> dict[str, float]:
+            return {"val_loss": judged[task.told[-1] if task.told else 0]}
+
+        return fit(
+            accelerator,
+            settings(max_steps=30, validate_every=3, checkpoint_every=2),
+            batches=batches,
+            task=task,
+            folder=tmp_path,
+            evaluate=evaluate,
+            preview=lambda model, step: made.append(("preview", step)),
+            keep=lambda name, step, figures: made.append((name, step)),
+            keep_best=True,
+            patience=patience,
+            say=said.append,
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        life(2, Killed())
+    model, result = life(2)
+    assert (result.step, result.metrics["best_step"]) == (9, 3)
+    assert made[-1] == ("preview", 9) and ("best", 6) not in made
+    assert steps_saved(tmp_path)[-1] == "step-000009"
+    assert said[-1].endswith("ends by itself after step 9 of 30: no lower val_loss since step 3")
+    straight, _ = fit(accelerator, settings(max_steps=9))
+    assert weights(model) == weights(straight)
+    before = len(made)
+    assert life(2)[1].step == 9 and len(made) == before  # again: there is nothing left to do
+    more, result = life(3)
+    assert result.step == 12
+    assert weights(more) == weights(fit(accelerator, settings(max_steps=12))[0])
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_more_steps_follow_the_longer_curve(accelerator: Accelerator, tmp_path: Path, schedule: str) -> None:
     fit(accelerator, settings(schedule=schedule), folder=tmp_path)

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
         validate,
         wrong,
     )
-    from tunekit.config.train import PreviewConfig, TrainConfig
+    from tunekit.config.train import CHOSEN_BY, PreviewConfig, TrainConfig
     from tunekit.config.words import known_as
     from tunekit.config.yaml import (
         COMMAND_LINE,
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "CHOSEN_BY",
     "CLASS_BATCH",
     "COMMAND_LINE",
     "REQUIRED",

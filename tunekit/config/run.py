@@ -13,7 +13,7 @@ from tunekit.config.memory import MemoryConfig, free_on_resume
 from tunekit.config.model import ModelConfig
 from tunekit.config.objective import ObjectiveConfig
 from tunekit.config.schema import PathText, Section, Seed, idle, refuse, wrong
-from tunekit.config.train import PreviewConfig, TrainConfig
+from tunekit.config.train import CHOSEN_BY, PreviewConfig, TrainConfig
 from tunekit.config.yaml import Key
 from tunekit.resources import expand
 
@@ -33,6 +33,7 @@ FREE = (
     "train.log_every",
     "train.save_every",
     "train.keep_best",
+    "train.early_stop",
     "train.final",
     "train.trackers",
     "adapter.init",  # what it holds is compared
@@ -94,16 +95,29 @@ class TrainingRunConfig(RunConfig):
 
     @property
     def keeps_best(self) -> bool:
-        """Whether the best adapter by validation is kept."""
-        if self.adapter is None or getattr(getattr(self, "data", None), "validation", None) is None:
+        """Whether the best by validation is kept."""
+        if getattr(getattr(self, "data", None), "validation", None) is None:
             return False
         kept = self.train.keep_best
-        return self.train.validate_every is not None if kept is None else kept
+        if kept is None:  # weights take the room of a model each time
+            return self.adapter is not None and self.train.validate_every is not None
+        return bool(kept)
 
     @property
     def final(self) -> str:
-        """Which adapter becomes the result: "best" or "last"."""
+        """What becomes the result: "best" or "last"."""
         return self.train.final or ("best" if self.keeps_best else "last")
+
+    @staticmethod
+    def _ends_early(train: TrainConfig, patience: int, *, measured: bool) -> None:
+        """Refuse a wish to end early that cannot come true."""
+        every, key = train.validate_every, "train.early_stop"
+        if every is None or not measured:
+            lacking = "train.validate_every" if measured else "data.validation"
+            idle(key, f"{CHOSEN_BY} is not measured without {lacking}")
+        first = (1 + patience) * every
+        if first >= train.max_steps:
+            idle(key, f"it could end the training at step {first} at the earliest, of {train.max_steps}")
 
     moved: ClassVar[dict[Key, Key]] = {("train", "snr_gamma"): ("objective", "snr_gamma")}
     """Former names of keys; configs that have them still run."""
@@ -114,24 +128,28 @@ class TrainingRunConfig(RunConfig):
         validation = getattr(getattr(self, "data", None), "validation", None)
         if train.validate_every is not None and validation is None:
             idle("train.validate_every", "there are no held-out pictures without data.validation")
-        if self.adapter is None:
-            for key, value in (("save_every", train.save_every), ("keep_best", train.keep_best)):
-                if value:
-                    wrong(
-                        f"train.{key}",
-                        "keeps adapters, and all weights are trained; train.checkpoint_every and"
-                        " train.keep_checkpoints keep states to continue from",
-                    )
+        if self.adapter is None and train.save_every:
+            wrong(
+                "train.save_every",
+                "keeps adapters, and all weights are trained; train.checkpoint_every and"
+                " train.keep_checkpoints keep states to continue from",
+            )
         if train.keep_best and validation is None:
-            wrong("train.keep_best", "has nothing to choose by without data.validation")
+            wrong(
+                "train.keep_best",
+    "train.early_stop",
+                f"has nothing to choose by without data.validation: {CHOSEN_BY} is not measured",
+            )
+        if train.keep_best and train.validate_every is None:
+            idle("train.keep_best", "without train.validate_every the last step alone is measured")
         if train.final == "best" and not self.keeps_best:
             wrong(
                 "train.final",
-                "there is no best without a choice: set data.validation and train.validate_every, and leave"
-                " train.keep_best on"
-                if self.adapter
-                else "is for adapters, and all weights are trained",
+                "there is no best without a choice: set data.validation, train.validate_every and"
+                f" train.keep_best={CHOSEN_BY}",
             )
+        if train.early_stop is not None:
+            self._ends_early(train, train.early_stop, measured=validation is not None)
         if train.save_every is not None and train.save_every > train.max_steps:
             idle("train.save_every", f"training ends before, at step {train.max_steps}")
         if memory.class_batch is not None and not getattr(getattr(self, "data", None), "class_prompt", None):

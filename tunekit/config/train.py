@@ -11,6 +11,9 @@ from tunekit.config.sampling import SamplingConfig
 from tunekit.config.schema import MOST_STEPS, BatchSize, Section, Seed, Steps, Text, no_effect, refuse, wrong
 from tunekit.errors import ConfigError
 
+CHOSEN_BY = "val_loss"
+"""The figure that the best is lowest in."""
+
 
 class TrainConfig(Section):
     """How it is trained."""
@@ -45,11 +48,15 @@ class TrainConfig(Section):
     """Steps between validation losses; needs data.validation."""
     save_every: Steps | None = None
     """Steps between adapters that are kept, each with its previews, under adapters/ in the run folder."""
-    keep_best: bool | None = None
-    """Keep the adapter with the lowest validation loss so far, as adapters/best; null keeps it where
-    validate_every is set."""
+    keep_best: Literal["val_loss"] | bool | None = None
+    """Keep what had the lowest validation loss so far: the adapter as adapters/best, or all weights in best/.
+    val_loss is the one measure there is, and true says the same; null keeps an adapter where validate_every
+    is set, and no weights."""
     final: Literal["best", "last"] | None = None
-    """Which adapter becomes the result, which the passes go on from; null takes the best where it is kept."""
+    """What becomes the result, which the passes go on from; null takes the best where it is kept."""
+    early_stop: Steps | None = None
+    """Validations in a row without a lower loss after which training ends by itself; null never does. The
+    steps that it made are those that a longer run would have made."""
     log_every: Steps = 10
     """Steps between console lines and, on a GPU, looks at the losses; metrics.jsonl has every step."""
     trackers: list[Literal["tensorboard"]] = []
@@ -63,6 +70,13 @@ class TrainConfig(Section):
         except ConfigError as error:
             refuse(error.message)
         return value  # "auto" stays: find has adamw for it
+
+    @field_validator("keep_best", mode="before")
+    @classmethod
+    def _measured(cls, value: object) -> object:
+        if isinstance(value, str) and value != CHOSEN_BY:
+            refuse(f'"{value}" is not measured while training; what is, is {CHOSEN_BY}')
+        return value
 
     @model_validator(mode="after")
     def _effects(self) -> TrainConfig:

@@ -51,6 +51,8 @@ _KEYS = {
     "train.keep_checkpoints": "checkpoints_total_limit save_total_limit save_last_n_steps",
     "train.validate_every": "eval_steps eval_every validate_every_n_steps evaluation_steps",
     "train.log_every": "logging_steps log_steps log_interval log_every_n_steps",
+    "train.keep_best": "save_best save_best_only load_best_model_at_end monitor metric_for_best_model",
+    "train.early_stop": "early_stopping early_stopping_patience patience",
     "train.trackers": "report_to log_with logger tracker",
     "objective.snr_gamma": "min_snr_gamma min_snr",
     "objective.noise_offset": "offset_noise",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from markupsafe import escape
 
 from tunekit.records import finite
 
@@ -13,26 +16,63 @@ BUCKETS = 300
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1000, 280, 74, 16, 10, 30
 
 
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart.
+
+    Attributes:
+        label: what it is.
+        colour: as CSS has it.
+        points: (step, loss), in the order of the steps.
+        mark: one of them that stands out, in a circle.
+        mark_label: what is written beside the mark; "" is nothing.
+        dashes: of an SVG's stroke; "" is a line without gaps.
+    """
+
+    label: str
+    colour: str
+    points: Sequence[Point]
+    mark: Point | None = None
+    mark_label: str = ""
+    dashes: str = ""
+
+
 def draw(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The running mean of the training loss, and the held-out loss.
+    """The running mean of the training loss, and the held-out loss with its lowest value.
 
     Args:
         rows: of metrics.jsonl, in the order of their steps.
 
     Returns:
-        `{"svg", "lines": [{"label", "colour", "points"}]}`; None for fewer than two steps.
+        `{"svg", "lines": [Line]}`; None for fewer than two steps.
     """
-    training = [(step, loss) for step, loss in finite(rows, "loss") if step > 0]
+    training = training_loss(rows)
+    if training is None:
+        return None
+    label, points = training
+    lines = [Line(label, "#2f6fde", points)]
     held_out = finite(rows, "val_loss")
+    if len(held_out) > 1:
+        step, loss = lowest(held_out)
+        told = f"lowest: {loss:.4f} (step {step:.0f})"
+        lines.append(Line("loss on held-out pictures", "#d9730d", thinned(held_out), (step, loss), told))
+    return {"svg": chart(lines), "lines": lines}
+
+
+def training_loss(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[Point]] | None:
+    """What the running mean of the training loss is called, and its points; None for fewer than two steps."""
+    training = [(step, loss) for step, loss in finite(rows, "loss") if step > 0]
     if len(training) < 2:
         return None
     window = max(1, len(training) // 30)
     label = "training loss" + (f" (mean of {window} steps)" if window > 1 else "")
-    lines = [{"label": label, "colour": "#2f6fde", "points": thinned(running_mean(training, window))}]
-    if len(held_out) > 1:
-        label = "loss on held-out pictures"
-        lines.append({"label": label, "colour": "#d9730d", "points": thinned(held_out)})
-    return {"svg": _svg(lines), "lines": lines}
+    return label, thinned(running_mean(training, window))
+
+
+def lowest(held_out: Sequence[Point]) -> Point:
+    """The lowest of some losses; the untrained model does not count where there is another."""
+    trained = [point for point in held_out if point[0] > 0]
+    return min(trained or held_out, key=lambda point: point[1])
 
 
 def running_mean(points: Sequence[Point], window: int) -> list[Point]:
@@ -58,8 +98,9 @@ def thinned(points: Sequence[Point], buckets: int = BUCKETS) -> list[Point]:
     return kept
 
 
-def _svg(lines: Sequence[Mapping[str, Any]]) -> str:
-    every = [point for line in lines for point in line["points"]]
+def chart(lines: Sequence[Line], title: str = "loss over steps") -> str:
+    """Lines over one another as an SVG without a script; at least one point."""
+    every = [point for line in lines for point in line.points]
     low, high = min(loss for _, loss in every), max(loss for _, loss in every)
     last = max(step for step, _ in every) or 1
     margin = (high - low) * 0.08 or 0.01
@@ -69,7 +110,7 @@ def _svg(lines: Sequence[Mapping[str, Any]]) -> str:
         across = LEFT + (WIDTH - LEFT - RIGHT) * step / last
         return across, TOP + (HEIGHT - BOTTOM - TOP) * (high - loss) / (high - low)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss over steps">']
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
     for tick in range(5):
         loss = low + (high - low) * tick / 4
         y = at(0, loss)[1]
@@ -80,6 +121,27 @@ def _svg(lines: Sequence[Mapping[str, Any]]) -> str:
             f'<text x="{at(step, low)[0]:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{step}</text>'
         )
     for line in lines:
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in line["points"]))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{line["colour"]}" stroke-width="2" />')
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in line.points))
+        dashes = f' stroke-dasharray="{line.dashes}"' if line.dashes else ""
+        parts.append(
+            f'<polyline points="{points}" fill="none" stroke="{line.colour}" stroke-width="2"{dashes} />'
+        )
+    for line in lines:
+        if line.mark is not None:
+            parts.append(_mark(line, *at(*line.mark)))
     return "".join([*parts, "</svg>"])
+
+
+def _mark(line: Line, x: float, y: float) -> str:
+    """A circle around a point; what it is stands below, where a lowest point has room, else above."""
+    anchor, aside = ("end", -8) if x > 0.7 * WIDTH else ("start", 8)
+    level = y + 22 if y < HEIGHT - BOTTOM - 26 else y - 12
+    told = escape(f"{line.label}: {line.mark_label}" if line.mark_label else line.label)
+    circle = (
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="none" stroke="{line.colour}" stroke-width="2.5">'
+        f"<title>{told}</title></circle>"
+    )
+    if not line.mark_label:
+        return circle
+    where = f'x="{x + aside:.1f}" y="{level:.1f}" text-anchor="{anchor}"'
+    return f"{circle}<text {where}>{escape(line.mark_label)}</text>"

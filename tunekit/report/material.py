@@ -11,6 +11,7 @@ from tunekit.artifacts import CARD, SAMPLED, Artifact, RunFolder, Step
 from tunekit.errors import ArtifactError, ConfigError
 from tunekit.provenance import public, shown
 from tunekit.records import finite, metrics_of, read_bytes
+from tunekit.report.curve import lowest
 
 MEAN_OF = 50
 """Steps whose mean loss is the loss of a run."""
@@ -87,8 +88,8 @@ class Material:
             metrics.setdefault("loss", sum(losses) / len(losses))
         held_out = finite(rows, "val_loss")
         if len(held_out) > 1:
-            (first_step, first), (last_step, last) = held_out[0], held_out[-1]
-            best_step, best = min(held_out[1:] if first_step == 0 else held_out, key=lambda point: point[1])
+            (_, first), (last_step, last) = held_out[0], held_out[-1]
+            best_step, best = lowest(held_out)
             metrics.setdefault("val_loss_first", first)
             metrics.setdefault("val_loss", last)
             metrics |= {"best_val_loss": best, "best_step": best_step}

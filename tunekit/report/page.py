@@ -127,7 +127,13 @@ def render(material: Material, content: Mapping[str, Any], *, live: bool) -> str
         facts=_facts(material, content),
         **_before_after(material, album, previews),
         plan=_plan(material),
-        curve={**curve, "svg": Markup(curve["svg"])} if curve else None,  # noqa: S704 - made here, of numbers
+        curve={
+            **curve,
+            "svg": Markup(curve["svg"]),  # noqa: S704 - made here, of numbers
+            "note": _best(material, content["training"]),
+        }
+        if curve
+        else None,
         strip=strip(material, content, told),
         heads=heads,
         rows=rows,
@@ -260,6 +266,27 @@ def _validation_tiles(training: Mapping[str, Any]) -> list[dict[str, str]]:
         )
         tiles.append(_tile("best on held-out pictures", f"step {best_step}", note, "bad" if worse else ""))
     return tiles
+
+
+def _best(material: Material, training: Mapping[str, Any]) -> str:
+    """Where the best was, what was taken, and whether training ended by itself, in a line."""
+    metrics = training["metrics"]
+    if not all(plain_number(metrics.get(name)) for name in ("best_val_loss", "best_step", "last_step")):
+        return ""
+    best, last = metrics["best_step"], metrics["last_step"]
+    note = f"Lowest on held-out pictures: {metrics['best_val_loss']:.4f} at step {best}"
+    if last != best:
+        note += f"; {metrics['last_val_loss']:.4f} at step {last}, the last that was measured"
+    note += "."
+    if training["taken"]:
+        note += f" The result is of step {training['taken']}."
+    wanted, patience = material.setting("train", "max_steps"), material.setting("train", "early_stop")
+    if training["finished"] and plain_number(wanted) and training["steps"] < wanted and patience:
+        note += (
+            f" Training ended by itself after step {training['steps']} of {wanted}: {patience} measurements"
+            " in a row were not lower (train.early_stop)."
+        )
+    return note
 
 
 def _model_tiles(every: Sequence[Mapping[str, Any]], declared: Sequence[Metric]) -> list[dict[str, str]]:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
-from tunekit.config import TrainConfig
+from tunekit.config import CHOSEN_BY, TrainConfig
 from tunekit.diffusion.noise import stable_seed
 from tunekit.errors import (
     Interrupted,
@@ -72,8 +72,6 @@ class Batches(Protocol):
         ...
 
 
-CHOSEN_BY = "val_loss"
-"""The figure of `evaluate` that the best is lowest in."""
 MEASURED = 5
 """Steps whose memory is measured on the CPU, where that takes time: not all have pictures of one size."""
 
@@ -94,7 +92,7 @@ class Hooks:
         keep: called on the main process to keep what is learned as it is: with a name ("step-000050" every
             `save_every`, "best"), the step, and the figures so far.
         keep_best: keep the "best" by `val_loss`, of the steps at which it is evaluated.
-        patience: end by itself behind so many evaluations without a better one; only with `keep_best`.
+        patience: end by itself behind so many evaluations, one each `validate_every`, without a better one.
         say: where lines go; None is the console.
         title: first word of each console line.
     """
@@ -125,7 +123,7 @@ class Result:
     """Time inside `train`, all lives of the run together."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Last figures of `evaluate`, and the first ones as `<name>_first`; of the best `best_step` and
-    `best_val_loss`, where it is kept."""
+    `best_val_loss`, where it is kept or waited for."""
 
 
 def train(
@@ -251,6 +249,9 @@ class _Training:
                 while last < total and not self._enough(last):
                     last += 1
                     self._step(last)
+                if last < total:
+                    best = int(self.figures.get("best_step", 0))
+                    self._say(f"ends by itself after step {last} of {total}: {no_better(best)}")
             except (Interrupted, NonFiniteError):
                 raise
             except Exception as error:
@@ -310,7 +311,7 @@ class _Training:
         if rows:
             self._look(step, rows)
             self._tell(step)
-        if self.checkpoints and (saving or stop):
+        if self.checkpoints and (saving or stop or self._enough(step)):
             self._save(step)
             if stop:
                 raise self.signals.interrupted(step, self.settings.max_steps)
@@ -486,8 +487,9 @@ class _Training:
         self.rows = rows
         evaluate, preview, keep = self.hooks.evaluate, self.hooks.preview, self.hooks.keep
         keeping = [f"step-{step:06d}"] if keep and step and _due(step, self.settings.save_every) else []
+        by_step = bool(keeping)
         evaluating = evaluate and (always or _due(step, self.settings.validate_every))
-        previewing = preview and (always or bool(keeping) or _due(step, self.hooks.preview_every))
+        previewing = preview and (always or by_step or _due(step, self.hooks.preview_every))
         began = time.perf_counter()
         if evaluating or previewing:
             self.module.eval()
@@ -499,14 +501,15 @@ class _Training:
             rows = rows or [{"step": step}]
             rows[-1].update(values)
             shown = "  ".join(f"{name} {value:.5f}" for name, value in values.items())
-            if step and self.hooks.keep_best and self._is_best(step, values):
+            chooses = self.hooks.keep_best or self.hooks.patience
+            if step and chooses and self._is_best(step, values):
                 self.figures.update(best_step=step, best_val_loss=values[CHOSEN_BY])
-                keeping.append("best")
+                keeping += ["best"] if self.hooks.keep_best else []
                 shown += "  (the best so far)"
             self._say(f"step {step}  {shown}")
         if self.tracker:
             self.tracker.write(rows)
-        if preview and previewing:
+        if preview and (previewing or self._enough(step)):
             if self.accelerator.is_main_process:
                 preview(self.bare, step)
             self.accelerator.wait_for_everyone()
@@ -520,13 +523,12 @@ class _Training:
 
     def _enough(self, step: int) -> bool:
         """Whether too many evaluations in a row were no better; of a resumed run as if it had gone on."""
-        patience, every = self.hooks.patience, self.settings.validate_every
-        if not (patience and every and self.hooks.keep_best) or step % every:
-            return False
-        if step - self.figures.get("best_step", 0) < patience * every:
-            return False
-        self._say(f"stops at step {step}: no better since step {self.figures.get('best_step', 0):.0f}")
-        return True
+        return ends_early(
+            step,
+            self.figures.get("best_step", 0),
+            patience=self.hooks.patience if self.hooks.evaluate else None,
+            every=self.settings.validate_every,
+        )
 
     def _is_best(self, step: int, values: Mapping[str, float]) -> bool:
         """Whether no step before was judged better; the untrained model does not count."""
@@ -562,6 +564,27 @@ class _Training:
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.begun
+
+
+def ends_early(step: int, best_step: float, *, patience: int | None, every: int | None) -> bool:
+    """Whether a training ends at a step since none of the last `patience` evaluations was the best.
+
+    A function of what a checkpoint holds, so that a run which was interrupted ends where it would have.
+
+    Args:
+        step: that was made.
+        best_step: of the lowest value so far; 0 where there is none.
+        patience: evaluations; None never ends.
+        every: steps from one evaluation to the next; None where there are none.
+    """
+    if not patience or not every or step % every:
+        return False
+    return step - best_step >= patience * every
+
+
+def no_better(best_step: int) -> str:
+    """Why it ended."""
+    return f"no lower {CHOSEN_BY} since step {best_step}" if best_step else f"no {CHOSEN_BY} is a number"
 
 
 def _average(gradients: Sequence[Tensor], accelerator: Accelerator) -> None:

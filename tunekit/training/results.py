@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tunekit.adapters import save_adapter
 from tunekit.artifacts import RECORD, Artifact, Metric, RunFolder, Step, atomic_folder
@@ -18,6 +20,10 @@ from tunekit.config import SamplingConfig, TrainingRunConfig
 from tunekit.families.family import Family, Pipeline
 from tunekit.training.facts import kohya_facts
 from tunekit.training.loop import Result
+
+WEIGHTS = "weights.safetensors"
+"""In the folder of the best weights: every parameter of the denoiser, and the step in its header."""
+GONE = "no validation loss was a number, or it was removed"
 
 
 @dataclass(frozen=True)
@@ -45,11 +51,17 @@ class Results:
     say: Callable[[str], None]
 
     def keep(self, pipeline: Pipeline, name: str, step: int, figures: Mapping[str, float]) -> None:
-        """Write the adapter as it is after `step` to `adapters/<name>`.
+        """Write the adapter as it is after `step` to `adapters/<name>`; of all weights the best, to `best/`.
 
         Raises:
             OutputError: nothing half-written is left.
         """
+        if self.config.adapter is None:
+            denoiser = self.family.denoiser(pipeline)
+            tensors = {key: value.detach().cpu().contiguous() for key, value in denoiser.named_parameters()}
+            with atomic_folder(self.folder.best) as made:
+                save_file(tensors, made / WEIGHTS, metadata={"step": str(step)})
+            return
         value = figures.get("best_val_loss") if name == "best" else None
         metrics: dict[str, Metric] = {"steps": step} if value is None else {"steps": step, "val_loss": value}
         final = self.folder.adapters / name
@@ -58,7 +70,8 @@ class Results:
     def save(self, pipeline: Pipeline, result: Result, *, parameters: int) -> Step:
         """Write what was trained in the end: `adapter/`, or with all weights `model/`.
 
-        Where the best adapter is kept, it goes to `adapters/last`, and `choose` decides.
+        Where the best adapter is kept, it goes to `adapters/last`, and `choose` decides. All weights are
+        there once: `train.final` is asked here.
 
         Args:
             parameters: how many were trained.
@@ -76,13 +89,35 @@ class Results:
             "samples_per_second": round(result.step * config.train.batch_size / max(result.seconds, 1e-9), 3),
         }
         step = self._step(final, result.step, metrics, result.seconds)
-        if config.keeps_best:
+        if config.keeps_best and config.adapter is None:
+            step = self._take_best(pipeline, step)
+            self._write(pipeline, final, step)
+            taken = step.details
+            self.say(f"saved {final}: the {taken['final']}, of step {taken['taken']} (train.final)")
+        elif config.keeps_best:
             last = self.folder.adapters / "last"
             self._write(pipeline, last, replace(step, artifact=last.name))
         else:
             self._write(pipeline, final, step)
             self.say(f"saved {final}")
         return step
+
+    def _take_best(self, pipeline: Pipeline, step: Step) -> Step:
+        """Put the best weights back, if they are to be the result; the training with what was taken."""
+        file, which = self.folder.best / WEIGHTS, self.config.final
+        if which == "best" and not file.is_file():
+            self.say(f"{file} is not there ({GONE}): taking the last")
+            which = "last"
+        metrics = dict(step.metrics)
+        details = {**step.details, "final": which, "taken": step.details["step"]}
+        if which == "best":
+            own = dict(self.family.denoiser(pipeline).named_parameters())
+            with safe_open(file, framework="pt") as kept, torch.no_grad():
+                for name, parameter in own.items():
+                    parameter.copy_(kept.get_tensor(name))
+                details["taken"] = int(kept.metadata()["step"])
+            metrics |= {"last_val_loss": metrics["val_loss"], "val_loss": metrics["best_val_loss"]}
+        return replace(step, metrics=metrics, details=details)
 
     def choose(self, step: Step) -> None:
         """Make `adapter/` of the best or the last one, as `train.final` says.
@@ -93,9 +128,7 @@ class Results:
         folder, which = self.folder, self.config.final
         best, last = folder.adapters / "best", folder.adapters / "last"
         if which == "best" and not (best / RECORD).is_file():
-            self.say(
-                f"{best} is not there (no validation loss was a number, or it was removed): taking the last"
-            )
+            self.say(f"{best} is not there ({GONE}): taking the last")
             which = "last"
         taken = Artifact.load(folder.adapters / which).lineage[-1]
         lasting = dict(Artifact.load(last).lineage[-1].metrics)
