@@ -17,7 +17,7 @@ from tunekit.resources import PACKAGE
 # Each imports only from those to its right; names within { } are siblings and do not know each other.
 # CONTRIBUTING.md says the same.
 LAYERS = """
-    __main__ > cli > workspace > {explain, running} > preconditions > planning > passes > training
+    __main__ > cli > workspace > {explain, running, comparison} > preconditions > planning > passes > training
         > {memory, data, runtime} > {adapters, tasks, report, doctor, card} > families
         > {diffusion, layers, launch, networks} > artifacts > config > {hardware, optimizers, progress}
         > {units, registry, quiet, kept, records, provenance} > resources > files > errors > install

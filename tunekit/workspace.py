@@ -506,6 +506,56 @@ def _users(run: RunFolder, unused: Sequence[Path]) -> dict[Path, str]:
     return found
 
 
+class Comparing(TypedDict, total=False):
+    """What is drawn in a comparison; see `comparison.Wanted`."""
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    strengths: Sequence[float]
+    checkpoints: bool
+    final: bool
+    base: str | None
+    sampling: SamplingConfig
+    device: str
+    dtype: str | None
+    draws: bool
+
+
+def compare(
+    runs: Sequence[str],
+    *,
+    out: Path | str = "compare",
+    say: Callable[[str], object] = lambda line: None,
+    on_step: Callable[[str, int, int], object] | None = None,
+    **wanted: Unpack[Comparing],
+) -> dict[str, Any]:
+    """Compares runs: what differs in them, how they learned, and the same prompts drawn by each.
+
+    Args:
+        runs: folders of runs or their names under `runs`, adapter files, models.
+        out: folder of compare.html, compare.json, sheets and pictures.
+        say: takes lines about what is left out.
+        on_step: called with (what draws, pictures done, all of them).
+        wanted: see `comparison.Wanted`.
+
+    Returns:
+        The content of compare.json.
+
+    Raises:
+        TunekitError: a run is not there, cannot be opened, or an option has no effect on any of them.
+    """
+    from tunekit import comparison
+
+    named = [find_model(name) for name in runs]
+    base = wanted.get("base")
+    if base is not None:
+        wanted["base"] = find_model(base)
+    options: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in wanted.items()
+    }
+    return comparison.compare(named, comparison.Wanted(**options), expand(out), say=say, on_step=on_step)
+
+
 # Planning ---------------------------------------------------------------------------------------------------
 
 

@@ -283,6 +283,26 @@ def load_adapter(
         module.eval()
 
 
+def remove_adapter(pipeline: Pipeline, family: Family) -> bool:
+    """Take off what `load_adapter` put into a pipeline, so that another one can be put in.
+
+    Returns:
+        Whether the base is there again; False, and nothing has changed, where a part was folded into it.
+    """
+    parts = [getattr(pipeline, part.name, None) for part in family.facts.components]
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    if any(FIXED in vars(module) for module in modules):
+        return False
+    for module in modules:
+        for path, layer in list(module.named_modules()):
+            if isinstance(layer, BaseTunerLayer):
+                parent, _, leaf = path.rpartition(".")
+                setattr(module.get_submodule(parent), leaf, layer.get_base_layer())
+        if vars(module).pop("peft_config", None) is not None:
+            vars(module)["_hf_peft_config_loaded"] = False
+    return True
+
+
 @contextmanager
 def at_strength(pipeline: Pipeline, family: Family, strength: float) -> Iterator[None]:
     """Draw with the adapter in the pipeline at another strength: 0 is the base alone, 1 the adapter as it is.

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from tunekit.cli.comparing import compare
 from tunekit.cli.configs import check, cp, explain, ls, show
 from tunekit.cli.drawing import bench, generate
 from tunekit.cli.machine import doctor
@@ -34,6 +35,7 @@ for _command in (
     generate,
     bench,
     report,
+    compare,
     verify_files,
     prune_folders,
     doctor,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tunekit.config import SamplingConfig
 
 
-def _sampling(
+def sampling_of(
     steps: int | None,
     guidance: float | None,
     height: int | None,
@@ -89,7 +89,7 @@ def generate(
         disable=not console.is_terminal,
     ) as progress:
         task = progress.add_task("", visible=False)
-        sampling = _sampling(steps, guidance, height, width, negative)
+        sampling = sampling_of(steps, guidance, height, width, negative)
         for path in workspace.draw(
             artifact,
             prompt,
@@ -105,7 +105,7 @@ def generate(
             base=base,
             variant=variant,
             tiled=tiled,
-            scales=_scales(scale),
+            scales=strengths_of(scale, "--scale"),
             grid=grid,
             say=lambda line: progress.console.print(line, style="yellow"),
             on_step=lambda title, done, total: progress.update(
@@ -115,8 +115,8 @@ def generate(
             print(path)
 
 
-def _scales(text: str | None) -> list[float]:
-    """Strengths of an adapter.
+def strengths_of(text: str | None, option: str) -> list[float]:
+    """Strengths of an adapter, as an option has them.
 
     Raises:
         ConfigError: something else than a few numbers.
@@ -132,7 +132,7 @@ def _scales(text: str | None) -> list[float]:
         if not abs(scales[-1]) <= 10:
             raise ConfigError(
                 f'"{part}" is no strength of an adapter',
-                where="--scale",
+                where=option,
                 hint="numbers from -10 to 10 with commas between them, such as 0,0.5,1",
             )
     return list(dict.fromkeys(scales))
@@ -169,7 +169,7 @@ def bench(
     console = screen.console(stderr=True)
     settings = Settings(
         prompts=tuple(prompt or [PROMPT]),
-        sampling=_sampling(steps, guidance, height, width),
+        sampling=sampling_of(steps, guidance, height, width),
         repeats=repeats,
         device=device,
         provider=provider,

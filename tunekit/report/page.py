@@ -23,6 +23,8 @@ from tunekit.resources import ASSETS
 from tunekit.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
+
     from tunekit.passes.metrics import Metric
 
 REFRESH_SECONDS = 20
@@ -118,6 +120,7 @@ def render(material: Material, content: Mapping[str, Any], *, live: bool) -> str
     ]
     looked = [(row.step, row.looked_at) for row in models]
     return template.render(
+        style=style(),
         name=run.path.name,
         subtitle=_subtitle(content),
         refresh=REFRESH_SECONDS if live else 0,
@@ -145,6 +148,13 @@ def render(material: Material, content: Mapping[str, Any], *, live: bool) -> str
         config=config if len(config) <= MOST_LINES * 1000 else f"{config[: MOST_LINES * 1000]} ...",
         footer="Made by tunekit from the run's artifact.json files. For programs: report.json.",
     )
+
+
+def style() -> Markup:
+    """The style of our pages, light and dark, wide and narrow."""
+    from markupsafe import Markup
+
+    return Markup((ASSETS / "page.css").read_text(encoding="utf-8"))  # noqa: S704 - our own file
 
 
 def _facts(material: Material, content: Mapping[str, Any]) -> list[tuple[str, str]]:
