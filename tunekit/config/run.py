@@ -137,7 +137,6 @@ class TrainingRunConfig(RunConfig):
         if train.keep_best and validation is None:
             wrong(
                 "train.keep_best",
-    "train.early_stop",
                 f"has nothing to choose by without data.validation: {CHOSEN_BY} is not measured",
             )
         if train.keep_best and train.validate_every is None:
