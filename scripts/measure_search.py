@@ -35,7 +35,7 @@ from tunekit.runtime import open_runtime
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ("red apple", "hamburger", "red heart", "cat face")
 OWN = SamplingConfig(steps=30, guidance=4, negative_prompt="")
-PRUNED: tuple[list[Any], ...] = ([], [{"prune": {"blocks": 1}}], [{"prune": {"blocks": 2}}])
+PRUNED: tuple[list[Any], ...] = ([], [{"prune": {"blocks": 1}}])
 QUANTIZED: tuple[list[Any], ...] = ([], [{"quantize": {"keep": {"share": 0.2}}}], ["quantize"])
 CALLS = (60, 32, 24, 16, 12, 10, 8, 7, 6, 5)
 CACHED = (1, 2, 3)

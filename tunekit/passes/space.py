@@ -90,6 +90,7 @@ class Space:
                 ((name, settings),) = item.items()
                 own, ladders = False, [[[{name: dict(one)}] for one in settings]]
             kept: list[list[Any]] = [[]]
+            refused: list[str] = []
             for ladder in ladders:
                 numbers = []
                 for chain in map(list, ladder):
@@ -100,7 +101,7 @@ class Space:
                     except ChainError as error:
                         if not own:
                             raise ChainError(f"cannot try {describe(chain)}: {error.message}") from error
-                        absent.append(f"{describe(chain)}: {error.message}")
+                        refused.append(f"{describe(chain)}: {error.message}")
                         continue
                     numbers.append(len(kept))
                     kept.append(chain)
@@ -109,6 +110,9 @@ class Space:
             if len(kept) > 1:
                 names.append(name)
                 choices.append(kept)
+                absent += refused
+            elif refused:
+                raise ChainError(f"cannot try {refused[0]}")
         return cls(names, choices, rungs, made, absent)
 
     @property

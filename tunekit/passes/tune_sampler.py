@@ -41,7 +41,7 @@ APART = 1000
 """Between the seeds of the pictures that are searched on, verified with, and compared for a floor."""
 MORE = 3
 """Steps, or calls, that are added at most where unseen pictures are worse than those searched on."""
-SPLITS = 6
+SPLITS = 5
 """Ways to share calls out between steps and guidance that are tried at most for a number of calls."""
 
 FAR_DB = 3.0
@@ -397,6 +397,10 @@ class _Search:
         self._guided = best
         if best is not None and guidance:
             best = self._less_guidance(best)
+            for other in found:  # who overshoots with guidance everywhere may be the best without
+                ways = self._ways(other, best.calls - 1, guidance=True)[2:3]
+                if other is not best.candidate and ways and (made := self._kept(other, ways[0])):
+                    best = self._less_guidance(made)
         if self.stopped:
             self.say("the time is over, and not all was tried")
         return best
