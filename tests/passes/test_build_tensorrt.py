@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tunekit import families, install
-from tunekit.artifacts import Artifact
+from tunekit.artifacts import Artifact, Step
 from tunekit.errors import ChainError, DeviceError, ModelError
 from tunekit.passes.base import Context, check_chain, parse_chain, run_chain
 from tunekit.passes.build_tensorrt import BuildTensorrt, _input_shapes
@@ -53,6 +54,36 @@ def test_one_engine_per_capability(tiny_onnx: Path, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(DeviceError, match="NVIDIA RTX cards"):
             open_runtime(made)
+
+
+@needs_tensorrt
+def test_zeros_of_a_model_that_is_sparse_may_be_skipped(
+    tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flag is set for it, and the builder takes it for a card that is not here."""
+    folder = shutil.copytree(tiny_onnx, tmp_path / "model")
+    for graph in folder.glob("*/model.onnx"):  # one is enough
+        if graph.parent.name != "unet":
+            graph.unlink()
+    dense = Artifact.load(folder, check=False)
+    pruned = Step(kind="prune", artifact="pruned", settings={"sparsity": "2:4"})
+    sparse = replace(dense, lineage=(pruned, *dense.lineage))
+    import tensorrt_rtx
+
+    flags: list[Any] = []
+    real = tensorrt_rtx.Builder.create_builder_config
+
+    def watched(builder: Any) -> Any:
+        config = real(builder)
+        flags.append(config)
+        return config
+
+    monkeypatch.setattr(tensorrt_rtx.Builder, "create_builder_config", watched)
+    chain = parse_chain([{"build_tensorrt": {"devices": ["rtx-4090"], "batch": [1, 1, 1]}}])
+    made = run_chain(chain, sparse, Context(run_dir=tmp_path / "run", say=lambda line: None))
+    assert made.path is not None and (made.path / "unet" / "sm89.engine").stat().st_size > 10_000
+    assert json.loads((made.path / "engines.json").read_text())["sparse"] is True
+    assert flags[0].get_flag(tensorrt_rtx.BuilderFlag.SPARSE_WEIGHTS)
 
 
 @pytest.mark.each_family
