@@ -101,6 +101,7 @@ def test_what_a_run_would_find_out_later(desk: Path, override: str, key: str, wo
         ("bitsandbytes", "train.optimizer=adamw8bit", "train.optimizer"),
         ("bitsandbytes", "memory.base_precision=nf4", "memory.base_precision"),
         ("tensorboard", "train.trackers=[tensorboard]", "train.trackers"),
+        ("wandb", "train.trackers=[wandb]", "train.trackers"),
     ],
 )
 def test_packages_that_are_missing(

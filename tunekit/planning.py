@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tunekit import hardware, optimizers
 from tunekit.artifacts import Artifact, RunFolder, write_json
-from tunekit.config import Loaded, TrainingRunConfig
+from tunekit.config import TRACKERS, Loaded, TrainingRunConfig
 from tunekit.errors import (
     ArtifactError,
     ConfigError,
@@ -170,8 +170,8 @@ def unmet(loaded: Loaded, *, processes: int = 1) -> list[TunekitError]:
     if memory.base_precision == "nf4":
         note(missing("bitsandbytes", extra="quant", why="nf4 needs"), "memory.base_precision")
     note(optimizers.absent(train.optimizer), "train.optimizer")
-    if "tensorboard" in train.trackers:
-        note(missing("tensorboard", extra="trackers", why="it needs"), "train.trackers")
+    for name in train.trackers:
+        note(missing(name, extra=TRACKERS[name], why="it needs"), "train.trackers")
     for key, wrong in _too_many(config, processes):
         note(wrong, key)
     return found

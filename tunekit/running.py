@@ -52,6 +52,7 @@ from tunekit.report import write as write_report
 from tunekit.resources import Source
 from tunekit.runtime import Runtime, sample_pixels, to_images
 from tunekit.tasks import Task
+from tunekit.training.boards import Boards, Told
 from tunekit.training.checkpoint import (
     BASE,
     CLASS,
@@ -409,19 +410,19 @@ class Run:
         config, accelerator, fitted = self.config, self.accelerator, task.fitted
         optimizer = build_optimizer(config.train, fitted, accelerator.device)
         self._watch(base.pipeline, fitted, optimizer)
-        events = self.folder.path / "tensorboard" if "tensorboard" in config.train.trackers else None
+        boards = self._boards
         hooks = Hooks(
             seed=config.seed,
             meter=self.meter,
             tracker=Tracker(
                 self.folder.metrics,
-                tensorboard=events,
+                boards=boards,
                 say=self.say,
                 look=partial(write_report, self.folder.path),
             ),
             checkpoints=self._checkpoints,
             evaluate=evaluate,
-            preview=self._previewer(base),
+            preview=self._previewer(base, boards),
             preview_every=config.preview.every,
             keep=partial(self._keep, base),
             keep_best=config.keeps_best,
@@ -442,11 +443,26 @@ class Run:
         """Tell the meter what is in memory from now on."""
         self.meter.there = partial(_in_memory, pipeline, fitted, optimizer)
 
-    def _previewer(self, base: Base) -> Previewer | None:
+    @cached_property
+    def _boards(self) -> Boards | None:
+        """Further places that are told of the run, on the main process."""
+        config, plan = self.config, self.plan
+        if not config.train.trackers or not self.main:
+            return None
+        told = Told(
+            config.name,
+            self.folder.path,
+            config.model_dump(mode="json"),
+            plan.as_json() if plan else None,
+            plan.words if plan else "",
+        )
+        return Boards(config.train.trackers, told, self.say)
+
+    def _previewer(self, base: Base, boards: Boards | None) -> Callable[[nn.Module, int], None] | None:
         config = self.config
         if not config.preview.prompts:
             return None
-        return Previewer(
+        previewer = Previewer(
             base.family,
             base.pipeline,
             config.preview,
@@ -456,6 +472,14 @@ class Run:
             self.meter,
             tiled=bool(config.memory.vae_tiling),
         )
+        if boards is None:
+            return previewer
+
+        def preview(model: nn.Module, step: int) -> None:
+            previewer(model, step)
+            boards.pictures(previewer.files(step), step)
+
+        return preview
 
     @property
     def _results(self) -> Results:

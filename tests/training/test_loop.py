@@ -373,17 +373,6 @@ def test_console_lines_tell_step_loss_speed_and_time_left(accelerator: Accelerat
     assert [line.endswith(" left") for line in lines] == [True, True, False]
 
 
-def test_tensorboard(accelerator: Accelerator, tmp_path: Path) -> None:
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    tracker = Tracker(tmp_path / "metrics.jsonl", tensorboard=tmp_path / "tensorboard")
-    fit(accelerator, settings(), tracker=tracker)
-    read = events.EventAccumulator(str(tmp_path / "tensorboard"))
-    read.Reload()
-    assert set(read.Tags()["scalars"]) == {"loss", "lr", "grad_norm", "samples_per_second", "seconds"}
-    rows = read_metrics(tmp_path / "metrics.jsonl")
-    assert [event.value for event in read.Scalars("loss")] == pytest.approx([row["loss"] for row in rows])
-
-
 # Resuming
 
 

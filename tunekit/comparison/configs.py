@@ -12,7 +12,7 @@ from tunekit.provenance import public, shown
 
 OWN = ("name", "runs")
 """Keys that differ from run to run by their nature."""
-ABSENT = "-"
+ABSENT, NOTHING = "-", "null"
 MEASURED_BY = ("data.path", "data.validation", "data.resolution", "data.crop", "seed")
 """Keys by which two validation losses are not of the same pictures, or not of the same size."""
 
@@ -31,7 +31,8 @@ def differences(contestants: Sequence[Contestant]) -> Differing:
     found: dict[str, dict[str, str]] = {}
     for key in keys:
         values = {name: own.get(key, ABSENT) for name, own in flat.items()}
-        if key not in OWN and len(set(values.values())) > 1:
+        # A key that did not exist when a run was made is as one that is left open.
+        if key not in OWN and len({NOTHING if value == ABSENT else value for value in values.values()}) > 1:
             found[key] = values
     return found
 

@@ -188,11 +188,14 @@ def _step_of(artifact: Artifact) -> int | None:
 
 
 def _name(found: Sequence[Contestant]) -> None:
-    """Gives each a name of its own: that of its folder, with those above it where two are alike."""
-    counts = Counter(one.name for one in found)
-    for one in found:
-        if counts[one.name] > 1:
-            one.name = "/".join(Path(one.place).parts[-2:]) or one.place
+    """Gives each a name of its own: that of its folder, with as many above it as tell two apart."""
+    alike = [one for one in found if sum(other.name == one.name for other in found) > 1]
+    for depth in range(2, 6):
+        counts = Counter(one.name for one in found)
+        for one in alike:
+            parts = Path(one.place).absolute().parts
+            if counts[one.name] > 1:
+                one.name = "/".join(parts[-depth:])
     seen: Counter[str] = Counter()
     for one in found:
         seen[one.name] += 1

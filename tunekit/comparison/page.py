@@ -53,13 +53,20 @@ def render(
     names = [one.name for one in contestants if one.material and one.material.config]
     cells = [cell for table in tables for cell in table.cells if cell.file]
     side = side_for([out / str(cell.file) for cell in cells]) if cells else 0
-    heads, rows = _runs(contestants)
+    facts = [one.facts() for one in contestants]
     return template.render(
         style=style(),
         title=", ".join(one.name for one in contestants[:6])
         + (f" and {len(contestants) - 6} more" if len(contestants) > 6 else ""),
-        heads=heads,
-        rows=rows,
+        count=len(contestants),
+        overviews=[
+            {"title": title, "heads": list(columns), "rows": _rows(contestants, facts, columns)}
+            for title, columns in (
+                ("What became of them", _training(facts)),
+                ("What the passes measured of the last model", _passes(facts)),
+            )
+            if columns
+        ],
         notes=_notes(contestants, differing),
         trouble=[
             f"{one.name}: {line}" for one in contestants if one.material for line in one.material.trouble
@@ -84,45 +91,56 @@ def _why_none(contestants: Sequence[Contestant], wanted: Wanted) -> str:
     return ""
 
 
-def _runs(contestants: Sequence[Contestant]) -> tuple[list[str], list[dict[str, Any]]]:
-    """The table of what is known: a row for each, columns that at least one has something in."""
-    facts = [one.facts() for one in contestants]
-    best = _lowest(facts, "val_loss")
-    fastest = _lowest(facts, "seconds_per_step")
-    columns: dict[str, list[dict[str, str]]] = {}
+Columns = Mapping[str, Sequence[tuple[str, str, str]]]
+"""Head -> (text, note, tone) for each contestant."""
 
-    def column(head: str, values: Sequence[tuple[str, str, str]]) -> None:
-        if any(text for text, *_ in values):
-            columns[head] = [{"text": text, "note": note, "tone": tone} for text, note, tone in values]
 
-    column("steps", [_steps(found) for found in facts])
-    column("held-out loss", [_held_out(found, best) for found in facts])
-    column("best step", [(_text(found, "best_step", format_count), "", "") for found in facts])
-    column("training loss", [(_text(found, "loss", "{:.4f}".format), "", "") for found in facts])
-    column("took", [(_text(found, "seconds", format_seconds), "", "") for found in facts])
-    tones = [
-        "good" if fastest is not None and found.get("seconds_per_step") == fastest else "" for found in facts
-    ]
-    paces = [_text(found, "seconds_per_step", format_seconds) for found in facts]
-    column("a step", [(pace, "", tone) for pace, tone in zip(paces, tones, strict=True)])
-    column("memory", [_memory(found) for found in facts])
-    column("trained", [(_text(found, "parameters", format_count), "", "") for found in facts])
-    column("size", [(_text(found, "size_bytes", format_bytes), "", "") for found in facts])
+def _training(facts: Sequence[Mapping[str, Any]]) -> Columns:
+    """How they were trained; columns that at least one has something in."""
+    best, fastest = _lowest(facts, "val_loss"), _lowest(facts, "seconds_per_step")
+    return _some(
+        {
+            "steps": [_steps(found) for found in facts],
+            "held-out loss": [_held_out(found, best) for found in facts],
+            "best step": [(_text(found, "best_step", format_count), "", "") for found in facts],
+            "training loss": [(_text(found, "loss", "{:.4f}".format), "", "") for found in facts],
+            "took": [(_text(found, "seconds", format_seconds), "", "") for found in facts],
+            "a step": [_pace(found, fastest) for found in facts],
+            "memory": [_memory(found) for found in facts],
+            "trained": [(_text(found, "parameters", format_count), "", "") for found in facts],
+            "size": [(_text(found, "size_bytes", format_bytes), "", "") for found in facts],
+        }
+    )
+
+
+def _passes(facts: Sequence[Mapping[str, Any]]) -> Columns:
+    """What passes found out, as a report's table has it."""
+    found = {}
     for metric in _declared():
-        values = [found.get("figures", {}).get(metric.name) for found in facts]
-        column(
-            metric.column or metric.title,
-            [(metric.format(value) if plain_number(value) else "", "", "") for value in values],
-        )
-    rows = [
+        values = [one.get("figures", {}).get(metric.name) for one in facts]
+        found[metric.column] = [
+            (metric.format(value) if plain_number(value) else "", "", "") for value in values
+        ]
+    return _some(found)
+
+
+def _some(columns: Columns) -> Columns:
+    return {head: cells for head, cells in columns.items() if any(text for text, *_ in cells)}
+
+
+def _rows(
+    contestants: Sequence[Contestant], facts: Sequence[Mapping[str, Any]], columns: Columns
+) -> list[dict[str, Any]]:
+    return [
         {
             "name": one.name,
             "what": shown(str(found["base"])) if found["base"] else "",
-            "cells": [cells[index] for cells in columns.values()],
+            "cells": [
+                dict(zip(("text", "note", "tone"), cells[index], strict=True)) for cells in columns.values()
+            ],
         }
         for index, (one, found) in enumerate(zip(contestants, facts, strict=True))
     ]
-    return list(columns), rows
 
 
 def _declared() -> list[Any]:
@@ -161,6 +179,11 @@ def _held_out(found: Mapping[str, Any], best: float | None) -> tuple[str, str, s
     if plain_number(last) and last != value:
         notes.append(f"last {last:.4f}")
     return f"{value:.4f}", ", ".join(notes), "good" if value == best else ""
+
+
+def _pace(found: Mapping[str, Any], fastest: float | None) -> tuple[str, str, str]:
+    is_fastest = fastest is not None and found.get("seconds_per_step") == fastest
+    return _text(found, "seconds_per_step", format_seconds), "", "good" if is_fastest else ""
 
 
 def _memory(found: Mapping[str, Any]) -> tuple[str, str, str]:

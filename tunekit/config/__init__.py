@@ -49,7 +49,7 @@ if TYPE_CHECKING:
         validate,
         wrong,
     )
-    from tunekit.config.train import CHOSEN_BY, PreviewConfig, TrainConfig
+    from tunekit.config.train import CHOSEN_BY, TRACKERS, PreviewConfig, TrainConfig
     from tunekit.config.words import known_as
     from tunekit.config.yaml import (
         COMMAND_LINE,
@@ -69,6 +69,7 @@ __all__ = [
     "CLASS_BATCH",
     "COMMAND_LINE",
     "REQUIRED",
+    "TRACKERS",
     "AdapterConfig",
     "BatchSize",
     "CacheConfig",

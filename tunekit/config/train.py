@@ -11,6 +11,8 @@ from tunekit.config.sampling import SamplingConfig
 from tunekit.config.schema import MOST_STEPS, BatchSize, Section, Seed, Steps, Text, no_effect, refuse, wrong
 from tunekit.errors import ConfigError
 
+TRACKERS = {"tensorboard": "trackers", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
+"""A tracker, and the package of its name -> the extra of ours that installs it."""
 CHOSEN_BY = "val_loss"
 """The figure that the best is lowest in."""
 
@@ -59,8 +61,9 @@ class TrainConfig(Section):
     steps that it made are those that a longer run would have made."""
     log_every: Steps = 10
     """Steps between console lines and, on a GPU, looks at the losses; metrics.jsonl has every step."""
-    trackers: list[Literal["tensorboard"]] = []
-    """Further places to log to."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = []
+    """Further places to log figures, previews and the plan to: tensorboard, wandb, trackio or mlflow; each is
+    a package of that name."""
 
     @field_validator("optimizer")
     @classmethod

@@ -94,6 +94,12 @@ class Previewer:
     meter: Meter
     tiled: bool = False
 
+    def files(self, step: int) -> dict[str, Path]:
+        """The pictures of a step that was drawn, by prompt."""
+        folder = self.folder / f"step-{step:06d}"
+        prompts = self.config.prompts
+        return {prompt: folder / preview_name(index, prompt) for index, prompt in enumerate(prompts)}
+
     def __call__(self, model: nn.Module, step: int) -> None:
         """Draw with the denoiser as it is after `step`."""
         pipeline, sampling = self.pipeline, self.sampling

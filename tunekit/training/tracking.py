@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: metrics.jsonl, and TensorBoard if asked."""
+"""What a run writes down while it trains: metrics.jsonl, and further places if asked."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tunekit.errors import output_errors, require
+from tunekit.errors import output_errors
 from tunekit.files import atomic_file, json_text
 from tunekit.records import metrics_of
+from tunekit.training.boards import Boards
 
 LOOK_SECONDS = 15.0
 """Between two looks at a run, at least."""
@@ -28,7 +29,7 @@ class Tracker:
 
     Args:
         path: `runs/<name>/metrics.jsonl`.
-        tensorboard: a folder for event files, or None.
+        boards: further places; None are none.
         say: takes a line about what was found there.
         look: shows what was written so far, as a page; called at the start and then at times, never for more
             than a fiftieth of them. It fails in silence, for nothing depends on it.
@@ -38,7 +39,7 @@ class Tracker:
         self,
         path: Path,
         *,
-        tensorboard: Path | None = None,
+        boards: Boards | None = None,
         say: Callable[[str], None] | None = None,
         look: Callable[[], object] | None = None,
     ) -> None:
@@ -46,10 +47,7 @@ class Tracker:
         self._look = look
         self._due = 0.0
         self._say = say or partial(print, flush=True)
-        self._writer: Any = None
-        self._tensorboard = tensorboard
-        if tensorboard is not None:
-            require("tensorboard", extra="trackers", why="train.trackers: [tensorboard] needs")
+        self._boards = boards
 
     def rewind(self, step: int) -> None:
         """Drop what a killed life wrote after `step`, so that no step is there twice.
@@ -66,10 +64,8 @@ class Tracker:
             with atomic_file(self.path) as file:
                 file.write_bytes(b"".join(line + b"\n" for line in kept))
         self._show()
-        if self._tensorboard is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._tensorboard), purge_step=step + 1 if step else None)
+        if self._boards is not None:
+            self._boards.begin(step)
 
     def _show(self) -> None:
         began = time.monotonic()
@@ -97,11 +93,8 @@ class Tracker:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(json_text(row, indent=None) + "\n" for row in rows))
-        if self._writer is not None:
-            for row in rows:
-                for name, value in row.items():
-                    if name != "step":
-                        self._writer.add_scalar(name, value, row["step"])
+        if self._boards is not None:
+            self._boards.log(rows)
         self._show()
 
     def sync(self) -> None:
@@ -109,14 +102,12 @@ class Tracker:
         if self.path.exists():
             with output_errors(self.path), self.path.open("rb") as file:
                 os.fsync(file.fileno())
-        if self._writer is not None:
-            self._writer.flush()
 
     def close(self) -> None:
-        """Close the TensorBoard writer."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        """Close the further places."""
+        if self._boards is not None:
+            self._boards.end()
+            self._boards = None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
