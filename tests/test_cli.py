@@ -112,6 +112,7 @@ def test_every_command_explains_itself(tunekit_command: Command):
         "generate",
         "bench",
         "report",
+        "compare",
         "prune-folders",
         "doctor",
         "cp",

@@ -13,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-from tunekit import families, runtime, workspace
+from tunekit import cli, families, runtime, workspace
 from tunekit.adapters import add_adapter, load_adapter, remove_adapter, save_adapter
 from tunekit.artifacts import Artifact, RunFolder, Step, write_json, write_text
 from tunekit.comparison import thumbnails
@@ -201,6 +201,19 @@ def test_what_cannot_be_compared_is_said(
     with pytest.raises((ArtifactError, ConfigError), match=message):
         workspace.compare([str(runs / name) for name in names], out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "0,x"], '--seeds: "x" is no seed'),
+        (["--strengths", "0.5,much"], '--strengths: "much" is no strength of an adapter'),
+    ],
+)
+def test_options_that_are_wrong_are_named(runs: Path, options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        cli.app(["compare", str(runs / "low"), str(runs / "high"), *options], standalone_mode=False)
+    assert message in str(error.value)
 
 
 def test_thumbnails_of_many_pictures_are_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

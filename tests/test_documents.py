@@ -277,6 +277,8 @@ def test_tunekit(
         arguments[arguments.index("model.source=runs/lora")] = f"model.source={tiny_sources(family)}"
     if command == "cp":
         (desk / arguments[1]).unlink(missing_ok=True)
+    elif command == "compare":
+        arguments += ["--steps", "1", "--out", str(desk / "compare")]
     elif command == "bench":
         arguments += ["--steps", "1", "--repeats", "1", "--no-memory"]
     expanded = [name for word in arguments for name in sorted(glob.glob(word)) or [word]]

@@ -13,7 +13,7 @@ from tunekit.errors import ArtifactError, ConfigError, TunekitError
 from tunekit.records import PlanRecord, finite, read
 from tunekit.report.material import Material
 from tunekit.report.material import gather as read_run
-from tunekit.resources import Source
+from tunekit.resources import Source, expand
 
 if TYPE_CHECKING:
     from tunekit.comparison.grid import Wanted
@@ -134,7 +134,7 @@ def gather(sources: Sequence[str], wanted: Wanted, say: Say) -> list[Contestant]
 
 
 def _contestant(source: str, wanted: Wanted, say: Say) -> Contestant:
-    run = RunFolder(Path(source))
+    run = RunFolder(expand(source))
     if not (run.path.is_dir() and (run.config.is_file() or run.trained())):
         artifact = open_artifact(source)
         name = Path(source).name.removesuffix(".safetensors") or source
@@ -193,7 +193,7 @@ def _name(found: Sequence[Contestant]) -> None:
     for depth in range(2, 6):
         counts = Counter(one.name for one in found)
         for one in alike:
-            parts = Path(one.place).absolute().parts
+            parts = expand(one.place).absolute().parts
             if counts[one.name] > 1:
                 one.name = "/".join(parts[-depth:])
     seen: Counter[str] = Counter()
@@ -209,7 +209,7 @@ def _name(found: Sequence[Contestant]) -> None:
 
 def _base(name: str) -> Artifact:
     """What `--base` names, as an artifact whose model is the base: of a run, that which it started from."""
-    run = RunFolder(Path(name))
+    run = RunFolder(expand(name))
     if run.config.is_file():
         return _base_of_run(Contestant(name, name, read_run(run)))
     return open_artifact(name)

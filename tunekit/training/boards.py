@@ -142,7 +142,7 @@ def _reason(error: Exception) -> str:
 
 HINTS = {
     "wandb": "log in (wandb login), or set WANDB_MODE=offline and send it later with wandb sync",
-    "mlflow": "MLFLOW_TRACKING_URI says where it is: a server, or a folder as file:///somewhere",
+    "mlflow": "MLFLOW_TRACKING_URI says where it is: a server, or sqlite:///mlflow.db",
 }
 
 
