@@ -7,11 +7,18 @@ The model is exported and quantized in several ways below WORK (what is there al
 processor time of one call of the denoiser on one guidance pair, one thread, median of rounds in which every
 way has its turn. Fidelity: PSNR of pictures drawn from prompts of the base, which no range was measured on,
 against the model in floats with the same seeds.
+
+    .venv/bin/python scripts/measure_quantize.py --torch runs/quickstart/01-merge-*
+
+measures packed layers of torch instead, beside torchao's where that is installed, and writes
+benchmarks/quantize_torch.json: relative error and processor time of the model, and of two blocks of SD 3.5
+medium's width with random weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -122,15 +129,133 @@ def measure(models: dict[str, Artifact]) -> list[dict[str, Any]]:
     return rows
 
 
+PACKINGS = ("int8", "int8_dynamic", "int8_rotated", "fp8", "int4", "int4_svd", "nf4")
+FEW_ROUNDS = 5
+"""Of large networks."""
+
+
+def torchao_ways() -> dict[str, Any]:
+    """Settings of torchao by name; none where it is not installed."""
+    try:
+        from torchao import quantization as ao
+    except ImportError:
+        return {}
+    return {
+        "torchao int8": ao.Int8WeightOnlyConfig(),
+        "torchao int8 dynamic": ao.Int8DynamicActivationInt8WeightConfig(),
+        "torchao int4": ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(32)),
+    }
+
+
+def packed(
+    network: torch.nn.Module, call: Callable[[torch.nn.Module], Any], keep: list[str], *, rounds: int
+) -> list[Any]:
+    """A row per packing of a network's layers, but for those that are kept, ours and torchao's.
+
+    torchao packs matrix products alone; beside it, ours are measured with these alone, too.
+    """
+    from tunekit import layers
+    from tunekit.diffusion.metrics import relative_error
+
+    plain = {name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)}
+    products = {name for name in plain if not layers.under(name, network, keep)}
+    made: dict[str, torch.nn.Module] = {"floats": network}
+    for kind in PACKINGS:
+        for suffix, only in (("", None), (", products alone", products)):
+            if suffix and kind not in ("int8", "int8_dynamic", "int4"):
+                continue
+            made[kind + suffix] = copy.deepcopy(network)
+            layers.quantize(made[kind + suffix], kind, keep=keep, only=only)
+    for name, settings in torchao_ways().items():
+        from torchao.quantization import quantize_
+
+        made[name] = copy.deepcopy(network)
+        quantize_(made[name], settings, filter_fn=lambda _, path: path in products)
+    wanted, rows = call(network), []
+    times: dict[str, list[float]] = {name: [] for name in made}
+    for _ in range(rounds):
+        for name, model in made.items():
+            started = time.process_time()
+            call(model)
+            times[name].append(1000 * (time.process_time() - started))
+    for name, model in made.items():
+        error = relative_error(call(model), wanted)
+        row = {"way": name, "call_ms": statistics.median(times[name]), "relative_error": error}
+        rows.append({**row, "bytes": stored(model)})
+    return rows
+
+
+def stored(model: torch.nn.Module) -> int:
+    """Bytes of all tensors of a model, within torchao's too."""
+    total = 0
+    for tensor in (*model.parameters(), *model.buffers()):
+        inner = getattr(tensor, "__tensor_flatten__", None)
+        parts = [getattr(tensor, name) for name in inner()[0]] if inner else [tensor]
+        total += sum(part.nbytes for part in parts if part is not None)
+    return total
+
+
+def measure_torch(model: Path) -> None:
+    """Measures packed layers, prints a table for each network and writes the record."""
+    from diffusers import SD3Transformer2DModel
+
+    runtime = open_runtime(model, family="sd15", device="cpu", threads=1)
+    sampling = SamplingConfig(steps=STEPS, guidance=GUIDANCE).over(runtime.sampling)
+    told = runtime.conditioning([BASE[0], ""], sampling)
+    drawn = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, *runtime.latent_shape(*runtime.default_size), generator=drawn)
+
+    def of_model(network: torch.nn.Module) -> torch.Tensor:
+        runtime.pipeline.unet = network
+        steps = (torch.tensor([at, at]) for at in (900, 300))
+        return torch.cat([runtime.denoise(latents, step, told) for step in steps])
+
+    torch.manual_seed(0)
+    wide = SD3Transformer2DModel(num_layers=2, num_attention_heads=24, caption_projection_dim=1536).eval()
+    given = {
+        "hidden_states": torch.randn(1, 16, 24, 24, generator=drawn),
+        "encoder_hidden_states": torch.randn(1, 77, 4096, generator=drawn),
+        "pooled_projections": torch.randn(1, 2048, generator=drawn),
+        "timestep": torch.tensor([500.0]),
+    }
+
+    def of_blocks(network: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return network(**given, return_dict=False)[0]
+
+    sensitive = ["context_embedder", "time_text_embed", "norm_out", "proj_out"]
+    found = {
+        "the model, two calls": packed(runtime.pipeline.unet, of_model, SENSITIVE, rounds=ROUNDS),
+        "two blocks of 1536": packed(wide, of_blocks, sensitive, rounds=FEW_ROUNDS),
+    }
+    record = {**measuring.machine("torch", "torchao", "diffusers"), "rounds": ROUNDS, "networks": found}
+    (ROOT / "benchmarks" / "quantize_torch.json").write_text(json.dumps(record, indent=2) + "\n")
+    for title, rows in found.items():
+        print(f"\n| {title} | call | against floats | error | weights |")
+        print("| --- | --- | --- | --- | --- |")
+        for row in rows:
+            faster = rows[0]["call_ms"] / row["call_ms"]
+            print(
+                f"| {row['way']} | {row['call_ms']:.1f} ms | {faster:.2f}x | {row['relative_error']:.4f} |"
+                f" {row['bytes'] / 1e6:.1f} MB |"
+            )
+
+
 def main() -> None:
     """Measures, prints the table and writes the record."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path)
-    parser.add_argument("work", type=Path)
+    parser.add_argument("work", type=Path, nargs="?")
+    parser.add_argument("--torch", action="store_true", help="packed layers of torch instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.torch:
+        measure_torch(options.model)
+        return
+    if options.work is None:
+        parser.error("say where models may be written (WORK)")
     models = made(options.model, options.work)
     rows = measure(models)
     found = measuring.machine("torch", "onnxruntime", "openvino", "onnx")

@@ -118,6 +118,38 @@ def test_autocast_is_followed():
         assert packed(torch.randn(2, 64)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("scheme", "shape"),
+    [
+        ("int8_dynamic", (2, 37, 96)),
+        ("int8_rotated", (64, 96)),
+        ("int8_dynamic", (96,)),
+        ("fp8_dynamic", (64, 96)),
+    ],
+)
+def test_a_kernel_gives_what_float_products_of_the_rounded_values_give(
+    scheme: layers.Scheme, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+):
+    """torch multiplies floats of 8 bits on a processor too, only slowly, which is enough to see it done."""
+    packed = layers.quantize_layer(normal(nn.Linear(96, 48)), scheme).requires_grad_(False)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(layers, "_multiply", lambda x, weight: None)
+    wanted = packed(x)
+    monkeypatch.undo()
+    if scheme == "fp8_dynamic":
+        assert layers.hardware.multiplies_fp8(torch.device("cpu")) is False
+        monkeypatch.setattr(layers.hardware, "multiplies_fp8", lambda device: True)
+    assert torch.allclose(packed(x), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_kernel_that_overflows_is_not_taken(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: torch.full((32, 32), 32767))
+    layers._multiplies_int8.cache_clear()
+    assert not layers._multiplies_int8("cpu")
+    monkeypatch.undo()
+    layers._multiplies_int8.cache_clear()
+
+
 def test_an_adapter_trains_on_a_packed_base():
     from tunekit.adapters import add_adapter
 

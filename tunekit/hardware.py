@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tunekit.errors import DeviceError, did_you_mean
 from tunekit.units import format_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 GIB = 2**30
 SHOWN = 0.985
@@ -482,6 +485,15 @@ def without_packing(device: Device, base_precision: str | None) -> DeviceError |
             key="memory.base_precision",
         )
     return None
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether a device multiplies floats of 8 bits: of NVIDIA's, compute capability 8.9 and later."""
+    import torch
+
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def forget() -> None:

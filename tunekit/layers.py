@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator
+from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, cast
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
+from tunekit import hardware
 from tunekit.artifacts import write_json
 from tunekit.errors import ModelError, output_errors, require
 
@@ -31,11 +34,13 @@ ROUNDS = 4
 MOST_ROTATED = 256
 """Channels that are rotated together at most."""
 
-Scheme = Literal["int8", "fp8", "int4", "nf4", "int8_dynamic", "int8_rotated", "int4_svd"]
-DYNAMIC = ("int8_dynamic", "int8_rotated")
-"""Schemes that round activations, too."""
-BYTES = ("int8", *DYNAMIC)
+Scheme = Literal["int8", "fp8", "int4", "nf4", "int8_dynamic", "int8_rotated", "fp8_dynamic", "int4_svd"]
+BYTES = ("int8", "int8_dynamic", "int8_rotated")
 """Schemes whose weights are int8 with a scale per output channel."""
+FLOATS = ("fp8", "fp8_dynamic")
+"""Schemes whose weights are floats of 8 bits with a scale per output channel."""
+DYNAMIC = ("int8_dynamic", "int8_rotated", "fp8_dynamic")
+"""Schemes that round activations, too."""
 Float = nn.Linear | nn.Conv2d
 """What can be packed."""
 
@@ -77,12 +82,15 @@ class _Quantized(nn.Module):
     be computed with: no card needs arithmetic in 8 bits. int4: symmetric, two values per byte,
     one bf16 scale per `group` inputs of a channel. nf4: bitsandbytes' 4-bit normal float in blocks of 64.
 
-    int8_dynamic: activations are rounded to int8 too, with a scale for each token (of a convolution: for each
-    picture), where no gradient is asked for. int8_rotated: the same, and weights and activations are turned
-    by a regular Hadamard matrix over the input's channels, which spreads what sticks out over all of them and
-    leaves the product as it is (arXiv 2512.03673). int4_svd: int4, and a product of rank `RANK` in
-    bf16 beside it for what 4 bits cannot hold (arXiv 2411.05007). These are computed as float products of
-    whole numbers: what a kernel would give, and not its speed.
+    int8_dynamic, fp8_dynamic: activations are rounded too, with a scale for each token (of a convolution: for
+    each picture), where no gradient is asked for. int8_rotated: the same in int8, and weights and activations
+    are turned by a regular Hadamard matrix over the input's channels, which spreads what sticks out over all
+    of them and leaves the product as it is (arXiv 2512.03673). Matrix products go to the kernels that torch
+    has here (`_product`); convolutions, and what has no kernel, are computed as float products of the rounded
+    values: what a kernel would give, and not its speed.
+
+    int4_svd: int4, and a product of rank `RANK` in bf16 beside it for what 4 bits cannot hold (arXiv
+    2411.05007).
     """
 
     scheme: Scheme
@@ -111,7 +119,9 @@ class _Quantized(nn.Module):
         four = ((rows, groups * group // 2), torch.uint8, (rows, groups), torch.bfloat16)
         sizes: dict[Scheme, tuple[tuple[int, ...], torch.dtype, tuple[int, ...], torch.dtype]] = {
             **dict.fromkeys(cast(tuple[Scheme, ...], BYTES), eight),
-            "fp8": ((rows, columns), FP8, (rows, 1), torch.float32),
+            **dict.fromkeys(
+                cast(tuple[Scheme, ...], FLOATS), ((rows, columns), FP8, (rows, 1), torch.float32)
+            ),
             "int4": four,
             "int4_svd": four,
             "nf4": ((blocks * NF4_BLOCK // 2, 1), torch.uint8, (blocks,), torch.float32),
@@ -133,7 +143,7 @@ class _Quantized(nn.Module):
         """The weight in its own shape and `dtype`."""
         if self.scheme == "nf4":
             return _unpack_nf4(self.packed, self.scale, self.shape, dtype)
-        if self.scheme in (*BYTES, "fp8"):
+        if self.scheme in (*BYTES, *FLOATS):
             # In place: on the CPU a product of int8 and float32 would make a float32 copy of the former too.
             floats = self.packed.to(self.scale.dtype).mul_(self.scale).view(self.shape)
             return (rotated(floats, 1) if self.scheme == "int8_rotated" else floats).to(dtype)
@@ -169,13 +179,18 @@ class _Quantized(nn.Module):
         return self
 
     def _apply_rounded(self, x: Tensor) -> Tensor:
-        """The layer's product, without bias, of int8 and int8."""
+        """The layer's product, without bias, of values in 8 bits."""
         channels = 1 if isinstance(self, nn.Conv2d) else -1
         if self.scheme == "int8_rotated":
             x = rotated(x, channels, self.shape[1])
         over = tuple(range(1, x.dim())) if isinstance(self, nn.Conv2d) else (-1,)
-        scale = x.abs().amax(dim=over, keepdim=True).clamp(min=1e-30) / 127
-        y = self._apply_weight((x / scale).round(), self.packed.to(torch.float32).view(self.shape))
+        largest = 127.0 if self.scheme in BYTES else torch.finfo(FP8).max
+        scale = x.abs().amax(dim=over, keepdim=True).clamp(min=1e-30) / largest
+        values = x / scale
+        values = values.round_() if self.scheme in BYTES else values.to(FP8)
+        y = _multiply(values, self.packed) if isinstance(self, nn.Linear) else None
+        if y is None:
+            y = self._apply_weight(values.to(torch.float32), self.packed.to(torch.float32).view(self.shape))
         return y * scale * (self.scale.view(-1, 1, 1) if channels == 1 else self.scale.view(-1))
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -305,9 +320,13 @@ def block_linears(denoiser: nn.Module) -> list[str]:
 
 
 def under(name: str, module: nn.Module, paths: Iterable[str]) -> bool:
-    """Whether layer `name` is one of `paths` or lies below one; `up_blocks.-1` is the last of `up_blocks`."""
+    """Whether layer `name` is one of `paths` or lies below one.
+
+    `up_blocks.-1` is the last of `up_blocks`; a `*` stands for any letters.
+    """
     return any(
-        name == path or name.startswith(path + ".") for path in (_resolve(module, path) for path in paths)
+        fnmatchcase(name, path) or fnmatchcase(name, f"{path}.*")
+        for path in (_resolve(module, path) for path in paths)
     )
 
 
@@ -405,7 +424,7 @@ def _pack_nf4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return packed, state.absmax
 
 
-_PACKERS = {"fp8": _pack_fp8, "int4": _pack_int4, "nf4": _pack_nf4}
+_PACKERS = {**dict.fromkeys(FLOATS, _pack_fp8), "int4": _pack_int4, "nf4": _pack_nf4}
 NAMES = ("packed", "scale", "up", "down")
 """Buffers of a packed layer, as far as it has them."""
 
@@ -423,6 +442,45 @@ def _pack(layer: QuantLinear | QuantConv2d, weight: Tensor) -> dict[str, Tensor]
         weight = rotated(weight.view(layer.shape), 1).flatten(1)
     pack = _pack_int8 if layer.scheme in BYTES else _PACKERS[layer.scheme]
     return dict(zip(NAMES, pack(weight, layer.group), strict=False))
+
+
+# Products in 8 bits ----------------------------------------------------------------------------------------
+
+
+def _multiply(x: Tensor, weight: Tensor) -> Tensor | None:
+    """`x` times `weight` transposed in float32, by a kernel for 8 bits; None where there is none for these.
+
+    Args:
+        x: [..., inputs], whole numbers up to 127, or floats of 8 bits.
+        weight: [outputs, inputs] in int8, or in floats of 8 bits.
+    """
+    rows, of_cuda = x.reshape(-1, x.shape[-1]), x.device.type == "cuda"
+    whole = weight.dtype == torch.int8
+    if of_cuda and (len(rows) <= 16 or any(size % (8 if whole else 16) for size in weight.shape)):
+        return None  # what these kernels do not take, and hardly gains
+    if whole and _multiplies_int8(x.device.type):
+        y: Tensor = torch._int_mm(rows.to(torch.int8), weight.t())
+        return y.to(torch.float32).view(*x.shape[:-1], -1)
+    if not whole and hardware.multiplies_fp8(x.device):
+        one = torch.ones((), device=x.device)
+        y = torch._scaled_mm(rows, weight.t(), one, one, out_dtype=torch.float32)
+        return y.view(*x.shape[:-1], -1)
+    return None
+
+
+@cache
+def _multiplies_int8(kind: str) -> bool:
+    """Whether torch has a kernel for products in int8 on a device type that is exact, and not a plain loop.
+
+    Processors without VNNI add up in 16 bits, which the extremes do not fit.
+    """
+    if kind != "cuda" and not (kind == "cpu" and "AVX" in torch.backends.cpu.get_cpu_capability()):
+        return False
+    x = torch.full((32, 64), -127, dtype=torch.int8, device=kind)
+    try:
+        return bool((torch._int_mm(x, -x.t()) == -64 * 127 * 127).all())
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
 
 
 # Rotation --------------------------------------------------------------------------------------------------

@@ -18,12 +18,20 @@ from tunekit import families, hardware, install, layers
 from tunekit.artifacts import Artifact, open_artifact
 from tunekit.config import SamplingConfig
 from tunekit.diffusion.metrics import psnr_db, relative_error
-from tunekit.errors import ChainError
+from tunekit.errors import ChainError, TunekitError
 from tunekit.passes import models
 from tunekit.passes.base import Context, parse_chain, run_chain
-from tunekit.passes.export_onnx import check_inputs, export_component, graph_config, graph_error
+from tunekit.passes.export_onnx import (
+    as_tuple,
+    check_inputs,
+    export_component,
+    graph_config,
+    graph_error,
+)
+from tunekit.passes.half import exact_weights, keep_whole
+from tunekit.passes.models import in_types
 from tunekit.passes.onnx_int8 import Graph
-from tunekit.passes.paths import unmatched
+from tunekit.passes.paths import under, unmatched
 from tunekit.runtime import GraphModule, generate_pixels, open_runtime
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,9 +203,12 @@ def test_pictures_equal_torch(tiny_source: Path, tiny_onnx: Path, provider: str)
 
 
 def test_pruned_in_fp16(tiny_source: Path, tmp_path: Path) -> None:
-    """Shapes that differ from the config, and half precision, in one export."""
+    """Shapes that differ from the config, and half precision but for what is named, in one export."""
     chain = parse_chain(
-        [{"prune": {"ratio": 0.3, "importance": "magnitude"}}, {"export_onnx": {"dtype": "fp16"}}]
+        [
+            {"prune": {"ratio": 0.3, "importance": "magnitude"}},
+            {"export_onnx": {"dtype": "fp16", "keep": ["conv_in", "*.attn2", "text_encoder"]}},
+        ]
     )
     source = open_artifact(tiny_source, family="sd15")
     sampling = SamplingConfig(steps=4, height=32, width=32)
@@ -207,8 +218,16 @@ def test_pruned_in_fp16(tiny_source: Path, tmp_path: Path) -> None:
     print(made.step.metrics)
     assert 1e-6 < made.step.metrics["relative_error"] < 1e-2  # type: ignore[operator]
     graph = onnx.load(made.path / "unet" / "model.onnx").graph
-    types = {tensor.data_type for tensor in graph.initializer if np.prod(tensor.dims) > 16}
-    assert types == {onnx.TensorProto.FLOAT16}
+    large = [tensor for tensor in graph.initializer if np.prod(tensor.dims) > 16]
+    whole = {tensor.name for tensor in large if tensor.data_type == onnx.TensorProto.FLOAT}
+    assert whole == {tensor.name for tensor in large if ".attn2." in tensor.name or "conv_in." in tensor.name}
+    rows = {row["component"]: row for row in made.step.details["components"]}
+    assert len(whole) > 4 and {kept.rpartition(".")[2] for kept in rows["unet"]["kept"]} == {
+        "conv_in",
+        "attn2",
+    }
+    types = {name: row["dtype"] for name, row in rows.items()}
+    assert types == {**dict.fromkeys(SD, "fp16"), "text_encoder": "fp32"}
     full = onnx.load(made.path / "vae_decoder" / "model.onnx").graph
     assert full.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
     drawn = generate_pixels(open_runtime(made), ["a cat"], seeds=[1])
@@ -218,7 +237,7 @@ def test_pruned_in_fp16(tiny_source: Path, tmp_path: Path) -> None:
 
 
 def test_what_overflows_stays_in_fp32(tiny_sources: Callable[[str], Path], tmp_path: Path) -> None:
-    """SDXL's autoencoder, both graphs of it."""
+    """SDXL's autoencoder, both graphs of it; of the denoiser, what the family knows to be sensitive."""
     source = open_artifact(tiny_sources("sdxl"), family="sdxl")
     chain = parse_chain([{"export_onnx": {"dtype": "fp16"}}])
     made = run_chain(chain, source, Context(run_dir=tmp_path, say=lambda line: None))
@@ -226,14 +245,60 @@ def test_what_overflows_stays_in_fp32(tiny_sources: Callable[[str], Path], tmp_p
     rows = {row["component"]: row for row in made.step.details["components"]}
     print({name: f"{row['relative_error']:.2g}" for name, row in rows.items()})
     assert {name for name, row in rows.items() if row["dtype"] == "fp32"} == set(VAE)
+    sensitive = families.get("sdxl").facts.denoiser.sensitive
+    assert set(rows["unet"]["kept"]) == set(sensitive)
     for name, row in rows.items():
         graph = onnx.load(Path(made.source) / name / "model.onnx").graph
-        large = [tensor for tensor in graph.initializer if np.prod(tensor.dims) > 100]
+        large = [
+            tensor
+            for tensor in graph.initializer
+            if np.prod(tensor.dims) > 100
+            and not tensor.name.startswith(tuple(f"unet.{path}." for path in sensitive))
+        ]
         types = {tensor.data_type for tensor in large}
         whole = row["dtype"] == "fp32"
         assert types == {onnx.TensorProto.FLOAT if whole else onnx.TensorProto.FLOAT16}
         assert row["relative_error"] < (1e-4 if whole else 3e-2)
     assert generate_pixels(open_runtime(made, device="cpu"), ["a cat"], seeds=[1]).isfinite().all()
+
+
+def test_blocks_of_a_network_in_fp16_stay_in_float32(family: Any) -> None:
+    """What the family knows to be sensitive, and a list of blocks: nearer to floats, or as near."""
+    exact = family.tiny()
+    name, sensitive = family.facts.denoiser_name, list(family.facts.denoiser.sensitive)
+    blocks = next(
+        path
+        for path, module in family.denoiser(exact).named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(list(module.parameters())) > 3
+    )
+    (whole,) = (part for part in family.export_components(exact) if part.name == name)
+    inputs, errors = check_inputs(whole), []
+    with torch.no_grad():
+        (expected,) = as_tuple(whole.module(*inputs.values()))
+    for keep in ([], [*sensitive, blocks]):
+        half = in_types(exact, family.facts, family.facts.drawing_dtypes(torch.float16))
+        (part,) = (part for part in family.export_components(half) if part.name == name)
+        denoiser = family.denoiser(half)
+        kept = keep_whole(denoiser, exact_weights(family.denoiser(exact), keep), keep)
+        weights = dict(denoiser.named_parameters())
+        wholes = {key for key, value in weights.items() if value.dtype == torch.float32}
+        assert wholes == {key for key in weights if under(key, keep, weights)} and len(wholes) < len(weights)
+        assert bool(kept) == bool(keep) == bool(wholes)
+        given = {key: value.to(part.inputs[key].dtype) for key, value in inputs.items()}
+        with torch.no_grad():
+            (made,) = as_tuple(part.module(*given.values()))
+        assert made.dtype == torch.float16
+        errors.append(relative_error(made.float(), expected))
+    print(f"{family.name}: {errors[0]:.2g} in fp16, {errors[1]:.2g} with {', '.join(kept)} in float32")
+    assert errors[1] < 1.1 * errors[0] < 3e-2
+
+
+def test_what_shall_stay_in_float32_must_be_there(tiny_source: Path, tmp_path: Path) -> None:
+    wrong = [{"export_onnx": {"dtype": "fp16", "keep": ["up_blockz"]}}]
+    with pytest.raises(ChainError, match=r'has a wrong keep: "up_blockz" names nothing: .*"up_blocks"'):
+        run_chain(parse_chain(wrong), open_artifact(tiny_source, family="sd15"), Context(run_dir=tmp_path))
+    with pytest.raises(TunekitError, match=r"keep.*dtype is fp32"):
+        parse_chain([{"export_onnx": {"keep": ["conv_in"]}}])
 
 
 class Positioned(torch.nn.Module):

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from tunekit.config import DataConfig, SamplingConfig
 from tunekit.diffusion.metrics import psnr_db, relative_error
 from tunekit.errors import ArtifactError, ChainError, ModelError
 from tunekit.passes.base import Context, check_chain, parse_chain, run_chain
-from tunekit.passes.paths import resolve, unmatched
+from tunekit.passes.paths import resolve, under, unmatched
 from tunekit.passes.providers import gpu_answers
 from tunekit.passes.quantize import Quantize
 from tunekit.passes.quantize_onnx import SPARED
@@ -102,15 +103,22 @@ def test_the_runtime_draws_with_packed_weights(tiny_source: Path, tmp_path: Path
         ({"mode": "dynamic"}, "int8_dynamic"),
         ({"mode": "dynamic", "rotate": True}, "int8_rotated"),
         ({"scheme": "int4_svd"}, "int4_svd"),
+        ({"scheme": "fp8"}, "fp8"),
+        ({"scheme": "fp8", "mode": "dynamic"}, "fp8_dynamic"),
     ],
 )
 def test_other_packings_are_saved_and_opened_again(
-    settings: dict[str, Any], kind: str, tiny_source: Path, tmp_path: Path
+    settings: dict[str, Any],
+    kind: str,
+    tiny_source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    monkeypatch.setattr("tunekit.passes.quantize.no_fp8", lambda: None)
     result = quantized(tiny_source, tmp_path, **settings)
     metrics = result.lineage[-1].metrics
     print(kind, metrics["sqnr_db"])
-    assert metrics["sqnr_db"] > {"int4_svd": 12}.get(kind, 25)
+    assert metrics["sqnr_db"] > {"int4_svd": 12, "fp8": 17, "fp8_dynamic": 15}.get(kind, 25)
     layer = FAMILY.denoiser(FAMILY.load(result.source)).mid_block.resnets[0].conv1
     again = FAMILY.denoiser(FAMILY.load(result.source)).half().mid_block.resnets[0].conv1
     assert layer.scheme == again.scheme == kind
@@ -475,8 +483,9 @@ def test_settings_without_effect_are_refused(settings: dict[str, Any], message: 
         (
             {"mode": "dynamic", "scheme": "int4"},
             "torch",
-            "has mode dynamic, which is for int8, and scheme int4",
+            "has mode dynamic, which is for int8 and fp8, and scheme int4",
         ),
+        ({"mode": "dynamic", "scheme": "fp8", "rotate": True}, "torch", "sets rotate, which is for int8"),
         ({"mode": "dynamic", "rotate": True}, "onnx", "sets rotate, which is for torch"),
         ({"scheme": "int4_svd"}, "onnx", "has scheme int4_svd, which is for torch"),
         ({"scheme": "int4", "mode": "static"}, "onnx", "has mode static, which is for int8, and scheme int4"),
@@ -487,6 +496,34 @@ def test_settings_without_effect_are_refused(settings: dict[str, Any], message: 
 def test_what_a_format_cannot_have_is_refused(settings: dict[str, Any], format: str, message: str):
     with pytest.raises(ChainError, match=message):
         check_chain(parse_chain([{"quantize": settings}]), format)
+
+
+@pytest.mark.parametrize(
+    ("capability", "why"), [(None, "there is none here"), ((8, 6), "the RTX 3060 does not")]
+)
+def test_fp8_is_for_cards_that_compute_in_it(
+    capability: tuple[int, int] | None, why: str, monkeypatch: pytest.MonkeyPatch
+):
+    if capability is not None:
+        card = SimpleNamespace(torch_device="cuda:0", name="RTX 3060")
+        monkeypatch.setattr("tunekit.hardware.probe", lambda device: card)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    elif torch.cuda.is_available():
+        pytest.skip("there is a card")
+    chain = parse_chain([{"quantize": {"scheme": "fp8", "mode": "dynamic"}}])
+    with pytest.raises(
+        ChainError, match=rf"compute in 8-bit floats .*, and {why}; take scheme int8"
+    ) as caught:
+        check_chain(chain, "torch")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_star_stands_for_any_letters():
+    names = ["up_blocks.0.attn2", "up_blocks.0.attn2.to_k", "up_blocks.1.attn1", "mid_block.attn2"]
+    assert [under(name, ["*.attn2"], names) for name in names] == [True, True, False, True]
+    assert [under(name, ["up_blocks.-1.*"], names) for name in names] == [False, False, True, False]
+    assert unmatched(["*.attn2", "up_blocks.*.to_k"], names) is None
+    assert 'did you mean "attn1"' in (unmatched(["*.atn1"], names) or "")
 
 
 def test_negative_indices_count_from_the_end():

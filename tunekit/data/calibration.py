@@ -88,6 +88,8 @@ class Material:
         cache: folder for what is encoded or drawn; it is shared, as the names say what went in.
         model_hash: hash of the model's files, part of the names of drawn pictures.
         seed: of noise, crops and drawn pictures.
+        others: of calls: those of other prompts, as far as there are more, and of other noise than those that
+            the same without it gives.
     """
 
     data: DataConfig | DreamboothData | None
@@ -97,6 +99,7 @@ class Material:
     cache: Path
     model_hash: str
     seed: int
+    others: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -179,6 +182,8 @@ def calls(model: Drawer, material: Material) -> list[Call]:
     """
     sampling, seed, texts = material.sampling, material.seed, _texts(material)
     way = sampling.model_dump(mode="json", exclude={"cache"})  # every call here runs the whole
+    if material.others:  # the last prompts first, which are drawn last or not at all
+        texts, seed = texts[::-1], stable_seed(seed, "others") % 2**31
     described = [VERSION, material.model_hash, material.count, seed, texts, way]
     name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
     file = material.cache / "calls" / f"{name}.safetensors"

@@ -375,12 +375,15 @@ class Context:
             close_accelerator(accelerator)
             os.environ.update(launched)
 
-    def calls(self, runtime: Runtime, *, count: int, steps: int | None = None) -> list[Call]:
+    def calls(
+        self, runtime: Runtime, *, count: int, steps: int | None = None, others: bool = False
+    ) -> list[Call]:
         """What a model's denoiser is called with while it draws the run's prompts; recorded once in a chain.
 
         Args:
             count: calls, spread evenly over all that are made.
             steps: most sampling steps; None means as many as the model takes.
+            others: of other prompts, as far as the run has more, and of other noise.
         """
         from tunekit.data.calibration import calls
 
@@ -389,8 +392,8 @@ class Context:
         sampling = self.sampling_of(model).over(runtime.sampling)
         if steps is not None:
             sampling = sampling.model_copy(update={"steps": min(steps, sampling.steps or steps)})
-        material = self._material(model, sampling, count)
-        what = ("calls", count, sampling.model_dump_json())
+        material = dataclasses.replace(self._material(model, sampling, count), others=others)
+        what = ("calls", count, others, sampling.model_dump_json())
         return self.models.recorded(model, what, lambda: calls(runtime, material))
 
     def _material(self, model: Artifact, sampling: SamplingConfig, count: int) -> Material:

@@ -15,16 +15,17 @@ import gc
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from tunekit.artifacts import directory_size, write_json
 from tunekit.config import Names, no_effect
 from tunekit.config.adapter import Preset
-from tunekit.errors import ModelError, output_errors, require
-from tunekit.passes.base import Context, Outcome, Pass
+from tunekit.errors import ChainError, ModelError, output_errors, require
+from tunekit.passes.base import DISTINCT, Context, Outcome, Pass, Start
 from tunekit.passes.metrics import RELATIVE_ERROR, SIZE, Metric
+from tunekit.passes.paths import unmatched
 from tunekit.passes.providers import lacks
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from tunekit.artifacts import Artifact
     from tunekit.families import ExportComponent, Family
-    from tunekit.families.family import Dtypes
+    from tunekit.families.family import Dtypes, FamilyFacts, Pipeline
 
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx_data"
@@ -54,6 +55,10 @@ class ExportOnnx(Pass):
 
     dtype: Literal["fp32", "fp16"] = "fp32"
     """Type of weights and activations. Components that overflow in fp16 stay fp32; the family knows them."""
+    keep: Annotated[Names, DISTINCT] | None = None
+    """Of fp16: blocks of the denoiser that stay in float32, weights and all that is computed in them, such as
+    `up_blocks.-1` (the last one) or `*.attn2` (each); other components by name, such as `vae`, as a whole.
+    null: what the family knows to be sensitive, such as its first and last layer and the time embedding."""
     opset: int = Field(20, ge=18, le=23)
     """ONNX operator set. 20 was fastest on the CPU; of 23's Attention, TensorRT-RTX refuses small heads."""
     external_data_threshold: int = Field(PROTOBUF_LIMIT, ge=0, le=PROTOBUF_LIMIT)
@@ -70,6 +75,8 @@ class ExportOnnx(Pass):
     def _effects(self) -> ExportOnnx:
         if self.adapters is None:
             no_effect(self, ("adapter_targets",), "adapters is not swappable")
+        if self.dtype == "fp32":
+            no_effect(self, ("keep",), "dtype is fp32")
         return self
 
     def gives(self) -> frozenset[str]:
@@ -81,16 +88,36 @@ class ExportOnnx(Pass):
         return frozenset()
 
     def formerly(self, format: str) -> dict[str, Any] | None:
-        """There were no adapters."""
+        """There were no adapters, and all of a network was in fp16."""
         settings = super().formerly(format)
-        if self.adapters or settings is None:
+        if self.adapters or settings is None or (self.dtype == "fp16" and self.keep != []):
             return None
-        del settings["adapters"], settings["adapter_targets"]
+        del settings["adapters"], settings["adapter_targets"], settings["keep"]
         return settings
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """Says what is missing before other passes have taken their time."""
         return lacks("onnx", "onnxscript", "onnxruntime", extra="onnx")
+
+    def objection(self, start: Start, earlier: Sequence[Pass]) -> str | None:
+        """Finds blocks to keep that the model does not have."""
+        if not (self.keep and start.modules and start.family):
+            return None
+        from tunekit import families
+
+        wrong = self._unknown(families.planned(start.family).facts, start.modules)
+        return f"has a wrong keep: {wrong}" if wrong else None
+
+    def kept(self, facts: FamilyFacts) -> list[str]:
+        """Blocks and components that stay in float32."""
+        if self.dtype == "fp32":
+            return []
+        return list(facts.denoiser.sensitive if self.keep is None else self.keep)
+
+    def _unknown(self, facts: FamilyFacts, modules: Collection[str]) -> str | None:
+        """What to say of the first that is neither a block nor a component."""
+        others = {part.name for part in facts.networks} - {facts.denoiser_name}
+        return unmatched([path for path in self.keep or () if path not in others], modules)
 
     def run(self, artifact: Artifact, context: Context) -> Outcome:
         """Exports, then runs each graph once beside its torch module, at another batch size and resolution.
@@ -100,6 +127,7 @@ class ExportOnnx(Pass):
         Raises:
             MissingPackageError: onnx, onnxscript or onnxruntime is not installed.
             ModelError: packed weights, or a component that cannot be exported.
+            ChainError: `keep` names what is not there.
         """
         for package in ("onnx", "onnxscript", "onnxruntime"):
             require(package, extra="onnx", why=NEEDS)
@@ -109,6 +137,9 @@ class ExportOnnx(Pass):
         family = families.get(context.family)
         shapes = context.open_networks(artifact)  # of a large model, without weights
         _refuse_packed(family.denoiser(shapes), artifact.source)
+        modules = [path for path, _ in family.denoiser(shapes).named_modules() if path]
+        if wrong := self._unknown(family.facts, modules):
+            raise ChainError(f"export_onnx has a wrong keep: {wrong}", where=artifact.source)
         exported = family.export_components(shapes)
         branches = {family.facts.denoiser_name: self._branches(family, shapes)}
         names = [(component.name, component.component) for component in exported]
@@ -150,22 +181,29 @@ class ExportOnnx(Pass):
         import torch
 
         from tunekit import families
+        from tunekit.passes.half import exact_weights, keep_whole
 
         family = families.get(context.family)
-        facts = family.facts
+        facts, keep = family.facts, self.kept(family.facts)
+        whole = self.dtype == "fp32" or network in (*facts.overflowing, *keep)
 
-        def opened(dtypes: Dtypes | None = None) -> ExportComponent:
+        def opened(dtypes: Dtypes | None = None) -> tuple[Pipeline, ExportComponent]:
             pipeline = context.open_networks(artifact, network, dtypes=dtypes)
-            return next(one for one in family.export_components(pipeline) if one.name == name)
+            return pipeline, next(one for one in family.export_components(pipeline) if one.name == name)
 
-        folder, component = context.folder / name, opened()
-        inputs = check_inputs(component)
+        folder = context.folder / name
+        pipeline, component = opened()
+        inputs, kept = check_inputs(component), list[str]()
         with torch.no_grad():
             expected = as_tuple(component.module(*inputs.values()))
-        if self.dtype == "fp16":
-            del component
+        if not whole:
+            within = keep if network == facts.denoiser_name else []
+            weights = exact_weights(family.denoiser(pipeline), within)
+            del component, pipeline
             # The family gives example inputs in the type of what they are for.
-            component = opened(facts.drawing_dtypes(torch.float16))
+            pipeline, component = opened(facts.drawing_dtypes(torch.float16))
+            kept = keep_whole(family.denoiser(pipeline), weights, within)
+            del weights
         nodes = export_component(
             component,
             folder,
@@ -174,11 +212,12 @@ class ExportOnnx(Pass):
             branches=branches,
         )
         write_json(folder / "config.json", graph_config(component, folder / GRAPH, branches=branches))
-        del component  # before its graph comes
+        del component, pipeline  # before its graph comes
         gc.collect()
         return {
             "component": name,
-            "dtype": "fp32" if network in facts.overflowing else self.dtype,
+            "dtype": "fp32" if whole else self.dtype,
+            **({"kept": kept} if kept else {}),
             "nodes": nodes,
             "size_bytes": directory_size(folder),
             "relative_error": graph_error(folder / GRAPH, inputs, expected),

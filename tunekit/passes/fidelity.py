@@ -16,6 +16,8 @@ VAES = ("vae_encoder", "vae_decoder")
 """Graphs of the autoencoder."""
 TESTED_CALLS = 8
 """Calls of the denoiser that the error is measured on; ranges are measured on others."""
+GARBAGE = 0.5
+"""Relative error of a runtime's answers from which they are refused."""
 PROBE_STEPS = 8
 """Sampling steps at most of the pictures that are drawn for these calls alone."""
 

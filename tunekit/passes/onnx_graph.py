@@ -364,7 +364,8 @@ def _describe(value: Any, add: Callable[[bytes], None], around: tuple[int, ...] 
         add(f"{type(value).__name__} {len(rows)};".encode())
         for place, (key, item) in enumerate(rows):
             # Keys of hooks are counted through the whole process.
-            _describe(place if isinstance(key, int) and callable(item) else key, add, (*around, id(value)))
+            of_hook = isinstance(key, int) and (callable(item) or item is True)
+            _describe(place if of_hook else key, add, (*around, id(value)))
             _describe(item, add, (*around, id(value)))
     elif isinstance(value, set | frozenset):
         _describe(sorted(value, key=repr), add, around)

@@ -1,8 +1,9 @@
-"""Paths of modules as a config names them: `up_blocks.-1` is the last of `up_blocks`."""
+"""Paths of modules as a config names them: `up_blocks.-1` is the last of `up_blocks`, `*.attn2` each."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from fnmatch import fnmatchcase
 
 from tunekit.errors import did_you_mean
 
@@ -27,6 +28,14 @@ def unmatched(paths: Iterable[str], names: Collection[str]) -> str | None:
     """What to say of the first path that names no module, with the nearest name; None if all do."""
     for path in paths:
         parts = resolve(path, names).split(".")
+        if "*" in path:
+            if not any(fnmatchcase(name, ".".join(parts)) for name in names):
+                last = parts[-1].strip("*")
+                known = {part for name in names for part in name.split(".") if not part.isdigit()}
+                return (
+                    f'"{path}" matches nothing; {did_you_mean(last, known) or "a * stands for any letters"}'
+                )
+            continue
         for index, part in enumerate(parts):
             siblings = _below(parts[:index], names)
             if part not in siblings:
@@ -37,6 +46,8 @@ def unmatched(paths: Iterable[str], names: Collection[str]) -> str | None:
 
 
 def _lies_under(name: str, path: str) -> bool:
+    if "*" in path:
+        return fnmatchcase(name, path) or fnmatchcase(name, f"{path}.*")
     return name == path or name.startswith(f"{path}.")
 
 

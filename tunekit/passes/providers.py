@@ -53,3 +53,16 @@ def gpu_answers() -> bool:
         return hardware.probe("cuda").kind == "cuda"
     except DeviceError:
         return False
+
+
+def no_fp8() -> str | None:
+    """What to say where no card here multiplies floats of 8 bits; None where one does."""
+    import torch
+
+    try:
+        found = hardware.probe("cuda")
+    except DeviceError:
+        return "there is none here"
+    if hardware.multiplies_fp8(torch.device(found.torch_device)):
+        return None
+    return f"the {found.name} does not"

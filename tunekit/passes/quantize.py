@@ -14,7 +14,7 @@ from tunekit.passes.fidelity import PROBE_STEPS, TESTED_CALLS, VAES, error, fide
 from tunekit.passes.metrics import RELATIVE_ERROR, SIZE, Metric
 from tunekit.passes.models import around
 from tunekit.passes.paths import unmatched
-from tunekit.passes.providers import lacks
+from tunekit.passes.providers import lacks, no_fp8
 
 if TYPE_CHECKING:
     from tunekit.artifacts import Artifact
@@ -51,9 +51,10 @@ class Quantize(Pass):
     """Stores weights as int8, int4 or nf4; with ONNX, computes in int8 too.
 
     Torch: weights are packed and unpacked for each use, so a model takes less memory and is no faster; mode
-    dynamic rounds activations as int8 kernels do, to show what they would give. ONNX:
-    the denoiser computes in int8, with ranges measured on pictures that the model draws from the run's own
-    prompts, but for the few layers that lose most by it, which are measured too. See docs/quantize.md.
+    dynamic rounds activations too and computes matrix products in 8 bits, which is faster where they are
+    large. ONNX: the denoiser computes in int8, with ranges measured on pictures that the model draws from the
+    run's own prompts, but for the few layers that lose most by it, which are measured too. See
+    docs/quantize.md.
     """
 
     kind: ClassVar[str] = "quantize"
@@ -72,10 +73,12 @@ class Quantize(Pass):
         Metric("layer_error", "error in int8", lower_is_better=True, bars=True),
     )
 
-    scheme: Literal["int8", "int4", "int4_svd", "nf4"] = "int8"
-    """int8: a scale per output channel; int4: a scale per `group`; int4_svd: int4, and in bf16 the product of
-    rank 16 that makes up for most of what 4 bits lose; nf4: bitsandbytes' 4-bit normal float. An ONNX model
-    takes int8, or int4 for its matrix products: the weights of its convolutions are int8 then."""
+    scheme: Literal["int8", "fp8", "int4", "int4_svd", "nf4"] = "int8"
+    """int8: a scale per output channel; fp8: likewise, of 8-bit floats (e4m3), for cards that compute in them
+    (mode dynamic), and further from floats than int8; int4: a scale per `group`; int4_svd: int4, and in bf16
+    the product of rank 16 that makes up for most of what 4 bits lose; nf4: bitsandbytes' 4-bit normal float.
+    An ONNX model takes int8, or int4 for its matrix products: the weights of its convolutions are int8
+    then."""
     target: Literal["cpu", "openvino", "cuda", "tensorrt"] = "cpu"
     """Of ONNX: what the file is for, which decides how int8 is written in it. cpu: onnxruntime, and OpenVINO
     reads it too; openvino: for OpenVINO alone; tensorrt: symmetric int8, as TensorRT demands; cuda: the same,
@@ -85,7 +88,7 @@ class Quantize(Pass):
     products alone, ranges of the moment; weight_only: a small file that computes in floats. null: static;
     dynamic for target cpu where the denoiser has hardly a convolution, as ranges of the moment suit a
     transformer better and cost it no speed; weight_only for target cuda and models in torch. A torch model
-    takes weight_only, or dynamic for int8: convolutions and matrix products, ranges of the moment."""
+    takes weight_only, or dynamic for int8 and fp8: ranges of the moment; fp8 needs a card for it."""
     activations: Literal["uint8", "int8"] | None = None
     """Of mode static; null: as the target takes them, uint8 for processors and int8 for TensorRT."""
     ranges: Literal["minmax", "mse", "percentile"] = "minmax"
@@ -160,11 +163,11 @@ class Quantize(Pass):
     @property
     def packing(self) -> Scheme:
         """How layers of a torch model are packed."""
-        if self.scheme != "int8":
+        if self.mode != "dynamic":
             return self.scheme
-        if self.mode == "dynamic":
-            return "int8_rotated" if self.rotate else "int8_dynamic"
-        return "int8"
+        if self.scheme == "fp8":
+            return "fp8_dynamic"
+        return "int8_rotated" if self.rotate else "int8_dynamic"
 
     @property
     def wanted_psnr(self) -> float | None:
@@ -214,9 +217,17 @@ class Quantize(Pass):
         if format == "torch":
             if self.mode_of(format) == "static":
                 return f"has mode {self.mode}, which is for ONNX; put it behind export_onnx"
-            if self.mode == "dynamic" and self.scheme != "int8":
+            if self.mode == "dynamic" and self.scheme not in ("int8", "fp8"):
                 return (
-                    f"has mode dynamic, which is for int8, and scheme {self.scheme}; leave one of the two out"
+                    f"has mode dynamic, which is for int8 and fp8, and scheme {self.scheme}; leave one of the"
+                    " two out"
+                )
+            if self.rotate and self.scheme != "int8":
+                return f"sets rotate, which is for int8, and scheme {self.scheme}; leave one of the two out"
+            if self.packing == "fp8_dynamic" and (why := no_fp8()):
+                return (
+                    "has scheme fp8 with mode dynamic, for cards that compute in 8-bit floats (GeForce RTX"
+                    f" 40, L4, H100 and later), and {why}; take scheme int8, which is computed everywhere"
                 )
             for name in OF_INT8:
                 if getattr(self, name) != type(self).model_fields[name].default:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tunekit.artifacts import PICTURES, RECORD, write_json
 from tunekit.errors import ArtifactError, output_errors
 from tunekit.passes.base import Context, Outcome
-from tunekit.passes.fidelity import PROBE_STEPS, TESTED_CALLS, VAES, error, fidelity, nothing
+from tunekit.passes.fidelity import GARBAGE, PROBE_STEPS, TESTED_CALLS, VAES, error, fidelity, nothing
 from tunekit.passes.onnx_int8 import (
     FLAVOURS,
     Array,
@@ -59,12 +59,10 @@ CONVOLUTIONAL = 0.1
 """Share of the weights that are in convolutions from which mode static is taken where none is asked for."""
 MOST_HALVED = 2_000_000_000
 """Bytes of weights up to which a component that is not named is written anew: it is in memory then."""
-HELD_OUT = 2
-"""Calls, an early and a late one, that ranges are held against."""
+HELD_OUT = 4
+"""Calls, from the first step to the last, that ranges are held against: of other prompts and other noise."""
 STRAYS = 0.25
 """Share of the ranges that may not hold for them."""
-GARBAGE = 0.5
-"""Relative error of a runtime's answers from which they are refused."""
 
 
 def quantize_graphs(
@@ -105,11 +103,13 @@ def quantize_graphs(
     with _floats(artifact, context) as runtime:
         if static:
             calls = context.calls(runtime, count=how.samples + TESTED_CALLS)
+            others = context.calls(runtime, count=HELD_OUT, steps=PROBE_STEPS, others=True)
         else:
             calls = context.calls(runtime, count=TESTED_CALLS, steps=PROBE_STEPS)
         tested, seen = _apart(calls, TESTED_CALLS)
         feeds = _feeds(runtime, tested, context.prompts, chosen)
         measured = _denoiser_feeds(runtime, seen) if static else []
+        held_out = _denoiser_feeds(runtime, others) if static else []
     if unseen := _unseen(how.target):
         context.say(unseen)
     table: list[dict[str, Any]] = []
@@ -125,7 +125,6 @@ def quantize_graphs(
         elif mode == "dynamic":
             row = work.dynamic(how.sensitive(family))
         else:
-            held_out = feeds[component][:: max(1, len(feeds[component]) // HELD_OUT)]
             row, found = work.static(how.sensitive(family), measured, held_out, artifact, family)
             details |= found
         errors = _errors(work.target / GRAPH, folder / component / GRAPH, feeds[component], how.target)
@@ -226,7 +225,7 @@ class _Component:
         Args:
             keep: modules that stay in floats whatever they cost.
             calls: what ranges are measured on.
-            held_out: other calls, which the ranges have to hold for.
+            held_out: calls of other prompts and other noise, which the ranges have to hold for.
         """
         graph = Graph(self.path)
         found = graph.layers()

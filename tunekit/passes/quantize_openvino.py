@@ -20,7 +20,7 @@ from tunekit.config import Names, no_effect
 from tunekit.errors import ArtifactError, ChainError, require
 from tunekit.passes.base import DISTINCT, SAMPLING, Context, Ladder, Outcome, Pass, Start, formats
 from tunekit.passes.export_openvino import components, copy_rest, save
-from tunekit.passes.fidelity import PROBE_STEPS, TESTED_CALLS
+from tunekit.passes.fidelity import GARBAGE, PROBE_STEPS, TESTED_CALLS
 from tunekit.passes.metrics import RELATIVE_ERROR, SIZE, Metric, Value
 from tunekit.passes.paths import unmatched
 from tunekit.passes.providers import lacks
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from tunekit.runtime import Runtime
 
 EXTRA = "nncf"
+NO_PROMPTS = (
+    "has no prompts to measure ranges on, and those of the empty one fit no other; give the run `preview:"
+    " {prompts: [...]}`, or write `quantize_openvino: {method: weight_only}`"
+)
 
 
 class QuantizeOpenvino(Pass):
@@ -96,6 +100,8 @@ class QuantizeOpenvino(Pass):
         """Finds paths and components that the model does not have."""
         if self.keep and start.modules and (wrong := unmatched(self.keep, start.modules)):
             return f"has a wrong keep: {wrong}"
+        if self.method != "weight_only" and not start.examples:
+            return NO_PROMPTS
         if not self.components or not start.family:
             return None
         from tunekit import families
@@ -122,7 +128,7 @@ class QuantizeOpenvino(Pass):
 
         Raises:
             MissingPackageError: openvino or nncf is not installed.
-            ArtifactError: a component that is not there, or has nothing to quantize.
+            ArtifactError: a component that is not there, or has nothing to quantize; garbage.
             ChainError: `keep` names what is not there.
             ModelError: a file is missing or damaged.
             NonFiniteError: the model gives values that are not finite while ranges are measured.
@@ -182,6 +188,13 @@ class QuantizeOpenvino(Pass):
             )
             del model
         error = self._error(artifact, context, tested)
+        if not error < GARBAGE:
+            raise ArtifactError(
+                f"the quantized {name} runs in OpenVINO and gives garbage there: its results are off by"
+                f" {error:.2g} of their size",
+                where=artifact.source,
+                hint="measure on more calls (samples), keep more in floats (keep), or take weight_only",
+            )
         metrics: dict[str, Value] = {
             "quantized_layers": sum(row["layers"] for row in table),
             "int8_computed_layers": sum(row["computed"] for row in table),
