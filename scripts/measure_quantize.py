@@ -11,8 +11,8 @@ against the model in floats with the same seeds.
     .venv/bin/python scripts/measure_quantize.py --torch runs/quickstart/01-merge-*
 
 measures packed layers of torch instead, beside torchao's where that is installed, and writes
-benchmarks/quantize_torch.json: relative error and processor time of the model, and of two blocks of SD 3.5
-medium's width with random weights.
+benchmarks/quantize_torch.json: relative error and processor time of the model, and of a block of SD 3.5
+medium, with random weights.
 """
 
 from __future__ import annotations
@@ -130,8 +130,6 @@ def measure(models: dict[str, Artifact]) -> list[dict[str, Any]]:
 
 
 PACKINGS = ("int8", "int8_dynamic", "int8_rotated", "fp8", "int4", "int4_svd", "nf4")
-FEW_ROUNDS = 5
-"""Of large networks."""
 
 
 def torchao_ways() -> dict[str, Any]:
@@ -147,9 +145,7 @@ def torchao_ways() -> dict[str, Any]:
     }
 
 
-def packed(
-    network: torch.nn.Module, call: Callable[[torch.nn.Module], Any], keep: list[str], *, rounds: int
-) -> list[Any]:
+def packed(network: torch.nn.Module, call: Callable[[torch.nn.Module], Any], keep: list[str]) -> list[Any]:
     """A row per packing of a network's layers, but for those that are kept, ours and torchao's.
 
     torchao packs matrix products alone; beside it, ours are measured with these alone, too.
@@ -162,7 +158,7 @@ def packed(
     made: dict[str, torch.nn.Module] = {"floats": network}
     for kind in PACKINGS:
         for suffix, only in (("", None), (", products alone", products)):
-            if suffix and kind not in ("int8", "int8_dynamic", "int4"):
+            if suffix and (not keep or kind not in ("int8", "int8_dynamic", "int4")):
                 continue
             made[kind + suffix] = copy.deepcopy(network)
             layers.quantize(made[kind + suffix], kind, keep=keep, only=only)
@@ -173,7 +169,7 @@ def packed(
         quantize_(made[name], settings, filter_fn=lambda _, path: path in products)
     wanted, rows = call(network), []
     times: dict[str, list[float]] = {name: [] for name in made}
-    for _ in range(rounds):
+    for _ in range(ROUNDS // 2):
         for name, model in made.items():
             started = time.process_time()
             call(model)
@@ -197,7 +193,7 @@ def stored(model: torch.nn.Module) -> int:
 
 def measure_torch(model: Path) -> None:
     """Measures packed layers, prints a table for each network and writes the record."""
-    from diffusers import SD3Transformer2DModel
+    from diffusers.models.attention import JointTransformerBlock
 
     runtime = open_runtime(model, family="sd15", device="cpu", threads=1)
     sampling = SamplingConfig(steps=STEPS, guidance=GUIDANCE).over(runtime.sampling)
@@ -211,22 +207,18 @@ def measure_torch(model: Path) -> None:
         return torch.cat([runtime.denoise(latents, step, told) for step in steps])
 
     torch.manual_seed(0)
-    wide = SD3Transformer2DModel(num_layers=2, num_attention_heads=24, caption_projection_dim=1536).eval()
-    given = {
-        "hidden_states": torch.randn(1, 16, 24, 24, generator=drawn),
-        "encoder_hidden_states": torch.randn(1, 77, 4096, generator=drawn),
-        "pooled_projections": torch.randn(1, 2048, generator=drawn),
-        "timestep": torch.tensor([500.0]),
-    }
+    wide = JointTransformerBlock(1536, 24, 64).eval()
+    tokens, text, times = (
+        torch.randn(1, *size, generator=drawn) for size in ((256, 1536), (77, 1536), (1536,))
+    )
 
-    def of_blocks(network: torch.nn.Module) -> torch.Tensor:
+    def of_block(block: torch.nn.Module) -> torch.Tensor:
         with torch.no_grad():
-            return network(**given, return_dict=False)[0]
+            return torch.cat(block(tokens, text, times), dim=1)
 
-    sensitive = ["context_embedder", "time_text_embed", "norm_out", "proj_out"]
     found = {
-        "the model, two calls": packed(runtime.pipeline.unet, of_model, SENSITIVE, rounds=ROUNDS),
-        "two blocks of 1536": packed(wide, of_blocks, sensitive, rounds=FEW_ROUNDS),
+        "the model, two calls": packed(runtime.pipeline.unet, of_model, SENSITIVE),
+        "a block of 1536, 333 tokens": packed(wide, of_block, []),
     }
     record = {**measuring.machine("torch", "torchao", "diffusers"), "rounds": ROUNDS, "networks": found}
     (ROOT / "benchmarks" / "quantize_torch.json").write_text(json.dumps(record, indent=2) + "\n")
