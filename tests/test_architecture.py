@@ -17,9 +17,10 @@ from tunekit.resources import PACKAGE
 # Each imports only from those to its right; names within { } are siblings and do not know each other.
 # CONTRIBUTING.md says the same.
 LAYERS = """
-    __main__ > cli > workspace > {explain, running, comparison} > preconditions > planning > passes > training
-        > {memory, data, runtime} > {adapters, tasks, report, doctor, card} > families
-        > {diffusion, layers, launch, networks} > artifacts > config > {hardware, optimizers, progress}
+    __main__ > cli > sweep > worker > workspace > {explain, running, comparison} > preconditions
+        > planning > passes > training > {memory, data, runtime} > {adapters, tasks, report, doctor, card}
+        > families > {diffusion, layers, launch, networks} > artifacts > config
+        > {hardware, optimizers, progress, jobs}
         > {units, registry, quiet, kept, records, provenance} > resources > files > errors > install
 """
 RANK = {name: rank for rank, names in enumerate(LAYERS.split(">")) for name in re.findall(r"\w+", names)}
@@ -36,6 +37,8 @@ WITHOUT_TORCH = [
     "launch",
     "planning",
     "preconditions",
+    "worker",
+    "sweep.engine",
     "memory.plan",
     *(f"config.{path.stem}" for path in sorted((PACKAGE / "config").glob("[!_]*.py"))),
     *(f"passes.{name}" for name in PASSES.names()),

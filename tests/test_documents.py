@@ -3,8 +3,8 @@ shell block, and the commands in the headers of configs, recipes and scripts.
 
 README's own config is run, on the tiny model and in few steps; that run is what the lines after it read. A
 command line runs through the real command, in a folder with what a reader brings (mine.yaml, photos/). Two
-things are not done: other recipes are not launched, once all the checks before have passed, and a plan of
-another family than sd15 would take a minute, so that one of sd15 is made in its place.
+things are not done: other recipes, and trials of sweeps, are not launched, once all the checks before have
+passed, and a plan of another family than sd15 would take a minute, so that one of sd15 is made in its place.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ def header(document: str, text: str) -> Iterator[Block]:
 
 HEADED = [
     *sorted((ROOT / "configs").rglob("*.yaml")),
+    *sorted((ROOT / "sweeps").glob("*.yaml")),
     *sorted((ROOT / "recipes").glob("*.py")),
     *sorted(path for path in (ROOT / "scripts").iterdir() if path.is_file()),
 ]
@@ -238,7 +239,7 @@ def desk(brought: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     probe = hardware.probe  # with one GPU, `--processes 2` is refused for a reason
     monkeypatch.setattr(hardware, "probe", lambda name="auto": probe("cpu" if name == "auto" else name))
     monkeypatch.chdir(tmp_path)
-    for path in (ROOT / "configs", ROOT / "recipes", brought / "photos", brought / "runs"):
+    for path in (ROOT / "configs", ROOT / "recipes", ROOT / "sweeps", brought / "photos", brought / "runs"):
         (tmp_path / path.name).symlink_to(path)
     mine = workspace.copy("sd15/lora", "mine.yaml")
     mine.write_text(mine.read_text(encoding="utf-8").replace(REQUIRED, "photos"), encoding="utf-8")
@@ -270,6 +271,8 @@ def test_tunekit(
         return planned(load("sd15/lora", stand_in="given"), device="rtx-3060")
 
     monkeypatch.setattr("tunekit.launch.launch", launch)
+    monkeypatch.setattr("tunekit.sweep.engine.Sweep.run", lambda sweep, worker: None)
+    monkeypatch.setattr("tunekit.worker.Worker.work", lambda worker, **options: None)
     monkeypatch.setattr(planning, "plan_config", plan)
     _, command, *arguments = words
     if "model.source=runs/lora" in arguments:  # of another family in each config

@@ -58,7 +58,7 @@ def run_recipe(main: Callable[[C, Loaded], None], schema: type[C]) -> None:
     console().logs = True
     console().doing("starting")
     if LAUNCH_DIR in os.environ or _under_accelerate():
-        _die_with_parent()
+        die_with_parent()
         _record("pid", os.getpid())
     try:
         loaded = load(arguments.config, arguments.overrides, schema)
@@ -193,7 +193,7 @@ def _under_accelerate() -> bool:
     return any(word.endswith(names) for word in command)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """On Linux the kernel sends SIGTERM when the parent is gone, so that nothing trains on unseen."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
@@ -230,7 +230,7 @@ def launch(
                         env={**os.environ, **signals.environment(rank, processes, cpu=cpu)},
                         start_new_session=True,  # the terminal's Ctrl-C comes to us alone
                         # No threads have been started here.
-                        preexec_fn=_die_with_parent if os.name == "posix" else None,  # noqa: PLW1509
+                        preexec_fn=die_with_parent if os.name == "posix" else None,  # noqa: PLW1509
                     )
                 )
             killed = _wait(signals.ranks, folder)

@@ -17,7 +17,9 @@ from tunekit.cli.configs import check, cp, explain, ls, show
 from tunekit.cli.drawing import bench, generate
 from tunekit.cli.machine import doctor
 from tunekit.cli.plans import plan
+from tunekit.cli.queue import queue
 from tunekit.cli.runs import prune_folders, report, run, verify_files
+from tunekit.cli.sweeps import sweep
 from tunekit.errors import TunekitError
 
 app = typer.Typer(
@@ -31,6 +33,7 @@ for _command in (
     explain,
     check,
     run,
+    sweep,
     plan,
     generate,
     bench,
@@ -42,6 +45,7 @@ for _command in (
     cp,
 ):
     app.command(_command.__name__.replace("_", "-"))(_command)
+app.add_typer(queue, name="queue")
 
 
 def main() -> None:

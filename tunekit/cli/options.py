@@ -41,3 +41,32 @@ ModelBase = Annotated[
 Variant = Annotated[
     str | None, typer.Option(help="of the weight files of a folder or a hub id, such as fp16")
 ]
+AtOnce = Annotated[
+    str,
+    typer.Option(
+        metavar="N|auto", help="runs at once on each device; auto: as many as their plans allow in memory"
+    ),
+]
+Devices = Annotated[
+    str | None, typer.Option(metavar="D,D,...", help="cpu, cuda:0, ...; default: all cards, or the CPU")
+]
+
+
+def at_once_of(text: str) -> int | None:
+    """The value of `--at-once`; None for auto.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    from tunekit.errors import ConfigError
+
+    if text == "auto":
+        return None
+    if text.isdigit() and 1 <= int(text) <= 1000:
+        return int(text)
+    raise ConfigError(f'"{text}" is neither a number from 1 to 1000 nor auto', where="--at-once")
+
+
+def names_of(text: str | None) -> list[str]:
+    """The parts of a list with commas."""
+    return [name for name in (text or "").split(",") if name]
