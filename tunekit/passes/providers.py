@@ -65,4 +65,4 @@ def no_fp8() -> str | None:
         return "there is none here"
     if hardware.multiplies_fp8(torch.device(found.torch_device)):
         return None
-    return f"the {found.name} does not"
+    return f"the {found.title} does not"

@@ -103,13 +103,13 @@ def quantize_graphs(
     with _floats(artifact, context) as runtime:
         if static:
             calls = context.calls(runtime, count=how.samples + TESTED_CALLS)
-            others = context.calls(runtime, count=HELD_OUT, steps=PROBE_STEPS, others=True)
+            strangers = context.calls(runtime, count=HELD_OUT, steps=PROBE_STEPS, others=True)
         else:
             calls = context.calls(runtime, count=TESTED_CALLS, steps=PROBE_STEPS)
         tested, seen = _apart(calls, TESTED_CALLS)
         feeds = _feeds(runtime, tested, context.prompts, chosen)
         measured = _denoiser_feeds(runtime, seen) if static else []
-        held_out = _denoiser_feeds(runtime, others) if static else []
+        held_out = _denoiser_feeds(runtime, strangers) if static else []
     if unseen := _unseen(how.target):
         context.say(unseen)
     table: list[dict[str, Any]] = []
