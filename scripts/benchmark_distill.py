@@ -151,7 +151,7 @@ def _measure(options: argparse.Namespace) -> None:
 
         def note(title: str, sampling: SamplingConfig, calls: int, made: Tensor) -> None:
             values = [psnr_db(one, other) for one, other in zip(made, wanted, strict=True)]
-            likeness = [ssim(one, other) for one, other in zip(made, wanted, strict=True)]
+            likeness = [ssim(one[None], other[None]) for one, other in zip(made, wanted, strict=True)]
             row = {
                 "title": title,
                 "steps": sampling.steps,
