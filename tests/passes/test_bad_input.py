@@ -15,9 +15,9 @@ import onnx
 import pytest
 import torch
 
-from tunekit import workspace
+from tunekit import families, workspace
 from tunekit.artifacts import Artifact, open_artifact
-from tunekit.config import SamplingConfig
+from tunekit.config import DataConfig, SamplingConfig
 from tunekit.errors import (
     ArtifactError,
     ChainError,
@@ -98,6 +98,25 @@ def test_ranges_that_do_not_hold(tiny_onnx: Path, tmp_path: Path, monkeypatch: p
         run([{"quantize": {"samples": 4}}], Artifact.load(tiny_onnx), tmp_path)
     assert "samples" in clear(caught.value) and "preview.prompts" in str(caught.value)
     assert made(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_ranges_of_prompts_without_sense(tmp_path: Path) -> None:
+    """A real model, whose first prompts are not what it was trained to draw."""
+    said: list[str] = []
+    context = Context(
+        run_dir=tmp_path,
+        prompts=("qwx zzv", "0 0 0", "lorem ipsum dolor", "!!!!"),
+        data=DataConfig(path="builtin/pictures/style", resolution=64),
+        device="cpu",
+        say=said.append,
+    )
+    keep = list(families.get("sd15").facts.denoiser.sensitive)
+    chain = parse_chain(["export_onnx", {"quantize": {"samples": 4, "keep": keep}}])
+    made = run_chain(chain, open_artifact("builtin/emoji-64"), context)
+    (line,) = (line for line in said if "do not hold for others" in line)
+    assert "measured on 4 calls of the unet" in line and "preview.prompts" in line
+    assert made.lineage[-1].details["note"] in line
 
 
 # Weights beside a graph -------------------------------------------------------------------------------------

@@ -505,7 +505,7 @@ def test_fp8_is_for_cards_that_compute_in_it(
     capability: tuple[int, int] | None, why: str, monkeypatch: pytest.MonkeyPatch
 ):
     if capability is not None:
-        card = SimpleNamespace(torch_device="cuda:0", name="RTX 3060")
+        card = SimpleNamespace(torch_device="cuda:0", title="RTX 3060")
         monkeypatch.setattr("tunekit.hardware.probe", lambda device: card)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     elif torch.cuda.is_available():

@@ -62,7 +62,10 @@ MOST_HALVED = 2_000_000_000
 HELD_OUT = 4
 """Calls, from the first step to the last, that ranges are held against: of other prompts and other noise."""
 STRAYS = 0.25
-"""Share of the ranges that may not hold for them."""
+"""Share of the ranges from which, where they do not hold for them, the model is refused."""
+NOTED = 0.05
+"""Share from which it is said. Of builtin/emoji-64 in its style, 0 to 1 % where ranges were measured on the
+style's prompts, 2 to 3 % on the base's, and 8 % on prompts without sense."""
 
 
 def quantize_graphs(
@@ -103,13 +106,13 @@ def quantize_graphs(
     with _floats(artifact, context) as runtime:
         if static:
             calls = context.calls(runtime, count=how.samples + TESTED_CALLS)
-            strangers = context.calls(runtime, count=HELD_OUT, steps=PROBE_STEPS, others=True)
+            unlike = context.calls(runtime, count=HELD_OUT, steps=PROBE_STEPS, others=True)
         else:
             calls = context.calls(runtime, count=TESTED_CALLS, steps=PROBE_STEPS)
         tested, seen = _apart(calls, TESTED_CALLS)
         feeds = _feeds(runtime, tested, context.prompts, chosen)
         measured = _denoiser_feeds(runtime, seen) if static else []
-        held_out = _denoiser_feeds(runtime, strangers) if static else []
+        held_out = _denoiser_feeds(runtime, unlike) if static else []
     if unseen := _unseen(how.target):
         context.say(unseen)
     table: list[dict[str, Any]] = []
@@ -235,8 +238,10 @@ class _Component:
         ranges = measure_ranges(
             self.path, candidates, calls, signed=self.flavour.signed, method=self.how.ranges
         )
+        noted = None
         if self.how.ranges == "minmax":  # the others leave values out on purpose
-            self._hold(ranges, measure_ranges(self.path, candidates, held_out, signed=False), len(calls))
+            others = measure_ranges(self.path, candidates, held_out, signed=False)
+            noted = self._hold(ranges, others, len(calls))
         weights = [layer.weight for layer in candidates]
         del graph, found, named, candidates
         costs = self._costs(weights, ranges, calls[0], artifact, family)
@@ -254,7 +259,7 @@ class _Component:
             return computed
 
         row: dict[str, Any] = {}
-        details: dict[str, Any] = {"kept": list(keep)}
+        details: dict[str, Any] = {"kept": list(keep), **({"note": noted} if noted else {})}
         psnr = self.how.wanted_psnr
         if psnr is None:
             spared = sparing(costs, share=self.how.spared_share or SPARED, least=LEAST)
@@ -265,18 +270,26 @@ class _Component:
             details |= self._say_costs(costs, spared)
         return row, details
 
-    def _hold(self, ranges: Mapping[str, Range], others: Mapping[str, Range], calls: int) -> None:
-        """Raises where values of other calls leave the ranges: measured on too little, or on another."""
+    def _hold(self, ranges: Mapping[str, Range], others: Mapping[str, Range], calls: int) -> str | None:
+        """What is to be said where values of other calls leave the ranges: too few calls, or other prompts.
+
+        Raises:
+            ArtifactError: many do.
+        """
         strays = beyond(ranges, others)
-        if len(strays) <= STRAYS * len(others):
-            return
-        raise ArtifactError(
+        if len(strays) < NOTED * len(others):
+            return None
+        found = (
             f"ranges measured on {calls} calls of the {self.name} do not hold for others that it is called"
-            f" with: {len(strays)} of {len(others)} are left by more than a quarter of their width",
-            where=str(self.path),
-            hint="measure on more calls (samples), and on prompts like those that it is to draw"
-            " (preview.prompts)",
+            f" with: {len(strays)} of {len(others)} are left by more than a quarter of their width"
         )
+        hint = (
+            "measure on more calls (samples), and on prompts like those that it is to draw (preview.prompts)"
+        )
+        if len(strays) > STRAYS * len(others):
+            raise ArtifactError(found, where=str(self.path), hint=hint)
+        self.context.say(f"{found}; {hint}")
+        return f"{found}; {hint}"
 
     def _costs(
         self,
