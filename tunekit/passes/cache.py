@@ -97,8 +97,9 @@ class Cache(Pass):
                 )
             sampling = context.sampling_of(artifact).over(runtime.sampling)
             own = sampling.model_copy(update={"cache": None})
-            search = _Search(Pictures(runtime, own, seen, context.seed, self.pictures), own, context)
-            others = Pictures(runtime, own, unseen, context.seed + APART, self.pictures)
+            drawn = Pictures(runtime, own, seen, context.seed, self.pictures, context.models)
+            search = _Search(drawn, own, context)
+            others = Pictures(runtime, own, unseen, context.seed + APART, self.pictures, context.models)
             bar = None if self.interval is not None else self.keep.psnr
             taken, found = self._verified(search, others, bar)
             steps = own.steps or 1

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tunekit.artifacts import Artifact
     from tunekit.diffusion.sampling import Guided
     from tunekit.families.family import Conditioning
+    from tunekit.passes.models import Models
     from tunekit.runtime import Runtime
 
 AT_ONCE = 4
@@ -90,7 +91,8 @@ class TuneSampler(Pass):
     def options(cls, target: str, minutes: float) -> Sequence[Ladder]:
         """Ever fewer calls, in the samplers that need fewest."""
         shared = {"samplers": ["ddim", "unipc", "dpm++2m"], "pictures": 4}
-        return [[[{cls.kind: {"calls": calls, **shared}}] for calls in (32, 24, 16, 12, 10, 8, 7, 6, 5)]]
+        counts = (32, 24, 16, 12, 10, 8, 7, 6, 5, 4, 3)
+        return [[[{cls.kind: {"calls": calls, **shared}}] for calls in counts]]
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
         """Refuses two goals at once."""
@@ -134,7 +136,7 @@ class TuneSampler(Pass):
         with context.running(artifact) as runtime:
             own = context.sampling_of(artifact).over(runtime.sampling)
             search = _Search(
-                Pictures(runtime, own, seen, context.seed, self.pictures),
+                Pictures(runtime, own, seen, context.seed, self.pictures, context.models),
                 self.keep.psnr,
                 time.monotonic() + 60 * self.minutes,
                 context.say,
@@ -148,7 +150,7 @@ class TuneSampler(Pass):
                 best = search.within(found, self.calls, guidance=self.interval)
             else:
                 best = search.fewest(found, guidance=self.interval)
-            others = Pictures(runtime, own, unseen, context.seed + APART, self.pictures)
+            others = Pictures(runtime, own, unseen, context.seed + APART, self.pictures, context.models)
             taken, final, note = self._verified(search, best, others)
             floor = None if self._fixed else search.pictures.floor  # nothing is said to be near enough
         shown = others.prompts, others.seeds
@@ -217,15 +219,30 @@ class Pictures:
     """Prompts and seeds, and what the model's own settings draw of them."""
 
     def __init__(
-        self, runtime: Runtime, own: SamplingConfig, prompts: Sequence[str], seed: int, count: int
+        self,
+        runtime: Runtime,
+        own: SamplingConfig,
+        prompts: Sequence[str],
+        seed: int,
+        count: int,
+        models: Models | None = None,
     ) -> None:
+        """Draws with the model's own settings, for all chains that share `models` once."""
         import torch
 
         self.runtime, self.own = runtime, own
         self.prompts = list(islice(cycle(prompts), count))
         self.seeds = [seed + index for index in range(count)]
         self._told: dict[Any, tuple[Conditioning, Guided | None]] = {}
-        self.wanted = torch.cat(list(self._draw(own, self.seeds)))
+
+        def drawn() -> Tensor:
+            return torch.cat(list(self._draw(own, self.seeds)))
+
+        if models is None or runtime.artifact is None:
+            self.wanted = drawn()
+        else:
+            said = [runtime.artifact.hash, runtime.title, own.model_dump_json(), self.prompts, self.seeds]
+            self.wanted = models.once(f"pictures {said}", drawn)
         self.latest = self.wanted  # what was drawn last
         self.calls = calls(runtime, own)
         if not bool(self.wanted.isfinite().all()):
