@@ -140,6 +140,7 @@ def _rows(
             ],
         }
         for index, (one, found) in enumerate(zip(contestants, facts, strict=True))
+        if any(cells[index][0] for cells in columns.values())
     ]
 
 
