@@ -22,7 +22,7 @@ from pathlib import Path
 HOME = Path(__file__).resolve().parent.parent
 BIN = HOME / ".venv" / ("Scripts" if os.name == "nt" else "bin")
 ENDING = ".exe" if os.name == "nt" else ""
-ALL = "onnx,quant,openvino,tensorrt,trackers,metrics,sweep,dev"
+ALL = "onnx,quant,openvino,tensorrt,trackers,metrics,sweep,cluster,dev"
 OLDEST = (3, 11)
 
 

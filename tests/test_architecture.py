@@ -17,7 +17,7 @@ from tunekit.resources import PACKAGE
 # Each imports only from those to its right; names within { } are siblings and do not know each other.
 # CONTRIBUTING.md says the same.
 LAYERS = """
-    __main__ > cli > sweep > worker > workspace > {explain, running, comparison} > preconditions
+    __main__ > cli > {sweep, cluster} > worker > workspace > {explain, running, comparison} > preconditions
         > planning > passes > training > {memory, data, runtime} > {adapters, tasks, report, doctor, card}
         > families > {diffusion, layers, launch, networks} > artifacts > config
         > {hardware, optimizers, progress, jobs}
@@ -38,6 +38,7 @@ WITHOUT_TORCH = [
     "planning",
     "preconditions",
     "worker",
+    "cluster",
     "sweep.engine",
     "memory.plan",
     *(f"config.{path.stem}" for path in sorted((PACKAGE / "config").glob("[!_]*.py"))),

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,12 +78,18 @@ def submit(
     return job, loaded
 
 
-def devices(asked: Sequence[str] = ()) -> list[str]:
+def devices(asked: Sequence[str] = (), *, wanted: Collection[str] = ()) -> list[str]:
     """The devices to work on: those that are asked for, else every card there is, else the processor.
+
+    Args:
+        asked: "cpu", "cuda", "cuda:1".
+        wanted: what jobs ask for; where nothing else is asked for and some want the processor, it is one too.
 
     Raises:
         DeviceError: one is not there.
     """
+    if not asked and "cpu" in wanted:
+        asked = ["auto", "cpu"] if set(wanted) - {"cpu"} else ["cpu"]
     if asked and all(name == "cpu" for name in asked):
         return ["cpu"]  # known without torch
     import torch
@@ -255,23 +261,25 @@ class Worker:
 
     def serves(self, job: Job) -> bool:
         """Whether a job may be this worker's: of its group, and for a device that it has."""
-        return (self.group is None or job.group == self.group) and bool(self._served(job))
+        return (self.group is None or job.group == self.group) and bool(self._served(job.device))
+
+    def has(self, device: str) -> bool:
+        """Whether it has what a config asks for: "auto", "cpu", "cuda:1"."""
+        return bool(self._served(device))
 
     def _waiting(self) -> list[Job]:
         return [job for job in self.queue.jobs() if job.state == "waiting" and self.serves(job)]
 
-    def _served(self, job: Job) -> list[str]:
-        """The devices that a job may run on."""
-        kind, _, number = job.device.partition(":")
+    def _served(self, device: str) -> list[str]:
+        """The devices for a job that asks for one."""
+        kind, _, number = device.partition(":")
         if kind == "auto":
-            return list(self.devices)
-        return [
-            name for name in self.devices if _own(name) == job.device or (_kind(name) == kind and not number)
-        ]
+            return [name for name in self.devices if _kind(name) != "cpu"] or list(self.devices)
+        return [name for name in self.devices if _own(name) == device or (_kind(name) == kind and not number)]
 
     def _place(self, job: Job, running: Sequence[Job]) -> str | None:
         """The device, or devices, that have room for a job beside those that run; None if none has."""
-        served = self._served(job)
+        served = self._served(job.device)
         if job.processes > 1 and _kind(served[0]) != "cpu":
             free = [name for name in served if not any(name in other.on.split(",") for other in running)]
             for first in free:
@@ -296,7 +304,7 @@ class Worker:
         if job.device_bytes is None and (len(self._others) > 1 if on_cpu else self._differ()):
             return False  # how many threads it gets, or which card, depends on what it needs
         if not there:
-            largest = max(self._room(name) for name in self._served(job))
+            largest = max(self._room(name) for name in self._served(job.device))
             room = self._room(device)
             return not self._differ() or self._needs(job, device) <= room or room == largest
         if on_cpu and len(there) >= self._processors(device):
@@ -350,7 +358,7 @@ class Worker:
         ours = [self.queue.job(number) for number in self.running]
         for job in [*(job for job in ours if job), *self._others]:
             if job.device_bytes is None:
-                device = job.on.split(",")[0] or self._served(job)[0]
+                device = job.on.split(",")[0] or self._served(job.device)[0]
                 command = [sys.executable, "-m", "tunekit", "plan", job.config, *job.overrides]
                 answer = tempfile.TemporaryFile()  # noqa: SIM115 - read when the process has ended
                 process = subprocess.Popen(

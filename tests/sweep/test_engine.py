@@ -171,6 +171,12 @@ def test_two_sweeps_of_one_name(swept: Swept) -> None:
         sweep.run(Worker(sweep.queue, ["cpu"], 1, "s"))
 
 
+def test_a_device_that_is_not_there(swept: Swept) -> None:
+    sweep = Sweep.open(swept("rank: [1, 2]"))
+    with pytest.raises(TunekitError, match=r"s\.yaml:1: trials ask for cpu, and there is cuda:0"):
+        sweep.run(Worker(sweep.queue, ["cuda:0"], 1, "s"))
+
+
 def test_only_its_own_jobs_are_run(swept: Swept) -> None:
     other = Queue.of("runs").add("curve.yaml", run="runs/other")
     run(swept("rank: [1, 2]"))

@@ -102,6 +102,14 @@ def test_files_that_are_not_there_or_something_else(here: Path) -> None:
         Sweep.open("s.yaml")
 
 
+def test_overrides_are_for_what_is_not_varied(swept: Swept) -> None:
+    path = swept("train.lr: [1.0, 2.0]")
+    with pytest.raises(TunekitError, match=r"command line: train\.lr: the sweep varies it"):
+        Sweep.open(path, ["train.lr=3"])
+    with pytest.raises(TunekitError, match="command line: name: a sweep names its runs itself"):
+        Sweep.open(path, ["name=mine"])
+
+
 def test_a_sweep_does_not_write_into_a_run(swept: Swept) -> None:
     RunFolder(Path("runs/s")).config.parent.mkdir(parents=True)
     Path("runs/s/config.yaml").touch()

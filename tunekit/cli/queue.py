@@ -104,7 +104,8 @@ def start(
         own.start(own.find(name).id)
     if only:
         return
-    served = worker.devices(names_of(devices))
+    wanted = {job.device for job in own.jobs() if job.state == "waiting"}
+    served = worker.devices(names_of(devices), wanted=wanted)
     for line in worker.unserved(own, served):
         screen.say(screen.console(stderr=True), line, "yellow")
     busy = worker.Worker(own, served, at_once_of(at_once), say=lambda line: print(line, flush=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ from tunekit.cli import screen
 from tunekit.cli.options import AsJson, AtOnce, Devices, Overrides, at_once_of, names_of
 
 if TYPE_CHECKING:
+    from tunekit.cluster import ClusterWorker
     from tunekit.sweep.engine import Sweep, Trial
 
 
@@ -18,6 +20,10 @@ def sweep(
     overrides: Overrides = None,
     at_once: AtOnce = "auto",
     devices: Devices = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="auto|HOST:PORT", help="Ray cluster to run on; auto starts one if none runs"),
+    ] = None,
     dry: Annotated[bool, typer.Option("--dry-run", help="check it and show the trials; begin none")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -32,16 +38,28 @@ def sweep(
     made = Sweep.open(file, overrides or (), say=lambda line: err.print(line, soft_wrap=True))
     if not dry:
         limit = at_once_of(at_once)
-        worker = workers.Worker(made.queue, workers.devices(names_of(devices)), limit, made.name)
-        worker.say = lambda line: err.print(line, style="dim", soft_wrap=True)
-        _ready(made)
-        made.run(worker)
+        with ExitStack() as stack:
+            if cluster is None:
+                served = workers.devices(names_of(devices), wanted=made.devices)
+                worker = workers.Worker(made.queue, served, limit, made.name)
+            else:
+                worker = _on_cluster(made, cluster, limit, stack)
+            _ready(made)
+            worker.say = lambda line: err.print(line, style="dim", soft_wrap=True)
+            made.run(worker)
     if as_json:
         screen.print_json(made.record().model_dump(mode="json"))
     else:
         _show(made, dry=dry)
     if not dry and any(trial.state == "failed" for trial in made.trials):
         raise typer.Exit(1)
+
+
+def _on_cluster(made: Sweep, address: str, at_once: int | None, stack: ExitStack) -> ClusterWorker:
+    from tunekit import cluster as clusters
+
+    nodes = stack.enter_context(clusters.cluster(address, made.runs))
+    return clusters.ClusterWorker.on(nodes, made.queue, at_once, made.name)
 
 
 def _ready(made: Sweep) -> None:

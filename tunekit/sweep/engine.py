@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tunekit.artifacts import RunFolder
 from tunekit.config import Loaded, recipe_of
 from tunekit.config.run import FREE
-from tunekit.errors import ArtifactError, ConfigError, TunekitError
+from tunekit.errors import ArtifactError, ConfigError, DeviceError, TunekitError
 from tunekit.files import write_json
 from tunekit.jobs import Job, Queue, locked
 from tunekit.records import Count, Record, Seconds, read
@@ -46,6 +46,7 @@ COUNTS = (
     "adapter.init",
     "train.validate_every",
     "train.keep_best",
+    "train.early_stop",
     "train.final",
 )
 """Keys that a run may change between its lives, and that curves depend on."""
@@ -163,6 +164,8 @@ class Sweep:
     rule: Rule | None = None
     proposer: Proposer | None = None
     say: Callable[[str], None] = print
+    devices: frozenset[str] = frozenset()
+    """What trials ask for: "auto", "cpu", "cuda:1"."""
     seconds: float = 0.0
     """Of all lives, up to the last time that it was written down."""
     _begun: float = field(default_factory=time.monotonic)
@@ -203,6 +206,8 @@ class Sweep:
         runs = Path(configs[0].runs).expanduser()
         sweep = cls(file, axes, [], figure_of(file, configs), runs, say=say)
         _matters(file, axes, sweep.figure)
+        memories = [getattr(config, "memory", None) for config in configs]
+        sweep.devices = frozenset(memory.device if memory else "auto" for memory in memories)
         sweep.rule = _rule(file, sweep.figure, configs)
         if (sweep.folder / "config.yaml").exists():
             raise ConfigError(
@@ -276,9 +281,16 @@ class Sweep:
         Raises:
             Interrupted: it was told to end; trials that ran have a checkpoint, and the same command goes on.
             ArtifactError: another process works on this sweep.
+            DeviceError: a trial asks for a device that the worker does not have.
             ConfigError: no trial has reported the metric.
             TunekitError: all trials have failed, for the reason that it says.
         """
+        if lost := [name for name in self.devices if not worker.has(name)]:
+            raise DeviceError(
+                f"trials ask for {', '.join(sorted(lost))}, and there is {', '.join(worker.devices)}",
+                where=self.file.where("config"),
+                hint="give --devices, or memory.device=auto behind the file",
+            )
         busy = f"another process works on the sweep {self.name}"
         with locked(self.folder / ".lock", busy=busy):
             self._begun = time.monotonic()

@@ -220,6 +220,12 @@ def read_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepFile:
                 where=document.where(("over", key)),
                 key=key,
             )
+    swept = {as_path(key) for key in settings.over}
+    for text in overrides:
+        given = as_path(text.partition("=")[0])
+        if given in swept or given in OWN[:1]:
+            why = "the sweep varies it" if given in swept else "a sweep names its runs itself"
+            raise ConfigError(f"{given}: {why}", where=COMMAND_LINE, key=given, hint="leave it out")
     beside = file.parent / expand(settings.config)
     try:
         config = beside if beside.is_file() else find_config(settings.config)

@@ -1,0 +1,339 @@
+"""Works on a queue with the machines of a Ray cluster: the worker's rules, with processes that run elsewhere.
+
+    with cluster("auto", "runs") as nodes:
+        ClusterWorker.on(nodes, Queue.of("runs")).work()
+
+A device is named with its node, "1a2b3c4d/cuda:0". Ray starts processes, tells of nodes that are gone, and
+nothing else: which job comes next, where there is room for it and when it ends is said by the same code as on
+one machine, so a sweep comes to the same. Run folders, the queue and the configs are on a disk that all nodes
+see under one path; a node that does not see it is refused before anything begins.
+
+A job whose node is gone waits again, and goes on from its checkpoint elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunekit import hardware
+from tunekit.errors import DeviceError, OutputError, output_errors, require
+from tunekit.jobs import Held, Queue
+from tunekit.worker import CONTEXT_BYTES, GONE, Process, Worker
+
+SHORT = 8
+"""Letters of a node's id that name it."""
+AWAY = 30.0
+"""Seconds in which a node that has lost a job gets no other."""
+_ANSWER = 60.0
+"""Seconds that a node has to answer."""
+
+
+@dataclass
+class Node:
+    """A machine of the cluster.
+
+    Attributes:
+        id: Ray's.
+        host: its name.
+        rooms: bytes that jobs may have of each of its devices, "cpu" or "cuda:0".
+        processors: of its CPU.
+    """
+
+    id: str
+    host: str
+    rooms: dict[str, int]
+    processors: int
+
+    @property
+    def name(self) -> str:
+        """As devices name it."""
+        return self.id[:SHORT]
+
+
+@dataclass
+class Nodes:
+    """The machines of a cluster."""
+
+    ray: Any
+    found: dict[str, Node] = field(default_factory=dict)
+
+    @property
+    def devices(self) -> list[str]:
+        """All cards, and all processors: these for jobs that ask for one, or where there is no card."""
+        return [f"{node.name}/{device}" for node in self.found.values() for device in node.rooms]
+
+    def on(self, node: Node) -> Any:
+        """Ray's options for a task that belongs to a node."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        # Who has room is decided by plans, so that Ray itself need not count.
+        return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False)}
+
+
+@contextmanager
+def cluster(address: str, runs: Path | str) -> Iterator[Nodes]:
+    """Connects to a Ray cluster, and asks each of its nodes what it is.
+
+    Args:
+        address: "auto" for the one that runs here, else one that is started on this machine for as long as
+            this lasts; or host:port.
+        runs: a folder that all nodes must see.
+
+    Raises:
+        MissingPackageError: Ray is not installed.
+        DeviceError: there is no such cluster; a node has another tunekit or Python, or does not answer.
+        OutputError: a node does not see the folder, or cannot write to it.
+    """
+    ray = require("ray", extra="cluster", why="--cluster needs")
+    own = not ray.is_initialized()
+    if own:
+        os.environ.setdefault(
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+        )  # what sees which card, jobs are told
+        _connect(ray, address)
+    try:
+        nodes = Nodes(ray)
+        _look(nodes, Path(runs).expanduser().absolute())
+        yield nodes
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def _connect(ray: Any, address: str) -> None:
+    # Its dashboard is a job interface that asks nobody who they are.
+    quiet = {"log_to_driver": False, "logging_level": "error"}
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        if address != "auto" or not isinstance(error, ConnectionError):
+            text = str(error).strip().partition("\n")[0]
+            raise DeviceError(f"there is no Ray cluster at {address}: {text}", where="--cluster") from error
+        ray.init(include_dashboard=False, **quiet)
+
+
+def _describe(folder: str, token: str, cards: int) -> dict[str, Any]:
+    """What a node says of itself; runs there.
+
+    Args:
+        folder: of the runs.
+        token: a file in it.
+        cards: how many Ray has found.
+    """
+    import tunekit
+
+    rooms = {"cpu": hardware.machine_memory()[1]}
+    if cards:
+        import torch
+
+        for index in range(cards):
+            total = torch.cuda.get_device_properties(index).total_memory
+            rooms[f"cuda:{index}"] = int(total) - CONTEXT_BYTES
+    return {
+        "host": socket.gethostname(),
+        "tunekit": tunekit.__version__,
+        "python": sys.version.split()[0],
+        "sees": Path(folder, token).is_file() and os.access(folder, os.W_OK),
+        "rooms": rooms,
+        "processors": hardware.processors(),
+    }
+
+
+def _look(nodes: Nodes, runs: Path) -> None:
+    """Asks all nodes, and holds their answers against this machine."""
+    import tunekit
+
+    ray = nodes.ray
+    token = f".cluster-{uuid.uuid4().hex}"
+    with output_errors(runs / token):
+        runs.mkdir(parents=True, exist_ok=True)
+        (runs / token).touch()
+    try:
+        items = [item for item in ray.nodes() if item["Alive"]]
+        alive = [Node(item["NodeID"], "", {}, 1) for item in items]
+        cards = [int(item.get("Resources", {}).get("GPU", 0)) for item in items]
+        describe = ray.remote(_describe)
+        asked = [
+            describe.options(**nodes.on(node)).remote(str(runs), token, count)
+            for node, count in zip(alive, cards, strict=True)
+        ]
+        for node, answer in zip(alive, asked, strict=True):
+            try:
+                told = ray.get(answer, timeout=_ANSWER)
+            except Exception as error:
+                text = str(error).strip().splitlines()[-1:]
+                raise DeviceError(
+                    f"the node {node.name} does not answer: {' '.join(text)}",
+                    where="--cluster",
+                    hint="install the same tunekit there: scripts/setup cluster",
+                ) from error
+            node.host, node.rooms, node.processors = told["host"], told["rooms"], told["processors"]
+            for what, own in (("tunekit", tunekit.__version__), ("python", sys.version.split()[0])):
+                if told[what] != own:
+                    raise DeviceError(
+                        f"the node {node.name} ({node.host}) has {what} {told[what]}, and this one {own}",
+                        where="--cluster",
+                        hint="install the same versions on all nodes",
+                    )
+            if not told["sees"]:
+                raise OutputError(
+                    f"the node {node.name} ({node.host}) does not see {runs}, or cannot write there",
+                    where="--cluster",
+                    hint="put runs on a disk that all nodes share: runs=/shared/runs",
+                )
+            nodes.found[node.name] = node
+    finally:
+        (runs / token).unlink(missing_ok=True)
+
+
+class _Agent:
+    """Runs a job's process on its node. One at a time asks it, so that the thread that began it stays."""
+
+    def begin(self, command: list[str], cwd: str, told: dict[str, str], log: str) -> int:
+        import subprocess
+
+        from tunekit.launch import die_with_parent
+
+        output = Path(log).open("ab")  # noqa: SIM115 - as long as this actor
+        self.process = subprocess.Popen(
+            [sys.executable if word == "{python}" else word for word in command],
+            cwd=cwd,
+            env={**os.environ, **told},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # One thread alone is here.
+            preexec_fn=die_with_parent,  # noqa: PLW1509
+        )
+        return self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def send(self, number: int) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+
+
+class RemoteProcess:
+    """A process on a node, asked like one that is here."""
+
+    def __init__(self, ray: Any, agent: Any, began: Any, log: Path) -> None:
+        self._ray, self._agent, self._log = ray, agent, log
+        self._answer: Any = began
+        self._first = True
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Its exit code, once it has one."""
+        if self.returncode is not None:
+            return self.returncode
+        ready, _ = self._ray.wait([self._answer], timeout=0)
+        if not ready:
+            return None
+        try:
+            answer = self._ray.get(self._answer)
+        except self._ray.exceptions.RayTaskError as error:  # what the agent itself met
+            with suppress(OSError), self._log.open("a", encoding="utf-8") as log:
+                log.write(f"error: it could not be started: {str(error).strip().splitlines()[-1]}\n")
+            self.returncode = 1
+            return self.returncode
+        except self._ray.exceptions.RayError:  # the agent has died, perhaps with its node
+            self.returncode = GONE
+            return self.returncode
+        if not self._first:
+            self.returncode = answer
+        self._first = False
+        if self.returncode is None:
+            self._answer = self._agent.poll.remote()
+        else:
+            self._ray.kill(self._agent)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal to it."""
+        self._agent.send.remote(int(number))
+
+
+@dataclass
+class ClusterWorker(Worker):
+    """A worker whose devices are those of a cluster's nodes; see `on`."""
+
+    nodes: Nodes | None = None
+    _away: dict[str, float] = field(default_factory=dict)
+    """Nodes that have lost a job, and when."""
+
+    @classmethod
+    def on(
+        cls, nodes: Nodes, queue: Queue, at_once: int | None = None, group: str | None = None
+    ) -> ClusterWorker:
+        """A worker on all nodes."""
+        worker = cls(queue, nodes.devices, at_once, group, nodes=nodes)
+        for node in nodes.found.values():
+            worker._rooms |= {f"{node.name}/{device}": room for device, room in node.rooms.items()}
+        return worker
+
+    def _start(self, held: Held, command: list[str], log: Path) -> Process:
+        assert self.nodes is not None
+        job, node = held.job, self._node(held.job.on)
+        agent = self.nodes.ray.remote(_Agent).options(**self.nodes.on(node)).remote()
+        words = ["{python}" if word == sys.executable else word for word in command]
+        told = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), **self._environment(job)}
+        return RemoteProcess(self.nodes.ray, agent, agent.begin.remote(words, job.cwd, told, str(log)), log)
+
+    def tick(self) -> bool:
+        """See `Worker.tick`.
+
+        Raises:
+            DeviceError: no node is left.
+        """
+        self._return()
+        return super().tick()
+
+    def _lose(self, held: Held) -> None:
+        """Gives no more to the node for a while: that it is gone is not known at once."""
+        super()._lose(held)
+        self._away[held.job.on.partition("/")[0]] = time.monotonic()
+        self._serve()
+
+    def _return(self) -> None:
+        """Takes nodes back that live, after a while."""
+        late = [name for name, since in self._away.items() if time.monotonic() - since > AWAY]
+        if not late or self.nodes is None:
+            return
+        alive = {item["NodeID"] for item in self.nodes.ray.nodes() if item["Alive"]}
+        for name in late:
+            del self._away[name]
+            if name in self.nodes.found and self.nodes.found[name].id not in alive:
+                del self.nodes.found[name]
+        self._serve()
+        if not self.nodes.found:
+            raise DeviceError("all nodes of the cluster are gone; the same command goes on with others")
+
+    def _serve(self) -> None:
+        assert self.nodes is not None
+        names = [device for device in self.nodes.devices if device.partition("/")[0] not in self._away]
+        self.devices = names
+
+    def _node(self, device: str) -> Node:
+        assert self.nodes is not None
+        return self.nodes.found[device.partition("/")[0]]
+
+    def _processors(self, device: str) -> int:
+        return self._node(device).processors
+
+    def _plan_options(self, device: str) -> list[str]:
+        """Of a card that is elsewhere, its memory is what counts."""
+        if device.endswith("/cpu"):
+            return ["--device", "cpu"]
+        return ["--budget", f"{self._room(device) // 2**20} MiB"]
