@@ -66,6 +66,15 @@ def test_axes_that_gain_nothing_together_are_not_tried_on() -> None:
     assert len([point for point in search.known if all(point)]) <= 2
 
 
+def test_two_that_disturb_each_other_say_nothing_of_a_third() -> None:
+    """Cached steps and few steps together draw badly; int8 goes with either all the same."""
+    search = Tradeoff([2, 2, 2], {"psnr": 1.0})
+    while (point := search.next()) is not None:
+        error = 0.4 * point[0] + 0.4 * point[1] + 0.1 * point[2] + 9 * point[0] * point[1]
+        search.known[point] = Found({"psnr": error}, 0.5 ** sum(point))
+    assert (1, 1, 0) in search.known and search.best()[0] in ((0, 1, 1), (1, 0, 1))
+
+
 def test_what_takes_long_is_tried_when_the_rest_is_combined() -> None:
     """A ladder that trains waits; the others are combined before."""
     ladders = [Rungs(0, (1,), 2), Rungs(0, (2, 3), 1), Rungs(1, (1, 2)), Rungs(2, (1, 2, 3, 4, 5))]

@@ -230,24 +230,19 @@ class Tradeoff:
         return found[1] if found else None
 
     def _together(self) -> dict[frozenset[int], dict[str, float]]:
-        """Axes that were measured together -> measured over predicted errors and cost, as geometric means.
-
-        Errors of no axes at all are those of all combinations so far.
-        """
-        logs: dict[frozenset[int], dict[str, list[float]]] = {frozenset(): {}}
+        """Axes that were measured together -> measured over predicted errors and cost, as geometric means."""
+        logs: dict[frozenset[int], dict[str, list[float]]] = {}
         for point, found in self.known.items():
             axes = _active(point)
             told = self.predict(point) if found is not None and len(axes) > 1 else None
             if told is None or found is None:
                 continue
-            own, every = logs.setdefault(axes, {}), logs[frozenset()]
+            own = logs.setdefault(axes, {})
             if told.cost > 0 and found.cost > 0:
                 own.setdefault(COST, []).append(math.log(found.cost / told.cost))
             for name in self.limits:
                 if told.errors[name] > 0 and 0 < found.errors[name] < math.inf:
-                    ratio = math.log(found.errors[name] / told.errors[name])
-                    own.setdefault(name, []).append(ratio)
-                    every.setdefault(name, []).append(ratio)
+                    own.setdefault(name, []).append(math.log(found.errors[name] / told.errors[name]))
         return {
             axes: {name: math.exp(sum(values) / len(values)) for name, values in of.items()}
             for axes, of in logs.items()
@@ -265,15 +260,15 @@ def _active(point: Point) -> frozenset[int]:
 def _nearest(
     together: Mapping[frozenset[int], Mapping[str, float]], axes: frozenset[int]
 ) -> dict[str, float]:
-    """What is known of the most of these axes, over what is known of all."""
-    known = dict(together[frozenset()])
-    within = [measured for measured in together if measured <= axes and measured]
-    if within:
-        most = max(map(len, within))
-        for measured in within:
-            if len(measured) == most:
-                known |= {
-                    name: max(value, known[name]) if name in known and name == COST else value
-                    for name, value in together[measured].items()
-                }
-    return {COST: 1.0, **known}
+    """What is known of the most of these axes; the worst, where several are as many.
+
+    Of others nothing is concluded: two that disturb each other say nothing of a third.
+    """
+    within = [measured for measured in together if measured <= axes]
+    most = max(map(len, within), default=0)
+    found: dict[str, float] = {COST: 1.0}
+    for measured in within:
+        if len(measured) == most:
+            for name, value in together[measured].items():
+                found[name] = max(value, found.get(name, 0.0)) if name != COST else max(value, found[COST])
+    return found
