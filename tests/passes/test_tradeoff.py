@@ -72,7 +72,7 @@ def test_two_that_disturb_each_other_say_nothing_of_a_third() -> None:
     while (point := search.next()) is not None:
         error = 0.4 * point[0] + 0.4 * point[1] + 0.1 * point[2] + 9 * point[0] * point[1]
         search.known[point] = Found({"psnr": error}, 0.5 ** sum(point))
-    assert (1, 1, 0) in search.known and search.best()[0] in ((0, 1, 1), (1, 0, 1))
+    assert search.best()[0] in ((0, 1, 1), (1, 0, 1))
 
 
 def test_what_takes_long_is_tried_when_the_rest_is_combined() -> None:

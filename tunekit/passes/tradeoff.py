@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 
 Point = tuple[int, ...]
 """The number of the choice on each axis; 0 is the mildest."""
+Together = Mapping[frozenset[int], Mapping[str, float]]
+"""Axes -> measured over predicted errors and cost."""
 COST = "cost"
 GAIN = 0.03
 """Costs that differ by less are not called different: rounds of a measurement differ as much."""
@@ -230,7 +232,7 @@ class Tradeoff:
         return found[1] if found else None
 
     def _together(self) -> dict[frozenset[int], dict[str, float]]:
-        """Axes that were measured together -> measured over predicted errors and cost, as geometric means."""
+        """Of axes that were measured together, as geometric means."""
         logs: dict[frozenset[int], dict[str, list[float]]] = {}
         for point, found in self.known.items():
             axes = _active(point)
@@ -257,9 +259,7 @@ def _active(point: Point) -> frozenset[int]:
     return frozenset(axis for axis, choice in enumerate(point) if choice)
 
 
-def _nearest(
-    together: Mapping[frozenset[int], Mapping[str, float]], axes: frozenset[int]
-) -> dict[str, float]:
+def _nearest(together: Together, axes: frozenset[int]) -> dict[str, float]:
     """What is known of the most of these axes; the worst, where several are as many.
 
     Of others nothing is concluded: two that disturb each other say nothing of a third.
