@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 
 Point = tuple[int, ...]
 """The number of the choice on each axis; 0 is the mildest."""
-Together = Mapping[frozenset[int], Mapping[str, float]]
-"""Axes -> measured over predicted errors and cost."""
 COST = "cost"
 GAIN = 0.03
 """Costs that differ by less are not called different: rounds of a measurement differ as much."""
@@ -219,7 +217,7 @@ class Tradeoff:
             told = self.predict(point)
             if told is None:
                 continue
-            wrong = _nearest(together, _active(point))
+            wrong = _nearest(together, point)
             cost = told.cost * wrong[COST]
             if cost >= (1 - GAIN) * bound:
                 continue
@@ -231,24 +229,20 @@ class Tradeoff:
                 found = (cost, point)
         return found[1] if found else None
 
-    def _together(self) -> dict[frozenset[int], dict[str, float]]:
-        """Of axes that were measured together, as geometric means."""
-        logs: dict[frozenset[int], dict[str, list[float]]] = {}
+    def _together(self) -> dict[Point, dict[str, float]]:
+        """Combinations that were measured -> measured over predicted errors and cost."""
+        ratios: dict[Point, dict[str, float]] = {}
         for point, found in self.known.items():
-            axes = _active(point)
-            told = self.predict(point) if found is not None and len(axes) > 1 else None
+            told = self.predict(point) if found is not None and len(_active(point)) > 1 else None
             if told is None or found is None:
                 continue
-            own = logs.setdefault(axes, {})
+            own = ratios.setdefault(point, {})
             if told.cost > 0 and found.cost > 0:
-                own.setdefault(COST, []).append(math.log(found.cost / told.cost))
+                own[COST] = found.cost / told.cost
             for name in self.limits:
                 if told.errors[name] > 0 and 0 < found.errors[name] < math.inf:
-                    own.setdefault(name, []).append(math.log(found.errors[name] / told.errors[name]))
-        return {
-            axes: {name: math.exp(sum(values) / len(values)) for name, values in of.items()}
-            for axes, of in logs.items()
-        }
+                    own[name] = found.errors[name] / told.errors[name]
+        return ratios
 
     def _alone(self, axis: int, choice: int) -> Point:
         return tuple(choice if index == axis else 0 for index in range(len(self.choices)))
@@ -259,16 +253,22 @@ def _active(point: Point) -> frozenset[int]:
     return frozenset(axis for axis, choice in enumerate(point) if choice)
 
 
-def _nearest(together: Together, axes: frozenset[int]) -> dict[str, float]:
-    """What is known of the most of these axes; the worst, where several are as many.
+def _nearest(together: Mapping[Point, Mapping[str, float]], point: Point) -> dict[str, float]:
+    """What was found out about the combination with the most of these axes, and of those the nearest.
 
-    Of others nothing is concluded: two that disturb each other say nothing of a third.
+    Of errors it holds for what is as bold or bolder, and half as much with each choice that is milder. Of
+    other axes nothing is concluded: two that disturb each other say nothing of a third.
     """
-    within = [measured for measured in together if measured <= axes]
-    most = max(map(len, within), default=0)
-    found: dict[str, float] = {COST: 1.0}
-    for measured in within:
-        if len(measured) == most:
-            for name, value in together[measured].items():
-                found[name] = max(value, found.get(name, 0.0)) if name != COST else max(value, found[COST])
-    return found
+    axes = _active(point)
+    within = [other for other in together if _active(other) <= axes]
+    if not within:
+        return {COST: 1.0}
+
+    def distance(other: Point) -> tuple[int, int]:
+        return -len(_active(other)), sum(abs(point[axis] - other[axis]) for axis in _active(other))
+
+    nearest = min(within, key=distance)
+    milder = sum(max(0, nearest[axis] - point[axis]) for axis in _active(nearest))
+    return {COST: 1.0} | {
+        name: value if name == COST else value ** (0.5**milder) for name, value in together[nearest].items()
+    }
