@@ -64,7 +64,7 @@ def _pace(accelerator: Accelerator, task: Any, stream: Stream, seed: int) -> flo
             fitted.masks.draw(seed, number + 1, batch.ids, device)
             loss = task.loss(fitted.module, batch.to(device))["loss"].float().mean()
             accelerator.backward(loss)
-            float(loss)  # waits for the device
+            float(loss.detach())  # waits for the device
         for weight in fitted.parameters.values():
             weight.grad = None
     return max(1e-6, (time.perf_counter() - started) / 2)
