@@ -233,11 +233,14 @@ def test_cards_it_builds_nothing_for_are_known_before_anything_runs() -> None:
     with pytest.raises(ChainError, match=r"builds nothing for h100 \(sm90\)"):
         check_chain(parse_chain([{"build_tensorrt": {"devices": ["h100"]}}]), "onnx")
     turing = [{"export_onnx": {}}, {"build_tensorrt": {"devices": ["t4"]}}]
-    with pytest.raises(
-        ChainError, match=r"nothing in fp32 for t4 \(sm75\); write `export_onnx: \{dtype: fp16\}`"
-    ):
-        check_chain(parse_chain(turing), "torch")
-    turing[0] = {"export_onnx": {"dtype": "fp16"}}
+    for settings in ({}, {"dtype": "fp16"}):
+        turing[0] = {"export_onnx": settings}
+        with pytest.raises(
+            ChainError,
+            match=r"nothing in fp32 for t4 \(sm75\); write `export_onnx: \{dtype: fp16, keep: \[\]\}`",
+        ):
+            check_chain(parse_chain(turing), "torch")
+    turing[0] = {"export_onnx": {"dtype": "fp16", "keep": []}}
     assert check_chain(parse_chain(turing), "torch") == "tensorrt"
 
 

@@ -290,7 +290,7 @@ def test_blocks_of_a_network_in_fp16_stay_in_float32(family: Any) -> None:
         assert made.dtype == torch.float16
         errors.append(relative_error(made.float(), expected))
     print(f"{family.name}: {errors[0]:.2g} in fp16, {errors[1]:.2g} with {', '.join(kept)} in float32")
-    assert errors[1] < 1.1 * errors[0] < 3e-2
+    assert errors[1] < 1.1 * errors[0]
 
 
 def test_what_shall_stay_in_float32_must_be_there(tiny_source: Path, tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ class BuildTensorrt(Pass):
         old = [name for name in self.devices if hardware.find(name).compute_capability == (7, 5)]
         if old and any("fp32" in step.gives() for step in earlier):
             return (
-                f"builds nothing in fp32 for {old[0]} (sm75); write `export_onnx: {{dtype: fp16}}` before it"
+                f"builds nothing in fp32 for {old[0]} (sm75); write `export_onnx: {{dtype: fp16, keep: []}}`"
+                " before it"
             )
         try:
             _targets(importlib.import_module(PACKAGE), self.devices)
@@ -111,7 +112,7 @@ class BuildTensorrt(Pass):
         if start.traits.get("fp32") and not any("fp16" in step.gives() for step in earlier):
             for name in self.devices:
                 if hardware.find(name).compute_capability == (7, 5):
-                    return f"builds nothing in fp32 for {name} (sm75); export the model in fp16"
+                    return f"builds nothing in fp32 for {name} (sm75); export the model in fp16, keep: []"
         if start.sizes is None or not (self.height or self.width):
             return None
         multiple = start.sizes.family.resolution_multiple(start.sizes.configs)
@@ -344,7 +345,7 @@ def _build(trt: Any, graph: Path, shapes: Shapes, engine: str, *, sparse: bool =
         raise ModelError(
             f"TensorRT-RTX cannot build {component} for {engine}: {log.said()}",
             where=str(graph),
-            hint="sm75 (RTX 20, T4) takes fp16 only: export_onnx: {dtype: fp16}"
+            hint="sm75 (RTX 20, T4) takes fp16 only: export_onnx: {dtype: fp16, keep: []}"
             if engine == "sm75"
             else None,
         )

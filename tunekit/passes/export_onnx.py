@@ -81,7 +81,8 @@ class ExportOnnx(Pass):
 
     def gives(self) -> frozenset[str]:
         """What the graphs compute in, and whether they take adapters."""
-        return frozenset({self.dtype, "swappable"} if self.adapters else {self.dtype})
+        computed = {self.dtype} if self.keep == [] else {self.dtype, "fp32"}
+        return frozenset(computed | {"swappable"} if self.adapters else computed)
 
     def reads(self, context: Context) -> frozenset[str]:
         """Nothing else."""

@@ -44,7 +44,8 @@ def keep_whole(half: nn.Module, weights: Mapping[str, Tensor], paths: Collection
         with torch.no_grad():
             for own, tensor in module.state_dict(keep_vars=True, prefix=f"{name}.").items():
                 tensor.copy_(weights[own])
-        module.register_forward_pre_hook(_take, with_kwargs=True)
+        for inner in module.modules():  # some cast in between, to the type of another input
+            inner.register_forward_pre_hook(_take, with_kwargs=True)
         module.register_forward_hook(partial(_give, outside))
     return found
 
@@ -62,9 +63,11 @@ def _give(outside: torch.dtype, module: nn.Module, args: Any, made: Any) -> Any:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """The same, with every floating tensor in it in another type."""
+    """The same, with every floating tensor in it in another type, and every type that is to be made."""
     if isinstance(value, torch.Tensor):
         return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, torch.dtype):
+        return dtype if value.is_floating_point else value
     if isinstance(value, dict):
         return {key: _cast(item, dtype) for key, item in value.items()}
     if isinstance(value, list | tuple) and type(value) in (list, tuple):
