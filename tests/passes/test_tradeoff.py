@@ -84,6 +84,8 @@ def test_what_takes_long_is_tried_when_the_rest_is_combined() -> None:
         order.append(point)
         search.known[point] = truth(point)
     assert order.index((0, 1, 5)) < order.index((3, 0, 0)) < order.index((3, 1, 5)) < order.index((1, 0, 0))
+    between = order[order.index((0, 1, 5)) + 1 : order.index((3, 1, 5))]
+    assert not [point for point in between if point[0] and point[1:] != (0, 0)]  # all alone, then combined
     assert search.best()[0] == (3, 1, 5)
 
 

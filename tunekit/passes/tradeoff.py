@@ -102,7 +102,7 @@ class Tradeoff:
             for ladder in self.ladders:
                 if ladder.effort == effort and (point := self._rung(ladder)) is not None:
                     return point
-            if (point := self._promising()) is not None:
+            if (point := self._promising(effort)) is not None:
                 return point
         return None
 
@@ -204,15 +204,22 @@ class Tradeoff:
                 return Found(errors, below[1].cost * ratio**share)
         return None  # bolder than all that was tried
 
-    def _promising(self) -> Point | None:
-        """The cheapest combination that should keep the limits and be cheaper than what was found."""
-        useless = set(self.useless())
+    def _promising(self, effort: int) -> Point | None:
+        """The cheapest combination that should keep the limits and be cheaper than what was found.
+
+        Args:
+            effort: of its choices at most: those of more are combined when all their ladders were tried.
+        """
+        left_out = set(self.useless())
+        for ladder in self.ladders:
+            if ladder.effort > effort:
+                left_out |= {(ladder.axis, choice) for choice in ladder.choices}
         together = self._together()
         best = self.best()
         bound = self.known[best[0]].cost if best else math.inf  # type: ignore[union-attr]
         found: tuple[float, Point] | None = None
         for point in itertools.product(*(range(count) for count in self.choices)):
-            if point in self.known or any((axis, choice) in useless for axis, choice in enumerate(point)):
+            if point in self.known or any((axis, choice) in left_out for axis, choice in enumerate(point)):
                 continue
             told = self.predict(point)
             if told is None:
