@@ -75,6 +75,21 @@ def test_two_that_disturb_each_other_say_nothing_of_a_third() -> None:
     assert search.best()[0] in ((0, 1, 1), (1, 0, 1))
 
 
+def test_what_a_part_does_badly_the_whole_does_badly() -> None:
+    """Another choice of all axes that went well is no reason to try it."""
+    search = Tradeoff([3, 3, 2], {"psnr": 1.0})
+
+    def truly(point: Point) -> Found:
+        error = 0.1 * sum(point) + (9 if point[:2] == (2, 2) else 0)
+        return Found({"psnr": error}, 0.5 ** sum(point))
+
+    while (point := search.next()) is not None:
+        search.known[point] = truly(point)
+        if len(search.known) == 4:
+            search.known[2, 2, 0] = truly((2, 2, 0))
+    assert (2, 2, 1) not in search.known and search.best()[0] in ((2, 1, 1), (1, 2, 1))
+
+
 def test_what_takes_long_is_tried_when_the_rest_is_combined() -> None:
     """A ladder that trains waits; the others are combined before."""
     ladders = [Rungs(0, (1,), 2), Rungs(0, (2, 3), 1), Rungs(1, (1, 2)), Rungs(2, (1, 2, 3, 4, 5))]

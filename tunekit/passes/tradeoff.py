@@ -276,6 +276,12 @@ def _nearest(together: Mapping[Point, Mapping[str, float]], point: Point) -> dic
 
     nearest = min(within, key=distance)
     milder = sum(max(0, nearest[axis] - point[axis]) for axis in _active(nearest))
-    return {COST: 1.0} | {
+    found = {COST: 1.0} | {
         name: value if name == COST else value ** (0.5**milder) for name, value in together[nearest].items()
     }
+    for other in within:
+        if all(point[axis] == other[axis] for axis in _active(other)):  # a part of it: no better as a whole
+            for name, value in together[other].items():
+                if name != COST:
+                    found[name] = max(value, found.get(name, value))
+    return found
