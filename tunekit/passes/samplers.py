@@ -21,8 +21,9 @@ SPACINGS: tuple[Spacing, ...] = ("trailing", "leading")
 """Those that are tried: linspace is within a timestep of trailing, but for the first."""
 
 OWN = "own"
-LCM_GUIDANCE = 1.5
-"""Of latent consistency, whose few steps overshoot with more (Luo et al. 2023, arXiv:2310.04378)."""
+LCM_GUIDANCE = (1.0, 1.5)
+"""Of latent consistency, whose few steps overshoot with more (Luo et al. 2023, arXiv:2310.04378). Without
+any, a step is one call, and a model that knows its pictures well draws them so."""
 KEPT = ("prediction_type", "rescale_betas_zero_snr", "trained_betas")
 """Keys of a model's sampler that say what it has learned: a class that does not know one cannot draw it."""
 
@@ -37,6 +38,7 @@ class Kind:
         keys: of its configuration.
         is_spaced: whether timesteps of a discrete model may be spread otherwise.
         equals: row whose pictures of discrete models are the same; tried only where it is named.
+        guidance: that it is tried with instead of a larger one of the model's own.
     """
 
     discrete: str = ""
@@ -44,17 +46,18 @@ class Kind:
     keys: Mapping[str, Any] = field(default_factory=dict)
     is_spaced: bool = True
     equals: str = ""
+    guidance: tuple[float, ...] = ()
 
 
 _DPM, _FLOW = "DPMSolverMultistepScheduler", "FlowMatch{}DiscreteScheduler"
 TABLE: dict[str, Kind] = {
+    "lcm": Kind("LCMScheduler", is_spaced=False, guidance=LCM_GUIDANCE),
     "unipc": Kind("UniPCMultistepScheduler", "UniPCMultistepScheduler"),
     "dpm++2m": Kind(_DPM, _DPM),
     "ddim": Kind("DDIMScheduler", keys={"clip_sample": False}),  # latents are not within [-1, 1]
     "euler": Kind("EulerDiscreteScheduler", _FLOW.format("Euler"), equals="ddim"),
     "heun": Kind("HeunDiscreteScheduler", _FLOW.format("Heun")),
     "dpm++2m_karras": Kind(_DPM, keys={"use_karras_sigmas": True}, is_spaced=False),
-    "lcm": Kind("LCMScheduler", is_spaced=False),
 }
 """In the order they are tried: those first that need fewest steps as a rule."""
 
@@ -111,24 +114,30 @@ def candidates(
         made = kind.flow if flow else kind.discrete
         if not made:
             continue  # said by `unsuited` where it was asked for
-        for spacing in (spacings or SPACINGS) if kind.is_spaced and not flow else (None,):
-            changes: dict[str, Any] = {}
-            if name == "lcm" and runtime.cfg_scale(own) is not None and (own.guidance or 0) > LCM_GUIDANCE:
-                changes["guidance"] = LCM_GUIDANCE
+        guided = runtime.cfg_scale(own) is not None and (own.guidance or 0) > max(kind.guidance, default=0)
+        ways = [
+            (spacing, guidance)
+            for spacing in ((spacings or SPACINGS) if kind.is_spaced and not flow else (None,))
+            for guidance in ((kind.guidance if guided else ()) or (None,))
+        ]
+        for spacing, guidance in ways:
+            changes: dict[str, Any] = {} if guidance is None else {"guidance": guidance}
             try:
                 changes["scheduler"] = _scheduler(
                     runtime.scheduler, own, made, {} if flow else kind.keys, spacing
                 )
                 sampling = own.model_copy(update=changes)
-                found.setdefault(_identity(runtime, sampling), Candidate(_title(name, spacing), sampling))
+                title = _title(name, spacing, guidance)
+                found.setdefault(_identity(runtime, sampling), Candidate(title, sampling))
             except TunekitError as error:
                 troubles.append(f"{name} does not suit this model: {error.message}")
                 break
     return list(found.values()), troubles
 
 
-def _title(name: str, spacing: str | None) -> str:
-    return name if spacing is None else f"{name} {spacing}"
+def _title(name: str, spacing: str | None, guidance: float | None) -> str:
+    words = [name, *([spacing] if spacing else ())]
+    return " ".join(words if guidance is None else [*words, f"guidance {guidance:g}"])
 
 
 def _scheduler(

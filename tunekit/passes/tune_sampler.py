@@ -90,8 +90,8 @@ class TuneSampler(Pass):
     @classmethod
     def options(cls, target: str, minutes: float) -> Sequence[Ladder]:
         """Ever fewer calls, in the samplers that need fewest."""
-        shared = {"samplers": ["ddim", "unipc", "dpm++2m"], "pictures": 4}
-        counts = (32, 24, 16, 12, 10, 8, 7, 6, 5, 4, 3)
+        shared = {"samplers": ["lcm", "ddim", "unipc", "dpm++2m"], "pictures": 4}
+        counts = (32, 24, 16, 12, 10, 8, 7, 6, 5, 4, 3, 2)
         return [[[{cls.kind: {"calls": calls, **shared}}] for calls in counts]]
 
     def problem(self, format: str, earlier: Sequence[Pass]) -> str | None:
