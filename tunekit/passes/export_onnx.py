@@ -11,6 +11,7 @@ The folder holds `{text_encoder, <denoiser>, vae_encoder, vae_decoder}/model.onn
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -204,6 +205,9 @@ class ExportOnnx(Pass):
             # The family gives example inputs in the type of what they are for.
             pipeline, component = opened(facts.drawing_dtypes(torch.float16))
             kept = keep_whole(family.denoiser(pipeline), weights, within)
+            if kept:  # a family may export modules of its own, made of what the network is by now
+                again = next(one for one in family.export_components(pipeline) if one.name == name)
+                component = dataclasses.replace(again, inputs=component.inputs)
             del weights
         nodes = export_component(
             component,
