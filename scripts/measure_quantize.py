@@ -220,7 +220,7 @@ def measure_torch(model: Path) -> None:
         "the model, two calls": packed(runtime.pipeline.unet, of_model, SENSITIVE),
         "a block of 1536, 333 tokens": packed(wide, of_block, []),
     }
-    record = {**measuring.machine("torch", "torchao", "diffusers"), "rounds": ROUNDS, "networks": found}
+    record = {**measuring.machine("torch", "torchao", "diffusers"), "rounds": ROUNDS // 2, "networks": found}
     (ROOT / "benchmarks" / "quantize_torch.json").write_text(json.dumps(record, indent=2) + "\n")
     for title, rows in found.items():
         print(f"\n| {title} | call | against floats | error | weights |")
