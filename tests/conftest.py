@@ -36,38 +36,43 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 LONG = [
-    "test_runtime.py",
-    "recipes/test_families.py",
-    "passes/test_build_tensorrt.py",
-    "test_cli.py",
     "passes/test_export_onnx.py",
+    "recipes/test_families.py",
+    "test_cli.py",
+    "recipes/test_planned.py",
+    "test_documents.py",
+    "recipes/test_lora.py",
+    "recipes/test_kept.py",
+    "memory/test_trace.py",
+    "memory/test_planner.py",
+    "interop/test_optimum.py",
+    "passes/test_build_tensorrt.py",
+    "test_runtime.py",
     "passes/test_export_openvino.py",
+    "passes/test_quantize.py",
     "passes/test_tune_sampler.py",
     "passes/test_search.py",
     "passes/test_distill.py",
-    "recipes/test_lora.py",
     "passes/test_heal.py",
     "passes/test_models.py",
-    "memory/test_trace.py",
     "test_planning.py",
     "memory/test_levers.py",
-    "passes/test_quantize.py",
-    "test_documents.py",
     "passes/test_base.py",
     "families/test_against_peft.py",
-    "training/test_loop.py",
     "passes/test_merge.py",
-    "memory/test_planner.py",
     "memory/test_job.py",
 ]
-"""Files that take more than half a minute, the longest first: so no process is left alone at the end."""
+"""Files that take more than half a minute come first, so that no process is left alone at the end: one that
+traces the graphs of all families, then some that need none, then those that find them."""
 
 
-@pytest.hookimpl(tryfirst=True)  # -m chooses after this
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files come first, if tests are shared out; `each_family` is slow but for a family of each kind.
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """`each_family` is slow but for a family of each kind; long files come first, if tests are shared out.
 
-    Tests marked `gpu` are skipped where there is none; torch is asked only if there are such tests.
+    The marks are there before `-m` chooses, and the order is made after pytest has put tests with the same
+    parameters together. Tests marked `gpu` are skipped where there is none; torch is asked only if there are
+    such tests.
     """
     if long := [item for item in items if item.get_closest_marker("each_family")]:
         from tunekit import families
@@ -76,6 +81,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in long:
             if not set(kinds.values()) & set(_parameters(item)):
                 item.add_marker(pytest.mark.slow)
+    yield
     if "PYTEST_XDIST_WORKER" in os.environ:
         rank = {ROOT / "tests" / name: place for place, name in enumerate(LONG)}
         items.sort(key=lambda item: rank.get(item.path, len(rank)))

@@ -23,7 +23,7 @@ from torch import Tensor
 from tunekit import families, install, workspace
 from tunekit.adapters import add_adapter, at_strength, save_adapter
 from tunekit.artifacts import Artifact, open_artifact
-from tunekit.cli.drawing import _scales
+from tunekit.cli.drawing import strengths_of
 from tunekit.config import AdapterConfig, SamplingConfig
 from tunekit.diffusion.metrics import psnr_db, relative_error
 from tunekit.diffusion.sampling import initial_latents
@@ -867,7 +867,7 @@ def test_a_full_disk_leaves_no_empty_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_scales_are_numbers_with_commas() -> None:
-    assert _scales(None) == [] and _scales("0, 0.5,1,0.5") == [0, 0.5, 1]
+    assert strengths_of(None, "--scale") == [] and strengths_of("0, 0.5,1,0.5", "--scale") == [0, 0.5, 1]
     for text in ("", "0;1", "nan", "0,,1", "1e9", "inf"):
         with pytest.raises(ConfigError, match="no strength of an adapter"):
-            _scales(text)
+            strengths_of(text, "--scale")

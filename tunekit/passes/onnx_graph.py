@@ -87,7 +87,8 @@ def _trace(component: ExportComponent, opset: int) -> Any:
             raise ModelError(f"{component.name} cannot be exported: {reason}") from error
         assert program is not None
         model: Any = program.model
-        for name in _parameters(component) & set(model.graph.initializers):
+        parameters = _parameters(component)  # a set, whose order is another in each process
+        for name in [name for name in model.graph.initializers if name in parameters]:
             weight = model.graph.initializers.pop(name)
             weight.const_value = None
             model.graph.inputs.append(weight)
@@ -332,9 +333,10 @@ def _versioned(module: str) -> str:
 
 _IDLE = {
     *("name_or_path", "_name_or_path", "_commit_hash", "_diffusers_version", "transformers_version"),
-    *("_class_name", "_output_capturing_hooks_installed"),
+    *("_class_name", "_use_default_values", "_output_capturing_hooks_installed"),
 }
-"""Where a network came from, what its type says already, and whether it has been called before."""
+"""Where a network came from, what its type says already, which settings nobody gave (in the order of a set,
+another in each process), and whether it has been called before."""
 _WATCHER = "transformers.utils.output_capturing"
 """Whose hooks a network has once it was called; they note what goes by for those who ask for it."""
 
