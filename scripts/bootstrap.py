@@ -24,6 +24,9 @@ BIN = HOME / ".venv" / ("Scripts" if os.name == "nt" else "bin")
 ENDING = ".exe" if os.name == "nt" else ""
 ALL = "onnx,quant,openvino,tensorrt,trackers,metrics,sweep,cluster,dev"
 OLDEST = (3, 11)
+SIGNALS = ("tests/training", "tests/test_worker.py", "tests/test_launch.py")
+"""Tests that send signals to their own process. Where it held the threads of OpenVINO and TensorRT from the tests
+before, it died of that more than once, so they have processes of their own."""
 
 
 def run(*command: object) -> int:
@@ -102,10 +105,9 @@ def test(*arguments: str) -> int:
         return run(*pytest, *rest)
     # Long files first, which the tests' conftest.py knows, so that no process is left with one at the end.
     spread = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder")
-    first = run(*pytest, *chosen, *spread, "--durations=25", "tests", "--ignore=tests/training")
-    # The training tests raise real signals; once, in a process that held the threads of OpenVINO and TensorRT
-    # from the tests before, that ended in a segmentation fault. So they have processes of their own.
-    return run(*pytest, *chosen, "-n", "auto", "--maxprocesses", "4", "tests/training") or first
+    apart = [f"--ignore={path}" for path in SIGNALS]
+    first = run(*pytest, *chosen, *spread, "--durations=25", "tests", *apart)
+    return run(*pytest, *chosen, "-n", "auto", "--maxprocesses", "4", *SIGNALS) or first
 
 
 def check() -> int:
