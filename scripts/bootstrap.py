@@ -25,8 +25,8 @@ ENDING = ".exe" if os.name == "nt" else ""
 ALL = "onnx,quant,openvino,tensorrt,trackers,metrics,sweep,cluster,dev"
 OLDEST = (3, 11)
 SIGNALS = ("tests/training", "tests/test_worker.py", "tests/test_launch.py")
-"""Tests that send signals to their own process. Where it held the threads of OpenVINO and TensorRT from the tests
-before, it died of that more than once, so they have processes of their own."""
+"""Tests that send signals to their own process. Where it held the threads of OpenVINO and TensorRT from the
+tests before, it died of that more than once, so they have processes of their own."""
 
 
 def run(*command: object) -> int:
