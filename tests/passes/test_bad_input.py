@@ -113,7 +113,7 @@ def test_ranges_of_prompts_without_sense(tmp_path: Path) -> None:
     )
     keep = list(families.get("sd15").facts.denoiser.sensitive)
     chain = parse_chain(["export_onnx", {"quantize": {"samples": 4, "keep": keep}}])
-    made = run_chain(chain, open_artifact("builtin/emoji-64"), context)
+    made = run_chain(chain, open_artifact("builtin/emoji-64", family="sd15"), context)
     (line,) = (line for line in said if "do not hold for others" in line)
     assert "measured on 4 calls of the unet" in line and "preview.prompts" in line
     assert made.lineage[-1].details["note"] in line
