@@ -150,10 +150,20 @@ HINTS = {
 
 
 @dataclass
-class _Tensorboard:
+class _Accelerated:
+    """What all that accelerate knows have in common."""
+
     told: Told
     tracker: Any = field(default=None, init=False)
 
+    def log(self, row: Mapping[str, float], step: int) -> None:
+        self.tracker.log(dict(row), step=step)
+
+    def end(self) -> None:
+        self.tracker.finish()
+
+
+class _Tensorboard(_Accelerated):
     def begin(self, step: int) -> None:
         from accelerate.tracking import TensorBoardTracker
 
@@ -164,9 +174,6 @@ class _Tensorboard:
         if not step:
             self.tracker.log({"run": self.told.text()}, step=0)
 
-    def log(self, row: Mapping[str, float], step: int) -> None:
-        self.tracker.log(dict(row), step=step)
-
     def pictures(self, found: Mapping[str, Path], step: int) -> None:
         import numpy as np
         from PIL import Image
@@ -176,15 +183,8 @@ class _Tensorboard:
                 pixels = np.asarray(picture.convert("RGB"))[None]
             self.tracker.log_images({f"preview/{prompt}": pixels}, step=step, dataformats="NHWC")
 
-    def end(self) -> None:
-        self.tracker.finish()
 
-
-@dataclass
-class _Wandb:
-    told: Told
-    tracker: Any = field(default=None, init=False)
-
+class _Wandb(_Accelerated):
     def begin(self, step: int) -> None:
         import wandb
         from accelerate.tracking import WandBTracker
@@ -203,24 +203,14 @@ class _Wandb:
         if not step and plan.is_file():
             self.tracker.log({"plan": wandb.Html(plan.read_text(encoding="utf-8"), inject=False)}, step=0)
 
-    def log(self, row: Mapping[str, float], step: int) -> None:
-        self.tracker.log(dict(row), step=step)
-
     def pictures(self, found: Mapping[str, Path], step: int) -> None:
         import wandb
 
         shown = [wandb.Image(str(path), caption=prompt) for prompt, path in found.items()]
         self.tracker.log({"previews": shown}, step=step)
 
-    def end(self) -> None:
-        self.tracker.finish()
 
-
-@dataclass
-class _Trackio:
-    told: Told
-    tracker: Any = field(default=None, init=False)
-
+class _Trackio(_Accelerated):
     def begin(self, step: int) -> None:
         from accelerate.tracking import TrackioTracker
 
@@ -228,9 +218,6 @@ class _Trackio:
             PROJECT, name=self.told.name, resume="allow", config=self.told.settings(), embed=False
         )
         self.tracker.start()
-
-    def log(self, row: Mapping[str, float], step: int) -> None:
-        self.tracker.log(dict(row), step=step)
 
     def pictures(self, found: Mapping[str, Path], step: int) -> None:
         import trackio
@@ -240,15 +227,8 @@ class _Trackio:
             step=step,
         )
 
-    def end(self) -> None:
-        self.tracker.finish()
 
-
-@dataclass
-class _Mlflow:
-    told: Told
-    tracker: Any = field(default=None, init=False)
-
+class _Mlflow(_Accelerated):
     def begin(self, step: int) -> None:
         from accelerate.tracking import MLflowTracker
 
@@ -262,15 +242,9 @@ class _Mlflow:
             if (self.told.folder / name).is_file():
                 self.tracker.log_artifact(str(self.told.folder / name))
 
-    def log(self, row: Mapping[str, float], step: int) -> None:
-        self.tracker.log(dict(row), step=step)
-
     def pictures(self, found: Mapping[str, Path], step: int) -> None:
         for path in found.values():
             self.tracker.log_artifact(str(path), artifact_path=f"previews/step-{step:06d}")
-
-    def end(self) -> None:
-        self.tracker.finish()
 
 
 KINDS: dict[str, Callable[[Told], Board]] = {
