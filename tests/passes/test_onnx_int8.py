@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from tunekit.errors import NonFiniteError
 from tunekit.passes.onnx_int8 import FLAVOURS, Flavour, Graph, Layer, measure_ranges
 from tunekit.passes.onnx_probe import Probe, measure_costs, sparing
 
@@ -179,6 +180,28 @@ def test_a_range_gives_up_outliers(model: Path):
     low, high = measure_ranges(model, found, calls, signed=False, method="mse")["picture"]
     assert 2 < high < 6
     assert list(model.parent.parent.glob(".calibration-*")) == []
+
+
+def test_extremes_found_within_the_graph_are_those_of_the_values(model: Path):
+    """And a value that is no number is found, though a maximum passes over it."""
+    graph = Graph(model)
+    layers = [layer for layer in graph.layers() if layer.computes]
+    calls = [feeds(seed) for seed in range(3)]
+    ranges = measure_ranges(model, layers, calls, signed=False)
+    names = sorted(ranges)
+    asked = onnx.load(model)
+    made = {name for node in asked.graph.node for name in node.output} & set(names)
+    asked.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in made)
+    session = onnxruntime.InferenceSession(asked.SerializeToString(), providers=["CPUExecutionProvider"])
+    values = [dict(zip(made, session.run(list(made), call), strict=True)) | call for call in calls]
+    for name in names:
+        low = min(0.0, *(float(each[name].min()) for each in values))
+        high = max(0.0, *(float(each[name].max()) for each in values))
+        assert ranges[name] == (low, high)
+    assert len(made) < len(names)  # the graph's inputs among them
+    calls[1]["picture"][0, 0, 3, 3] = np.nan
+    with pytest.raises(NonFiniteError, match="not finite"):
+        measure_ranges(model, layers, calls, signed=False)
 
 
 def test_seven_bits_stay_within_64(model: Path):

@@ -13,7 +13,7 @@ TensorRT-RTX builds from `store` and from static with signed activations and flo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -469,35 +469,85 @@ def measure_ranges(
     """
     computed = [layer.node for layer in layers if layer.computes]
     names = sorted({name for node in computed for name in (node.input[0], node.output[0])})
+    found: dict[str, Range] = dict.fromkeys(names, (0.0, 0.0))
+
+    def widen(name: str, bounds: Range) -> None:
+        if not np.isfinite(bounds).all():
+            raise _not_finite(name, path)
+        found[name] = min(found[name][0], bounds[0]), max(found[name][1], bounds[1])
+
+    if method == "minmax":
+        for feeds, made in _within_graph(path, names, calls):
+            for name in names:
+                widen(name, made[name] if name in made else _extremes(feeds[name]))
+        return found
     kept: dict[str, list[Array]] = {name: [] for name in names}
-    extremes: dict[str, Range] = dict.fromkeys(names, (0.0, 0.0))
+    for number, name, value in _fetched(path, names, calls):
+        widen(name, _extremes(value))
+        few = value.size <= KEPT_VALUES
+        places = np.random.default_rng(number).integers(0, value.size, KEPT_VALUES)
+        kept[name].append(value if few else value[places])
+    return {
+        name: _inner_range(np.concatenate(kept[name]))
+        if method == "percentile"
+        else _best_range(np.concatenate(kept[name]), found[name], signed=signed)
+        for name in names
+    }
+
+
+def _not_finite(name: str, path: Path) -> NonFiniteError:
+    return NonFiniteError(f"{name} holds values that are not finite", where=str(path))
+
+
+def _extremes(value: Array) -> Range:
+    return float(value.min()), float(value.max())
+
+
+def _within_graph(
+    path: Path, names: Sequence[str], calls: Iterable[Feeds]
+) -> Iterator[tuple[Feeds, dict[str, Range]]]:
+    """Calls, and the extremes of those values that the graph computes, worked out where they are.
+
+    Nothing large is fetched or kept, so that a call runs the graph once whatever its size.
+    """
+    model = load_graph(path)
+    made = {name for node in model.graph.node for name in node.output} & set(names)
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for node in nodes:
+        model.graph.node.append(node)
+        for name in made.intersection(node.output):  # right behind: they run before it is overwritten
+            for kind in ("Min", "Max"):
+                reduced = helper.make_node(f"Reduce{kind}", [name], [f"{name}_{kind}"], keepdims=0)
+                model.graph.node.append(reduced)
+                value = helper.make_tensor_value_info(reduced.output[0], TensorProto.FLOAT, [])
+                model.graph.output.append(value)
+    session = open_in_memory(model, path, in_order=True)
+    outputs = [value.name for value in session.get_outputs()]
+    for feeds in calls:
+        values = dict(zip(outputs, session.run(outputs, feeds), strict=True))
+        bounds = {name: (float(values.pop(f"{name}_Min")), float(values.pop(f"{name}_Max"))) for name in made}
+        for name, value in values.items():  # the graph's own; a maximum may pass over what is no number
+            if not np.isfinite(value).all():
+                raise _not_finite(name, path)
+        yield feeds, bounds
+
+
+def _fetched(path: Path, names: Sequence[str], calls: Iterable[Feeds]) -> Iterator[tuple[int, str, Array]]:
+    """Number of the call, and each value as a flat array; of a large graph some values at a time."""
     session = _session_with_outputs(path, names)
     outputs = {node.name for node in session.get_outputs()} & set(names)
-    inputs = [name for name in names if name not in outputs]
     at_once = FETCHED_AT_ONCE if weight_bytes(path) > SMALL else max(1, len(names))
     for number, feeds in enumerate(calls):
         for start in range(0, len(names), at_once):
             wanted = [name for name in names[start : start + at_once] if name in outputs]
-            fetched = dict(zip(wanted, session.run(wanted, feeds), strict=True)) if wanted else {}
+            got = dict(zip(wanted, session.run(wanted, feeds), strict=True)) if wanted else {}
             for name in names[start : start + at_once]:
-                value = np.asarray(fetched[name] if name not in inputs else feeds[name], np.float32).ravel()
-                bottom, top = float(value.min()), float(value.max())
-                if not np.isfinite([bottom, top]).all():
-                    raise NonFiniteError(f"{name} holds values that are not finite", where=str(path))
-                low, high = extremes[name]
-                extremes[name] = (min(low, bottom), max(high, top))
-                if method != "minmax":
-                    few = value.size <= KEPT_VALUES
-                    places = np.random.default_rng(number).integers(0, value.size, KEPT_VALUES)
-                    kept[name].append(value if few else value[places])
-    if method == "minmax":
-        return extremes
-    return {
-        name: _inner_range(np.concatenate(kept[name]))
-        if method == "percentile"
-        else _best_range(np.concatenate(kept[name]), extremes[name], signed=signed)
-        for name in names
-    }
+                yield (
+                    number,
+                    name,
+                    np.asarray(got[name] if name in outputs else feeds[name], np.float32).ravel(),
+                )
 
 
 def beyond(ranges: Mapping[str, Range], others: Mapping[str, Range]) -> list[str]:
@@ -539,12 +589,19 @@ def _session_with_outputs(path: Path, names: Sequence[str]) -> Any:
     return open_in_memory(model, path)
 
 
-def open_in_memory(model: ModelProto, path: Path) -> Any:
-    """A session of a graph that is in no file; weights that are only named lie beside `path`."""
+def open_in_memory(model: ModelProto, path: Path, *, in_order: bool = False) -> Any:
+    """A session of a graph that is in no file; weights that are only named lie beside `path`.
+
+    Args:
+        in_order: nodes run in the graph's order; otherwise those behind which nothing comes may run last, and
+            keep what they read until then.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if in_order:
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     if outside := [tensor.name for tensor in model.graph.initializer if tensor.data_location == EXTERNAL]:
         # A graph in memory has no folder, and the weights may lie behind links: they are handed over.
         weights = {tensor.name: tensor for tensor in load_whole(path).graph.initializer}
