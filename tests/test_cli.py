@@ -20,7 +20,7 @@ from tunekit.artifacts import Artifact, RunFolder, Step
 from tunekit.config import load
 from tunekit.config.yaml import config_names, read
 from tunekit.registry import FAMILIES, PASSES, recipe_names
-from tunekit.resources import builtin_names
+from tunekit.resources import builtin_names, sweep_names
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -127,6 +127,7 @@ def test_every_command_explains_itself(tunekit_command: Command):
 def test_ls_lists_everything_there_is(finished: RunFolder, tunekit_command: Command):
     found = json.loads(tunekit_command("ls", "--json").stdout)
     assert list(found["configs"]) == config_names()
+    assert list(found["sweeps"]) == sweep_names()
     assert list(found["recipes"]) == recipe_names()
     assert list(found["families"]) == FAMILIES.names()
     assert list(found["passes"]) == PASSES.names()
@@ -177,7 +178,8 @@ def test_cp(here: Path, tunekit_command: Command):
     assert tunekit_command("cp", "lora", "folder").stdout == "folder/lora.py\n"
     unknown = tunekit_command("cp", "tiny/lorra", "x.yaml")
     assert unknown.returncode == 2
-    assert unknown.stderr == 'error: there is no config or recipe "tiny/lorra"\ndid you mean "tiny/lora"?\n'
+    said = 'error: there is no config, recipe or sweep "tiny/lorra"\ndid you mean "tiny/lora"?\n'
+    assert unknown.stderr == said
 
 
 @pytest.mark.parametrize("name", config_names())

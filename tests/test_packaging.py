@@ -43,6 +43,7 @@ def test_the_wheel_has_recipes_configs_and_assets(installed: Path):
     found = json.loads(run(installed, "ls", "--json"))
     assert list(found["recipes"]) == recipe_names()
     assert list(found["configs"]) == config_names()
+    assert list(found["sweeps"]) == resources.sweep_names() == ["rank"]
     assert list(found["families"]) == FAMILIES.names()
     assert list(found["passes"]) == PASSES.names()
     assert (installed / "tunekit" / "_recipes" / "lora.py").is_file()
@@ -53,6 +54,10 @@ def test_the_wheel_has_recipes_configs_and_assets(installed: Path):
 
 def test_the_wheel_reads_its_own_configs(installed: Path):
     assert "path: x" in run(installed, "show", "sd15/lora", "data.path=x")
+
+
+def test_the_wheel_sweeps_by_name(installed: Path):
+    assert "4 trials; runs/rank/sweep.json" in run(installed, "sweep", "rank", "--dry-run")
 
 
 def test_constraints_lie_within_the_ranges():

@@ -85,6 +85,16 @@ def configs_dir() -> Path:
     return _shipped("configs")
 
 
+def sweeps_dir() -> Path:
+    """The folder of the ready-made sweeps."""
+    return _shipped("sweeps")
+
+
+def sweep_names() -> list[str]:
+    """The ready-made sweeps, as `tunekit sweep` takes them: "rank"."""
+    return sorted(path.stem for path in sweeps_dir().glob("*.yaml"))
+
+
 def builtin_names() -> list[str]:
     """The bundled models and picture folders, as "builtin/..." names."""
     # A model is a folder with model_index.json; `pictures/` holds one folder per set.

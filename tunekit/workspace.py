@@ -24,7 +24,7 @@ from tunekit.errors import (
 from tunekit.files import atomic_file, clean_leftovers, directory_size, remove_folder
 from tunekit.provenance import shown
 from tunekit.registry import FAMILIES, PASSES, Registry, recipe_names, recipe_path
-from tunekit.resources import PACKAGE, builtin_names, configs_dir, expand
+from tunekit.resources import PACKAGE, builtin_names, configs_dir, expand, sweep_names, sweeps_dir
 
 # What takes longer to import (pydantic, torch) is imported where it is used, so that `tunekit ls` answers at
 # once.
@@ -45,7 +45,7 @@ BATCH = 4
 
 
 def inventory() -> dict[str, dict[str, str]]:
-    """The configs, recipes, families, passes and bundled things, each name with a line about it."""
+    """The configs, sweeps, recipes, families, passes and bundled things, each name with a line about it."""
 
     def members(registry: Registry[Any]) -> dict[str, str]:
         files = {name: PACKAGE / registry.package.split(".")[1] / f"{name}.py" for name in registry.names()}
@@ -53,6 +53,7 @@ def inventory() -> dict[str, dict[str, str]]:
 
     return {
         "configs": {name: _first_line(find_config(name)) for name in config_names()},
+        "sweeps": {name: _first_line(sweeps_dir() / f"{name}.yaml") for name in sweep_names()},
         "recipes": {name: _first_line(recipe_path(name)) for name in recipe_names()},
         "families": members(FAMILIES),
         "passes": members(PASSES),
@@ -217,7 +218,7 @@ def find_model(name: str) -> str:
 
 
 def copy(name: str, dest: Path | str, *, force: bool = False) -> Path:
-    """Copies a ready-made config or recipe, to make it one's own.
+    """Copies a ready-made config, recipe or sweep, to make it one's own.
 
     A config gets a head of its own, with its new path, and the name of its file; what it extends is found
     from its new place too, and its first line tells editors which keys there are.
@@ -237,17 +238,24 @@ def copy(name: str, dest: Path | str, *, force: bool = False) -> Path:
     dest = expand(dest)
     key = name.removesuffix(".yaml").removesuffix(".py")
     is_recipe = key in recipe_names() and (key not in config_names() or dest.suffix == ".py")
-    if not is_recipe and key not in config_names():
-        hint = did_you_mean(name, [*config_names(), *recipe_names()]) or "tunekit ls shows what there is"
-        raise ConfigError(f'there is no config or recipe "{name}"', hint=hint)
-    source = recipe_path(key) if is_recipe else find_config(configs_dir() / f"{key}.yaml")
+    is_sweep = key in sweep_names() and not is_recipe and key not in config_names()
+    if not is_recipe and not is_sweep and key not in config_names():
+        known = [*config_names(), *recipe_names(), *sweep_names()]
+        hint = did_you_mean(name, known) or "tunekit ls shows what there is"
+        raise ConfigError(f'there is no config, recipe or sweep "{name}"', hint=hint)
+    if is_sweep:
+        source = sweeps_dir() / f"{key}.yaml"
+    else:
+        source = recipe_path(key) if is_recipe else find_config(configs_dir() / f"{key}.yaml")
     target = dest / source.name if dest.is_dir() else dest
     if target.exists() and not force:
         raise OutputError(
             "is there already", where=str(target), hint="choose another name, or --force to overwrite"
         )
     text = source.read_text(encoding="utf-8")
-    if not is_recipe:
+    if is_sweep:
+        text = text.replace(f"sweeps/{key}.yaml", target.as_posix())
+    elif not is_recipe:
         text = _own(text, key, source, target)
     return write_text(target, text)
 

@@ -15,7 +15,7 @@ from tunekit.quiet import report_warnings
 
 
 def ls(runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
-    """What there is: configs, recipes, families, passes, bundled models and pictures, runs."""
+    """What there is: configs, sweeps, recipes, families, passes, bundled models and pictures, runs."""
     from tunekit import workspace
 
     found = workspace.inventory()
@@ -110,11 +110,11 @@ def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
 
 
 def cp(
-    name: Annotated[str, typer.Argument(help="config or recipe, as tunekit ls shows it")],
+    name: Annotated[str, typer.Argument(help="config, recipe or sweep, as tunekit ls shows it")],
     dest: Annotated[Path, typer.Argument(help="file or folder to copy to")],
     force: Annotated[bool, typer.Option("--force", help="overwrite")] = False,
 ) -> None:
-    """Copy a ready-made config or recipe, to make it your own."""
+    """Copy a ready-made config, recipe or sweep, to make it your own."""
     from tunekit import workspace
 
     print(workspace.copy(name, dest, force=force))

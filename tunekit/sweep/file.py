@@ -29,7 +29,7 @@ from tunekit.config import (
     validate,
 )
 from tunekit.errors import ConfigError, did_you_mean
-from tunekit.resources import expand
+from tunekit.resources import expand, sweep_names, sweeps_dir
 
 NAME = re.compile(r"\w[\w.+=-]*")
 OWN = ("name", "runs", "recipe", "extends")
@@ -197,15 +197,18 @@ def as_text(value: Any) -> str:
 
 
 def read_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepFile:
-    """Reads a sweep file; the config that it names is found, and not yet loaded.
+    """Reads a sweep file, or a ready-made one by its name; its config is found, and not yet loaded.
 
     Raises:
         ConfigError: one that lists everything that is wrong, each with file and line.
     """
-    file = expand(path)
-    if not file.is_file():
-        near = did_you_mean(str(path), [str(other) for other in file.parent.glob("*.yaml")])
-        raise ConfigError(f'there is no sweep file "{path}"', hint=near or "give the path of a YAML file")
+    own = sweeps_dir()
+    file = next((file for file in (expand(path), own / f"{path}.yaml", own / path) if file.is_file()), None)
+    if file is None:
+        others = [str(other) for other in expand(path).parent.glob("*.yaml")]
+        near = did_you_mean(str(path), [*others, *sweep_names()])
+        hint = near or "give the path of a YAML file, or a name that `tunekit ls` shows"
+        raise ConfigError(f'there is no sweep file "{path}"', hint=hint)
     document = read(file)
     if "over" not in document.tree and ("recipe" in document.tree or "train" in document.tree):
         raise ConfigError(
