@@ -39,6 +39,8 @@ class Config(sections.RunConfig):
     def _effects(self) -> Config:
         if changed(self.preview, "every"):
             idle("preview.every", "there is no long training to look into")
+        if changed(self.preview, "clip_model"):
+            idle("preview.clip_model", "no previews are drawn; verify has one of its own")
         for key in ("precision", "micro_batch", "gradient_checkpointing", "budget"):
             if changed(self.memory, key):
                 idle(f"memory.{key}", "each pass has its own, as heal: {precision: ...}")

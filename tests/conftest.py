@@ -227,6 +227,30 @@ def tiny_onnx(tiny_onnxs: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP of a few thousand weights."""
+    import json
+
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    from tunekit.families.tiny import clip_tokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = clip_tokenizer(max_length=77)
+    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {**shared, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 77}
+    vision = {**shared, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    said = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def fill() -> Callable[..., Path]:
     """`fill(folder, a="1", sub__b="2")` writes these texts to the files `a` and `sub/b` in it."""
 

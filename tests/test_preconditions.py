@@ -166,6 +166,23 @@ def notes(*overrides: str) -> str:
     return "\n".join(workspace.check("mine.yaml", overrides).notes)
 
 
+def test_what_a_run_reads(desk: Path, tiny_source: Path):
+    (desk / "photos").mkdir()
+    (desk / "clip").mkdir()
+    given = ["data.path=photos", "preview={prompts: [a], clip_model: clip}", "data.cache=photos"]
+    chain = "optimize=[merge, {verify: {max_clip_drop: 0.1, clip_model: clip}}]"
+    found = preconditions.reads(load("mine.yaml", [*given, f"model.source={tiny_source}", chain]))
+    assert found == {
+        "config": desk / "mine.yaml",
+        "data.path": desk / "photos",
+        "model.source": tiny_source,
+        "preview.clip_model": desk / "clip",
+        "optimize.1.verify.clip_model": desk / "clip",
+    }
+    assert set(preconditions.reads(load("mine.yaml"))) == {"config"}  # the rest comes with tunekit
+    assert preconditions.reads(load("mine.yaml"), desk.parent) == {"config": desk / "mine.yaml"}
+
+
 def test_what_is_not_used_is_noted_and_no_problem(desk: Path):
     (desk / "photos").mkdir()
     picture = next(resolve_path("builtin/pictures/subject").glob("*.png"))

@@ -110,6 +110,36 @@ def look(
     return found
 
 
+def reads(loaded: Loaded, folder: Path | None = None) -> dict[str, Path]:
+    """The files and folders of this machine that a run reads, absolute, by the key that names them.
+
+    What stands on the hub, comes with tunekit or is made by the run is none of them.
+
+    Args:
+        folder: that the run is started in; None for this process's.
+    """
+    from tunekit.config import paths_in
+    from tunekit.passes.base import parse_chain
+    from tunekit.registry import recipe_names
+    from tunekit.resources import expand
+
+    named = paths_in(loaded.config)
+    for number, step in enumerate(parse_chain(getattr(loaded.config, "optimize", []))):
+        named |= paths_in(step, above=f"optimize.{number}.{step.kind}.")
+    if named.get("recipe") in recipe_names():
+        del named["recipe"]
+    here = folder or Path.cwd()
+    found = {"config": loaded.path}
+    for key, text in named.items():
+        if key not in MADE and not text.startswith("builtin/") and text != "tiny":
+            found[key] = here / expand(text)
+    return {key: path.absolute() for key, path in found.items() if path.exists()}
+
+
+MADE = ("runs", "data.cache")
+"""Keys of folders that a run makes."""
+
+
 def _model(found: Found) -> None:
     """The source is there, is of the family that is named, and of an adapter the base is known."""
     from tunekit import families
@@ -190,6 +220,16 @@ def _machine(found: Found) -> None:
     from tunekit import planning
 
     found.errors += planning.unmet(found.loaded, processes=found.processes)
+
+
+def _judged(found: Found) -> None:
+    """The CLIP that scores previews is there."""
+    from tunekit.diffusion.judges import Judges
+
+    named = getattr(found.section("preview"), "clip_model", None)
+    with found.about("preview.clip_model"):
+        if lacking := Judges.of_previews(named).lack():
+            raise ConfigError(f"preview.clip_model {lacking}")
 
 
 def _targets(found: Found) -> None:
@@ -353,6 +393,7 @@ CHECKS: tuple[Callable[[Found], None], ...] = (
     _base,
     _chain,
     _machine,
+    _judged,
     _targets,
     _distilled,
     _folders,

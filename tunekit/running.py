@@ -35,6 +35,7 @@ from tunekit.config import CLASS_BATCH, Loaded, SamplingConfig, TrainingRunConfi
 from tunekit.data.cache import Encoder, Stream
 from tunekit.data.dreambooth import own_pictures
 from tunekit.data.images import Sample, Scan
+from tunekit.diffusion.judges import Judges
 from tunekit.diffusion.objectives import Objective, configured, scheduler_changes
 from tunekit.errors import AdapterError, ArtifactError
 from tunekit.families.family import DTYPES, Conditioning, Family, FamilyFacts, Pipeline
@@ -458,10 +459,13 @@ class Run:
         )
         return Boards(config.train.trackers, told, self.say)
 
-    def _previewer(self, base: Base, boards: Boards | None) -> Callable[[nn.Module, int], None] | None:
+    def _previewer(
+        self, base: Base, boards: Boards | None
+    ) -> Callable[[nn.Module, int], Mapping[str, float]] | None:
         config = self.config
         if not config.preview.prompts:
             return None
+        judges = Judges.of_previews(config.preview.clip_model)
         previewer = Previewer(
             base.family,
             base.pipeline,
@@ -471,13 +475,15 @@ class Run:
             self.folder.previews,
             self.meter,
             tiled=bool(config.memory.vae_tiling),
+            judges=judges if judges.clip else None,
         )
         if boards is None:
             return previewer
 
-        def preview(model: nn.Module, step: int) -> None:
-            previewer(model, step)
+        def preview(model: nn.Module, step: int) -> Mapping[str, float]:
+            figures = previewer(model, step)
             boards.pictures(previewer.files(step), step)
+            return figures
 
         return preview
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,10 @@ from torch.nn import functional as F
 
 from tunekit.artifacts import Artifact, open_artifact
 from tunekit.config import SamplingConfig
+from tunekit.diffusion.judges import ALEXNET, Judges
 from tunekit.diffusion.perceptual import CONVOLUTIONS, PLACES, ClipScore, Lpips
 from tunekit.errors import ChainError, ModelError, VerificationFailed
-from tunekit.families.tiny import clip_tokenizer
 from tunekit.passes.base import Context, check_chain, parse_chain, run_chain
-from tunekit.passes.likeness import ALEXNET, Judges
 
 pytest.importorskip("torchmetrics")
 PROMPTS = ("a cat", "a dog", "a house", "a tree")
@@ -38,25 +36,6 @@ def alexnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("weights") / "alexnet.pth"
     torch.save(state, file)
     return file
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP of a few thousand weights."""
-    from transformers import CLIPConfig, CLIPModel
-
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = clip_tokenizer(max_length=77)
-    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = {**shared, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 77}
-    vision = {**shared, "image_size": 32, "patch_size": 8}
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    said = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(said))
-    return folder
 
 
 # The figures ------------------------------------------------------------------------------------------------
@@ -83,11 +62,11 @@ def test_lpips_is_that_of_torchmetrics(alexnet: Path, monkeypatch: pytest.Monkey
 
 
 @torch.no_grad()
-def test_clip_scores_are_those_of_the_model(clip: Path) -> None:
+def test_clip_scores_are_those_of_the_model(tiny_clip: Path) -> None:
     from PIL import Image
     from transformers import CLIPModel
 
-    score, model = ClipScore(clip), CLIPModel.from_pretrained(clip)
+    score, model = ClipScore(tiny_clip), CLIPModel.from_pretrained(tiny_clip)
     smooth = torch.rand(2, 3, 6, 8, generator=torch.Generator().manual_seed(2))  # PIL rounds to 8 bits
     pixels = F.interpolate(smooth, (48, 64), mode="bilinear")
     found = score(pixels, ["a cat", "a dog"])
@@ -114,10 +93,10 @@ def run(chain: list[Any], source: Path, folder: Path) -> Artifact:
 
 
 def test_a_search_keeps_what_networks_say(
-    tiny_source: Path, alexnet: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_source: Path, alexnet: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tunekit.passes.trials.Judge.speed", lambda self, model: 1.0)  # not asked here
-    keep = {"lpips": 0.1, "lpips_weights": str(alexnet), "clip": 0.5, "clip_model": str(clip)}
+    keep = {"lpips": 0.1, "lpips_weights": str(alexnet), "clip": 0.5, "clip_model": str(tiny_clip)}
     choices = [{"quantize": [{"scheme": "int8"}, {"scheme": "int4", "keep": []}]}]
     settings = {"keep": keep, "minimize": "size", "target": "torch", "passes": choices, "pictures": 2}
     made = run([{"search": settings}], tiny_source, tmp_path)
@@ -132,8 +111,15 @@ def test_a_search_keeps_what_networks_say(
     assert str(alexnet) in book  # with other weights, trials are others
 
 
-def test_verify_holds_a_model_to_it(tiny_source: Path, alexnet: Path, clip: Path, tmp_path: Path) -> None:
-    limits = {"max_lpips": 1e-6, "lpips_weights": str(alexnet), "max_clip_drop": 1, "clip_model": str(clip)}
+def test_verify_holds_a_model_to_it(
+    tiny_source: Path, alexnet: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    limits = {
+        "max_lpips": 1e-6,
+        "lpips_weights": str(alexnet),
+        "max_clip_drop": 1,
+        "clip_model": str(tiny_clip),
+    }
     with pytest.raises(VerificationFailed, match=r"LPIPS 0\.\d+, max_lpips 1e-06"):
         run(["quantize", {"verify": {"pictures": 2, "steps": 2, **limits}}], tiny_source, tmp_path)
     (folder,) = (tmp_path / "run").glob("02-verify-*")
@@ -146,7 +132,7 @@ def test_verify_holds_a_model_to_it(tiny_source: Path, alexnet: Path, clip: Path
 
 @pytest.mark.parametrize("name", ["search", "verify"])
 def test_what_is_missing_is_said_before_anything_runs(
-    name: str, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
@@ -167,7 +153,10 @@ def test_what_is_missing_is_said_before_anything_runs(
     assert "there is no file nowhere.pth" in refused(lpips=True, lpips_weights="nowhere.pth")
     assert "needs a CLIP" in refused()
     assert "there is no config.json in it" in refused(clip_model=str(tmp_path))
-    assert "no effect" in refused(lpips=True, clip_model=str(clip))
+    (tmp_path / "config.json").touch()
+    (tmp_path / "preprocessor_config.json").touch()
+    assert "there are no weights in it" in refused(clip_model=str(tmp_path))
+    assert "no effect" in refused(lpips=True, clip_model=str(tiny_clip))
     import importlib.util
 
     real: Callable[..., Any] = importlib.util.find_spec
@@ -177,7 +166,7 @@ def test_what_is_missing_is_said_before_anything_runs(
     assert 'needs the package "torchmetrics"' in refused(lpips=True)
 
 
-def test_files_that_hold_something_else(alexnet: Path, clip: Path, tmp_path: Path) -> None:
+def test_files_that_hold_something_else(alexnet: Path, tiny_clip: Path, tmp_path: Path) -> None:
     cut = tmp_path / ALEXNET
     cut.write_bytes(alexnet.read_bytes()[:-10])
     other = tmp_path / "other.pth"

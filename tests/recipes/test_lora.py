@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,7 +18,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tunekit.artifacts import Artifact, RunFolder
-from tunekit.errors import ChainError, DataError, DeviceError, NonFiniteError, OutputError, ResumeError
+from tunekit.errors import (
+    ChainError,
+    ConfigError,
+    DataError,
+    DeviceError,
+    NonFiniteError,
+    OutputError,
+    ResumeError,
+)
 
 RunHere = Callable[..., Path]
 Configured = Callable[..., Path]
@@ -281,6 +290,29 @@ def test_the_chain_follows(
     assert "01 merge: already there" in capsys.readouterr().out
 
 
+def test_previews_are_scored(
+    straight: Path,
+    lora_tree: dict[str, Any],
+    configured: Configured,
+    run_here: RunHere,
+    tiny_clip: Path,
+    tmp_path: Path,
+) -> None:
+    from tunekit.diffusion.judges import Judges
+
+    preview = {"prompts": ["a disc", "a square"], "steps": 2, "every": 4, "clip_model": str(tiny_clip)}
+    run = run_here(configured(tmp_path, quick(lora_tree, preview=preview)))
+    scored = {row["step"]: row["clip"] for row in rows(run) if "clip" in row}
+    assert list(scored) == [0, 4, 6]
+    pictures = sorted((run / "previews/step-000006").iterdir())
+    pixels = torch.stack([torch.tensor(np.asarray(Image.open(path))) for path in pictures]) / 255
+    found = Judges.of_previews(str(tiny_clip)).scores(pixels.permute(0, 3, 1, 2), preview["prompts"])
+    assert scored[6] == pytest.approx(sum(found) / 2, abs=5e-3)  # files have 8 bits
+    assert Artifact.load(run / "adapter").lineage[-1].metrics["clip"] == scored[6]
+    first = next(row for row in rows(run) if "loss" in row)
+    assert first["loss"] == next(row for row in rows(straight) if "loss" in row)["loss"]  # learns the same
+
+
 # What goes wrong is said before anything starts
 
 
@@ -290,6 +322,7 @@ def test_the_chain_follows(
         (["data.path=/no/such/place"], DataError, "/no/such/place: no such folder"),
         (["optimize=[verify, merge]"], ChainError, r"optimize\[0\] \(verify\)"),
         (["optimize=[{merge: {x: 1}}]"], ChainError, r"optimize\[0\] \(merge\).*unknown key"),
+        (["preview.clip_model=/no"], ConfigError, r"preview\.clip_model finds no CLIP at /no: there is no"),
         (["memory.precision=fp16"], DeviceError, r"memory\.precision=fp16 needs a GPU"),
     ],
 )

@@ -142,6 +142,12 @@ def test_when_all_fail_or_none_reports_the_metric(swept: Swept, here: Path) -> N
     assert json.loads(Path("runs/s/sweep.json").read_text())["best"] is None
 
 
+def test_the_more_a_clip_score_is_the_better(swept: Swept) -> None:
+    sweep = run(swept("rank: [3, 5, 4]", metric="clip"), "figure=clip")
+    assert [trial.run for trial in sweep.ranked()] == ["s-r5", "s-r4", "s-r3"]
+    assert json.loads(Path("runs/s/sweep.json").read_text())["goal"] == "max"
+
+
 def test_time_is_up_and_a_job_is_stopped_by_hand(swept: Swept, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = run(swept("rank: [1, 2]", "minutes: 0.005"), "pause=0.5")
     assert [(trial.state, trial.note) for trial in sweep.trials] == [("halted", "time is up")] * 2

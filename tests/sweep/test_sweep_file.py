@@ -11,7 +11,6 @@ import pytest
 
 from tunekit.artifacts import RunFolder
 from tunekit.errors import TunekitError
-from tunekit.resources import PACKAGE
 from tunekit.sweep.engine import Sweep
 
 Swept = Callable[..., Path]
@@ -92,6 +91,25 @@ def test_without_held_out_pictures_there_is_no_val_loss(swept: Swept) -> None:
         )
 
 
+def test_a_clip_score_needs_a_clip(swept: Swept, tiny_clip: Path) -> None:
+    path = swept("train.lr: [1.0e-3, 2.0e-3]", config=TINY, metric="clip")
+    for overrides, said in (
+        ((), "no trial reports clip: no CLIP scores the previews"),
+        (["preview={}"], "no trial reports clip: there are no previews"),
+        (["preview.clip_model=nowhere"], "clip finds no CLIP at nowhere: there is no config.json in it"),
+    ):
+        with pytest.raises(TunekitError) as error:
+            Sweep.open(path, overrides)
+        assert f"s.yaml:2: metric: {said}" in str(error.value)
+    sweep = Sweep.open(path, [f"preview.clip_model={tiny_clip}"])
+    assert sweep.figure.larger and sweep.figure.curve
+    stopped = swept("train.lr: [1.0e-3, 2.0e-3]", "stop: median", config=TINY, metric="clip")
+    with pytest.raises(TunekitError, match="clip is known only at the end"):
+        Sweep.open(stopped, [f"preview.clip_model={tiny_clip}", "preview.every=null"])
+    drawn = swept("preview.steps: [2, 4]", config=TINY, metric="clip")
+    assert len(Sweep.open(drawn, [f"preview.clip_model={tiny_clip}"]).trials) == 2
+
+
 def test_files_that_are_not_there_or_something_else(here: Path) -> None:
     with pytest.raises(TunekitError, match=r'there is no sweep file "curv\.yaml"\ndid you mean'):
         Sweep.open("curv.yaml")
@@ -158,9 +176,10 @@ def test_names_are_short_and_differ(swept: Swept) -> None:
     assert all(len(name) < 130 for name in names(swept(f"figure: [{'x' * 500}, {'y' * 500}]")))
 
 
-def test_the_shipped_sweep_is_valid() -> None:
-    path = PACKAGE.parent / "sweeps" / "rank.yaml"
-    sweep = Sweep.open(path)
+def test_the_shipped_sweep_is_valid(here: Path) -> None:
+    sweep = Sweep.open("rank")  # by its name
+    with pytest.raises(TunekitError, match='there is no sweep file "rnak"\ndid you mean "rank"'):
+        Sweep.open("rnak")
     assert sweep.trials[0].run == "rank-r4-lr1e-3"
     assert sweep.rule is not None
     assert json.loads(json.dumps(sweep.record().model_dump()))["goal"] == "min"

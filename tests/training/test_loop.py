@@ -361,6 +361,24 @@ def test_validation_and_previews_come_when_due(accelerator: Accelerator, tmp_pat
     assert rows[12]["val_loss"] == pytest.approx(float(next(model.parameters()).detach().sum()))
 
 
+def test_what_previews_come_to_stands_in_the_row_of_their_step(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    _, result = fit(
+        accelerator,
+        settings(),
+        folder=tmp_path,
+        preview=lambda model, step: {"clip": step / 100},
+        preview_every=8,
+        say=lines.append,
+    )
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["clip"]) for row in rows if "clip" in row] == [(0, 0), (8, 0.08), (12, 0.12)]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))  # nothing is lost by it
+    assert result.metrics["clip"] == 0.12 and any(line.endswith("step 8  clip 0.0800") for line in lines)
+
+
 def test_console_lines_tell_step_loss_speed_and_time_left(accelerator: Accelerator) -> None:
     lines: list[str] = []
     fit(accelerator, settings(log_every=4), say=lines.append, title="heal")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from tunekit.config.schema import Names, Section, refuse
+from tunekit.config.schema import Names, PathText, Section, refuse
 
 Preset = Literal["attention", "attention_feed_forward", "all_linear"]
 
@@ -25,7 +25,7 @@ class AdapterConfig(Section):
     targets: Names | Preset | None = None
     """Modules to adapt: names, such as to_q; or attention, attention_feed_forward or all_linear of the
     denoiser; null means the family's own choice."""
-    init: str | None = None
+    init: PathText | None = None
     """An adapter to start from: a run, a folder or a file, of tunekit, kohya or PEFT; of the same kind, rank
     and modules."""
 

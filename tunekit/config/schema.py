@@ -92,6 +92,24 @@ def _path_text(value: str) -> str:
 
 PathText = Annotated[str, AfterValidator(_path_text)]
 """A path, or the name of something that may also be one, such as a hub id."""
+
+
+def paths_in(section: BaseModel, *, above: str = "") -> dict[str, str]:
+    """What a section and those below it have as `PathText`, by dotted key; nothing that is null."""
+    found: dict[str, str] = {}
+    for name, field in type(section).model_fields.items():
+        value, key = getattr(section, name), f"{above}{name}"
+        if isinstance(value, BaseModel):
+            found |= paths_in(value, above=f"{key}.")
+        elif isinstance(value, str) and _is_path((field.annotation, *field.metadata)):
+            found[key] = value
+    return found
+
+
+def _is_path(parts: Iterable[Any]) -> bool:
+    return any(getattr(part, "func", None) is _path_text or _is_path(get_args(part)) for part in parts)
+
+
 Text = Annotated[str, Field(max_length=20_000)]
 Word = Annotated[str, Field(min_length=1, max_length=255)]
 Names = Annotated[list[Word], Field(max_length=2000)]

@@ -8,7 +8,18 @@ from pydantic import Field, field_validator, model_validator
 
 from tunekit import optimizers
 from tunekit.config.sampling import SamplingConfig
-from tunekit.config.schema import MOST_STEPS, BatchSize, Section, Seed, Steps, Text, no_effect, refuse, wrong
+from tunekit.config.schema import (
+    MOST_STEPS,
+    BatchSize,
+    PathText,
+    Section,
+    Seed,
+    Steps,
+    Text,
+    no_effect,
+    refuse,
+    wrong,
+)
 from tunekit.errors import ConfigError
 
 TRACKERS = {"tensorboard": "trackers", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
@@ -102,6 +113,9 @@ class PreviewConfig(SamplingConfig):
     """Steps between previews; null draws them only at the start and the end."""
     seed: Seed = 0
     """Seed of the first picture; the next ones count up."""
+    clip_model: PathText | None = None
+    """Folder of a CLIP, as transformers saves it, that says how well previews show their prompts: their mean
+    score is `clip` in metrics.jsonl, from -1 to 1, the more the better. Nothing is downloaded."""
 
     @model_validator(mode="after")
     def _effects(self) -> PreviewConfig:

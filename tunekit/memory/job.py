@@ -19,6 +19,7 @@ from tunekit.config import (
     TrainingRunConfig,
 )
 from tunekit.diffusion.batch import Batch
+from tunekit.diffusion.judges import Judges
 from tunekit.diffusion.objectives import Objective, configured
 from tunekit.families import sizes_of
 from tunekit.families.family import DTYPES, Conditioning
@@ -63,6 +64,7 @@ class Job:
             that is seen by the trace: modules among its attributes, and the tensors of its `state()`.
         task: name of that task, which tells it from others where traces are kept.
         stored: network -> how it lies on disk; those that are not in it are made, in float32.
+        judge_bytes: of the network on the host that scores previews, for as long as it does.
     """
 
     sizes: Sizes
@@ -79,6 +81,7 @@ class Job:
     make_task: MakeTask | None = field(default=None, compare=False)
     task: str = "denoising"
     stored: Mapping[str, Stored] = field(default_factory=dict)
+    judge_bytes: int = 0
 
     def __post_init__(self) -> None:
         if (self.make_task is None) != (self.task == "denoising"):
@@ -183,6 +186,7 @@ def job_of(config: TrainingRunConfig, data: DataConfig | DreamboothData, precisi
         drawn if getattr(data, "class_prompt", None) else None,
         mixed=getattr(data, "buckets", False),
         stored=stored(sizes, config.model.opened),
+        judge_bytes=Judges.of_previews(config.preview.clip_model).clip_bytes,
     )
 
 

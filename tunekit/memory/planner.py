@@ -475,6 +475,8 @@ class Planner:
             ledger = whole.phases["save"]["ledger"]
             held = sum(ledger.get(part, 0) for part in (MASTERS, STATE))
             tiled, phases["preview"] = self._preview(room, levers, held)
+            if room.target.name == "cpu" and self.job.judge_bytes:
+                phases["preview"] = _beside(phases["preview"], "CLIP", self.job.judge_bytes)
             levers = replace(levers, vae_tiling=tiled)
         return levers, phases
 
@@ -528,7 +530,8 @@ class Planner:
     def _hosted(self, levers: Levers, waiting: Waiting) -> dict[str, int]:
         """Bytes of the host in each phase, where the device has a memory of its own."""
         previews, stay = self.job.preview is not None, levers.encode_on_host or levers.encode_by_layer
-        return on_host(self._base(levers), waiting, previews=previews, captions=stay)
+        found = on_host(self._base(levers), waiting, previews=previews, captions=stay)
+        return {**found, "preview": found["preview"] + self.job.judge_bytes}
 
     def _base(self, levers: Levers) -> Base:
         plain = Levers(self.job.precision, levers.base_precision)
@@ -674,6 +677,12 @@ def _too_much_for_the_host(room: Room, phases: Mapping[str, Phase]) -> tuple[str
         return ()
     told, free = most.replace("_", " "), format_bytes(room.host_bytes)
     return (f"the phase {told} takes {format_bytes(size)} of the host's memory, and {free} are free",)
+
+
+def _beside(phase: Phase, name: str, size: int) -> Phase:
+    """A phase on the CPU with something more in its memory."""
+    sizes = {key: phase[key] + size for key in ("peak_allocated_bytes", "least_bytes")}
+    return {**phase, **sizes, "ledger": {**phase["ledger"], name: size}}
 
 
 def _hopeless(plan: Plan) -> bool:

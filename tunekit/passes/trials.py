@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunekit.artifacts import RECORD, RunFolder, model_files, write_json
 from tunekit.config import SamplingConfig
+from tunekit.diffusion.judges import Judges
 from tunekit.errors import ChainError, ModelError, NonFiniteError
 from tunekit.files import link_file
 from tunekit.passes.base import Context
-from tunekit.passes.likeness import Judges
 from tunekit.passes.providers import Provider
 from tunekit.passes.tradeoff import Found
 from tunekit.passes.verify import PROMPTS

@@ -490,6 +490,8 @@ def _differ(loaded: Sequence[Loaded], file: SweepFile) -> None:
 def _matters(file: SweepFile, axes: Sequence[Axis], figure: Figure) -> None:
     """Raises a ConfigError if a key changes nothing of what is compared."""
     idle = [key for key in FREE if key not in COUNTS] if figure.curve else ["preview.every"]
+    if figure.name == "clip":  # how previews are drawn is what is scored
+        idle = [key for key in idle if key != "preview"]
     for given, axis in zip(file.settings.over, axes, strict=True):
         if any(axis.key == key or axis.key.startswith(f"{key}.") for key in idle):
             message = f"{given}: has no effect on {figure.name}, for it changes nothing of what is learned"
@@ -520,6 +522,10 @@ def _rule(file: SweepFile, figure: Figure, configs: Sequence[Any]) -> Rule | Non
         every = [train.validate_every for train in trains if train.validate_every]
         if not any(0 < step < steps for step in every):
             raise idle("val_loss is known only at the end", "set train.validate_every")
+    if steps is not None and figure.name == "clip":
+        often = [config.preview.every for config in configs if config.preview.every]
+        if not any(0 < step < steps for step in often):
+            raise idle("clip is known only at the end", "set preview.every")
     grace = asked.grace or max(1, (steps or 10) // 10)
     if steps is not None and grace >= steps:
         raise idle(f"grace is {grace}, and training ends at step {steps}", "give less")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from tunekit.artifacts import RunFolder
 from tunekit.config import TrainingRunConfig
+from tunekit.diffusion.judges import Judges
 from tunekit.errors import ConfigError, TunekitError, did_you_mean
 from tunekit.passes.base import parse_chain
 from tunekit.passes.metrics import Metric, declared, find_metric
@@ -17,8 +18,8 @@ from tunekit.records import finite, metrics_of
 from tunekit.sweep.file import SweepFile
 from tunekit.sweep.rules import Curve
 
-CURVES = ("val_loss", "loss")
-"""Figures of metrics.jsonl that every training may have; the less the better."""
+CURVES = {"val_loss": False, "loss": False, "clip": True}
+"""Figures of metrics.jsonl that every training may have, and whether more is better."""
 RECENT = 50
 """Steps that the training loss is averaged over."""
 Mode = Literal["last", "best", "mean"]
@@ -68,7 +69,10 @@ def figure_of(file: SweepFile, configs: Sequence[Any]) -> Figure:
             )
         if name == "val_loss" and ours:
             _validated(configs, wrong)
-        return Figure(name, asked.goal == "max", curve=True)
+        if name == "clip" and ours:
+            _scored(configs, wrong)
+        larger = asked.goal == "max" if asked.goal else CURVES.get(name, False)
+        return Figure(name, larger, curve=True)
     measured = [metric for config in configs for metric in _measured(config)]
     if not any(metric.covers(name) for metric in measured):
         passes = sorted(_passes_of(known))
@@ -85,6 +89,20 @@ def figure_of(file: SweepFile, configs: Sequence[Any]) -> Figure:
 def _validated(configs: Sequence[Any], wrong: Any) -> None:
     if all(config.data.validation is None for config in configs):  # each recipe declares its own data
         raise wrong("no trial reports val_loss: there are no held-out pictures", "set data.validation")
+
+
+def _scored(configs: Sequence[Any], wrong: Any) -> None:
+    for config in configs:
+        named = config.preview.clip_model
+        if not config.preview.prompts:
+            raise wrong("no trial reports clip: there are no previews", "set preview.prompts")
+        if named is None:
+            raise wrong(
+                "no trial reports clip: no CLIP scores the previews",
+                "set preview.clip_model to the folder of one, as transformers saves it",
+            )
+        if lacking := Judges.of_previews(named).lack():
+            raise wrong(f"clip {lacking}")
 
 
 def _measured(config: Any) -> Iterable[Metric]:
@@ -131,7 +149,8 @@ class Reading:
         if figure.name == "loss":
             mode: Mode = "mean"
         else:
-            mode = "best" if getattr(config, "final", "last") == "best" else "last"
+            best = getattr(config, "final", "last") == "best" and figure.name != "clip"  # chosen by another
+            mode = "best" if best else "last"
         return cls(config.run_dir, figure, mode, last)
 
     def look(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tunekit.artifacts import atomic_folder
 from tunekit.config import PreviewConfig, SamplingConfig
 from tunekit.data.cache import CachedDataset
+from tunekit.diffusion.judges import Judges
 from tunekit.diffusion.sampling import Guided, initial_latents, sample
 from tunekit.families.family import Conditioning, Family, Frame, Pipeline, pixels_per_latent
 from tunekit.memory.levers import tile_vae
@@ -83,6 +84,7 @@ class Previewer:
         folder: `runs/<name>/previews`.
         meter: measures the phase "preview".
         tiled: decode in tiles (`levers.tile_vae`).
+        judges: score the pictures by a CLIP, which is in memory for as long as that takes; None for nobody.
     """
 
     family: Family
@@ -93,6 +95,7 @@ class Previewer:
     folder: Path
     meter: Meter
     tiled: bool = False
+    judges: Judges | None = None
 
     def files(self, step: int) -> dict[str, Path]:
         """The pictures of a step that was drawn, by prompt."""
@@ -100,8 +103,15 @@ class Previewer:
         prompts = self.config.prompts
         return {prompt: folder / preview_name(index, prompt) for index, prompt in enumerate(prompts)}
 
-    def __call__(self, model: nn.Module, step: int) -> None:
-        """Draw with the denoiser as it is after `step`."""
+    def __call__(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Draw with the denoiser as it is after `step`.
+
+        Returns:
+            `{"clip": mean score}` where there is a CLIP, else nothing.
+
+        Raises:
+            ModelError: the CLIP cannot be opened.
+        """
         pipeline, sampling = self.pipeline, self.sampling
         device = next(model.parameters()).device
         assert sampling.height is not None
@@ -123,6 +133,7 @@ class Previewer:
             return {name: value.to(device) for name, value in whole.items()}
 
         prompts = self.config.prompts
+        drawn: list[Tensor] = []
         with (
             atomic_folder(self.folder / f"step-{step:06d}") as made,
             console().phase("preview", len(prompts)) as phase,
@@ -147,8 +158,15 @@ class Previewer:
                     pixels = self.family.decode(pipeline, latents)
                 picture = to_images(pixels)[0]
                 picture.save(made / preview_name(index, prompt))
+                if self.judges is not None:
+                    drawn.append(pixels.float().cpu())
                 phase.advance()
             pipeline.vae.to("cpu")
+        if self.judges is None:
+            return {}
+        judges = replace(self.judges)  # what it opens goes with it
+        scores = [judges.scores(one, [prompt])[0] for one, prompt in zip(drawn, prompts, strict=True)]
+        return {"clip": sum(scores) / len(scores)}
 
 
 def preview_name(index: int, prompt: str) -> str:

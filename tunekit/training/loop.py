@@ -88,7 +88,8 @@ class Hooks:
         evaluate: called with the bare module before the first step, every `validate_every` and after the
             last.
         preview: called on the main process with the bare module and the step, before the first step, every
-            `preview_every`, wherever something is kept by step, and after the last.
+            `preview_every`, wherever something is kept by step, and after the last; figures that it gives
+            stand in the row of the step.
         keep: called on the main process to keep what is learned as it is: with a name ("step-000050" every
             `save_every`, "best"), the step, and the figures so far.
         keep_best: keep the "best" by `val_loss`, of the steps at which it is evaluated.
@@ -102,7 +103,7 @@ class Hooks:
     tracker: Tracker | None = None
     checkpoints: Checkpoints | None = None
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
-    preview: Callable[[nn.Module, int], None] | None = None
+    preview: Callable[[nn.Module, int], Mapping[str, float] | None] | None = None
     preview_every: int | None = None
     keep: Callable[[str, int, Mapping[str, float]], None] | None = None
     keep_best: bool = False
@@ -507,12 +508,17 @@ class _Training:
                 keeping += ["best"] if self.hooks.keep_best else []
                 shown += "  (the best so far)"
             self._say(f"step {step}  {shown}")
+        drawing = preview and (previewing or self._enough(step))
         if self.tracker:
-            self.tracker.write(rows)
-        if preview and (previewing or self._enough(step)):
-            if self.accelerator.is_main_process:
-                preview(self.bare, step)
-            self.accelerator.wait_for_everyone()
+            self.tracker.write(rows[:-1] if drawing else rows)
+        if preview and drawing:
+            try:
+                if self.accelerator.is_main_process:
+                    rows = self._seen(step, rows, preview(self.bare, step) or {})
+                self.accelerator.wait_for_everyone()
+            finally:
+                if self.tracker:
+                    self.tracker.write(rows[-1:])
         if keep and keeping and self.accelerator.is_main_process:
             with self.fitted.whole():
                 for name in keeping:
@@ -520,6 +526,18 @@ class _Training:
         self.rows = []
         self.module.train()
         self.window += time.perf_counter() - began  # not the steps' time
+
+    def _seen(
+        self, step: int, rows: list[dict[str, Any]], figures: Mapping[str, float]
+    ) -> list[dict[str, Any]]:
+        """The rows with what previews came to in the last one."""
+        if not figures:
+            return rows
+        self.figures.update(figures)
+        rows = rows or [{"step": step}]
+        rows[-1].update(figures)
+        self._say(f"step {step}  " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+        return rows
 
     def _enough(self, step: int) -> bool:
         """Whether too many evaluations in a row were no better; of a resumed run as if it had gone on."""

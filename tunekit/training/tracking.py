@@ -25,7 +25,8 @@ class Tracker:
     """Writes `metrics.jsonl`: one object per optimizer step.
 
     `{"step", "loss", "lr", "grad_norm", "samples_per_second", "seconds"}`, with `"val_loss"` where validation
-    ran; step 0 is the untrained model. `seconds` counts all lives of the run.
+    ran, and `"clip"` where previews are scored; step 0 is the untrained model. `seconds` counts all lives of
+    the run.
 
     Args:
         path: `runs/<name>/metrics.jsonl`.
