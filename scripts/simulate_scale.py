@@ -110,6 +110,9 @@ DEFAULTS: dict[str, Assumption] = {
     "price_per_card_hour": Assumption(None, "", YOURS),
     "mtbf_hours": Assumption(None, "h per node", f"{YOURS}; null: nothing fails"),
     "restart_seconds": Assumption(120.0, "s per failure", OURS),
+    "checkpoint_every": Assumption(
+        200, "steps, of what has not been run", "train.checkpoint_every's default"
+    ),
     "disk_gb_s": Assumption(None, "GB/s of the shared disk", f"{YOURS}; null: it is never waited for"),
     "picture_bytes": Assumption(None, "bytes read per picture and step", f"{YOURS}, with disk_gb_s"),
     "encode_seconds": Assumption(None, "s per picture, once", f"{YOURS}; null: encoded already"),
@@ -598,7 +601,8 @@ def _row(costs: Costs, told: Assumptions, cards: int, *, weak: bool, shard: bool
     working = sum(parts.values())
     parts["failures"] = 0.0
     if told.mtbf_hours is not None:
-        saving = next((pause.every for pause in costs.pauses if pause.what == "checkpoint"), 200)
+        known = [pause.every for pause in costs.pauses if "checkpoint" in pause.what]
+        saving = known[0] if known else told.checkpoint_every
         each = told.restart_seconds + working * saving / 2
         parts["failures"] = working * nodes * each / (3600 * told.mtbf_hours)
     seconds = sum(parts.values())
@@ -634,6 +638,11 @@ class Stop:
     sentence: str
 
 
+def counted(cards: int) -> str:
+    """So many cards, in words."""
+    return f"{cards} card{'s' if cards > 1 else ''}"
+
+
 def stops(rows: Sequence[Row]) -> Stop:
     """The most cards with which half of their time is used and each has a picture."""
     last = rows[0].cards
@@ -641,21 +650,22 @@ def stops(rows: Sequence[Row]) -> Stop:
         if row.pictures < 1:
             return Stop(
                 last,
-                f"It stops at {last} cards: with {row.cards} there is less than a picture for each in a batch"
-                f" of {row.batch}.",
+                f"It stops at {counted(last)}: with {row.cards} there is less than a picture for each in a"
+                f" batch of {row.batch}.",
             )
         if row.efficiency < LEAST:
             what, share = row.lost
             return Stop(
                 last,
-                f"It stops at {last} cards: with {row.cards} the efficiency is {row.efficiency:.0%}, and"
+                f"It stops at {counted(last)}: with {row.cards} the efficiency is {row.efficiency:.0%}, and"
                 f" {share:.0%} of a step go to {what}.",
             )
         last = row.cards
     end = rows[-1]
     return Stop(
         last,
-        f"It has not stopped at {last} cards, the most that were asked for: efficiency {end.efficiency:.0%}.",
+        f"It has not stopped at {counted(last)}, the most that were asked for: efficiency"
+        f" {end.efficiency:.0%}.",
     )
 
 
@@ -679,7 +689,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if row.pictures < 1:
             cells = [f"{row.cards}", f"{row.batch}", *["-"] * (len(head) - 2)]
-            lines.append((cells, "refused: cards without a picture"))
+            lines.append((cells, "refused"))
             continue
         what, share = row.lost
         cells = [f"{row.cards}", f"{row.batch}", number(row.pictures), number(row.seconds), number(row.rate)]
@@ -886,28 +896,48 @@ def validation_lines(found: Mapping[str, Any]) -> list[str]:
 # benchmarks/scale ------------------------------------------------------------------------------------------
 
 PCIE: dict[str, Any] = {"cards_per_node": 4, "inside": "pcie4", "between": "25gbe"}
+CPUS: dict[str, Any] = {"cards_per_node": 1, "between": "25gbe"}
 FAILING: dict[str, Any] = {"mtbf_hours": 720.0, "restart_seconds": 300.0}
-CASES: tuple[tuple[str, str, int, dict[str, Any], bool, bool], ...] = (
-    ("sdxl-h100", "nodes of 8 with NVLink, 400 GbE between", 64, {}, False, False),
-    ("sdxl-h100", "the same, 8 pictures on each", 8, {}, True, False),
-    ("sdxl-l40s", "nodes of 4 with PCI Express, 25 GbE", 64, PCIE, False, False),
-    ("sdxl-all-h100", "nodes of 8, 400 GbE", 512, {}, False, False),
-    ("sdxl-all-h100", "the same over 25 GbE", 512, {"between": "25gbe"}, False, False),
-    ("sdxl-all-h100", "sharded weights, 400 GbE", 512, {}, False, True),
-    ("sdxl-all-h100", "400 GbE, a node fails every 30 days", 512, FAILING, False, False),
-    ("zimage-h100", "nodes of 8, 400 GbE", 64, {}, False, False),
+CASES: tuple[tuple[str, int, str, dict[str, Any], bool, bool], ...] = (
+    ("sdxl-h100", 64, "nodes of 8 with NVLink, 400 GbE between", {}, False, False),
+    ("sdxl-h100", 8, "the same, 8 pictures on each", {}, True, False),
+    ("sdxl-l40s", 64, "nodes of 4 with PCI Express, 25 GbE", PCIE, False, False),
+    ("sdxl-all-h100", 512, "nodes of 8, 400 GbE", {}, False, False),
+    ("sdxl-all-h100", 512, "the same over 25 GbE", {"between": "25gbe"}, False, False),
+    ("sdxl-all-h100", 512, "sharded weights, 400 GbE", {}, False, True),
+    ("sdxl-all-h100", 512, "400 GbE, a node fails every 30 days", FAILING, False, False),
+    ("zimage-h100", 64, "nodes of 8, 400 GbE", {}, False, False),
 )
-"""Published costs, in words, batch size, assumptions, weak, shard."""
+"""Published costs, batch size, in words, assumptions, weak, shard."""
 
 
-def cases() -> list[dict[str, Any]]:
-    """All cases of benchmarks/scale.json."""
+def cases(validation: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """All cases of benchmarks/scale.json: of what was measured here, and of what others have."""
     made = []
-    for name, words, batch, given, weak, shard in CASES:
-        costs, told = of_published(name, batch), Assumptions.of(given)
+    words = "machines of one processor, 25 GbE"
+    own = [(of_validation(found, 64), words, CPUS, False, False) for found in validation]
+    others = [(of_published(name, batch), *rest) for name, batch, *rest in CASES]
+    for costs, words, given, weak, shard in [*own, *others]:
+        told = Assumptions.of(given)
         found = report(costs, told, predict(costs, told, weak=weak, shard=shard), weak=weak, shard=shard)
-        made.append({"case": f"{costs.what}: {words}", "published": name, "given": given, **found})
+        made.append({"case": f"{costs.what}: {words}", "given": given, **found})
     return made
+
+
+def of_validation(found: Mapping[str, Any], batch_size: int) -> Costs:
+    """What `validate` has measured of one process."""
+    one = found["one"]
+    return Costs(
+        what=found["what"].partition(", batch")[0] + f", batch {batch_size}, {found['device']}",
+        kind="measured",
+        source="scripts/simulate_scale.py validate",
+        batch_size=batch_size,
+        fixed=one["fixed"],
+        each=one["each"],
+        trained=found["gradient_bytes"] // 4,
+        cv=one["cv"],
+        notes=(f"measured at batches of 2 and 8 on one thread, load {found['load']}",),
+    )
 
 
 def document(content: Mapping[str, Any]) -> str:
@@ -916,8 +946,8 @@ def document(content: Mapping[str, Any]) -> str:
         "# Where more cards stop helping",
         "",
         "By `scripts/simulate_scale.py`, whose head says how it counts. **Nothing here was measured on"
-        " several cards:** steps are those that others have published for one card, all else is assumed as"
-        " listed below. Of your own run:",
+        " several cards:** steps were measured on one, here or by others as each case says, all else is"
+        " assumed as listed below. Of your own run:",
         "",
         "    python scripts/simulate_scale.py predict --run runs/mine price_per_card_hour=2.5",
         "",
@@ -936,11 +966,10 @@ def document(content: Mapping[str, Any]) -> str:
         lines += [f"### {case['case']}", "", f"{kind}. {case['stops']['sentence']}", "", "```text"]
         lines += [*table(rows), "```", ""]
         told = "; ".join(case["costs"]["notes"])
-        lines += [
-            f"A step: {number(case['costs']['each'])} s a picture"
-            f" ([published]({case['costs']['source']}); {told}).",
-            "",
-        ]
+        costs = case["costs"]
+        source = f"[published]({costs['source']})" if costs["kind"] == "published" else f"`{costs['source']}`"
+        fixed = f"{number(costs['fixed'])} s + " if costs["fixed"] else ""
+        lines += [f"A step: {fixed}{number(costs['each'])} s a picture ({source}; {told}).", ""]
     told = Assumptions.of({})
     lines += ["## Assumed", "", "| key | value | by |", "|---|---|---|"]
     for one in told.listed():
@@ -1051,7 +1080,7 @@ def _validate(options: argparse.Namespace) -> None:
 
 def _table(options: argparse.Namespace) -> None:
     known = json.loads(FILE.read_text(encoding="utf-8"))
-    known["cases"] = cases()
+    known["cases"] = cases(known["validation"])
     FILE.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     TABLE.write_text(document(known), encoding="utf-8")
 

@@ -165,6 +165,32 @@ def test_a_folder_that_cannot_be_written(queue: Queue, monkeypatch: pytest.Monke
             change()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_on_a_full_disk_no_job_is_lost(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        add(queue, name)
+    held = queue.take(anywhere)
+    assert held is not None
+    sync = os.fsync
+
+    def full(descriptor: int) -> None:
+        with Path("/dev/full").open("wb", buffering=0) as device:
+            device.write(b"1")  # the kernel's own answer
+
+    monkeypatch.setattr(os, "fsync", full)
+    changes = (lambda: add(queue, "c"), lambda: queue.take(anywhere), lambda: queue.give(held, "done"))
+    for change in changes:
+        with pytest.raises(OutputError, match="no space left on the disk"):
+            change()
+    monkeypatch.setattr(os, "fsync", sync)
+    # What became of the first was not written down, and nobody has it any more.
+    assert [(job.name, job.state) for job in queue.jobs()] == [("a", "waiting"), ("b", "waiting")]
+    again = queue.take(anywhere)
+    assert again is not None and again.job.name == "a" and again.job.lost == 1
+    queue.give(again, "done")
+    assert not list((queue.folder / "jobs").glob(".*"))
+
+
 def test_a_lock_that_is_held_for_too_long(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     from tunekit import jobs
 

@@ -113,7 +113,7 @@ def test_it_says_where_it_stops(scale: Any, costs: Any) -> None:
         "It stops at 4 cards: with 8 there is less than a picture for each in a batch of 6."
     )
     assert few[2].pictures == 2  # six on four cards: two have two
-    slow = scale.predict(costs, scale.Assumptions.of({**EXACT, "inside": {"gb_s": 0.05, "latency_us": 1}}))
+    slow = scale.predict(costs, scale.Assumptions.of({**EXACT, "inside": {"gb_s": 0.1, "latency_us": 1}}))
     stop = scale.stops(slow)
     assert stop.cards == 2 and re.search(
         r"with 4 the efficiency is \d+%, and \d+% of a step go to all-reduce", stop.sentence
@@ -127,7 +127,7 @@ def test_the_table_fits_a_terminal(scale: Any, costs: Any) -> None:
     lines = scale.table(scale.predict(replace(costs, batch_size=100_000), told, weak=True))
     assert len(lines) == 11 and max(map(len, lines)) <= 80
     lines = scale.table(scale.predict(costs, told))
-    assert "refused: cards without a picture" in lines[-1]
+    assert lines[-1].split()[::7] == ["128", "-"] and lines[-1].endswith("refused")
     picture = scale.svg([("one", scale.predict(costs, told))])
     assert picture.startswith("<svg xmlns=") and picture.count("<polyline") == 2
 

@@ -5,10 +5,12 @@
 
 A device is named with its node, "1a2b3c4d/cuda:0". Ray starts processes, tells of nodes that are gone, and
 nothing else: which job comes next, where there is room for it and when it ends is said by the same code as on
-one machine, so a sweep comes to the same. Run folders, the queue and the configs are on a disk that all nodes
-see under one path; a node that does not see it is refused before anything begins.
+one machine, so a sweep comes to the same. Run folders, the queue, the configs and the pictures are on a disk
+that all nodes see under one path; a node that does not see one of them, or has other versions, is refused
+before anything begins.
 
-A job whose node is gone waits again, and goes on from its checkpoint elsewhere.
+A job whose node is gone waits again, and goes on from its checkpoint elsewhere. One that finds its node's
+disk full has failed, and the node gets no other for a while; the others go on.
 """
 
 from __future__ import annotations
@@ -18,21 +20,25 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tunekit import hardware
-from tunekit.errors import DeviceError, OutputError, output_errors, require
-from tunekit.jobs import Held, Queue
+from tunekit.config import load
+from tunekit.errors import FULL, DataError, DeviceError, OutputError, TunekitError, output_errors, require
+from tunekit.jobs import Held, Queue, State
 from tunekit.worker import CONTEXT_BYTES, GONE, Process, Worker
 
 SHORT = 8
 """Letters of a node's id that name it."""
 AWAY = 30.0
-"""Seconds in which a node that has lost a job gets no other."""
+"""Seconds in which a node that has lost a job, or has no room on its disk, gets no other."""
+SAME = ("tunekit", "python", "ray", "torch", "diffusers")
+"""Of which all nodes have one version, so that it does not matter where a job runs."""
 _ANSWER = 60.0
 """Seconds that a node has to answer."""
 
@@ -80,18 +86,20 @@ class Nodes:
 
 
 @contextmanager
-def cluster(address: str, runs: Path | str) -> Iterator[Nodes]:
+def cluster(address: str, runs: Path | str, reads: Mapping[Path, str] | None = None) -> Iterator[Nodes]:
     """Connects to a Ray cluster, and asks each of its nodes what it is.
 
     Args:
         address: "auto" for the one that runs here, else one that is started on this machine for as long as
             this lasts; or host:port.
         runs: a folder that all nodes must see.
+        reads: what jobs read, and the key that names it; see `inputs`.
 
     Raises:
         MissingPackageError: Ray is not installed.
-        DeviceError: there is no such cluster; a node has another tunekit or Python, or does not answer.
+        DeviceError: there is no such cluster; a node has other versions, or does not answer.
         OutputError: a node does not see the folder, or cannot write to it.
+        DataError: a node does not see what jobs read.
     """
     ray = require("ray", extra="cluster", why="--cluster needs")
     own = not ray.is_initialized()
@@ -102,7 +110,7 @@ def cluster(address: str, runs: Path | str) -> Iterator[Nodes]:
         _connect(ray, address)
     try:
         nodes = Nodes(ray)
-        _look(nodes, Path(runs).expanduser().absolute())
+        _look(nodes, Path(runs).expanduser().absolute(), reads or {})
         yield nodes
     finally:
         if own:
@@ -116,21 +124,51 @@ def _connect(ray: Any, address: str) -> None:
         ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         if address != "auto" or not isinstance(error, ConnectionError):
-            text = str(error).strip().partition("\n")[0]
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            if "version mismatch" in str(error).lower():
+                raise DeviceError(
+                    f"the Ray cluster at {address} has other versions: {' '.join(lines)[:300]}",
+                    where="--cluster",
+                    hint="install the same versions on all nodes",
+                ) from error
+            text = lines[0] if lines else type(error).__name__
             raise DeviceError(f"there is no Ray cluster at {address}: {text}", where="--cluster") from error
         ray.init(include_dashboard=False, **quiet)
 
 
-def _describe(folder: str, token: str, cards: int) -> dict[str, Any]:
+def inputs(queue: Queue) -> dict[Path, str]:
+    """What the jobs that wait in a queue read on this machine; what is wrong with one, it says itself."""
+    from tunekit.preconditions import reads
+
+    found: dict[Path, str] = {}
+    for job in queue.jobs():
+        if job.state == "waiting":
+            with suppress(TunekitError, OSError):
+                named = reads(load(job.config, job.overrides), Path(job.cwd))
+                found |= {path: f"{key} of job {job.id}" for key, path in named.items()}
+    return found
+
+
+def _versions() -> dict[str, str]:
+    """Of what decides how a job goes."""
+    import tunekit
+
+    found = {"tunekit": tunekit.__version__, "python": sys.version.split()[0]}
+    for name in SAME[2:]:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _describe(folder: str, token: str, cards: int, reads: list[str]) -> dict[str, Any]:
     """What a node says of itself; runs there.
 
     Args:
         folder: of the runs.
         token: a file in it.
         cards: how many Ray has found.
+        reads: files and folders.
     """
-    import tunekit
-
     rooms = {"cpu": hardware.machine_memory()[1]}
     if cards:
         import torch
@@ -140,19 +178,18 @@ def _describe(folder: str, token: str, cards: int) -> dict[str, Any]:
             rooms[f"cuda:{index}"] = int(total) - CONTEXT_BYTES
     return {
         "host": socket.gethostname(),
-        "tunekit": tunekit.__version__,
-        "python": sys.version.split()[0],
+        **_versions(),
+        "lacks": [path for path in reads if not os.access(path, os.R_OK)],
         "sees": Path(folder, token).is_file() and os.access(folder, os.W_OK),
         "rooms": rooms,
         "processors": hardware.processors(),
     }
 
 
-def _look(nodes: Nodes, runs: Path) -> None:
+def _look(nodes: Nodes, runs: Path, reads: Mapping[Path, str]) -> None:
     """Asks all nodes, and holds their answers against this machine."""
-    import tunekit
-
-    ray = nodes.ray
+    ray, wanted = nodes.ray, _versions()
+    paths = {str(path): key for path, key in reads.items()}
     token = f".cluster-{uuid.uuid4().hex}"
     with output_errors(runs / token):
         runs.mkdir(parents=True, exist_ok=True)
@@ -163,7 +200,7 @@ def _look(nodes: Nodes, runs: Path) -> None:
         cards = [int(item.get("Resources", {}).get("GPU", 0)) for item in items]
         describe = ray.remote(_describe)
         asked = [
-            describe.options(**nodes.on(node)).remote(str(runs), token, count)
+            describe.options(**nodes.on(node)).remote(str(runs), token, count, list(paths))
             for node, count in zip(alive, cards, strict=True)
         ]
         for node, answer in zip(alive, asked, strict=True):
@@ -177,10 +214,11 @@ def _look(nodes: Nodes, runs: Path) -> None:
                     hint="install the same tunekit there: scripts/setup cluster",
                 ) from error
             node.host, node.rooms, node.processors = told["host"], told["rooms"], told["processors"]
-            for what, own in (("tunekit", tunekit.__version__), ("python", sys.version.split()[0])):
-                if told[what] != own:
+            for what, own in wanted.items():
+                if told.get(what) != own:
+                    other = told.get(what) or "not installed"
                     raise DeviceError(
-                        f"the node {node.name} ({node.host}) has {what} {told[what]}, and this one {own}",
+                        f"the node {node.name} ({node.host}) has {what} {other}, and this one {own}",
                         where="--cluster",
                         hint="install the same versions on all nodes",
                     )
@@ -189,6 +227,13 @@ def _look(nodes: Nodes, runs: Path) -> None:
                     f"the node {node.name} ({node.host}) does not see {runs}, or cannot write there",
                     where="--cluster",
                     hint="put runs on a disk that all nodes share: runs=/shared/runs",
+                )
+            if lacks := [f"{path} ({paths[path]})" for path in told["lacks"]]:
+                more = f" and {len(lacks) - 1} more" if len(lacks) > 1 else ""
+                raise DataError(
+                    f"the node {node.name} ({node.host}) does not see {lacks[0]}{more}",
+                    where="--cluster",
+                    hint="put it on a disk that all nodes share, under one path",
                 )
             nodes.found[node.name] = node
     finally:
@@ -298,12 +343,26 @@ class ClusterWorker(Worker):
             DeviceError: no node is left.
         """
         self._return()
-        return super().tick()
+        return super().tick() or (bool(self._away) and self._is_needed())
+
+    def _is_needed(self) -> bool:
+        """Whether something waits for nodes that get nothing for a while."""
+        jobs = self.queue.jobs()
+        return any(job.state == "waiting" and self.group in (None, job.group) for job in jobs)
 
     def _lose(self, held: Held) -> None:
         """Gives no more to the node for a while: that it is gone is not known at once."""
         super()._lose(held)
-        self._away[held.job.on.partition("/")[0]] = time.monotonic()
+        self._leave_alone(held.job.on)
+
+    def _end(self, held: Held, state: State, code: int | None, note: str) -> None:
+        """See `Worker._end`; a node without room on its disk would fail all others in no time."""
+        super()._end(held, state, code, note)
+        if state == "failed" and any(words in note for words in FULL):
+            self._leave_alone(held.job.on)
+
+    def _leave_alone(self, device: str) -> None:
+        self._away[device.partition("/")[0]] = time.monotonic()
         self._serve()
 
     def _return(self) -> None:
@@ -324,6 +383,7 @@ class ClusterWorker(Worker):
         assert self.nodes is not None
         names = [device for device in self.nodes.devices if device.partition("/")[0] not in self._away]
         self.devices = names
+        self._stamp = -1  # so that it looks what is for them
 
     def _node(self, device: str) -> Node:
         assert self.nodes is not None

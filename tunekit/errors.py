@@ -182,9 +182,11 @@ def require(module: str, *, extra: str, why: str) -> ModuleType:
         raise _missing(module.partition(".")[0], extra, why) from error
 
 
+FULL = ("no space left on the disk", "the disk quota is used up")
+"""What is said of a disk with no room."""
 _OUTPUT_ERRNOS = {
-    errno.ENOSPC: "no space left on the disk",
-    errno.EDQUOT: "the disk quota is used up",
+    errno.ENOSPC: FULL[0],
+    errno.EDQUOT: FULL[1],
     errno.EFBIG: "the file would be larger than allowed here",
     errno.EACCES: "no permission to write there",
     errno.EPERM: "no permission to write there",

@@ -6,18 +6,22 @@ import importlib.util
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from tunekit import cli
 from tunekit import cluster as clusters
 from tunekit.cluster import ClusterWorker, Node, Nodes
-from tunekit.errors import DeviceError, MissingPackageError, OutputError
-from tunekit.jobs import Job, Queue
+from tunekit.errors import DataError, DeviceError, MissingPackageError, OutputError
+from tunekit.jobs import Held, Job, Queue
+from tunekit.sweep import engine
 from tunekit.sweep.engine import Sweep
+from tunekit.worker import Process, Worker, submit
 
 pytest.importorskip("fcntl")
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +61,13 @@ class FakeRay(ModuleType):
         ({"tunekit": "0.0.1"}, DeviceError, r"the node 01234567 \(far\) has tunekit 0\.0\.1, and this one"),
         ({"python": "3.9.0"}, DeviceError, r"has python 3\.9\.0, and this one"),
         ({"sees": False}, OutputError, r"the node 01234567 \(far\) does not see .*runs"),
+        ({"ray": "2.1.0"}, DeviceError, r"has ray 2\.1\.0, and this one"),
+        ({"torch": None}, DeviceError, "has torch not installed, and this one"),
+        (
+            {"lacks": ["/photos"]},
+            DataError,
+            r"01234567 \(far\) does not see /photos \(data\.path\)\nput it on",
+        ),
         ({"dies": True}, DeviceError, "the node 01234567 does not answer: ModuleNotFoundError"),
     ],
 )
@@ -65,8 +76,43 @@ def test_a_node_that_cannot_be_used_is_named(
 ) -> None:
     monkeypatch.setattr(Nodes, "on", lambda nodes, node: {})
     with pytest.raises(kind, match=said):
-        clusters._look(Nodes(FakeRay(**{"host": "far", **told})), tmp_path / "runs")
+        reads = {Path("/photos"): "data.path"}
+        clusters._look(Nodes(FakeRay(**{"host": "far", "lacks": [], **told})), tmp_path / "runs", reads)
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_node_looks_for_what_jobs_read(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "token").touch()
+    places = [str(tmp_path / name) for name in ("there", "not")]
+    told = clusters._describe(str(tmp_path), "token", 0, places)
+    assert told["lacks"] == places[1:] and told["sees"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError(
+                "Version mismatch: The cluster was started with:\n    Ray: 2.1.0\n    Python: 3.10.0"
+            ),
+            "the Ray cluster at far:6379 has other versions: .*Ray: 2.1.0 Python: 3.10.0\n"
+            "install the same versions",
+        ),
+        (ConnectionError("\nno answer\nat all"), "there is no Ray cluster at far:6379: no answer$"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined(
+    error: Exception, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: Any) -> None:
+        raise error
+
+    ray: Any = ModuleType("ray")
+    ray.is_initialized, ray.init, ray.shutdown = (lambda: False), init, lambda: None
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(DeviceError, match=said), clusters.cluster("far:6379", tmp_path):
+        pass
 
 
 def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +151,137 @@ def command(job: Job) -> list[str]:
     return [sys.executable, "-S", "-E", "steps.py", *job.overrides]
 
 
+FULL = """
+import sys
+from tunekit.errors import TunekitError, output_errors
+try:
+    with output_errors("/scratch/latents"), open("/dev/full", "wb", buffering=0) as file:
+        file.write(b"1")
+except TunekitError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+class Pretended(ClusterWorker):
+    """Nodes that are all this machine; on the one called `full` there is no room on the disk."""
+
+    has_room = False
+
+    def _start(self, held: Held, command: list[str], log: Path) -> Process:
+        if held.job.on == "full/cpu" and not self.has_room:
+            command = [sys.executable, "-c", FULL]  # the kernel's own answer
+        return Worker._start(self, held, command, log)
+
+
+def pretended(queue: Queue, *names: str, group: str | None = None) -> Pretended:
+    ray = FakeRay()
+    ray.nodes = lambda: [{"NodeID": name, "Alive": True} for name in names]  # type: ignore[method-assign]
+    nodes = Nodes(ray, {name: Node(name, name, {"cpu": 2**36}, 2) for name in names})
+    worker = Pretended(queue, [f"{name}/cpu" for name in names], 1, group, nodes=nodes)
+    worker.command, worker.say = command, lambda line: None
+    return worker
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., str]:
+    """`shell("queue", "list")` is what the command says."""
+
+    def run(*arguments: str, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["tunekit", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        said = capsys.readouterr()
+        assert (left.value.code or 0) == code, said
+        return str(said.out + said.err)
+
+    return run
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_on_one_node(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its trial fails, with the reason; the others go on elsewhere, and the same command continues."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(engine, "TICK", 0.01)
+    path = here / "s.yaml"
+    path.write_text(
+        "config: curve.yaml\nmetric: {name: val_loss, goal: min}\nover: {rank: [1, 2, 3, 4, 5]}\n"
+    )
+    lines: list[str] = []
+    sweep = Sweep.open(path, say=lines.append)
+    sweep.run(pretended(sweep.queue, "full", "well", group=sweep.name))
+    failed = [trial for trial in sweep.trials if trial.state == "failed"]
+    assert [trial.state for trial in sweep.trials].count("done") == 4 and len(failed) == 1
+    assert failed[0].note == "/scratch/latents: could not write: no space left on the disk"
+    assert f"{failed[0].run}: failed, {failed[0].note}" in lines
+    assert sweep.best is not None and sweep.best.value is not None
+    steps = {trial.run: Path(trial.folder, "made") for trial in sweep.trials if trial.state == "done"}
+    before = {name: file.read_text() for name, file in steps.items()}
+
+    again = Sweep.open(path, say=lambda line: None)
+    worker = pretended(again.queue, "full", "well", group=again.name)
+    worker.has_room = True
+    again.run(worker)
+    assert {trial.state for trial in again.trials} == {"done"}
+    assert {name: file.read_text() for name, file in steps.items()} == before  # nothing twice
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_worker_waits_for_nodes_that_are_left_alone(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(clusters, "AWAY", 0.3)
+    queue = Queue.of(here / "runs")
+    for name in ("a", "b"):
+        queue.add(here / "curve.yaml", [f"name={name}"], run=here / "runs" / name, device="cpu")
+    worker = pretended(queue, "full")
+
+    def said(line: str) -> None:
+        worker.has_room = worker.has_room or "no space" in line
+
+    worker.say = said
+    worker.work()
+    assert [job.state for job in queue.jobs()] == ["failed", "done"]
+
+
+def test_a_queue_on_a_cluster(here: Path, monkeypatch: pytest.MonkeyPatch, shell: Callable[..., str]) -> None:
+    queue = Queue.of("runs")
+    submit(queue, "curve.yaml", ["name=a"])
+    asked: list[Any] = []
+
+    @contextmanager
+    def pretend(*given: Any) -> Iterator[Nodes]:
+        asked.extend(given)
+        yield Nodes(FakeRay())
+
+    monkeypatch.setattr(clusters, "cluster", pretend)
+    monkeypatch.setattr(ClusterWorker, "on", lambda nodes, queue, at_once: pretended(queue, "well"))
+    refused = shell("queue", "start", "--cluster", "auto", "--devices", "cpu", code=2)
+    assert "--devices has no effect with --cluster" in refused and not asked
+    said = shell("queue", "start", "--cluster", "auto")
+    assert "job 1 begins on well/cpu: a" in said and "job 1 (a): done in" in said
+    assert asked[:2] == ["auto", Path("runs")]
+    assert asked[2] == {here / "curve.yaml": "config of job 1", here / "curve.py": "recipe of job 1"}
+
+
+def test_a_sweep_tells_a_cluster_what_it_reads(
+    here: Path, monkeypatch: pytest.MonkeyPatch, shell: Callable[..., str]
+) -> None:
+    """So that a node without the pictures is named before a trial begins."""
+    (here / "photos").mkdir()
+    (here / "s.yaml").write_text("config: tiny/lora\nover: {train.lr: [1.0e-3, 2.0e-3]}\n")
+    asked: list[Any] = []
+
+    @contextmanager
+    def pretend(address: str, runs: Path, reads: dict[Path, str]) -> Iterator[Nodes]:
+        asked.extend(reads.items())
+        raise DataError("the node 01234567 (far) does not see it", where="--cluster")
+        yield
+
+    monkeypatch.setattr(clusters, "cluster", pretend)
+    said = shell("sweep", "s.yaml", "data.path=photos", "--cluster", "auto", code=2)
+    assert "the node 01234567 (far) does not see it" in said
+    assert (here / "photos", "data.path") in asked and not (here / "runs").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="the extra cluster")
 def test_three_nodes_of_which_one_is_removed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,8 +295,6 @@ def test_three_nodes_of_which_one_is_removed(here: Path, monkeypatch: pytest.Mon
         "over: {rank: [6, 7, 4, 5, 9, 2, 8, 3]}\n"
     )
     local = Sweep.open(path, ["runs=local"], say=lambda line: None)
-    from tunekit.worker import Worker
-
     local.run(Worker(local.queue, ["cpu"], 2, local.name, say=lambda line: None, command=command))
 
     machine = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

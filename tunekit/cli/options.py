@@ -50,6 +50,26 @@ AtOnce = Annotated[
 Devices = Annotated[
     str | None, typer.Option(metavar="D,D,...", help="cpu, cuda:0, ...; default: all cards, or the CPU")
 ]
+Cluster = Annotated[
+    str | None,
+    typer.Option(metavar="auto|HOST:PORT", help="Ray cluster to run on; auto starts one if none runs"),
+]
+
+
+def not_both(cluster: str | None, devices: str | None) -> None:
+    """Refuses `--devices` beside `--cluster`.
+
+    Raises:
+        ConfigError: both are given.
+    """
+    from tunekit.errors import ConfigError
+
+    if cluster is not None and devices is not None:
+        raise ConfigError(
+            "--devices has no effect with --cluster, whose nodes have devices of their own",
+            where="command line",
+            hint="leave one out",
+        )
 
 
 def at_once_of(text: str) -> int | None:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunekit.cli import screen
-from tunekit.cli.options import AsJson, AtOnce, Config, Devices, Overrides, Runs, at_once_of, names_of
+from tunekit.cli.options import (
+    AsJson,
+    AtOnce,
+    Cluster,
+    Config,
+    Devices,
+    Overrides,
+    Runs,
+    at_once_of,
+    names_of,
+    not_both,
+)
 
 if TYPE_CHECKING:
     from tunekit.jobs import Job
@@ -87,6 +99,7 @@ def start(
     runs: Runs = Path("runs"),
     at_once: AtOnce = "1",
     devices: Devices = None,
+    cluster: Cluster = None,
     keep: Annotated[bool, typer.Option("--keep", help="wait for more jobs when all are done")] = False,
     only: Annotated[
         bool, typer.Option("--no-work", help="only let the given jobs wait again, for another worker")
@@ -99,17 +112,26 @@ def start(
     from tunekit import worker
     from tunekit.jobs import Queue
 
+    not_both(cluster, devices)
     own = Queue.of(runs)
     for name in jobs or ():
         own.start(own.find(name).id)
     if only:
         return
-    wanted = {job.device for job in own.jobs() if job.state == "waiting"}
-    served = worker.devices(names_of(devices), wanted=wanted)
-    for line in worker.unserved(own, served):
-        screen.say(screen.console(stderr=True), line, "yellow")
-    busy = worker.Worker(own, served, at_once_of(at_once), say=lambda line: print(line, flush=True))
-    busy.work(keep=keep)
+    limit = at_once_of(at_once)
+    with ExitStack() as stack:
+        if cluster is None:
+            wanted = {job.device for job in own.jobs() if job.state == "waiting"}
+            busy = worker.Worker(own, worker.devices(names_of(devices), wanted=wanted), limit)
+        else:
+            from tunekit import cluster as clusters
+
+            nodes = stack.enter_context(clusters.cluster(cluster, runs, clusters.inputs(own)))
+            busy = clusters.ClusterWorker.on(nodes, own, limit)
+        for line in worker.unserved(own, busy.devices):
+            screen.say(screen.console(stderr=True), line, "yellow")
+        busy.say = lambda line: print(line, flush=True)
+        busy.work(keep=keep)
     states = list(busy.ended.values())
     if not states:
         print(f"nothing waits in {own.folder}")

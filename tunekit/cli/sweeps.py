@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunekit.cli import screen
-from tunekit.cli.options import AsJson, AtOnce, Devices, Overrides, at_once_of, names_of
+from tunekit.cli.options import AsJson, AtOnce, Cluster, Devices, Overrides, at_once_of, names_of, not_both
 
 if TYPE_CHECKING:
     from tunekit.cluster import ClusterWorker
@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    file: Annotated[str, typer.Argument(metavar="FILE.yaml", help="sweep file: config, over, metric, ...")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE.yaml",
+            help="sweep file: config, over, metric, ...; or the name of a ready-made one (tunekit ls)",
+        ),
+    ],
     overrides: Overrides = None,
     at_once: AtOnce = "auto",
     devices: Devices = None,
-    cluster: Annotated[
-        str | None,
-        typer.Option(metavar="auto|HOST:PORT", help="Ray cluster to run on; auto starts one if none runs"),
-    ] = None,
+    cluster: Cluster = None,
     dry: Annotated[bool, typer.Option("--dry-run", help="check it and show the trials; begin none")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -34,6 +37,7 @@ def sweep(
     from tunekit import worker as workers
     from tunekit.sweep.engine import Sweep
 
+    not_both(cluster, devices)
     err = screen.console(stderr=True)
     made = Sweep.open(file, overrides or (), say=lambda line: err.print(line, soft_wrap=True))
     if not dry:
@@ -57,8 +61,10 @@ def sweep(
 
 def _on_cluster(made: Sweep, address: str, at_once: int | None, stack: ExitStack) -> ClusterWorker:
     from tunekit import cluster as clusters
+    from tunekit.preconditions import reads
 
-    nodes = stack.enter_context(clusters.cluster(address, made.runs))
+    found = {path: key for trial in made.trials for key, path in reads(trial.loaded).items()}
+    nodes = stack.enter_context(clusters.cluster(address, made.runs, found))
     return clusters.ClusterWorker.on(nodes, made.queue, at_once, made.name)
 
 
