@@ -17,9 +17,9 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -43,10 +43,13 @@ from tunekit.data.files import (
     why_not,
 )
 from tunekit.data.remembered import Looked, Remembered
+from tunekit.data.samples import Sample
 from tunekit.data.shapes import bucket_for
 from tunekit.errors import DataError
 from tunekit.progress import Progress
 from tunekit.resources import resolve_path
+
+__all__ = ["Sample", "Scan", "scan_data"]
 
 _SHOWN = 20
 """So many problems of a kind are listed, the others counted."""
@@ -55,33 +58,13 @@ _KEPT = 0.5
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One picture with its caption. The pixels are read again when needed, never kept."""
-
-    id: str
-    """Path relative to the data folder, or the row's number: what draws and cache keys use."""
-    caption: str
-    width: int
-    """After EXIF orientation."""
-    height: int
-    content: str
-    """Hash of the decoded RGB pixels."""
-    where: str
-    """For messages: the file, or `path[row]`."""
-    read: Callable[[], bytes] = field(repr=False, compare=False)
-
-    def open(self) -> Image.Image:
-        """The upright RGB picture."""
-        return decode(self.read())
-
-
-@dataclass(frozen=True)
 class Scan:
     """Everything found under a data section."""
 
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]
+    """In the order of the source; `Stored` where they are rows or members of shards."""
     problems: tuple[Problem, ...] = ()
-    held_out: tuple[Sample, ...] = ()
+    held_out: Sequence[Sample] = ()
     """Validation pictures."""
     prior: tuple[Sample, ...] = ()
     """Class pictures that exist already (DreamBooth)."""
