@@ -335,6 +335,10 @@ def _resolution(found: Found) -> None:
         check_resolution(data.resolution, _multiple(found), found.section("model").source)
 
 
+_CAPTIONS = 100_000
+"""Of more pictures than that the captions are looked at when they are encoded."""
+
+
 def cut_prompts(found: Found) -> list[str]:
     """Lines about captions and prompts of which the text encoder, where it is here, does not read all."""
     model, preview = found.section("model"), found.section("preview")
@@ -344,7 +348,8 @@ def cut_prompts(found: Found) -> list[str]:
     from tunekit.families.prompts import cuts, tokenizers_of, told
 
     scan = found.scan
-    places = {item.caption: item.where for item in (*scan.samples, *scan.held_out, *scan.prior)}
+    groups = (scan.samples, scan.held_out, scan.prior)
+    places = {item.caption: item.where for group in groups for item in group[:_CAPTIONS]}
     prompts = {*places, *preview.prompts, preview.sampling.negative_prompt or ""}
     lost = cuts(tokenizers_of(families.get(model.family), model.opened), sorted(prompts))
     return told(lost, len(prompts - {""}), places)

@@ -36,13 +36,18 @@ class DataConfig(_Pictures):
     """Captioned pictures."""
 
     path: PathText
-    """Folder of captioned pictures, a parquet file, a hub id of a data set, or "builtin/pictures/..."."""
+    """Folder of captioned pictures; parquet files or WebDataset shards (.tar): a folder of them, one or a
+    range, "shards/{000..099}.tar"; the hub id of a data set; or "builtin/pictures/..."."""
     split: Word = "train"
     """Split to read: of a hub data set, or where files or sub-folders are named after splits."""
+    streaming: bool = False
+    """Read the data set through `datasets` as a stream, and keep no copy of it on this disk."""
     image_column: Word | None = None
-    """Column of the pictures, if it cannot be told."""
+    """Column of the pictures, if it cannot be told; of shards, the suffix of their members."""
     caption_column: Word | None = None
-    """Column of the captions, if it cannot be told."""
+    """Column of the captions, if it cannot be told; of shards, the suffix of members or a key in .json."""
+    tolerate: float = Field(0.0, ge=0, lt=1)
+    """Share of the pictures that may be unusable: so many are left out, with more nothing starts."""
     buckets: bool = True
     """Group pictures by aspect ratio; otherwise all are cropped square."""
     caption_prefix: Text = ""

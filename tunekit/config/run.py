@@ -27,6 +27,8 @@ FREE = (
     "data.class_path",
     "data.validation",
     "data.cache",
+    "data.streaming",
+    "data.tolerate",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.validate_every",

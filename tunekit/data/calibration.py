@@ -232,11 +232,15 @@ def _read_calls(file: Path, count: int) -> list[Call]:
     ]
 
 
+_CAPTIONS = 100_000
+"""Of more pictures than that the first captions will do."""
+
+
 def _texts(material: Material) -> list[str]:
     """What the model is used for: the run's prompts, then the captions it was trained on."""
     texts = list(material.prompts)
     if material.data is not None:
-        texts += [sample.caption for sample in scan_data(material.data).samples]
+        texts += [sample.caption for sample in scan_data(material.data).samples[:_CAPTIONS]]
     return list(dict.fromkeys(texts)) or [""]
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import io
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache, lru_cache
 from typing import cast
@@ -66,6 +67,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> what makes the picture upright."""
+_LYING = frozenset({5, 6, 7, 8})
+"""Orientations in which width and height change places."""
 _ORIENTATION = 0x0112
 _NEARLY = 4
 """Levels of 255: a profile that changes no colour by more is sRGB by another name, and changes nothing."""
@@ -89,6 +92,30 @@ def decode(data: bytes) -> Image.Image:
             first = first or error
     assert first is not None
     raise PictureError(_reason(first)) from first
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """(width, height) of the upright picture, from the header of a JPEG, PNG or WebP; others are decoded.
+
+    What was cut off is found, damage in the middle of the pixels is not.
+
+    Raises:
+        PictureError: not a whole, sane picture.
+    """
+    kind = next((kind for kind, is_it in _MAGIC.items() if is_it(data)), None)
+    if kind is None or not _ENDS[kind](data):
+        return decode(data).size
+    try:
+        with Image.open(io.BytesIO(data), formats=[kind]) as opened:
+            size = opened.size
+            if size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError
+            turned = (kind != "PNG" or _may_be_turned(data)) and _orientation(opened) in _LYING
+    except Image.DecompressionBombError as error:
+        raise PictureError(_reason(error)) from error
+    except Exception:  # a PNG with large texts, for one
+        return decode(data).size
+    return size[::-1] if turned else size
 
 
 def known_formats() -> frozenset[str]:
@@ -146,11 +173,15 @@ def _decode(data: bytes) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     """As EXIF says, where that can be read: whatever else is in it is not looked at."""
-    try:
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF says nothing about the pixels
-        turn = None
+    turn = _UPRIGHT.get(_orientation(image))
     return image.copy() if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return cast(int, image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF says nothing about the pixels
+        return 1
 
 
 def _reason(error: Exception) -> str:
@@ -158,6 +189,32 @@ def _reason(error: Exception) -> str:
         return f"more than {(Image.MAX_IMAGE_PIXELS or 0) // 1_000_000} megapixels (decompression bomb?)"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "it", lines[0])[:200]
+
+
+# Headers ----------------------------------------------------------------------------------------------------
+
+_MAGIC: dict[str, Callable[[bytes], bool]] = {
+    "JPEG": lambda data: data.startswith(b"\xff\xd8\xff"),
+    "PNG": lambda data: data.startswith(_SIGNATURE),
+    "WEBP": lambda data: data[:4] == b"RIFF" and data[8:12] == b"WEBP",
+}
+_ENDS: dict[str, Callable[[bytes], bool]] = {
+    # The last scan is followed by the mark of the end; a thumbnail, which has both, stands before it.
+    "JPEG": lambda data: data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda") > 0,
+    "PNG": lambda data: any(kind == b"IEND" for kind, _, _ in _chunks(data)),
+    "WEBP": lambda data: int.from_bytes(data[4:8], "little") + 8 <= len(data),
+}
+"""Whether a file is as long as it says; what is not may still be decoded."""
+_SAYS_ORIENTATION = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
+
+
+def _may_be_turned(data: bytes) -> bool:
+    """Whether a PNG has a chunk with an orientation; Pillow would decode it to look, for it may come last."""
+    return any(
+        (kind if kind == b"eXIf" else data[at + 8 : at + 32]).startswith(_SAYS_ORIENTATION)
+        for kind, at, _ in _chunks(data)
+        if kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
+    )
 
 
 # Colour -----------------------------------------------------------------------------------------------------
@@ -208,10 +265,13 @@ def _versions(data: bytes) -> Iterator[bytes]:
 
 
 def _with(data: bytes, kept: frozenset[bytes]) -> bytes:
-    parts, at = [_SIGNATURE], len(_SIGNATURE)
+    return b"".join([_SIGNATURE, *(data[at:end] for kind, at, end in _chunks(data) if kind in kept)])
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, begin and end of each chunk of a PNG; the last may end behind the data."""
+    at = len(_SIGNATURE)
     while at + 12 <= len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        if data[at + 4 : at + 8] in kept:
-            parts.append(data[at:end])
+        yield data[at + 4 : at + 8], at, end
         at = end
-    return b"".join(parts)

@@ -9,10 +9,16 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunekit.data.decoding import FOREIGN, SUFFIXES, remedy
 from tunekit.errors import DataError, did_you_mean
 
+if TYPE_CHECKING:
+    from tunekit.data.index import Source
+
+SHARD = ".tar"
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 PICTURE_BYTES = 2**29
 CAPTION_BYTES = 2**20
@@ -29,12 +35,14 @@ class Problem:
     Attributes:
         where: the file, or `file:line`, or `file[row]`.
         kind: what problems of its kind share, with the remedy where `fix` is one file's; else it is `what`.
+        count: how many of its kind it stands for; one that stands for several is not listed by itself.
     """
 
     where: str
     what: str
     fix: str
     kind: str = ""
+    count: int = 1
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}; {self.fix}"
@@ -65,7 +73,6 @@ class Raw:
         id: see `Sample.id`.
         file: that it is read from.
         foreign: where it is a picture of a kind that is not known to be readable: what to do if it is not.
-        part: of the file, where that holds several.
     """
 
     id: str
@@ -75,7 +82,6 @@ class Raw:
     problem: Problem | None = None
     file: Path | None = None
     foreign: str = ""
-    part: str = ""
 
 
 @dataclass
@@ -84,12 +90,14 @@ class Listing:
 
     Attributes:
         notes: what else is to be said of it.
+        source: has the pictures, where they are too many for a list; then `raw` is empty.
     """
 
     raw: list[Raw] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     ignored: list[Ignored] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    source: Source | None = None
 
 
 def shown(path: Path | str) -> str:
@@ -156,7 +164,7 @@ class Tree:
     Attributes:
         pictures: by their suffix, in the order of their paths.
         texts: folder -> stem -> file, of .txt files.
-        metadata, parquet, others: further files.
+        metadata, parquet, shards, others: further files; shards are tar files, compressed ones too.
         problems: folders that cannot be read.
         ignored: what was not gone into, and why.
     """
@@ -166,6 +174,7 @@ class Tree:
     texts: dict[Path, dict[str, Path]] = field(default_factory=dict)
     metadata: list[Path] = field(default_factory=list)
     parquet: list[Path] = field(default_factory=list)
+    shards: list[Path] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     ignored: list[Ignored] = field(default_factory=list)
@@ -219,6 +228,7 @@ def walk(root: Path) -> Tree:
     tree.pictures.sort()
     tree.metadata.sort()
     tree.parquet.sort()
+    tree.shards.sort()
     return tree
 
 
@@ -241,6 +251,8 @@ def _file(tree: Tree, path: Path) -> None:
         tree.metadata.append(path)
     elif suffix == ".parquet":
         tree.parquet.append(path)
+    elif path.name.lower().endswith((SHARD, *COMPRESSED)):
+        tree.shards.append(path)
     else:
         tree.others.append(path)
 
@@ -303,6 +315,7 @@ def in_split(tree: Tree, split: str) -> Tree:
         {folder: texts for folder, texts in tree.texts.items() if folder.is_relative_to(own)},
         mine(tree.metadata),
         mine(tree.parquet),
+        mine(tree.shards),
         mine(tree.others),
         tree.problems,
         [*tree.ignored, *others],
@@ -380,7 +393,7 @@ def unused(tree: Tree, others: Collection[Path] = (), why: str = "", fix: str = 
     beside = {text for picture in others if (text := tree.text_of(picture)) is not None}
     found += [Ignored(shown(file), why, fix) for file in sorted(beside)]
     found += [Ignored(shown(file), "texts without a picture of their name") for file in tree.orphans()]
-    for file in (*tree.others, *tree.parquet):
+    for file in (*tree.others, *tree.parquet, *tree.shards):
         broken = file.is_symlink() and not file.exists()
         found.append(Ignored(shown(file), "links to nothing" if broken else "files of other kinds"))
     return found

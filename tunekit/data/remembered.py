@@ -84,7 +84,7 @@ class Remembered:
         assert item.file is not None
         path = Path(os.path.abspath(item.file))  # noqa: PTH100
         inside = path.relative_to(self._place) if path.is_relative_to(self._place) else path
-        return f"{shown(inside)}{item.part}"
+        return shown(inside)
 
 
 def _version(package: str) -> str:

@@ -20,13 +20,13 @@ class Sample:
 
     id: str
     """What draws and cache keys use: it follows from the source, never from a position in it. A path relative
-    to the data folder, the name of a member of a shard, or what a row says (`Stored`)."""
+    to the data folder, the name of a member of a shard, or what a row says (`Indexed`)."""
     caption: str
     width: int
     """After EXIF orientation."""
     height: int
     content: str
-    """Hash of the decoded RGB pixels; of rows and shards, which are not decoded to be listed, of the bytes."""
+    """Hash of the decoded RGB pixels; in rows and shards, not decoded to be listed, of the bytes."""
     where: str
     """For messages: the file, or `path[row]`, or `shard.tar:member`."""
     read: Callable[[], bytes] = field(repr=False, compare=False)
@@ -36,7 +36,7 @@ class Sample:
         return decode(self.read())
 
 
-class Stored(Sequence[Sample]):
+class Indexed(Sequence[Sample]):
     """Samples on disk, in the order of their source; in memory are 16 bytes of each, and no object.
 
     `samples[i]` and iteration make `Sample`s that nobody keeps. Threads may share one, and it can be pickled:
@@ -46,9 +46,9 @@ class Stored(Sequence[Sample]):
     @overload
     def __getitem__(self, index: int) -> Sample: ...
     @overload
-    def __getitem__(self, index: slice) -> Stored: ...
+    def __getitem__(self, index: slice) -> Indexed: ...
     @abstractmethod
-    def __getitem__(self, index: int | slice) -> Sample | Stored: ...
+    def __getitem__(self, index: int | slice) -> Sample | Indexed: ...
 
     @property
     @abstractmethod
@@ -61,8 +61,16 @@ class Stored(Sequence[Sample]):
         """Hash of all ids, contents and captions, in their order; which file holds which does not matter."""
 
     @abstractmethod
-    def take(self, positions: NDArray[np.int64]) -> Stored:
+    def take(self, positions: NDArray[np.int64]) -> Indexed:
         """Those at some positions, in that order."""
+
+    @abstractmethod
+    def contents(self) -> NDArray[np.uint64]:
+        """[n, 2]: the hash of the bytes of each."""
+
+    @abstractmethod
+    def ranks(self) -> NDArray[np.uint64]:
+        """[n, 2]: the first 16 bytes of the hash of each id, by which pictures are held out."""
 
     @abstractmethod
     def hashes(self) -> dict[str, list[str]]:
@@ -71,6 +79,6 @@ class Stored(Sequence[Sample]):
 
 def sizes_of(samples: Sequence[Sample]) -> NDArray[np.int32]:
     """[n, 2]: width and height of each in pixels, upright."""
-    if isinstance(samples, Stored):
+    if isinstance(samples, Indexed):
         return samples.sizes
     return np.array([(sample.width, sample.height) for sample in samples], np.int32).reshape(-1, 2)

@@ -427,10 +427,13 @@ class Context:
         if self.data is None:
             return None
         from tunekit.data.images import scan_data
+        from tunekit.data.samples import Indexed
 
         data = self.data
-        settings = data.model_dump(mode="json", exclude={"path", "cache"})
+        settings = data.model_dump(mode="json", exclude={"path", "cache", "streaming", "tolerate"})
         seen = self.models.once("pictures", lambda: scan_data(data).samples)
+        if isinstance(seen, Indexed):
+            return [settings, seen.digest]
         return [settings, [[sample.content, sample.caption] for sample in seen]]
 
     def save(self, pipeline: Pipeline, like: Artifact) -> None:

@@ -32,7 +32,7 @@ from tunekit import optimizers
 from tunekit.artifacts import RunFolder, atomic_folder, clean_leftovers, remove_folder, write_json
 from tunekit.config import ObjectiveConfig, TrainingRunConfig
 from tunekit.config.run import FREE
-from tunekit.data.images import Sample
+from tunekit.data.samples import Sample, Indexed
 from tunekit.errors import ArtifactError, ResumeError, output_errors
 from tunekit.kept import Kept
 from tunekit.provenance import public
@@ -93,6 +93,8 @@ def identity(
 
 def pictures_hash(samples: Iterable[Sample]) -> str:
     """Hash of pictures and captions, in their order."""
+    if isinstance(samples, Indexed):
+        return samples.digest
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
         digest.update(json.dumps([sample.id, sample.content, sample.caption]).encode())

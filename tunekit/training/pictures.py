@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tunekit.data.images import Sample
+from tunekit.data.samples import Sample, Indexed
 from tunekit.errors import ArtifactError
 from tunekit.files import write_json
 from tunekit.records import Record, read
@@ -19,7 +19,10 @@ Groups = Mapping[str, Sequence[Sample]]
 
 
 class PicturesRecord(Record):
-    """pictures.json: part of an identity -> id -> hashes of the pixels and of the caption."""
+    """pictures.json: part of an identity -> id -> hashes of the pixels and of the caption.
+
+    Of parquet files and shards: file -> hashes of all ids and pictures in it, and of all captions.
+    """
 
     version: int
     groups: dict[str, dict[str, list[str]]]
@@ -54,6 +57,8 @@ def _kept(folder: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def _hashes(samples: Sequence[Sample]) -> dict[str, list[str]]:
+    if isinstance(samples, Indexed):  # a line for each file: there may be millions of pictures
+        return samples.hashes()
     return {sample.id: [sample.content, _hash(sample.caption)] for sample in samples}
 
 
