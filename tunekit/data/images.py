@@ -48,7 +48,7 @@ from tunekit.data.files import (
 )
 from tunekit.data.index import SHOWN, opened, too_small
 from tunekit.data.remembered import Looked, Remembered
-from tunekit.data.samples import Sample, Indexed, sizes_of
+from tunekit.data.samples import Indexed, Sample, sizes_of
 from tunekit.data.shapes import bucket_for
 from tunekit.data.shards import Shards, compressed, expanded
 from tunekit.errors import DataError

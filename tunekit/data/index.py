@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from tunekit.data import decoding
 from tunekit.data.decoding import PictureError, size_of
 from tunekit.data.files import Ignored, Problem, why_not
-from tunekit.data.samples import Sample, Indexed
+from tunekit.data.samples import Indexed, Sample
 from tunekit.errors import DataError
 from tunekit.files import atomic_file, clean_leftovers
 from tunekit.progress import Progress

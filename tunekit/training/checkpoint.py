@@ -32,7 +32,7 @@ from tunekit import optimizers
 from tunekit.artifacts import RunFolder, atomic_folder, clean_leftovers, remove_folder, write_json
 from tunekit.config import ObjectiveConfig, TrainingRunConfig
 from tunekit.config.run import FREE
-from tunekit.data.samples import Sample, Indexed
+from tunekit.data.samples import Indexed, Sample
 from tunekit.errors import ArtifactError, ResumeError, output_errors
 from tunekit.kept import Kept
 from tunekit.provenance import public

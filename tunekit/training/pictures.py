@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tunekit.data.samples import Sample, Indexed
+from tunekit.data.samples import Indexed, Sample
 from tunekit.errors import ArtifactError
 from tunekit.files import write_json
 from tunekit.records import Record, read
