@@ -309,8 +309,9 @@ def test_a_cache_that_cannot_be_written_is_said(shards: Path, home: Path, looks:
     assert note.endswith("): set XDG_CACHE_HOME")
 
 
-def test_a_full_disk_is_said(shards: Path, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+def test_a_full_disk_is_said(shards: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     monkeypatch.setattr(index, "_TABLES", index._TABLES + "PRAGMA max_page_count = 1;")
+    write_tar(shards / "000.tar", [members(folder)[0], ("a/00.txt", b"long " * 100_000)])
     with pytest.raises(OutputError, match="no space left on the disk"):
         scan(shards)
     assert not list((home / "tunekit" / "index").glob("*.sqlite"))
@@ -518,6 +519,7 @@ def test_a_picture_that_was_cut_off_is_found_without_decoding_it(form: str) -> N
             size_of(data[:size])
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_header_that_promises_too_much_is_refused() -> None:
     buffer = io.BytesIO()
     Image.new("1", (12000, 12000)).save(buffer, "PNG")

@@ -71,7 +71,7 @@ class Scan:
     problems: tuple[Problem, ...] = ()
     held_out: Sequence[Sample] = ()
     """Validation pictures."""
-    prior: tuple[Sample, ...] = ()
+    prior: Sequence[Sample] = ()
     """Class pictures that exist already (DreamBooth)."""
     notes: tuple[str, ...] = ()
     """Lines for people: what lies there and is not used, and what else is not as they may think."""
@@ -157,20 +157,18 @@ def _cropped(groups: Sequence[Sequence[Sample]], resolution: int, multiple: int,
     """Which pictures lose most of themselves to the crop."""
     count, found = 0, []
     for samples in groups:
-        sizes, first, inverse, counts = np.unique(
-            sizes_of(samples), axis=0, return_index=True, return_inverse=True, return_counts=True
-        )
-        for index, (own_width, own_height) in enumerate(sizes.tolist()):
+        sizes = sizes_of(samples)
+        # The square keeps half of what is not more than twice as long as wide, and no bucket is worse.
+        long = np.flatnonzero(sizes.max(axis=1, initial=0) * _KEPT > sizes.min(axis=1, initial=2**31 - 1))
+        for own_width, own_height in np.unique(sizes[long], axis=0).tolist():
             width, height = bucket_for(own_width, own_height, resolution, multiple, many=many)
             ratio = own_width * height / (own_height * width)
             kept = min(ratio, 1 / ratio)
             if kept < _KEPT:
-                count += int(counts[index])
-                some = (
-                    np.flatnonzero(inverse.ravel() == index)[:_NAMED] if counts[index] > 1 else first[[index]]
-                )
+                such = long[(sizes[long] == (own_width, own_height)).all(axis=1)]
+                count += len(such)
                 size = f"{own_width}x{own_height}"
-                for at in some.tolist():
+                for at in such[:_NAMED].tolist():
                     where = samples[at].where
                     found.append((kept, f"{where} ({size}: {kept:.0%} is kept, as {width}x{height})"))
     if not found:
@@ -213,7 +211,7 @@ def _scan_source(  # noqa: PLR0913 - each is a fact of its own
             place, listing = _list(path, split, columns, key, streaming=streaming)
         samples, bad = _look_at_source(listing, place, resolution, prefix, caption, progress)
     except DataError as error:
-        return [], [Problem(path, error.message, error.hint or "correct the path")], []
+        return [], [Problem(error.where or path, error.message, error.hint or "correct the path")], []
     except OSError as error:  # a folder above it that may not be gone into, a name that is too long
         return [], [Problem(path, f"cannot be read ({why_not(error)})", "correct the path")], []
     problems, notes = listing.problems, listing.notes

@@ -19,6 +19,7 @@ import sqlite3
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +32,7 @@ from typing import Any, NamedTuple, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from tunekit.data import decoding
 from tunekit.data.decoding import PictureError, size_of
@@ -282,9 +284,12 @@ def _look_at_parts(
     workers = min(8, os.cpu_count() or 1)
     many = len(missing) > 1
     with (
+        warnings.catch_warnings(),
         ThreadPoolExecutor(workers, thread_name_prefix="look") as pool,
         progress.phase("looking at pictures", len(missing) if many else None) as phase,
     ):
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `size_of` raises instead
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
         seen = 0
         for done, number in enumerate(missing):
 
@@ -348,8 +353,14 @@ _TABLES = """
 """
 """A file for each part: `rows` for what is asked by its number; in `blocks` what is read of all at once, of
 `_BLOCK` pictures each: width and height, hashes of id and content (16 bytes), of the caption (8)."""
-_Looked = tuple[int, int, bytes]
-"""Width, height and the hash of the bytes."""
+
+
+class _Looked(NamedTuple):
+    """What there is to know of a picture, without its pixels; `content` is the hash of its bytes."""
+
+    width: int
+    height: int
+    content: bytes
 
 
 def _make(
@@ -377,7 +388,7 @@ def _make(
                     continue
                 entry, text, wrong, outcome = item
                 where = source.where(part, entry.place, entry.id)
-                if isinstance(outcome, tuple) and wrong is None:
+                if isinstance(outcome, _Looked) and wrong is None:
                     width, height, content = outcome
                     name = (entry.id or content.hex()).encode("utf-8", "surrogateescape")
                     waiting.append((count, name, text, *entry.place, content, width, height))
@@ -390,7 +401,7 @@ def _make(
                         waiting.clear()
                         told(count)
                     continue
-                if not isinstance(outcome, tuple):
+                if not isinstance(outcome, _Looked):
                     tally.add(Problem(where, *outcome))
                 if wrong is not None:
                     tally.add(wrong)
@@ -491,7 +502,7 @@ def _look_at(entry: Entry) -> _Looked | tuple[str, str, str]:
     """Size and hash, or `what`, `fix` and `kind` of a problem."""
     try:
         data = entry.load()
-        return (*size_of(data), hashlib.blake2b(data, digest_size=16).digest())
+        return _Looked(*size_of(data), hashlib.blake2b(data, digest_size=16).digest())
     except PictureError as error:
         what = f"cannot be read as a picture ({error})"
         return what, "replace it, shrink it or remove it", "cannot be read as a picture"
@@ -838,7 +849,7 @@ def _without_repeated(
         fix = "give each picture a key of its own, in all shards"
         columns.append(("ids", "its key is that of {}", fix, "its key is that of another"))
     for column, what, fix, kind in columns:
-        later, first = _repeats(view.take(good).keys(column))
+        later, first = _repeats(view.take(good).keys(column) if len(good) < len(view) else view.keys(column))
         for index, (at, other) in enumerate(zip(good[later].tolist(), good[first].tolist(), strict=True)):
             where = view[at].where
             count_ = 1 if index < SHOWN else len(later) - SHOWN
@@ -853,7 +864,9 @@ def _repeats(keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.in
     """Positions whose key stands before, in order, and where each stands first."""
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     again = np.zeros(len(order), bool)
-    again[1:] = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
+    own = keys[order, 0]
+    same = np.flatnonzero(own[1:] == own[:-1]) + 1
+    again[same] = keys[order[same], 1] == keys[order[same - 1], 1]
     starts = np.maximum.accumulate(np.where(again, 0, np.arange(len(order))))
     later, first = order[again], order[starts[again]]
     sorting = np.argsort(later)
@@ -871,4 +884,9 @@ def file_stamp(path: Path) -> str:
     if 0 <= (age := time.time() - max(times) / 1e9) < tick:
         time.sleep(tick - age)
         found = path.stat()
+    return stamp(found)
+
+
+def stamp(found: os.stat_result) -> str:
+    """See `file_stamp`."""
     return " ".join(map(str, (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)))

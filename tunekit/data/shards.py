@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from tunekit.data.decoding import FOREIGN, SUFFIXES
 from tunekit.data.files import CAPTION_BYTES, PICTURE_BYTES, Ignored, Problem, check_regular, shown, why_not
-from tunekit.data.index import Entry, Part, PartError, Place, file_stamp
+from tunekit.data.index import Entry, Part, PartError, Place, file_stamp, stamp
 from tunekit.data.rows import caption_of
 from tunekit.errors import DataError
 
@@ -78,7 +78,7 @@ class _Handles:
     def __reduce__(self) -> tuple[Any, ...]:
         return _Handles, ()
 
-    def read(self, file: Path, stamp: str, offset: int, size: int) -> bytes:
+    def read(self, file: Path, wanted: str, offset: int, size: int) -> bytes:
         """Bytes of a shard.
 
         Raises:
@@ -87,12 +87,13 @@ class _Handles:
         with self._lock:
             opened = self._open.get(file)
             if opened is None:
-                if file_stamp(file) != stamp:
-                    raise OSError("the shard has changed since it was looked at; run again")
                 opened = self._open[file] = _Handle(file)
                 if len(self._open) > _OPEN:
                     self._open.popitem(last=False)
             self._open.move_to_end(file)
+            if stamp(os.fstat(opened.descriptor)) != wanted:
+                self._open.popitem()
+                raise OSError("the shard has changed since it was looked at; run again")
             if not hasattr(os, "pread"):  # Windows
                 os.lseek(opened.descriptor, offset, os.SEEK_SET)
                 data = os.read(opened.descriptor, size)

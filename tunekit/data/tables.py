@@ -29,7 +29,7 @@ from tunekit.data.files import (
     shown,
     unreadable,
 )
-from tunekit.data.index import Entry, Part, PartError, Place, file_stamp
+from tunekit.data.index import Entry, Part, PartError, Place, file_stamp, stamp
 from tunekit.data.rows import caption_of, column_of, reason
 from tunekit.errors import DataError
 
@@ -250,6 +250,8 @@ class _Groups:
             OSError: it has changed since it was looked at.
         """
         with self._lock:
+            if stamp(self._files[part.number].stat()) != part.stamp:
+                raise OSError("the file has changed since it was looked at; run again")
             return self._open(part)[0]
 
     def _opened(self, part: Part) -> tuple[Any, list[int]]:
@@ -257,8 +259,6 @@ class _Groups:
         import pyarrow.parquet
 
         file = self._files[part.number]
-        if file_stamp(file) != part.stamp:
-            raise OSError("the file has changed since it was looked at; run again")
         opened = pyarrow.parquet.ParquetFile(file)
         starts, at = [], 0
         for group in range(opened.metadata.num_row_groups):
@@ -294,15 +294,20 @@ def _bytes_of(cell: Any, folder: Path, load: Callable[[str], bytes] | None = Non
 
 
 def _name_of(cell: Any, root: str = "") -> str:
-    """The name of a picture, where its row has one: a path, as below the folder that it came from."""
+    """The name of a picture, where its row has one: its path in the data set.
+
+    Of a path on the machine that wrote it only the last part is kept; it says nothing elsewhere.
+    """
     path = cell.get("path") if isinstance(cell, Mapping) else cell
     if not isinstance(path, str):
         return ""
     path = path.partition("::")[0]  # of what is in an archive, its name there
     path = re.sub(r"^hf://datasets/[^@]+@[^/]+/|^\w+://", "", path)
     if root and path.startswith(root.rstrip("/") + "/"):
-        path = path[len(root.rstrip("/")) :]
-    return path.removeprefix("./").lstrip("/").encode("utf-8", "replace").decode()
+        path = path[len(root.rstrip("/")) + 1 :]
+    elif path.startswith("/") or re.match(r"[A-Za-z]:[\\/]", path):
+        path = re.split(r"[\\/]", path)[-1]
+    return path.removeprefix("./").encode("utf-8", "replace").decode()
 
 
 def _size_of(cell: Any) -> int:
@@ -430,8 +435,8 @@ class HubStream:
 
     def parts(self) -> list[Part]:
         """See `index.Source`."""
-        stamps = _origins(self.path, self.split)
         count = self._table.rows.num_shards
+        stamps = _origins(self.path, self.split)
         if len(stamps) != count:  # a shard that is not one file
             stamps = [str(stamps)] * count
         return [
