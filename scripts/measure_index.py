@@ -29,10 +29,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "benchmarks"
 ROWS = (10_000, 100_000, 1_000_000)
-SOURCES = ("shards", "parquet", "stream", "folder")
+SOURCES = ("shards", "parquet", "stream")
 IN_A_FILE = 10_000
-LARGEST = {"folder": 10_000}
-"""A folder is read picture by picture and file by file, as ever."""
 
 
 # Making -----------------------------------------------------------------------------------------------------
@@ -64,11 +62,7 @@ def make(source: str, rows: int, folder: Path) -> None:
     folder.mkdir(parents=True)
     for number in range(rows // IN_A_FILE):
         some = pictures(number * IN_A_FILE, IN_A_FILE)
-        if source == "folder":
-            for name, data, text in some:
-                (folder / f"{name}.jpg").write_bytes(data)
-                (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-        elif source == "shards":
+        if source == "shards":
             with tarfile.open(folder / f"{number:03d}.tar", "w") as tar:
                 for name, data, text in some:
                     for suffix, content in (("jpg", data), ("txt", text.encode())):
@@ -83,7 +77,9 @@ def make(source: str, rows: int, folder: Path) -> None:
                 {"image": {"bytes": data, "path": f"{name}.jpg"}, "text": text} for name, data, text in some
             ]
             file = folder / f"train-{number:05d}-of-{rows // IN_A_FILE:05d}.parquet"
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows_), file, row_group_size=1000)
+            pyarrow.parquet.write_table(
+                pyarrow.Table.from_pylist(rows_), file, row_group_size=1000, compression="none"
+            )
 
 
 # Measuring --------------------------------------------------------------------------------------------------
@@ -236,8 +232,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="tunekit-measure-") as temporary:
         for source in given.sources:
             for rows in given.rows:
-                if rows > LARGEST.get(source, rows):
-                    continue
                 made = line(source, rows, given.work or Path(temporary))
                 print(json.dumps(made))
                 known = [row for row in known if (row["source"], row["rows"]) != (source, rows)] + [made]

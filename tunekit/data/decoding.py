@@ -193,6 +193,7 @@ def _reason(error: Exception) -> str:
 
 # Headers ----------------------------------------------------------------------------------------------------
 
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MAGIC: dict[str, Callable[[bytes], bool]] = {
     "JPEG": lambda data: data.startswith(b"\xff\xd8\xff"),
     "PNG": lambda data: data.startswith(_SIGNATURE),
@@ -251,7 +252,6 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 # PNG --------------------------------------------------------------------------------------------------------
 
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PIXELS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 _BESIDE = frozenset({b"eXIf", b"iCCP", b"sRGB", b"gAMA", b"cHRM"})
 

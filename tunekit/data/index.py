@@ -24,7 +24,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -822,11 +822,10 @@ def _without_small(view: _Indexed, resolution: int, tally: _Tally) -> NDArray[np
     """Those that are large enough."""
     small = view.sizes.min(axis=1, initial=2**31 - 1) < resolution / 2
     found = np.flatnonzero(small)
-    for at in found[:SHOWN].tolist():
-        tally.add(too_small(view[at].where, *view.sizes[at].tolist(), resolution))
-    if len(found) > SHOWN:
-        last = too_small(view[int(found[SHOWN])].where, *view.sizes[found[SHOWN]].tolist(), resolution)
-        tally.add(Problem(last.where, last.what, last.fix, last.kind, len(found) - SHOWN))
+    for index, at in enumerate(found[: SHOWN + 1].tolist()):
+        sample = view[at]
+        problem = too_small(sample.where, sample.width, sample.height, resolution)
+        tally.add(replace(problem, count=len(found) - SHOWN) if index == SHOWN else problem)
     return np.flatnonzero(~small)
 
 

@@ -189,17 +189,16 @@ class Shards:
         where = f"{part.name}:{shown(picture.name)}"
         kinds = {member.kind: member for member in members}
         asked = self.caption.lower().lstrip(".") if self.caption else None
-        if asked is not None and asked in kinds:
-            chosen, keys = kinds[asked], _TEXTS
-        elif asked is not None:
-            chosen, keys = kinds.get("json"), (self.caption or "",)
-        else:
-            chosen, keys = next((kinds[kind] for kind in _CAPTIONS if kind in kinds), None), _TEXTS
+        keys: tuple[str, ...] = _TEXTS
+        wanted = [asked] if asked else list(_CAPTIONS)
+        if self.caption and asked not in kinds:
+            keys, wanted = (self.caption,), ["json"]
+        chosen = next((kinds[kind] for kind in wanted if kind in kinds), None)
         if chosen is None:
             beside = f"beside it (there is {', '.join(sorted({*kinds} - {picture.kind})) or 'nothing'})"
-            wanted = f".{asked}" if asked else ", ".join(f".{kind}" for kind in _CAPTIONS)
+            names = f".{asked}" if asked else ", ".join(f".{kind}" for kind in _CAPTIONS)
             fix = "members of one key follow each other: pack them sorted by name, each with its caption"
-            return "", Problem(where, f"no caption: no {wanted} {beside}", fix, f"no caption; {fix}")
+            return "", Problem(where, f"no caption: no {names} {beside}", fix, f"no caption; {fix}")
         place = f"{part.name}:{shown(chosen.name)}"
         if chosen.size > CAPTION_BYTES:
             fix = f"{CAPTION_BYTES:,} are the most"
@@ -282,7 +281,7 @@ def _members(name: str, opened: BinaryIO) -> Iterator[Member]:
             raise _cut(name, last) from error
         if found is None:
             break
-        tar.members.clear()  # it keeps all that it has seen
+        tar.members.clear()  # type: ignore[attr-defined]  # it keeps all that it has seen
         if not found.isreg() or found.sparse is not None:
             continue
         path = found.name.removeprefix("./")

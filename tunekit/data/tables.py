@@ -526,7 +526,7 @@ def _fetched(path: str) -> bytes:
     """A picture that a row names, here or on the hub."""
     if "://" not in path:
         return read_file(Path(path), PICTURE_BYTES)
-    import fsspec
+    import fsspec  # type: ignore[import-untyped]
 
     try:
         with fsspec.open(path, "rb") as opened:
