@@ -215,6 +215,31 @@ def test_splits_of_shards(tmp_path: Path, folder: Path) -> None:
     assert "shards of another split" in "\n".join(scan(tmp_path).notes)
 
 
+def test_batches_are_those_of_the_folder_to_the_last_bit(tmp_path: Path, folder: Path, shards: Path) -> None:
+    import torch
+    from accelerate import Accelerator
+
+    from tunekit import families
+    from tunekit.data.cache import Draws, Encoder, Stream
+
+    family = families.get("sd15")
+    pipeline = family.tiny()
+    encoder = Encoder(
+        family, pipeline, cache=tmp_path / "cache", accelerator=Accelerator(cpu=True), say=lambda line: None
+    )
+    made = []
+    for path in (folder, shards, write_parquet(tmp_path / "all.parquet", folder)):
+        data = DataConfig(path=str(path), resolution=32, crop="random", flip=True)
+        dataset = encoder.dataset(scan_data(data).samples, data, seed=3)
+        stream = Stream(dataset, family.objective(pipeline), Draws(batch_size=4, caption_dropout=0.3), seed=3)
+        made.append([batch for step in range(4) for batch in stream.step(step, 0, 1)])
+    for others in made[1:]:
+        for mine, theirs in zip(others, made[0], strict=True):
+            assert mine.ids == theirs.ids
+            for name, value in theirs.rows.items():
+                assert torch.equal(mine.rows[name], value), name
+
+
 # What an index does
 
 
