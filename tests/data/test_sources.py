@@ -205,6 +205,28 @@ def test_captions_of_shards(tmp_path: Path, folder: Path) -> None:
     assert {sample.caption for sample in scan_data(data).samples} == {"a sks disc"}
 
 
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_shards_of_every_form(tmp_path: Path, folder: Path, form: int) -> None:
+    """Long names, folders and links stand in headers of their own, which the quick look leaves to tarfile."""
+    deep = f"{'a' * 60}/{'b' * 60}/größe"
+    names = [deep] if form == tarfile.USTAR_FORMAT else [deep, "c" * 150]
+    pictures = [data for name, data in members(folder) if name.endswith(".png")]
+    with tarfile.open(tmp_path / "all.tar", "w", format=form) as tar:
+        tar.add(folder / "a", "a", recursive=False)
+        for name, data in zip(names, pictures, strict=False):
+            for suffix, content in (("png", data), ("txt", b"text")):
+                member = tarfile.TarInfo(f"./{name}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("d.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "c.png"
+        tar.addfile(link)
+    found = scan(tmp_path / "all.tar")
+    found.check()
+    assert [sample.id for sample in found.samples] == [f"{name}.png" for name in names]
+    assert [sample.read() for sample in found.samples] == pictures[: len(names)]
+
+
 def test_splits_of_shards(tmp_path: Path, folder: Path) -> None:
     content = members(folder)
     write_tar(tmp_path / "train-0.tar", content[:6])
@@ -256,6 +278,20 @@ def test_a_second_opening_looks_at_nothing_and_a_changed_shard_alone_again(
     with pytest.raises(OSError, match="has changed since it was looked at"):
         first.samples[5].read()
     assert first.samples[0].open().size == (64, 64)
+
+
+def test_a_stream_never_gives_another_picture(tmp_path: Path, folder: Path) -> None:
+    file = write_parquet(tmp_path / "rows" / "train-0.parquet", folder / "a")
+    found = scan(file.parent, streaming=True)
+    read = found.samples[0].read
+    assert read() == (folder / "a" / "00.png").read_bytes()
+    write_parquet(file, folder / "b")
+    for sample in pickle.loads(pickle.dumps(found.samples)):
+        with pytest.raises(OSError, match="another picture than when it was looked at"):
+            sample.read()
+    assert [s.content for s in scan(file.parent, streaming=True).samples] != [
+        s.content for s in found.samples
+    ]
 
 
 def test_what_was_killed_goes_on_where_it_was(

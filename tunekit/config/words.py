@@ -21,6 +21,8 @@ _KEYS = {
     "data.split": "dataset_split",
     "data.image_column": "image_key image_field",
     "data.caption_column": "text_column prompt_column caption_field caption_key",
+    "data.streaming": "stream dataset_streaming",
+    "data.tolerate": "skip_bad_images ignore_errors on_bad_files skip_errors",
     "data.buckets": "enable_bucket bucketing aspect_ratio_bucketing multi_aspect",
     "data.caption_prefix": "trigger_word prefix caption_trigger activation_word",
     "data.caption_dropout": "caption_dropout_rate proportion_empty_prompts caption_dropout_probability",
