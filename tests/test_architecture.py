@@ -17,9 +17,10 @@ from tunekit.resources import PACKAGE
 # Each imports only from those to its right; names within { } are siblings and do not know each other.
 # CONTRIBUTING.md says the same.
 LAYERS = """
-    __main__ > cli > {sweep, cluster} > worker > workspace > {explain, running, comparison} > preconditions
-        > planning > passes > training > {memory, data, runtime} > {adapters, tasks, report, doctor, card}
-        > families > {diffusion, layers, launch, networks} > artifacts > config
+    __main__ > cli > {sweep, cluster} > {worker, leases} > workspace
+        > {explain, running, comparison, encoding} > preconditions > planning > passes > training
+        > {memory, data, runtime} > {adapters, tasks, report, doctor, card} > families
+        > {diffusion, layers, launch, networks} > artifacts > config
         > {hardware, optimizers, progress, jobs}
         > {units, registry, quiet, kept, records, provenance} > resources > files > errors > install
 """
@@ -38,6 +39,8 @@ WITHOUT_TORCH = [
     "planning",
     "preconditions",
     "worker",
+    "leases",
+    "encoding",
     "cluster",
     "sweep.engine",
     "memory.plan",

@@ -31,6 +31,7 @@ from PIL import Image
 from tunekit import cli, hardware, planning, workspace
 from tunekit.artifacts import open_artifact
 from tunekit.config import REQUIRED, Loaded, load
+from tunekit.leases import Filled
 from tunekit.memory.plan import Plan
 from tunekit.passes.base import Context, run_chain
 from tunekit.resources import PACKAGE, resolve_path
@@ -274,6 +275,9 @@ def test_tunekit(
     monkeypatch.setattr("tunekit.sweep.engine.Sweep.run", lambda sweep, worker: None)
     monkeypatch.setattr("tunekit.worker.Worker.work", lambda worker, **options: None)
     monkeypatch.setattr(planning, "plan_config", plan)
+    monkeypatch.setattr("tunekit.leases.fill", lambda peers, config, overrides, folder, **_: Filled(folder))
+    monkeypatch.setattr("tunekit.cli.encoding._here", lambda *_: [])
+    monkeypatch.setattr("tunekit.cli.encoding._on_cluster", lambda *_: [])
     _, command, *arguments = words
     if "model.source=runs/lora" in arguments:  # of another family in each config
         family = load(arguments[0], stand_in="given").config.model.family

@@ -20,7 +20,8 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +32,7 @@ from tunekit import hardware
 from tunekit.config import load
 from tunekit.errors import FULL, DataError, DeviceError, OutputError, TunekitError, output_errors, require
 from tunekit.jobs import Held, Queue, State
+from tunekit.leases import Gone, LocalPeer
 from tunekit.worker import CONTEXT_BYTES, GONE, Process, Worker
 
 SHORT = 8
@@ -39,6 +41,8 @@ AWAY = 30.0
 """Seconds in which a node that has lost a job, or has no room on its disk, gets no other."""
 SAME = ("tunekit", "python", "ray", "torch", "diffusers")
 """Of which all nodes have one version, so that it does not matter where a job runs."""
+SETTLES = 5.0
+"""Seconds after which all that ran on a node that is gone has noticed it."""
 _ANSWER = 60.0
 """Seconds that a node has to answer."""
 
@@ -86,7 +90,12 @@ class Nodes:
 
 
 @contextmanager
-def cluster(address: str, runs: Path | str, reads: Mapping[Path, str] | None = None) -> Iterator[Nodes]:
+def cluster(
+    address: str,
+    runs: Path | str,
+    reads: Mapping[Path, str] | None = None,
+    setting: str = "runs=/shared/runs",
+) -> Iterator[Nodes]:
     """Connects to a Ray cluster, and asks each of its nodes what it is.
 
     Args:
@@ -94,6 +103,7 @@ def cluster(address: str, runs: Path | str, reads: Mapping[Path, str] | None = N
             this lasts; or host:port.
         runs: a folder that all nodes must see.
         reads: what jobs read, and the key that names it; see `inputs`.
+        setting: what puts the folder elsewhere.
 
     Raises:
         MissingPackageError: Ray is not installed.
@@ -110,7 +120,7 @@ def cluster(address: str, runs: Path | str, reads: Mapping[Path, str] | None = N
         _connect(ray, address)
     try:
         nodes = Nodes(ray)
-        _look(nodes, Path(runs).expanduser().absolute(), reads or {})
+        _look(nodes, Path(runs).expanduser().absolute(), reads or {}, setting)
         yield nodes
     finally:
         if own:
@@ -186,7 +196,7 @@ def _describe(folder: str, token: str, cards: int, reads: list[str]) -> dict[str
     }
 
 
-def _look(nodes: Nodes, runs: Path, reads: Mapping[Path, str]) -> None:
+def _look(nodes: Nodes, runs: Path, reads: Mapping[Path, str], setting: str = "") -> None:
     """Asks all nodes, and holds their answers against this machine."""
     ray, wanted = nodes.ray, _versions()
     paths = {str(path): key for path, key in reads.items()}
@@ -226,7 +236,7 @@ def _look(nodes: Nodes, runs: Path, reads: Mapping[Path, str]) -> None:
                 raise OutputError(
                     f"the node {node.name} ({node.host}) does not see {runs}, or cannot write there",
                     where="--cluster",
-                    hint="put runs on a disk that all nodes share: runs=/shared/runs",
+                    hint=f"put it on a disk that all nodes share: {setting}",
                 )
             if lacks := [f"{path} ({paths[path]})" for path in told["lacks"]]:
                 more = f" and {len(lacks) - 1} more" if len(lacks) > 1 else ""
@@ -308,6 +318,89 @@ class RemoteProcess:
     def send_signal(self, number: int) -> None:
         """Sends a signal to it."""
         self._agent.send.remote(int(number))
+
+
+class _Relay:
+    """A process that encodes, on its node; calls wait for one another."""
+
+    def __init__(self, name: str, environment: Mapping[str, str], cwd: str) -> None:
+        self.peer = LocalPeer(name, environment, cwd)
+
+    def call(self, do: str, given: Sequence[Any]) -> dict[str, Any]:
+        self.peer.ask(do, *given)
+        try:
+            return self.peer.wait()
+        except Gone as gone:
+            return {"gone": str(gone)}
+
+
+class RemotePeer:
+    """A process on a node that encodes, see `leases.Peer`."""
+
+    def __init__(self, nodes: Nodes, node: Node, name: str, environment: Mapping[str, str]) -> None:
+        self.name = name
+        self._ray = nodes.ray
+        told = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), **environment}
+        relay = nodes.ray.remote(_Relay).options(**nodes.on(node))
+        self._relay = relay.remote(name, told, str(Path.cwd()))
+        self._answers: deque[Any] = deque()
+
+    def ask(self, do: str, *given: Any) -> None:
+        """See `leases.Peer`."""
+        self._answers.append(self._relay.call.remote(do, list(given)))
+
+    def poll(self) -> dict[str, Any] | None:
+        """See `leases.Peer`."""
+        if not self._answers:
+            return None
+        ready, _ = self._ray.wait([self._answers[0]], timeout=0)
+        if not ready:
+            return None
+        try:
+            answer: dict[str, Any] = self._ray.get(self._answers.popleft())
+        except self._ray.exceptions.RayTaskError as error:
+            raise Gone(f"it could not be started: {str(error).strip().splitlines()[-1]}") from None
+        except self._ray.exceptions.RayError:  # with its node, perhaps
+            raise Gone("its machine is gone", after=SETTLES) from None
+        if "gone" in answer:
+            raise Gone(answer["gone"])
+        return answer
+
+    def end(self) -> None:
+        """See `leases.Peer`."""
+        with suppress(Exception):  # a node that is gone has ended it
+            self._ray.kill(self._relay)
+
+
+def _is(name: str, device: str) -> bool:
+    """Whether a card is what a config asks for."""
+    return device in (name, name.partition(":")[0])
+
+
+def encoders(nodes: Nodes, device: str, processes: int = 1) -> list[RemotePeer]:
+    """Processes that encode, on each card that a config asks for or, where a node has none, on its CPU.
+
+    Args:
+        device: of the config: "auto", "cpu", "cuda".
+        processes: on each device.
+
+    Raises:
+        DeviceError: no node has such a device.
+    """
+    found = []
+    kind = device.partition(":")[0]
+    for node in nodes.found.values():
+        cards = [name for name in node.rooms if name != "cpu" and (kind == "auto" or _is(name, device))]
+        for name in cards or (["cpu"] if kind in ("auto", "cpu") else []):
+            for number in range(processes):
+                told = {} if ":" in device else hardware.seen_alone([name])
+                if name == "cpu":
+                    told |= {"OMP_NUM_THREADS": str(max(1, node.processors // processes))}
+                mark = f"/{number + 1}" if processes > 1 else ""
+                found.append(RemotePeer(nodes, node, f"{node.name}/{name}{mark}", told))
+    if not found:
+        raise DeviceError(f"no node of the cluster has the device {device}", where="memory.device")
+    return found
 
 
 @dataclass

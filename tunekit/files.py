@@ -146,7 +146,8 @@ def write_json(path: Path | str, value: Any) -> Path:
     return write_text(path, json_text(value) + "\n")
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of that number on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -183,7 +184,7 @@ def clean_leftovers(folder: Path | str, *, deep: bool = False) -> list[Path]:
                         path.unlink()
                         removed.append(path)
                 continue
-            if _alive(int(ours[3])):
+            if is_alive(int(ours[3])):
                 continue
             whole = path.with_name(ours[1])
             if ours[2] == "old" and not whole.exists():

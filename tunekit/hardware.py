@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -393,6 +393,22 @@ def best_precision(kind: str, supports_bf16: bool) -> Literal["fp32", "bf16", "f
     if kind in ("cpu", "mps"):
         return "fp32"
     return "bf16" if supports_bf16 else "fp16"
+
+
+def seen_alone(names: Sequence[str]) -> dict[str, str]:
+    """What a process finds in its environment so that of all cards it sees some: "cuda:0", or none: "cpu".
+
+    What this process sees of them itself is minded.
+    """
+    kind = names[0].partition(":")[0]
+    variable = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}.get(kind)
+    if kind == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    if variable is None:
+        return {}
+    visible = [name for name in os.environ.get(variable, "").split(",") if name]
+    own = [int(name.partition(":")[2]) for name in names]
+    return {variable: ",".join(visible[index] if index < len(visible) else str(index) for index in own)}
 
 
 def probe(requested: str = "auto") -> Device:

@@ -108,6 +108,28 @@ def repeated(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
+def visiting(
+    model: nn.Module, device: torch.device | str, *, layers: bool = False, on_host: bool = False
+) -> Iterator[None]:
+    """Lets a network that is not trained compute; before and after, it is in host memory.
+
+    Args:
+        device: where it computes.
+        layers: it is there layer by layer, see `by_layer`.
+        on_host: it computes on the CPU instead.
+    """
+    if layers:
+        with by_layer(model, device):
+            yield
+        return
+    model.to("cpu" if on_host else device)
+    try:
+        yield
+    finally:
+        model.to("cpu")
+
+
+@contextmanager
 def by_layer(
     model: nn.Module,
     device: torch.device | str,

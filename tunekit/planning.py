@@ -232,6 +232,33 @@ def settle(config: C, processes: Processes | None = None) -> tuple[C, Plan | Non
     return config.model_copy(update={"memory": memory, "train": train}), plan
 
 
+def settle_encoding(config: C, *, sharers: int = 1) -> C:
+    """What `settle` says of how pictures and captions are encoded, on the device that this process is on.
+
+    Where else a training would need more memory than there is does not matter here.
+
+    Args:
+        sharers: processes that encode on this device.
+
+    Raises:
+        DeviceError: the device is not there.
+    """
+    memory, update = config.memory, {}
+    if memory.budget is None:
+        return config
+    begun = _begun(config.run_dir)
+    if begun and memory.encode_precision is None:
+        update["encode_precision"] = (begun.get("memory") or {}).get("encode_precision") or "fp32"
+    hardware.forget()
+    found = hardware.probe(memory.device)
+    host = None if found.kind == "cpu" else hardware.probe("cpu").free_bytes
+    asked = config.model_copy(update={"memory": memory.model_copy(update=update)})
+    budget = found.free_bytes if memory.budget == "auto" else parse_budget(memory.budget)
+    place = _place(asked, found, host, min(budget, found.free_bytes // sharers))
+    planner, room, _ = _planner(asked, place, 1, lambda line: None)
+    return config.model_copy(update={"memory": memory.model_copy(update=planner.encoding(room))})
+
+
 def _decide(
     config: TrainingRunConfig, device: hardware.Device, host_bytes: int | None, group: Processes
 ) -> tuple[dict[str, Any], str, Plan | None]:

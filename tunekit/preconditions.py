@@ -8,7 +8,7 @@ is said before, all of it at once, and `check` does not accept what a run refuse
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from tunekit.data.images import Scan
     from tunekit.passes.base import Pass
     from tunekit.progress import Progress
+
+
+Check = Callable[["Found"], None]
 
 
 @dataclass
@@ -93,7 +96,12 @@ class Found:
 
 
 def look(
-    loaded: Loaded, *, processes: int = 1, pictures: bool = True, progress: Progress | None = None
+    loaded: Loaded,
+    *,
+    processes: int = 1,
+    pictures: bool = True,
+    progress: Progress | None = None,
+    checks: Sequence[Check] | None = None,
 ) -> Found:
     """Ask all of the list.
 
@@ -102,9 +110,10 @@ def look(
         processes: that shall run it.
         pictures: whether to look at the base and at every picture too, which take longer than all the rest.
         progress: shows how far that is.
+        checks: another list.
     """
     found = Found(loaded, processes, progress=progress)
-    for check in CHECKS:
+    for check in CHECKS if checks is None else checks:
         if pictures or check not in SLOW:
             check(found)
     return found
@@ -393,7 +402,7 @@ def _pictures(found: Found) -> None:
 SOURCES = ("path", "validation", "class_path")
 """Keys of `data:` that name pictures."""
 
-CHECKS: tuple[Callable[[Found], None], ...] = (
+CHECKS: tuple[Check, ...] = (
     _model,
     _base,
     _chain,
@@ -406,5 +415,7 @@ CHECKS: tuple[Callable[[Found], None], ...] = (
     _pictures,
 )
 """The list, in the order in which it is asked; a later check may use what an earlier one found."""
+ENCODING = (_model, _base, _folders, _resolution, _pictures)
+"""What encoding pictures and captions needs of it; whether the training does is not asked."""
 SLOW = (_base, _distilled, _resolution, _pictures)
 """Those that the recipe's own process asks, and not the command that launches it."""

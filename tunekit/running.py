@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +27,6 @@ from tunekit.artifacts import (
     RunFolder,
     Step,
     clean_leftovers,
-    open_artifact,
     write_json,
     write_text,
 )
@@ -36,7 +35,7 @@ from tunekit.data.cache import Encoder, Stream
 from tunekit.data.dreambooth import own_pictures
 from tunekit.data.images import Sample, Scan
 from tunekit.diffusion.judges import Judges
-from tunekit.diffusion.objectives import Objective, configured, scheduler_changes
+from tunekit.diffusion.objectives import Objective, configured
 from tunekit.errors import AdapterError, ArtifactError
 from tunekit.families.family import DTYPES, Conditioning, Family, FamilyFacts, Pipeline
 from tunekit.families.loading import here, left_out, source_files, variant_taken
@@ -44,7 +43,7 @@ from tunekit.memory.levers import Fitted, Levers, fit
 from tunekit.memory.measure import Meter
 from tunekit.memory.picture import draw
 from tunekit.memory.plan import Plan
-from tunekit.networks import by_layer
+from tunekit.networks import visiting
 from tunekit.passes.base import Context, Pass, run_chain
 from tunekit.progress import console
 from tunekit.records import PlanRecord, read_plain
@@ -72,7 +71,14 @@ from tunekit.training.evaluation import Previewer
 from tunekit.training.loop import Hooks, Result, ends_early, no_better, train
 from tunekit.training.pictures import changes, keep
 from tunekit.training.results import Results
-from tunekit.training.run import Processes, build_optimizer, close_accelerator, on_main, open_accelerator
+from tunekit.training.run import (
+    Processes,
+    build_optimizer,
+    close_accelerator,
+    on_main,
+    open_accelerator,
+    sampling_of,
+)
 from tunekit.training.tracking import Tracker
 from tunekit.units import format_bytes, format_count
 
@@ -167,14 +173,7 @@ class Run:
     @cached_property
     def sampling(self) -> SamplingConfig:
         """How the run's pictures are drawn: as it says, else as its base says, else as the family does."""
-        config = self.config
-        side = self._data.resolution
-        asked = config.preview.sampling.over(SamplingConfig(height=side, width=side))
-        own = open_artifact(config.model.source, family=config.model.family).sampling
-        usual = self.family.facts.sampling.over(SamplingConfig(negative_prompt=""))
-        whole = asked.over(own).over(usual)
-        scheduler = {**scheduler_changes(config.objective), **(whole.scheduler or {})}
-        return whole.model_copy(update={"scheduler": scheduler or None})
+        return sampling_of(self.config)
 
     @property
     def _data(self) -> Any:
@@ -182,9 +181,8 @@ class Run:
 
     @property
     def cache(self) -> Path:
-        """Where encoded pictures are kept: by default beside the run folders, shared by all runs."""
-        named = self._data.cache
-        return Path(named).expanduser() if named is not None else self.folder.path.parent / ".cache"
+        """Where encoded pictures are kept."""
+        return self.config.cache_dir
 
     # Before -------------------------------------------------------------------------------------------------
 
@@ -326,19 +324,11 @@ class Run:
         self.prompts = encoder.conditioning([*config.preview.prompts, negative])
         encoder.release(keep_vae=bool(config.preview.prompts))
 
-    @contextmanager
-    def _visits(self, encoder: nn.Module) -> Iterator[None]:
+    def _visits(self, encoder: nn.Module) -> AbstractContextManager[None]:
         """A text encoder while it encodes: on the device, there layer by layer, or on the CPU."""
         memory, device = self.config.memory, self.accelerator.device
-        if memory.encode_by_layer:
-            with by_layer(encoder, device):
-                yield
-            return
-        encoder.to("cpu" if memory.encode_on_host else device)
-        try:
-            yield
-        finally:
-            encoder.to("cpu")
+        layers, on_host = bool(memory.encode_by_layer), bool(memory.encode_on_host)
+        return visiting(encoder, device, layers=layers, on_host=on_host)
 
     def drawing(self, base: Base, prompt: str, sampling: SamplingConfig) -> Callable[..., list[Image]]:
         """Gives a function that draws pictures of `prompt` with the base; `seeds=[1, 2]` gives two.

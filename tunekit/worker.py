@@ -431,12 +431,7 @@ class Worker:
             told = {} if job.device == "cpu" else {"CUDA_VISIBLE_DEVICES": ""}
             threads = max(1, self._processors(job.on) // self._neighbours(job))
             return {**told, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)}
-        variable = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}.get(kind)
-        if variable is None or ":" in job.device:
-            return {}
-        visible = [name for name in os.environ.get(variable, "").split(",") if name]
-        own = [int(name.partition(":")[2]) for name in job.on.split(",")]
-        return {variable: ",".join(visible[index] if index < len(visible) else str(index) for index in own)}
+        return {} if ":" in job.device else hardware.seen_alone([_own(name) for name in job.on.split(",")])
 
     def _neighbours(self, job: Job) -> int:
         """Jobs that share the processor with this one, itself included, when all places are taken."""

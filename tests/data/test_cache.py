@@ -21,11 +21,11 @@ from accelerate import Accelerator
 from tunekit import families, kept
 from tunekit.config import DataConfig, ObjectiveConfig
 from tunekit.data import cache
-from tunekit.data.cache import CachedDataset, Draws, Encoder, Stream
+from tunekit.data.cache import CachedDataset, Captions, Draws, Encoder, Stream
 from tunekit.data.images import Sample, scan_data
 from tunekit.data.shapes import CROPS, Transform
 from tunekit.diffusion.batch import Batch
-from tunekit.diffusion.noise import sample_generator
+from tunekit.diffusion.noise import sample_generator, stable_seed
 from tunekit.errors import DataError, NonFiniteError, OutputError
 from tunekit.families.loading import source_files
 from tunekit.resources import Source
@@ -259,8 +259,9 @@ def test_names_of_files_are_recorded_values(pipeline: Any, tmp_path: Path) -> No
     made = encoder(pipeline, tmp_path)
     made._vae, made._text = "vae", "text"
     one = Sample("größe/fox.png", "a fox", 40, 40, "content", "where", bytes)
-    file = made._latent_file(one, Transform((32, 48), 0.25, 0.125, True), 40)
-    assert file == tmp_path / "latents" / "64e8316f24822e58975fbdf98bfd9b61.safetensors"
+    name = made._latent_key(40, one, Transform((32, 48), 0.25, 0.125, True))
+    assert name == "64e8316f24822e58975fbdf98bfd9b61"
+    assert made._latents.path(name) == tmp_path / "latents" / f"{name}.safetensors"
     expected = {
         prompt: tmp_path / "conditioning" / f"{name}.safetensors" for prompt, name in RECORDED.items()
     }
@@ -284,6 +285,79 @@ def test_names_follow_what_the_pipeline_makes_of_the_empty_prompt(tmp_path: Path
         assert bool(known[""]["encoder_hidden_states"].any()) == (not zeros)
         files.append(made.prompts(["", "a"]))
     assert not set(files[0].values()) & set(files[1].values())
+
+
+# Shards
+
+
+def test_many_are_encoded_into_shards_and_drawn_the_same(
+    pipeline: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DataConfig(path="x", resolution=32, crop="random", flip=True)
+    found, said = samples(pictures), []
+    alone = encoder(pipeline, tmp_path / "alone").dataset(found, data, seed=3)
+    assert not list(tmp_path.rglob("*.shard"))
+    encoder(pipeline, tmp_path / "many").dataset(found[:1], data, seed=3)  # some are there already
+    files = set((tmp_path / "many" / "latents").glob("*.safetensors"))
+    monkeypatch.setattr(cache, "TOGETHER", 3)
+    made = encoder(pipeline, tmp_path / "many", said)
+    many = made.dataset(found, data, seed=3)
+    missing = sum(alone.variants(index) for index in range(1, 7))
+    assert said[0] == f"encoding {missing} pictures"
+    assert set((tmp_path / "many" / "latents").glob("*.safetensors")) == files
+    assert said[1] == "encoding 3 captions"  # so few go into files
+    assert not list((tmp_path / "many" / "conditioning").glob("*.shard"))
+    assert len(list((tmp_path / "many" / "latents").glob("*.shard"))) == 1
+    for step in range(6):
+        one, other = (stream(made, pipeline).step(step, 0, 1) for made in (alone, many))
+        assert rows(one) == rows(other)
+    again = encoder(pipeline, tmp_path / "many", said)
+    said.clear()
+    assert rows(stream(again.dataset(found, data, seed=3), pipeline).step(0, 0, 1)) == rows(
+        stream(alone, pipeline).step(0, 0, 1)
+    )
+    assert said == []
+
+
+def order_by_lists(dataset: CachedDataset, seed: int, purpose: str, epoch: int, size: int) -> list[int]:
+    """The permutation of an epoch, sample by sample."""
+    generator = torch.Generator().manual_seed(stable_seed(seed, epoch, purpose))
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index in torch.randperm(len(dataset), generator=generator).tolist():
+        groups.setdefault(dataset.shapes[index], []).append(index)
+    whole: list[list[int]] = []
+    rest: list[int] = []
+    for group in groups.values():
+        cut = len(group) // size * size
+        whole += [group[at : at + size] for at in range(0, cut, size)]
+        rest += group[cut:]
+    chunks = [whole[at] for at in torch.randperm(len(whole), generator=generator).tolist()]
+    lead = -epoch * len(dataset) % size
+    return [*rest[:lead], *(index for chunk in chunks for index in chunk), *rest[lead:]]
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 50])
+def test_the_order_of_an_epoch_is_as_it_was(pipeline: Any, size: int) -> None:
+    draw = torch.Generator().manual_seed(size)
+    kinds = [(32, 32), (24, 40), (40, 24)]
+    for count in (1, 7, 40):
+        shapes = [kinds[at] for at in torch.randint(3, (count,), generator=draw).tolist()]
+        one = Sample("a", "", 1, 1, "", "", bytes)
+        made = CachedDataset([one] * count, [], [], {}, shapes=shapes)
+        order = Stream(made, FAMILY.objective(pipeline), Draws(size), seed=5)._draw_order
+        for epoch in range(3):
+            assert list(order(made, "order", epoch)) == order_by_lists(made, 5, "order", epoch, size)
+
+
+def test_captions_are_each_there_once_in_their_order() -> None:
+    words = ["b", "a", "", "b", "c", "a", "prompt"]
+    found = [Sample(str(n), word, 1, 1, "", f"place {n}", bytes) for n, word in enumerate(words)]
+    made = Captions(["prompt", "c"], found, digest)
+    assert list(made) == ["prompt", "c", "b", "a", ""]
+    assert [made[unit] for unit in range(5)] == list(made)
+    assert [made.key(unit) for unit in range(5)] == [digest(word) for word in made]
+    assert made.places({"b", "c"}) == {"b": "place 3", "c": "place 4"}
+    assert list(Captions([], [], digest)) == []
 
 
 # Hashes of weights

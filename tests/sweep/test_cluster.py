@@ -147,6 +147,30 @@ def test_a_job_goes_to_a_card_that_is_large_enough(tmp_path: Path) -> None:
     assert worker._environment(job) == {"CUDA_VISIBLE_DEVICES": "1"}
 
 
+def test_each_node_encodes_on_its_cards_or_its_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = Nodes(ModuleType("ray"))
+    nodes.found = {
+        "a": Node("a", "one", {"cpu": 1, "cuda:0": 1, "cuda:1": 1}, 8),
+        "b": Node("b", "two", {"cpu": 1}, 6),
+    }
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(clusters, "RemotePeer", lambda nodes, node, name, told: (name, told))
+
+    def names(*given: Any) -> list[Any]:
+        found: list[Any] = clusters.encoders(nodes, *given)
+        return [name for name, _ in found]
+
+    assert names("auto") == ["a/cuda:0", "a/cuda:1", "b/cpu"]
+    assert names("cuda") == ["a/cuda:0", "a/cuda:1"]
+    assert names("cuda:1") == ["a/cuda:1"]
+    assert names("cpu", 2) == ["a/cpu/1", "a/cpu/2", "b/cpu/1", "b/cpu/2"]
+    told: Any = clusters.encoders(nodes, "auto", 2)
+    assert told[2][1] == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert told[4][1] == {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "3"}
+    with pytest.raises(DeviceError, match="no node of the cluster has the device xpu"):
+        clusters.encoders(nodes, "xpu")
+
+
 def command(job: Job) -> list[str]:
     return [sys.executable, "-S", "-E", "steps.py", *job.overrides]
 

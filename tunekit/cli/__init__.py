@@ -15,6 +15,7 @@ import typer
 from tunekit.cli.comparing import compare
 from tunekit.cli.configs import check, cp, explain, ls, show
 from tunekit.cli.drawing import bench, generate
+from tunekit.cli.encoding import encode
 from tunekit.cli.machine import doctor
 from tunekit.cli.plans import plan
 from tunekit.cli.queue import queue
@@ -33,6 +34,7 @@ for _command in (
     explain,
     check,
     run,
+    encode,
     sweep,
     plan,
     generate,

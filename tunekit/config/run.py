@@ -96,6 +96,12 @@ class TrainingRunConfig(RunConfig):
     """Passes to run after training, in order."""
 
     @property
+    def cache_dir(self) -> Path:
+        """Where encoded pictures are kept: by default beside the run folders, shared by all runs."""
+        named = getattr(getattr(self, "data", None), "cache", None)
+        return Path(named).expanduser() if named is not None else self.run_dir.parent / ".cache"
+
+    @property
     def keeps_best(self) -> bool:
         """Whether the best by validation is kept."""
         if getattr(getattr(self, "data", None), "validation", None) is None:

@@ -5,10 +5,14 @@
     encoder.release()                       # text encoders and VAE leave memory
     batches = Stream(dataset, objective, Draws(batch_size=4, caption_dropout=0.1))
 
-A latent's file name is a hash of everything it depends on: sample id, pixels, crop and size, and the VAE's
+A latent's key is a hash of everything it depends on: sample id, pixels, crop and size, and the VAE's
 weights. A step or a position is never part of it, so no reshuffle can pair a picture with another one's
 caption. What belongs to a picture beside its latent (which part of it was cut out, see `Frame`) follows from
-the same sample and cut, and comes with it.
+the same sample and cut, and comes with it. Under a key lies a file or, of many pictures, an entry of a shard
+(`store`).
+
+Of each sample a few bytes are held, its shape among them; what else is known of it is worked out when it is
+asked for, so that a million of them take no more memory than their list does.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ import gc
 import hashlib
 import itertools
 import json
+import os
 import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,34 +32,57 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from tunekit.config import DataConfig, DreamboothData
 from tunekit.data.images import Sample
 from tunekit.data.shapes import CROPS, Transform, bucket_for
+from tunekit.data.store import Store, Stores, first_of_each, is_whole, pairs_of, save_tensors
 from tunekit.diffusion.batch import Batch, join, single
 from tunekit.diffusion.noise import sample_generator, stable_seed
 from tunekit.diffusion.objectives import Chance, Objective
 from tunekit.errors import DataError, NonFiniteError
 from tunekit.families.family import DTYPES, Conditioning, Family, Frame, as_kept
-from tunekit.families.prompts import cuts, tokenizers, told
-from tunekit.files import atomic_file, clean_leftovers
+from tunekit.families.prompts import Cut, cuts, tokenizers, told
 from tunekit.kept import Kept
 from tunekit.progress import Progress, console
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+__all__ = [
+    "CachedDataset",
+    "Captions",
+    "Draws",
+    "Encoder",
+    "Stream",
+    "Work",
+    "frame_of",
+    "is_whole",
+    "save_tensors",
+    "together",
+]
+
 VERSION = 1
 """Part of every key; to be raised when what is stored under a key changes its meaning."""
 RECENT_BYTES = 256 * 2**20
 """Of the encoded files that were used last, so many bytes stay in memory."""
 
+TOGETHER = 4096
+"""Where more is to be encoded than so much, it goes into shards: see benchmarks/encode.md."""
+PARTS = 2 * CROPS
+"""Most cuts of a picture."""
+_CHUNK = 8192
+"""So many samples are looked at together."""
+_ENOUGH = 3
+"""Prompts that are cut and shown."""
+
+K_contra = TypeVar("K_contra", contravariant=True)
+V_co = TypeVar("V_co", covariant=True)
 Visit = Callable[[nn.Module], AbstractContextManager[None]]
 """Within what it gives, a network computes on the device; it is in host memory before and after."""
 
@@ -91,10 +120,12 @@ class Encoder:
         say: Callable[[str], None] = print,
     ) -> None:
         self.family = family
-        self.captions = captions or self._whole
+        self._visit = captions or self._whole
         self.measured = measured
         self.pipeline = pipeline
-        self.cache = cache
+        self.stores = Stores(self._say_first)
+        self._latents = self.stores.of(cache / "latents")
+        self._conditioning = self.stores.of(cache / "conditioning")
         self.accelerator = accelerator
         self.say = say
         for part in (family.facts.vae, *family.facts.encoders_of(pipeline)):
@@ -131,57 +162,107 @@ class Encoder:
             DataError: a picture went away since it was looked at.
             OutputError: the cache cannot be written.
         """
-        variants = [
-            _variants(sample, data, self.multiple, seed=seed, augment=not fixed) for sample in samples
-        ]
-        files = [
-            [self._latent_file(sample, transform, data.resolution) for transform in transforms]
-            for sample, transforms in zip(samples, variants, strict=True)
-        ]
-        jobs = [
-            (file, partial(self._encode_picture, sample, transform))
-            for sample, transforms, paths in zip(samples, variants, files, strict=True)
-            for transform, file in zip(transforms, paths, strict=True)
-        ]
-        with self._lowered() as vae:
-            self._fill(jobs, "picture", [vae], self._whole)
-        places = {sample.caption: sample.where for sample in samples}
-        captions = self.prompts(["", *(sample.caption for sample in samples)], places)
-        frames = [
-            [frame_of(sample, transform) for transform in transforms]
-            for sample, transforms in zip(samples, variants, strict=True)
-        ]
-        return CachedDataset(list(samples), frames, files, captions)
+        cuts = self._cuts(samples, data, seed=seed, fixed=fixed)
+        self._fill(self._pictures(cuts))
+        self._fill(self.captions([""], samples))
+        return CachedDataset(
+            samples,
+            Lazily(cuts.frames),
+            Lazily(lambda index: [self._latents.path(key) for key in cuts.keys(index)]),
+            Lazily(lambda prompt: self._conditioning.path(self._prompt_key(prompt))),
+            shapes=cuts.shapes,
+            load=self.stores.load,
+        )
 
-    def prompts(self, prompts: Iterable[str], places: Mapping[str, str] | None = None) -> dict[str, Path]:
-        """Encode prompts, and say what is cut off of those that are too long; returns the file of each.
+    def prompts(self, prompts: Iterable[str]) -> dict[str, Path]:
+        """Encode prompts, and say what is cut off of those that are too long.
 
-        Args:
-            places: prompt -> where it stands, for messages.
+        Returns:
+            The file of each; `stores` knows where it lies if not there.
         """
         prompts = list(dict.fromkeys(prompts))
-        self._tell_cuts([prompt for prompt in prompts if prompt not in self._told], places)
-        files = {
-            prompt: self.cache
-            / "conditioning"
-            / f"{_digest(VERSION, self.family.name, self._text, prompt)}.safetensors"
-            for prompt in prompts
-        }
-        jobs = [(file, partial(self._encode_prompt, prompt)) for prompt, file in files.items()]
-        there = self.family.facts.encoders_of(self.pipeline)
-        self._fill(jobs, "caption", [getattr(self.pipeline, part.name) for part in there], self.captions)
-        return files
+        self._fill(self.captions(prompts))
+        return {prompt: self._conditioning.path(self._prompt_key(prompt)) for prompt in prompts}
 
-    def _tell_cuts(self, prompts: Sequence[str], places: Mapping[str, str] | None) -> None:
+    def pictures(
+        self, samples: Sequence[Sample], data: DataConfig | DreamboothData, *, seed: int, fixed: bool = False
+    ) -> Work:
+        """What `dataset` encodes of pictures; each is a unit, and each of its cuts a part."""
+        return self._pictures(self._cuts(samples, data, seed=seed, fixed=fixed))
+
+    def captions(self, prompts: Sequence[str], samples: Sequence[Sample] = ()) -> Work:
+        """What is encoded of prompts and the captions of samples; says which are too long."""
+        captions = Captions(prompts, samples, self._prompt_key)
+        self._tell_cuts(captions)
+        there = self.family.facts.encoders_of(self.pipeline)
+
+        @contextmanager
+        def visit() -> Iterator[None]:
+            with ExitStack() as stack:
+                for part in there:
+                    stack.enter_context(self._visit(getattr(self.pipeline, part.name)))
+                yield
+
+        return Work(
+            "caption",
+            self._conditioning,
+            len(captions),
+            lambda start, stop: ([captions.key(unit)] for unit in range(start, stop)),
+            lambda unit, part: self._encode_prompt(captions[unit]),
+            visit,
+        )
+
+    def encode(self, work: Work, places: Iterable[int], *, together: bool) -> Iterator[int]:
+        """Encode parts of some work, whose networks visit the device; gives the bytes of each.
+
+        Args:
+            places: see `Work.missing`.
+            together: into a shard, which is ended by `Store.close`.
+        """
+        for number, place in enumerate(places):
+            unit, part = divmod(place, PARTS)
+            with self.measured(again=not number) if self.measured else nullcontext():
+                tensors = work.make(unit, part)
+            yield work.store.put(work.keys(unit)[part], tensors, together=together)
+
+    def _cuts(
+        self, samples: Sequence[Sample], data: DataConfig | DreamboothData, *, seed: int, fixed: bool
+    ) -> Cuts:
+        return Cuts(samples, data, self.multiple, seed, not fixed, partial(self._latent_key, data.resolution))
+
+    def _pictures(self, cuts: Cuts) -> Work:
+        @contextmanager
+        def visit() -> Iterator[None]:
+            with self._lowered() as vae, self._whole(vae):
+                yield
+
+        def make(unit: int, part: int) -> dict[str, Tensor]:
+            return self._encode_picture(cuts.sample(unit), cuts.transforms(unit)[part])
+
+        return Work("picture", self._latents, len(cuts.samples), cuts.each, make, visit)
+
+    def _tell_cuts(self, captions: Captions) -> None:
+        """Say how many prompts that have not been told of are too long, and which most."""
         if not self.accelerator.is_main_process:
             return
-        self._told.update(prompts)
-        for line in told(cuts(tokenizers(self.family.facts, self.pipeline), prompts), len(prompts), places):
-            self.say(line)
+        readers = tokenizers(self.family.facts, self.pipeline)
+        remembers = len(captions) <= TOGETHER
+        worst: list[Cut] = []
+        asked, found, rest = 0, 0, iter(captions)
+        while chunk := list(itertools.islice(rest, _CHUNK)):
+            chunk = [prompt for prompt in chunk if prompt not in self._told]
+            cut = cuts(readers, chunk)
+            asked, found = asked + len(chunk), found + len(cut)
+            worst = sorted([*worst, *cut], key=lambda one: -one.tokens)[: _ENOUGH + 1]
+            if remembers:
+                self._told.update(chunk)
+        if worst:
+            for line in told(worst, asked, captions.places({one.prompt for one in worst}), found):
+                self.say(line)
 
     def conditioning(self, prompts: Iterable[str]) -> dict[str, Conditioning]:
         """Conditioning of each prompt, without the batch dimension."""
-        return {prompt: _load(file) for prompt, file in self.prompts(prompts).items()}
+        return {prompt: self.stores.load(file) for prompt, file in self.prompts(prompts).items()}
 
     def release(self, *, keep_vae: bool = False) -> None:
         """Let the text encoders, and the VAE unless previews need its decoder, leave memory."""
@@ -215,8 +296,15 @@ class Encoder:
         finally:
             self.pipeline.vae = whole
 
-    def _latent_file(self, sample: Sample, transform: Transform, resolution: int) -> Path:
-        key = _digest(
+    def _say_first(self, line: str) -> None:
+        if self.accelerator.is_main_process:
+            self.say(line)
+
+    def _prompt_key(self, prompt: str) -> str:
+        return _digest(VERSION, self.family.name, self._text, prompt)
+
+    def _latent_key(self, resolution: int, sample: Sample, transform: Transform) -> str:
+        return _digest(
             VERSION,
             self.family.name,
             self._vae,
@@ -226,7 +314,6 @@ class Encoder:
             resolution,
             *([str(self._lower)] if self._lower is not None else []),
         )
-        return self.cache / "latents" / f"{key}.safetensors"
 
     def _encode_picture(self, sample: Sample, transform: Transform) -> dict[str, Tensor]:
         try:
@@ -251,40 +338,217 @@ class Encoder:
                 )
         return {name: value[0] for name, value in as_kept(conditioning).items()}
 
-    def _fill(
-        self,
-        jobs: Sequence[tuple[Path, Callable[[], dict[str, Tensor]]]],
-        what: str,
-        modules: Sequence[nn.Module],
-        visit: Visit,
-    ) -> None:
-        """Make the files that are missing, split over the processes, while `modules` visit the device."""
-        if self.accelerator.is_main_process:
-            for folder in {path.parent for path, _ in jobs}:
-                clean_leftovers(folder)
-        missing = [(path, make) for path, make in dict(jobs).items() if not is_whole(path)]
-        self.accelerator.wait_for_everyone()  # nobody writes before everyone has looked
-        if missing and self.accelerator.is_main_process:
-            self.say(f"encoding {len(missing)} {what}{'s' if len(missing) > 1 else ''}")
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        mine = missing[rank::processes]
-        shown = console() if self.accelerator.is_main_process else Progress(quiet=True)
+    def _fill(self, work: Work) -> None:
+        """Encode what is missing, split over the processes, while the networks visit the device."""
+        accelerator, store = self.accelerator, work.store
+        if accelerator.is_main_process:
+            store.tidy()
+        store.refresh()
+        missing = work.missing()
+        accelerator.wait_for_everyone()  # nobody writes before everyone has looked
+        if missing and accelerator.is_main_process:
+            self.say(f"encoding {len(missing)} {work.what}{'s' if len(missing) > 1 else ''}")
+        in_shards = len(missing) > TOGETHER and os.name == "posix"
+        rank, processes = accelerator.process_index, accelerator.num_processes
         with ExitStack() as stack:
-            for module in modules if missing else ():
-                stack.enter_context(visit(module))
-            with shown.phase(f"encoding {what}s", len(missing)) if mine else nullcontext() as phase:
-                for done, (path, make) in enumerate(mine, start=1):
-                    with self.measured(again=done == 1) if self.measured else nullcontext():
-                        tensors = make()
-                    save_tensors(path, tensors)
-                    if phase:
-                        phase.update(min(done * processes, len(missing)))
-            self.accelerator.wait_for_everyone()
-            for path, make in missing:  # another machine's disk may not be this one's
-                if not is_whole(path):
-                    save_tensors(path, make())
-        if self.accelerator.device.type == "cuda":
+            if missing:
+                stack.enter_context(work.visit())
+            self._encode(work, missing[rank::processes], processes, len(missing), in_shards)
+            accelerator.wait_for_everyone()
+            if missing and processes > 1:  # another machine's disk may not be this one's
+                store.refresh()
+                self._encode(work, work.still(missing), 1, len(missing), in_shards)
+        if accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _encode(self, work: Work, places: Sequence[int], processes: int, total: int, in_shards: bool) -> None:
+        """Encode this process's part of what is missing, and show how far all are."""
+        if not places:
+            return
+        shown = console() if self.accelerator.is_main_process else Progress(quiet=True)
+        try:
+            with shown.phase(f"encoding {work.what}s", total) as phase:
+                for done, _ in enumerate(self.encode(work, places, together=in_shards), start=1):
+                    phase.update(min(done * processes, total))
+        finally:
+            work.store.close()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What may have to be encoded, of one kind: so many units, each with a few parts.
+
+    Attributes:
+        what: "picture" or "caption".
+        store: where it is kept.
+        count: units.
+        each: start, stop -> the keys of the parts of each unit.
+        make: encodes a part of a unit.
+        visit: within what it gives, the networks for it are on the device.
+    """
+
+    what: str
+    store: Store
+    count: int
+    each: Callable[[int, int], Iterable[Sequence[str]]]
+    make: Callable[[int, int], dict[str, Tensor]]
+    visit: Callable[[], AbstractContextManager[None]]
+
+    def keys(self, unit: int) -> Sequence[str]:
+        """Of the parts of a unit."""
+        (keys,) = self.each(unit, unit + 1)
+        return keys
+
+    def missing(self, start: int = 0, stop: int | None = None) -> array[int]:
+        """Places, unit x PARTS + part, of what the store has not, in the units from `start` to `stop`."""
+        found = array("q")
+        end = self.count if stop is None else min(stop, self.count)
+        for begin in range(start, end, _CHUNK):
+            places = {
+                key: unit * PARTS + part
+                for unit, keys in enumerate(self.each(begin, min(begin + _CHUNK, end)), start=begin)
+                for part, key in enumerate(keys)
+            }
+            found.extend(self._absent(places))
+        return found
+
+    def still(self, places: Sequence[int]) -> array[int]:
+        """Those of some places that the store has not."""
+        found = array("q")
+        for begin in range(0, len(places), _CHUNK):
+            chunk = places[begin : begin + _CHUNK]
+            found.extend(self._absent({self.keys(at // PARTS)[at % PARTS]: at for at in chunk}))
+        return found
+
+    def _absent(self, places: Mapping[str, int]) -> list[int]:
+        absent = self.store.absent(list(places))
+        return [place for place, away in zip(places.values(), absent, strict=True) if away]
+
+
+class Cuts:
+    """How samples are cut, and the keys of what is cut: worked out when it is asked for.
+
+    Args:
+        samples: of a source.
+        data: reads resolution, buckets, crop and flip.
+        multiple: that sizes in pixels are divisible by.
+        seed: of random crops.
+        augment: whether there are any.
+        key: of a sample and how it is cut.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        data: DataConfig | DreamboothData,
+        multiple: int,
+        seed: int,
+        augment: bool,
+        key: Callable[[Sample, Transform], str],
+    ) -> None:
+        self.samples = samples
+        # One that is drawn is asked for several times in a row.
+        self.sample = lru_cache(maxsize=1024)(samples.__getitem__)
+        self.transforms = lru_cache(maxsize=1024)(lambda index: self._transforms(self.sample(index)))
+        self.keys = lru_cache(maxsize=1024)(lambda index: self._keys(self.sample(index)))
+        self._data, self._seed, self._augment, self._key = data, seed, augment, key
+        many = data.buckets if isinstance(data, DataConfig) else False
+        self._size = lru_cache(maxsize=2**16)(
+            partial(bucket_for, resolution=data.resolution, multiple=multiple, many=many)
+        )
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(height, width) in pixels of each sample."""
+        known: dict[tuple[int, int], tuple[int, int]] = {}
+        sizes = (self._size(sample.width, sample.height) for sample in self.samples)
+        return [known.setdefault(size, size[::-1]) for size in sizes]
+
+    def frames(self, index: int) -> list[Frame]:
+        """What is cut out of a sample."""
+        return [frame_of(self.sample(index), transform) for transform in self.transforms(index)]
+
+    def each(self, start: int, stop: int) -> Iterator[list[str]]:
+        """The keys of the latents of some samples."""
+        return map(self._keys, self.samples[start:stop])
+
+    def _keys(self, sample: Sample) -> list[str]:
+        return [self._key(sample, transform) for transform in self._transforms(sample)]
+
+    def _transforms(self, sample: Sample) -> list[Transform]:
+        """The crops and flips of a picture that are cached, see `Transform`."""
+        data = self._data
+        size = self._size(sample.width, sample.height)
+        crops = [Transform(size)]
+        if self._augment and data.crop == "random" and sample.width * size[1] != sample.height * size[0]:
+            generators = (sample_generator(self._seed, cut, sample.id, "crop") for cut in range(CROPS))
+            places = [torch.rand(2, generator=generator) for generator in generators]
+            crops = [Transform(size, float(place[0]), float(place[1])) for place in places]
+        flips = (False, True) if self._augment and data.flip else (False,)
+        return [replace(crop, flip=flip) for crop in crops for flip in flips]
+
+
+class Captions(Sequence[str]):
+    """Prompts, and the captions of samples, each once, in the order in which they come first.
+
+    Args:
+        prompts: come first.
+        samples: whose captions follow.
+        key: of a prompt, 32 hex digits.
+    """
+
+    def __init__(self, prompts: Sequence[str], samples: Sequence[Sample], key: Callable[[str], str]) -> None:
+        self._prompts, self._samples = prompts, samples
+        keys = bytearray()
+        for prompt in itertools.chain(prompts, (sample.caption for sample in samples)):
+            keys += bytes.fromhex(key(prompt))
+        pairs = pairs_of(keys)
+        self._places = np.sort(first_of_each(pairs[:, 0], pairs[:, 1]))
+        self._pairs = pairs[self._places]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, unit: Any) -> Any:
+        place = int(self._places[unit])
+        count = len(self._prompts)
+        return self._prompts[place] if place < count else self._samples[place - count].caption
+
+    def __iter__(self) -> Iterator[str]:
+        places = iter(self._places)
+        wanted = next(places, None)
+        captions = (sample.caption for sample in self._samples)
+        for place, prompt in enumerate(itertools.chain(self._prompts, captions)):
+            if place == wanted:
+                yield prompt
+                wanted = next(places, None)
+
+    def key(self, unit: int) -> str:
+        """Of a prompt."""
+        high, low = self._pairs[unit]
+        return f"{int(high):016x}{int(low):016x}"
+
+    def places(self, prompts: set[str]) -> dict[str, str]:
+        """Where some of them stand, for messages."""
+        return {sample.caption: sample.where for sample in self._samples if sample.caption in prompts}
+
+
+class Lookup(Protocol[K_contra, V_co]):
+    """What has a value for a key."""
+
+    def __getitem__(self, key: K_contra, /) -> V_co:
+        """The value."""
+        ...
+
+
+class Lazily(Generic[K_contra, V_co]):
+    """Values that are worked out when they are asked for."""
+
+    def __init__(self, make: Callable[[K_contra], V_co]) -> None:
+        self._make = make
+
+    def __getitem__(self, key: K_contra, /) -> V_co:
+        return self._make(key)
 
 
 class CachedDataset:
@@ -295,22 +559,27 @@ class CachedDataset:
         frames: of each sample's variants.
         latents: file of each sample's variants: `moments` [2C, h, w], and what else is kept beside them.
         captions: file of each caption.
+        shapes: (height, width) in pixels of each sample, if that is known.
+        load: reads a file, or what stands for it.
     """
 
     def __init__(
         self,
-        samples: list[Sample],
-        frames: list[list[Frame]],
-        latents: list[list[Path]],
-        captions: dict[str, Path],
+        samples: Sequence[Sample],
+        frames: Lookup[int, Sequence[Frame]],
+        latents: Lookup[int, Sequence[Path]],
+        captions: Lookup[str, Path],
+        *,
+        shapes: Sequence[tuple[int, int]] | None = None,
+        load: Callable[[Path], dict[str, Tensor]] | None = None,
     ) -> None:
         self.samples = samples
-        self.shapes = [variants[0].size for variants in frames]
+        self.shapes = [frames[index][0].size for index in range(len(samples))] if shapes is None else shapes
         """(height, width) in pixels of each sample."""
         self._frames = frames
         self._latents = latents
         self._captions = captions
-        self._load = _Recent(RECENT_BYTES)
+        self._load = _Recent(RECENT_BYTES, load)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -343,7 +612,8 @@ class CachedDataset:
             draws: reads caption_dropout and tag.
             weight: of the row.
         """
-        name = draws.tag + self.samples[index].id
+        sample = self.samples[index]
+        name = draws.tag + sample.id
 
         def draw(purpose: str) -> torch.Generator:
             return sample_generator(seed, epoch, name, purpose)
@@ -358,11 +628,11 @@ class CachedDataset:
             **self.beside(index, variant),
         }
         dropped = float(torch.rand((), generator=draw("caption"))) < draws.caption_dropout
-        return single(name, rows, self.conditioning("" if dropped else self.samples[index].caption))
+        return single(name, rows, self.conditioning("" if dropped else sample.caption))
 
     def validation(self, objective: Objective, *, timesteps: int, micro_batch: int) -> Iterator[Batch]:
         """Every sample at `timesteps` evenly spread timesteps, with noise that is always the same."""
-        rows = [
+        rows = (
             single(
                 sample.id,
                 {
@@ -378,7 +648,7 @@ class CachedDataset:
             )
             for index, sample in enumerate(self.samples)
             for level in range(timesteps)
-        ]
+        )
         yield from together(rows, micro_batch)
 
 
@@ -481,25 +751,28 @@ class Stream:
         positions = range(step * self.batch_size, (step + 1) * self.batch_size)
         return [(self._order(dataset, purpose, at // count)[at % count], at // count) for at in positions]
 
-    def _draw_order(self, dataset: CachedDataset, purpose: str, epoch: int) -> list[int]:
+    def _draw_order(self, dataset: CachedDataset, purpose: str, epoch: int) -> Sequence[int]:
         """The permutation of one epoch."""
         generator = torch.Generator().manual_seed(stable_seed(self.seed, epoch, purpose))
         count, size = len(dataset), self.batch_size
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index in torch.randperm(count, generator=generator).tolist():
-            groups.setdefault(dataset.shapes[index], []).append(index)
-        whole: list[list[int]] = []
-        rest: list[int] = []
-        for group in groups.values():
-            cut = len(group) // size * size
-            whole += [group[at : at + size] for at in range(0, cut, size)]
-            rest += group[cut:]
-        chunks = [whole[at] for at in torch.randperm(len(whole), generator=generator).tolist()]
+        order = torch.randperm(count, generator=generator).numpy()
+        numbers: dict[tuple[int, int], int] = {}
+        kinds = np.fromiter(
+            (numbers.setdefault(shape, len(numbers)) for shape in dataset.shapes), np.int32, count
+        )[order]
+        present, first = np.unique(kinds, return_index=True)
+        groups = [order[kinds == kind] for kind in present[np.argsort(first)]]  # as they come in the order
+        cuts = [len(group) // size * size for group in groups]
+        whole = np.concatenate(
+            [group[:cut].reshape(-1, size) for group, cut in zip(groups, cuts, strict=True)]
+        )
+        rest = np.concatenate([group[cut:] for group, cut in zip(groups, cuts, strict=True)])
+        chunks = whole[torch.randperm(len(whole), generator=generator).numpy()].ravel()
         lead = -epoch * count % size  # the last step of the epoch before still takes so many
-        return [*rest[:lead], *itertools.chain.from_iterable(chunks), *rest[lead:]]
+        return array("q", np.concatenate([rest[:lead], chunks, rest[lead:]]).astype(np.int64).tobytes())
 
 
-def together(rows: Sequence[Batch], most: int) -> Iterator[Batch]:
+def together(rows: Iterable[Batch], most: int) -> Iterator[Batch]:
     """Join neighbouring rows of one shape, at most `most` at a time."""
     for _, group in itertools.groupby(rows, key=lambda row: row.latents.shape):
         same = list(group)
@@ -519,8 +792,9 @@ def frame_of(sample: Sample, transform: Transform) -> Frame:
 class _Recent:
     """Loads files; those used last stay in memory, up to a number of bytes."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, load: Callable[[Path], dict[str, Tensor]] | None = None) -> None:
         self.most = most
+        self._read = load or Stores().load
         self.held = 0
         self._files: OrderedDict[Path, dict[str, Tensor]] = OrderedDict()
         self._lock = threading.Lock()
@@ -530,7 +804,7 @@ class _Recent:
             if path in self._files:
                 self._files.move_to_end(path)
                 return self._files[path]
-        content = _load(path)
+        content = self._read(path)
         with self._lock:
             if path not in self._files:
                 self._files[path] = content
@@ -542,59 +816,6 @@ class _Recent:
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _variants(
-    sample: Sample, data: DataConfig | DreamboothData, multiple: int, *, seed: int, augment: bool
-) -> list[Transform]:
-    """The crops and flips of a picture that are cached, see `Transform`."""
-    many = data.buckets if isinstance(data, DataConfig) else False
-    size = bucket_for(sample.width, sample.height, data.resolution, multiple, many=many)
-    crops = [Transform(size)]
-    if augment and data.crop == "random" and sample.width * size[1] != sample.height * size[0]:
-        places = [
-            torch.rand(2, generator=sample_generator(seed, cut, sample.id, "crop")) for cut in range(CROPS)
-        ]
-        crops = [Transform(size, float(place[0]), float(place[1])) for place in places]
-    flips = (False, True) if augment and data.flip else (False,)
-    return [replace(crop, flip=flip) for crop in crops for flip in flips]
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a file of tensors is there, as long as its header says; what was cut or emptied is not."""
-    try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= size - 8:
-                return False
-            header = json.loads(file.read(length))
-        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        return bool(ends) and 8 + length + max(ends) == size
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
-        return False
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write one file of the cache, whole or not at all.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    with atomic_file(path) as temporary:
-        # safetensors' own way into a file has a temporary name that nobody can tell from another process's.
-        temporary.write_bytes(
-            save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        )
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(
-            f"the cached file cannot be read ({error})", where=str(path), hint="remove it and run again"
-        ) from error
 
 
 def _digest(*parts: Any) -> str:

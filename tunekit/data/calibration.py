@@ -142,7 +142,8 @@ def gather(
     captions = encoder.prompts(["", *prompts])
     encoded = encoder.conditioning(["", *prompts])
     samples, files, frame = _drawn(family, pipeline, encoded, material, accelerator.device, say)
-    dataset = CachedDataset(samples, [[frame]] * len(samples), files, captions)
+    frames = [[frame]] * len(samples)
+    dataset = CachedDataset(samples, frames, files, captions, load=encoder.stores.load)
     return CalibrationSet(dataset, objective, f"{material.count} pictures drawn by the model", material.seed)
 
 

@@ -86,18 +86,22 @@ def tokenizers_of(family: Family, source: Source) -> list[Any]:
     return tokenizers(family.facts, SimpleNamespace(**loading.tokenizers(source, family.facts)))
 
 
-def told(found: Sequence[Cut], of: int, places: Mapping[str, str] | None = None) -> list[str]:
+def told(
+    found: Sequence[Cut], of: int, places: Mapping[str, str] | None = None, count: int | None = None
+) -> list[str]:
     """Lines for people: how many are cut, the worst, and what is cut off.
 
     Args:
+        found: those that are cut, or the worst of them.
         of: how many prompts there are.
         places: prompt -> where it stands.
+        count: how many are cut, where `found` are not all.
     """
     if not found:
         return []
-    limit = found[0].limit
+    limit, count = found[0].limit, count or len(found)
     lines = [
-        f"{len(found):,} of {of:,} prompts and captions {'is' if len(found) == 1 else 'are'} longer than the"
+        f"{count:,} of {of:,} prompts and captions {'is' if count == 1 else 'are'} longer than the"
         f" {limit} tokens that the text encoder reads; the rest is cut off:"
     ]
     for cut in found[:_SHOWN]:

@@ -564,6 +564,15 @@ class Planner:
                 phases[after.phase] = found
         return phases
 
+    def encoding(self, room: Room) -> dict[str, Any]:
+        """What a plan for the room puts under `memory:` about how pictures and captions are encoded."""
+        captions, precision, _ = self._encode(room, Levers(self.job.precision))
+        return {
+            "encode_on_host": captions == HOST,
+            "encode_by_layer": captions == LAYERS,
+            "encode_precision": precision,
+        }
+
     def _encode(self, room: Room, levers: Levers) -> tuple[str, str, Phase]:
         """Where captions are encoded (`PLACES`), in which precision pictures are, and the phase."""
         memory, own_memory = self.memory, bool(room.context)

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from tunekit import hardware, optimizers
-from tunekit.config import AdapterConfig, MemoryConfig, TrainConfig
+from tunekit import families, hardware, optimizers
+from tunekit.artifacts import open_artifact
+from tunekit.config import AdapterConfig, MemoryConfig, SamplingConfig, TrainConfig, TrainingRunConfig
+from tunekit.diffusion.objectives import scheduler_changes
 from tunekit.errors import ConfigError, TunekitError
 from tunekit.memory.levers import Fitted, autocast_of, step_in_backward
 
@@ -137,6 +139,17 @@ def close_accelerator(accelerator: Accelerator) -> None:
     accelerator.end_training()
     GradientState._reset_state()
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def sampling_of(config: TrainingRunConfig) -> SamplingConfig:
+    """How a run's pictures are drawn: as it says, else as its base says, else as the family does."""
+    data: Any = config.data  # type: ignore[attr-defined]  # each training recipe declares its own
+    asked = config.preview.sampling.over(SamplingConfig(height=data.resolution, width=data.resolution))
+    own = open_artifact(config.model.source, family=config.model.family).sampling
+    usual = families.get(config.model.family).facts.sampling.over(SamplingConfig(negative_prompt=""))
+    whole = asked.over(own).over(usual)
+    scheduler = {**scheduler_changes(config.objective), **(whole.scheduler or {})}
+    return whole.model_copy(update={"scheduler": scheduler or None})
 
 
 def build_optimizer(
