@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections import deque
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tunekit import encoding, leases
+from tunekit import cli, encoding, leases
 from tunekit.config import load
 from tunekit.encoding import Encoding, answer
 from tunekit.errors import ArtifactError, ConfigError, DataError, DeviceError, OutputError
@@ -174,7 +173,8 @@ def test_leases_come_to_all_numbers_once(tmp_path: Path) -> None:
 
 
 def test_a_lease_that_ends_every_process_is_named(tmp_path: Path) -> None:
-    peers = [Here(name, answers=MADE, dies_at=0) for name in "abcd"]
+    few = {**MADE, "open": told(works=[["picture", 32]], sees="1", lines=[])}
+    peers = [Here(name, answers=few, dies_at=0) for name in "abcd"]
     with pytest.raises(DeviceError, match=r"3 processes have ended over numbers 0 to 31; the last: it was k"):
         fill(peers, "x.yaml", [], tmp_path, say=lambda line: None)
     assert all(peer.ended for peer in peers)
@@ -228,38 +228,45 @@ def test_a_recipe_without_pictures_has_nothing_to_encode() -> None:
         encoding.training_config(load("sd15/optimize", stand_in="x"))
 
 
-def test_two_processes_one_of_which_is_killed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", ["here", pytest.param("elsewhere", marks=pytest.mark.slow)])
+def test_two_processes_one_of_which_is_killed(
+    here: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(leases, "LEASE", 1)
     monkeypatch.setattr(leases, "AHEAD", 8)
     expected, _ = single(here / "alone")
-    peers = [LocalPeer("one"), LocalPeer("two")]
-    poll, answers = peers[1].poll, []
+    killed = LocalPeer("two")
+    other = Here("one") if first == "here" else LocalPeer("one")
+    poll, answers = killed.poll, []
 
     def kill() -> dict[str, Any] | None:
         found = poll()
         if found:
             answers.append(found)
             if len(answers) == 4:  # settle, open, and of its first eight pictures two
-                os.kill(peers[1].process.pid, signal.SIGKILL)
+                os.kill(killed.process.pid, signal.SIGKILL)
         return found
 
-    monkeypatch.setattr(peers[1], "poll", kill)
+    monkeypatch.setattr(killed, "poll", kill)
     lines: list[str] = []
-    filled = fill(peers, "mine.yaml", [], here / "runs" / ".cache", say=lines.append)
+    filled = fill([other, killed], "mine.yaml", [], here / "runs" / ".cache", say=lines.append)
     assert contents(here / "runs" / ".cache") == expected
     assert "two is gone (it was killed, perhaps because memory ran out); others go on with its part" in lines
-    assert filled.lost and peers[0].process.poll() is not None
+    assert list(filled.lost) == ["two"]
     assert any("entries of a process that is gone" in line for line in lines)
 
 
-def test_the_command(here: Path, tunekit_command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    done = tunekit_command("encode", "mine.yaml", "--json", cwd=here)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["pictures"] == {"count": 24, "encoded": 42, "found": 0}
-    assert told["processes"] == [{"name": "cpu", "encoded": 68, "lost": None}]
-    assert f"encodes on cpu, into {here / 'runs' / '.cache'}" in done.stderr
+def test_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("tunekit.cli.encoding._here", lambda *_: [Here("cpu")])
+    with pytest.raises(SystemExit):
+        cli.app(["encode", "mine.yaml", "data.flip=false", "--json"], prog_name="tunekit")
+    said, beside = capsys.readouterr()
+    assert json.loads(said)["pictures"] == {"count": 24, "encoded": 24, "found": 0}
+    assert f"encodes on cpu, into {here / 'runs' / '.cache'}" in beside.replace("\n", "")
+    with pytest.raises(SystemExit):
+        cli.app(["encode", "mine.yaml", "data.flip=false"], prog_name="tunekit")
+    assert capsys.readouterr().out.startswith("24 pictures: 0 encoded, 24 were there; 26 captions: 0 encoded")
 
 
 @pytest.mark.slow
