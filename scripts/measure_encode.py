@@ -18,18 +18,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from measuring import machine
 
-WORDS = 100
+from tunekit.data.samples import Indexed, Sample
+
+SIZES = 100
 """Sizes of pictures that differ."""
 
 
-class Samples(Sequence):
+class Samples(Indexed):
     """So many samples, each made when it is asked for, as an index of rows gives them."""
 
     def __init__(self, count: int) -> None:
@@ -39,16 +41,22 @@ class Samples(Sequence):
         return self.count
 
     def __getitem__(self, index: Any) -> Any:
-        from tunekit.data.images import Sample
-
         if isinstance(index, slice):
             return map(self.__getitem__, range(*index.indices(self.count)))
         if not 0 <= index < self.count:
             raise IndexError(index)
-        width, height = 32 + index % WORDS, 32 + index * 7 % WORDS
+        width, height = 32 + index % SIZES, 32 + index * 7 % SIZES
         return Sample(
             f"{index}", f"a picture with the number {index}", width, height, f"{index:032x}", "", bytes
         )
+
+    @property
+    def sizes(self) -> Any:
+        """See `Indexed`."""
+        order = np.arange(self.count)
+        return np.stack([32 + order % SIZES, 32 + order * 7 % SIZES], axis=1).astype(np.int32)
+
+    digest = hashes = contents = ranks = take = None  # nobody asks for them
 
 
 def peak() -> int:

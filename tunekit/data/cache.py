@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.config import DataConfig, DreamboothData
-from tunekit.data.images import Sample
+from tunekit.data.samples import Sample, sizes_of
 from tunekit.data.shapes import CROPS, Transform, bucket_for
 from tunekit.data.store import Store, Stores, first_of_each, is_whole, pairs_of, save_tensors
 from tunekit.diffusion.batch import Batch, join, single
@@ -460,9 +460,9 @@ class Cuts:
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """(height, width) in pixels of each sample."""
-        known: dict[tuple[int, int], tuple[int, int]] = {}
-        sizes = (self._size(sample.width, sample.height) for sample in self.samples)
-        return [known.setdefault(size, size[::-1]) for size in sizes]
+        sizes, numbers = np.unique(sizes_of(self.samples), axis=0, return_inverse=True)
+        shapes = [self._size(width, height)[::-1] for width, height in sizes.tolist()]
+        return [shapes[number] for number in numbers.ravel().tolist()]
 
     def frames(self, index: int) -> list[Frame]:
         """What is cut out of a sample."""
