@@ -36,8 +36,7 @@ class DataConfig(_Pictures):
     """Captioned pictures."""
 
     path: PathText
-    """Folder of captioned pictures; parquet files or WebDataset shards (.tar): a folder of them, one or a
-    range, "shards/{000..099}.tar"; the hub id of a data set; or "builtin/pictures/..."."""
+    """Folder of captioned pictures, parquet files or shards (.tar), a hub id, or "builtin/pictures/..."."""
     split: Word = "train"
     """Split to read: of a hub data set, or where files or sub-folders are named after splits."""
     streaming: bool = False
