@@ -28,11 +28,13 @@ import threading
 import time
 import uuid
 import zlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +63,8 @@ _NAME = re.compile(r"([0-9a-f]{32})\.safetensors")
 _SHARD = re.compile(r"(\w+-\d+-[0-9a-f]{16})\.(part|shard)")
 
 Numbers = NDArray[np.uint64]
+Rows: TypeAlias = "array[int]"
+"""Of each entry of a shard the high and the low half of its key, its place and its bytes."""
 Say = Callable[[str], None]
 
 
@@ -266,7 +270,7 @@ class Shards:
             return
         _end(file, rows, path)
         torn = f", and dropped {size - end:,} bytes behind them" if size > end else ""
-        self.say(f"{path.stem}.shard: kept {len(rows):,} entries of a process that is gone{torn}")
+        self.say(f"{path.stem}.shard: kept {len(rows) // 4:,} entries of a process that is gone{torn}")
 
     def _entries(self, name: str, known: _Shard, *, ended: bool) -> Numbers:
         """The entries of a shard that are not known yet."""
@@ -283,7 +287,7 @@ class Shards:
                 known.end = size
             else:
                 found, known.end = _scan(file, known.end, size)
-                rows = np.array(found, dtype=np.uint64).reshape(-1, 4)
+                rows = np.frombuffer(found, dtype=np.uint64).reshape(-1, 4)
                 if ended and known.end < size:
                     count = known.count + len(rows)
                     self.say(
@@ -334,7 +338,7 @@ class Writer:
     limit: int = SHARD_BYTES
     name: str = ""
     _file: int = -1
-    _rows: list[tuple[int, int, int, int]] = field(default_factory=list)
+    _rows: Rows = field(default_factory=lambda: array("Q"))
 
     def put(self, key: bytes, content: bytes) -> None:
         """Append an entry.
@@ -353,7 +357,7 @@ class Writer:
                 os.ftruncate(self._file, at)
                 raise
             at = os.lseek(self._file, 0, os.SEEK_CUR) - len(content)
-            self._rows.append((*_split(key), at, len(content)))
+            self._rows.extend((*_split(key), at, len(content)))
         if at + len(content) >= self.limit:
             self.close()
 
@@ -367,7 +371,7 @@ class Writer:
             return
         path = self.folder / f"{self.name}.part"
         file, rows = self._file, self._rows
-        self._file, self._rows, self.name = -1, [], ""
+        self._file, self._rows, self.name = -1, array("Q"), ""
         try:
             with output_errors(path):
                 _end(file, rows, path)
@@ -425,10 +429,10 @@ def _shards_in(folder: Path) -> dict[str, bool]:
     return found
 
 
-def _end(file: int, rows: Sequence[tuple[int, int, int, int]], path: Path) -> None:
+def _end(file: int, rows: Rows, path: Path) -> None:
     """Puts the index behind the entries, and gives a shard its last name."""
     at = os.lseek(file, 0, os.SEEK_END)
-    index = np.array(rows, dtype="<u8").tobytes()
+    index = np.frombuffer(rows, dtype=np.uint64).astype("<u8").tobytes()
     try:
         _write(file, _framed(_INDEX, _NONE, index) + _TAIL.pack(at, _END))
         os.fsync(file)
@@ -471,9 +475,9 @@ def _read(file: int, at: int, size: int) -> bytes:
     return b"".join(parts)
 
 
-def _scan(file: int, at: int, size: int) -> tuple[list[tuple[int, int, int, int]], int]:
+def _scan(file: int, at: int, size: int) -> tuple[Rows, int]:
     """The whole entries from a place on, and where the last of them ends."""
-    rows = []
+    rows: Rows = array("Q")
     while len(head := _read(file, at, _HEAD.size)) == _HEAD.size:
         mark, key, length, crc = _HEAD.unpack(head)
         begin = at + _HEAD.size
@@ -485,7 +489,7 @@ def _scan(file: int, at: int, size: int) -> tuple[list[tuple[int, int, int, int]
         if made != crc:
             break
         if mark == _ENTRY:
-            rows.append((*_split(key), begin, length))
+            rows.extend((*_split(key), begin, length))
             at = begin + length
         elif begin + length + _TAIL.size <= size:  # it was ended, and its writer went on
             at = begin + length + _TAIL.size
