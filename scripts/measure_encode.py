@@ -247,7 +247,7 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         "# Encoding ahead",
         "",
-        f"{host['device']}, {host['threads']} thread, {host['date']}; tiny model, CPU, and others at work beside."
+        f"{host['device']}, {host['threads']} thread, {host['date']}; tiny model, CPU, others at work beside."
         " `scripts/measure_encode.py` writes this page.",
         "",
         "## A cache of so many entries",

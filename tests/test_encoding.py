@@ -6,6 +6,8 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
+import tempfile
 import threading
 import time
 from collections import deque
@@ -228,16 +230,59 @@ def test_a_recipe_without_pictures_has_nothing_to_encode() -> None:
         encoding.training_config(load("sd15/optimize", stand_in="x"))
 
 
-@pytest.mark.parametrize("first", ["here", pytest.param("elsewhere", marks=pytest.mark.slow)])
+class Forked(LocalPeer):
+    """A process that has all imported already."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._noise = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        calls, asked = os.pipe()
+        answers, said = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                encoding.serve(os.fdopen(calls), os.fdopen(said, "w"))
+            finally:
+                os._exit(1)
+        os.close(calls)
+        os.close(said)
+        self.process: Any = Child(child, os.fdopen(asked, "wb"), os.fdopen(answers, "rb"))
+        self._answers = deque()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+
+class Child:
+    """As `subprocess.Popen` tells of a process."""
+
+    def __init__(self, pid: int, stdin: Any, stdout: Any) -> None:
+        self.pid, self.stdin, self.stdout = pid, stdin, stdout
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            found, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if found else None
+        return self.returncode
+
+    def wait(self, timeout: float = 10) -> int | None:
+        while self.poll() is None:
+            time.sleep(0.01)
+        return self.returncode
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kind", [Forked, pytest.param(LocalPeer, marks=pytest.mark.slow)])
 def test_two_processes_one_of_which_is_killed(
-    here: Path, monkeypatch: pytest.MonkeyPatch, first: str
+    here: Path, monkeypatch: pytest.MonkeyPatch, kind: type[LocalPeer]
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(leases, "LEASE", 1)
     monkeypatch.setattr(leases, "AHEAD", 8)
     expected, _ = single(here / "alone")
-    killed = LocalPeer("two")
-    other = Here("one") if first == "here" else LocalPeer("one")
+    other, killed = kind("one"), kind("two")
     poll, answers = killed.poll, []
 
     def kill() -> dict[str, Any] | None:
@@ -267,6 +312,23 @@ def test_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     with pytest.raises(SystemExit):
         cli.app(["encode", "mine.yaml", "data.flip=false"], prog_name="tunekit")
     assert capsys.readouterr().out.startswith("24 pictures: 0 encoded, 24 were there; 26 captions: 0 encoded")
+
+
+@pytest.mark.slow
+def test_a_training_from_shards_is_that_from_files(
+    here: Path, tunekit_command: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    ahead = tunekit_command("encode", "mine.yaml", "runs=ahead", "--processes", "2", cwd=here)
+    assert ahead.returncode == 0, ahead.stderr
+    losses = {}
+    for runs in ("ahead", "alone"):
+        done = tunekit_command("run", "mine.yaml", f"runs={runs}", "train.max_steps=6", cwd=here)
+        assert done.returncode == 0, done.stderr
+        assert ("encoding " in done.stdout) == (runs == "alone")
+        rows = (here / runs / "mine" / "metrics.jsonl").read_text().splitlines()
+        losses[runs] = [json.loads(row)["loss"] for row in rows]
+    assert losses["ahead"] == losses["alone"] and len(losses["alone"]) == 6
+    assert not list((here / "ahead" / ".cache").rglob("*.safetensors"))
 
 
 @pytest.mark.slow
