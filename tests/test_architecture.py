@@ -17,11 +17,11 @@ from tunekit.resources import PACKAGE
 # Each imports only from those to its right; names within { } are siblings and do not know each other.
 # CONTRIBUTING.md says the same.
 LAYERS = """
-    __main__ > cli > {sweep, cluster} > {worker, leases} > workspace
+    __main__ > cli > {sweep, nodes} > cluster > {worker, leases} > workspace
         > {explain, running, comparison, encoding} > preconditions > planning > passes > training
         > {memory, data, runtime} > {adapters, tasks, report, doctor, card} > families
         > {diffusion, layers, launch, networks} > artifacts > config
-        > {hardware, optimizers, progress, jobs}
+        > {hardware, optimizers, progress, jobs, ranks}
         > {units, registry, quiet, kept, records, provenance} > resources > files > errors > install
 """
 RANK = {name: rank for rank, names in enumerate(LAYERS.split(">")) for name in re.findall(r"\w+", names)}
@@ -36,6 +36,8 @@ WITHOUT_TORCH = [
     "hardware",
     "optimizers",
     "launch",
+    "nodes",
+    "ranks",
     "planning",
     "preconditions",
     "worker",

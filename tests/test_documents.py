@@ -30,7 +30,7 @@ from PIL import Image
 
 from tunekit import cli, hardware, planning, workspace
 from tunekit.artifacts import open_artifact
-from tunekit.config import REQUIRED, Loaded, load
+from tunekit.config import REQUIRED, Loaded, find_config, load
 from tunekit.leases import Filled
 from tunekit.memory.plan import Plan
 from tunekit.passes.base import Context, run_chain
@@ -272,6 +272,7 @@ def test_tunekit(
         return planned(load("sd15/lora", stand_in="given"), device="rtx-3060")
 
     monkeypatch.setattr("tunekit.launch.launch", launch)
+    monkeypatch.setattr("tunekit.nodes.run_on", lambda config, *_, **__: launch(find_config(config), config))
     monkeypatch.setattr("tunekit.sweep.engine.Sweep.run", lambda sweep, worker: None)
     monkeypatch.setattr("tunekit.worker.Worker.work", lambda worker, **options: None)
     monkeypatch.setattr(planning, "plan_config", plan)

@@ -127,3 +127,53 @@ def test_one_process_decides_for_itself() -> None:
     assert group.decide(lambda: 5) == 5
     with pytest.raises(DoesNotFit, match="too much"):
         group.decide(refuse)
+
+
+APART = """
+import json, sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+from tunekit import ranks
+from tunekit.data.shares import share_of
+from tunekit.training.checkpoint import Checkpoints
+from tunekit.training.run import Processes, load_everywhere
+
+folder = Path(sys.argv[1])
+company = ranks.meet()
+group = Processes.of("cpu")
+accelerator = Accelerator(cpu=True)
+one = share_of(folder / "one", accelerator)
+own = share_of(folder / str(group.rank), accelerator)
+found = []
+for kept in (folder / "one", folder / str(group.rank)):  # on a shared disk; where the first alone sees it
+    checkpoints = Checkpoints(kept, {"run": "this"})
+    found.append(load_everywhere(checkpoints, accelerator) is None)
+    if group.rank == 0:
+        values = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(2.0, dtype=torch.bfloat16)}
+        optimizer = {"state": {0: {"step": torch.tensor(3.0), "q": torch.tensor([1], dtype=torch.uint8)}},
+                     "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": [0]}]}
+        state = {"step": 4, "seconds": 1.5, "metrics": {"x": 2.0}, "recent": [1.0], "scaler": None}
+        checkpoints.save(values, optimizer, state)
+    accelerator.wait_for_everyone()
+    saved = load_everywhere(checkpoints, accelerator)
+    found.append([saved.step, str(saved.trainable), str(saved.optimizer), saved.state["metrics"]])
+left = sorted(str(path.relative_to(folder)) for path in folder.rglob(".seen*"))
+print(json.dumps([[one.index, one.count, one.folders], [own.index, own.count, own.folders], found, left,
+                  company.kept, [member.node for member in company.members]]))
+"""
+
+
+def test_two_that_share_a_disk_or_have_one_each(tmp_path: Path) -> None:
+    """They split work on the shared disk; each does all on its own, and the first sends what it kept."""
+    first, second = processes(APART, 2, tmp_path / "work", cache=tmp_path)
+    assert first[:2] == [[0, 2, 1], [0, 1, 2]]
+    assert second[:2] == [[1, 2, 1], [0, 1, 2]]
+    assert first[2] == second[2]
+    assert first[2][::2] == [True, True]
+    assert "bfloat16" in first[2][1][1] and "uint8" in first[2][1][2]
+    assert first[2][1] == first[2][3]
+    assert first[3] == second[3] == []
+    assert first[4] == second[4] and first[4].endswith("0/step-000004")
+    assert len({*first[5], *second[5]}) == 1
+    assert not list((tmp_path / "work" / "1").iterdir())

@@ -56,12 +56,14 @@ class Node:
         host: its name.
         rooms: bytes that jobs may have of each of its devices, "cpu" or "cuda:0".
         processors: of its CPU.
+        address: where the others reach it.
     """
 
     id: str
     host: str
     rooms: dict[str, int]
     processors: int
+    address: str = ""
 
     @property
     def name(self) -> str:
@@ -95,6 +97,8 @@ def cluster(
     runs: Path | str,
     reads: Mapping[Path, str] | None = None,
     setting: str = "runs=/shared/runs",
+    *,
+    shared: bool = True,
 ) -> Iterator[Nodes]:
     """Connects to a Ray cluster, and asks each of its nodes what it is.
 
@@ -104,6 +108,7 @@ def cluster(
         runs: a folder that all nodes must see.
         reads: what jobs read, and the key that names it; see `inputs`.
         setting: what puts the folder elsewhere.
+        shared: whether they must see `runs`.
 
     Raises:
         MissingPackageError: Ray is not installed.
@@ -120,7 +125,7 @@ def cluster(
         _connect(ray, address)
     try:
         nodes = Nodes(ray)
-        _look(nodes, Path(runs).expanduser().absolute(), reads or {}, setting)
+        _look(nodes, Path(runs).expanduser().absolute(), reads or {}, setting, shared=shared)
         yield nodes
     finally:
         if own:
@@ -196,7 +201,9 @@ def _describe(folder: str, token: str, cards: int, reads: list[str]) -> dict[str
     }
 
 
-def _look(nodes: Nodes, runs: Path, reads: Mapping[Path, str], setting: str = "") -> None:
+def _look(
+    nodes: Nodes, runs: Path, reads: Mapping[Path, str], setting: str = "", *, shared: bool = True
+) -> None:
     """Asks all nodes, and holds their answers against this machine."""
     ray, wanted = nodes.ray, _versions()
     paths = {str(path): key for path, key in reads.items()}
@@ -206,7 +213,7 @@ def _look(nodes: Nodes, runs: Path, reads: Mapping[Path, str], setting: str = ""
         (runs / token).touch()
     try:
         items = [item for item in ray.nodes() if item["Alive"]]
-        alive = [Node(item["NodeID"], "", {}, 1) for item in items]
+        alive = [Node(item["NodeID"], "", {}, 1, item.get("NodeManagerAddress", "")) for item in items]
         cards = [int(item.get("Resources", {}).get("GPU", 0)) for item in items]
         describe = ray.remote(_describe)
         asked = [
@@ -217,6 +224,8 @@ def _look(nodes: Nodes, runs: Path, reads: Mapping[Path, str], setting: str = ""
             try:
                 told = ray.get(answer, timeout=_ANSWER)
             except Exception as error:
+                if type(error).__name__ == "TaskUnschedulableError":  # gone, and still in the list
+                    continue
                 text = str(error).strip().splitlines()[-1:]
                 raise DeviceError(
                     f"the node {node.name} does not answer: {' '.join(text)}",
@@ -232,7 +241,7 @@ def _look(nodes: Nodes, runs: Path, reads: Mapping[Path, str], setting: str = ""
                         where="--cluster",
                         hint="install the same versions on all nodes",
                     )
-            if not told["sees"]:
+            if shared and not told["sees"]:
                 raise OutputError(
                     f"the node {node.name} ({node.host}) does not see {runs}, or cannot write there",
                     where="--cluster",
@@ -250,22 +259,24 @@ def _look(nodes: Nodes, runs: Path, reads: Mapping[Path, str], setting: str = ""
         (runs / token).unlink(missing_ok=True)
 
 
-class _Agent:
+class Agent:
     """Runs a job's process on its node. One at a time asks it, so that the thread that began it stays."""
 
-    def begin(self, command: list[str], cwd: str, told: dict[str, str], log: str) -> int:
+    def begin(self, command: list[str], cwd: str, told: dict[str, str], log: str, errors: str = "") -> int:
+        """Starts it; what it says goes into `log`, its errors into a file of their own if one is named."""
         import subprocess
 
         from tunekit.launch import die_with_parent
 
         output = Path(log).open("ab")  # noqa: SIM115 - as long as this actor
+        apart = Path(errors).open("ab") if errors else subprocess.STDOUT  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable if word == "{python}" else word for word in command],
             cwd=cwd,
             env={**os.environ, **told},
             stdin=subprocess.DEVNULL,
             stdout=output,
-            stderr=subprocess.STDOUT,
+            stderr=apart,
             start_new_session=True,
             # One thread alone is here.
             preexec_fn=die_with_parent,  # noqa: PLW1509
@@ -273,9 +284,11 @@ class _Agent:
         return self.process.pid
 
     def poll(self) -> int | None:
+        """Its exit code, once it has one."""
         return self.process.poll()
 
     def send(self, number: int) -> None:
+        """Sends a signal to it."""
         if self.process.poll() is None:
             self.process.send_signal(number)
 
@@ -424,7 +437,7 @@ class ClusterWorker(Worker):
     def _start(self, held: Held, command: list[str], log: Path) -> Process:
         assert self.nodes is not None
         job, node = held.job, self._node(held.job.on)
-        agent = self.nodes.ray.remote(_Agent).options(**self.nodes.on(node)).remote()
+        agent = self.nodes.ray.remote(Agent).options(**self.nodes.on(node)).remote()
         words = ["{python}" if word == sys.executable else word for word in command]
         told = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), **self._environment(job)}
         return RemoteProcess(self.nodes.ray, agent, agent.begin.remote(words, job.cwd, told, str(log)), log)

@@ -11,13 +11,17 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
+from tunekit import ranks
 from tunekit.config import Loaded, RunConfig, load
 from tunekit.errors import ConfigError, Interrupted, OutOfMemory, TunekitError, from_outside
 from tunekit.progress import console
@@ -32,6 +36,38 @@ _VERDICT = 1.0
 """Seconds in which `launch` notices that a rank has gone."""
 _PATIENCE = 30.0
 """Seconds that the other ranks have to end by themselves when one has failed."""
+_NEWS = 3.0
+"""Seconds in which it is heard why a connection to another rank was lost."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the ranks of one machine stand among those of several.
+
+    Attributes:
+        first: rank of the first of them.
+        world: number of all ranks.
+        address, port: where rank 0 is found.
+    """
+
+    first: int
+    world: int
+    address: str
+    port: int
+
+    @classmethod
+    def given(cls) -> Place | None:
+        """What the environment says, as `str` of a place; None where this machine is the only one."""
+        text = os.environ.get(ranks.DRIVEN)
+        if not text:
+            return None
+        shares, _, place = text.partition("@")
+        first, _, world = shares.partition("/")
+        address, _, port = place.rpartition(":")
+        return cls(int(first), int(world), address, int(port))
+
+    def __str__(self) -> str:
+        return f"{self.first}/{self.world}@{self.address}:{self.port}"
 
 
 # Inside the launched process --------------------------------------------------------------------------------
@@ -54,6 +90,9 @@ def run_recipe(main: Callable[[C, Loaded], None], schema: type[C]) -> None:
     debug = arguments.debug or bool(os.environ.get(DEBUG))
     for number in _STOP:
         signal.signal(number, _stop)
+    if LAUNCH_DIR not in os.environ:
+        ranks.adopt()
+    ranks.at_end = partial(_fail, debug=False)
     console().quiet = _rank() != 0
     console().logs = True
     console().doing("starting")
@@ -89,6 +128,7 @@ def _fail(error: Exception, *, debug: bool) -> None:
     """
     told = error if isinstance(error, TunekitError) else from_outside(error)
     if told is not None and debug:
+        ranks.tell(told, spoken=False)
         raise error
     if told is not error and LAUNCH_DIR in os.environ:
         # When one was killed or has given its reason, what the others then see (a lost connection) is noise.
@@ -97,14 +137,23 @@ def _fail(error: Exception, *, debug: bool) -> None:
         reason = next((code for code in _codes(Path(os.environ[LAUNCH_DIR])) if code), None)
         if reason is not None:
             _leave(reason)
+    if told is not error and (lost := ranks.ended(_NEWS)) is not None:
+        told = lost
     if told is not None:
-        if _speaks_for_all(told):
+        speaks = _speaks_for_all(told)
+        if speaks:
             report_error(told)
+        ranks.tell(told, spoken=speaks)
         _leave(told.exit_code)
+    bug = TunekitError(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+    bug.exit_code = 1
     if LAUNCH_DIR not in os.environ:
+        ranks.tell(bug, spoken=True)
         raise error
-    if _speaks_for_all(error):
+    speaks = _speaks_for_all(error)
+    if speaks:
         traceback.print_exception(error)
+    ranks.tell(bug, spoken=speaks)
     _leave(1)
 
 
@@ -155,8 +204,14 @@ def _codes(folder: Path) -> list[int]:
 
 def _speaks_for_all(error: Exception) -> bool:
     """Whether this rank is the one to print `error`, which the others may have met too."""
+    if isinstance(error, ranks.Elsewhere) and not error.speaks:
+        return False
     folder = os.environ.get(LAUNCH_DIR)
     if not folder:  # plain `accelerate launch`: all ranks read the same config
+        if isinstance(error, ranks.Elsewhere):
+            return os.environ.get("LOCAL_RANK", "0") == "0"
+        if ranks.spokesman() is not None:
+            return ranks.spokesman() == _rank()
         return _rank() == 0 or not isinstance(error, ConfigError | Interrupted)
     try:
         Path(folder, "spoken").touch(exist_ok=False)
@@ -167,8 +222,9 @@ def _speaks_for_all(error: Exception) -> bool:
 
 def _leave(code: int) -> None:
     """Ends this process; under `launch` the code is in a file too, as soon as it is known."""
-    for number in _STOP:
-        signal.signal(number, signal.SIG_IGN)
+    if threading.current_thread() is threading.main_thread():
+        for number in _STOP:
+            signal.signal(number, signal.SIG_IGN)
     _record("code", code)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Tearing down a process group that the other ranks have left may abort, or hang.
@@ -204,7 +260,13 @@ def die_with_parent() -> None:
 
 
 def launch(
-    recipe: Path, config: Path, overrides: Sequence[str] = (), *, processes: int = 1, cpu: bool = False
+    recipe: Path,
+    config: Path,
+    overrides: Sequence[str] = (),
+    *,
+    processes: int = 1,
+    cpu: bool = False,
+    place: Place | None = None,
 ) -> int:
     """Runs a recipe, in several processes if asked, and returns its exit code.
 
@@ -217,12 +279,14 @@ def launch(
         overrides: `a.b=c` each.
         processes: one per device, or several on the CPU.
         cpu: stay on the CPU even if there is a GPU.
+        place: of these processes, where others on other machines belong to the same run.
     """
     console().doing(None)  # from here on the recipe shows what it does
     with tempfile.TemporaryDirectory(prefix="tunekit-launch-") as name:
         folder = Path(name)
         command = [sys.executable, str(recipe), "--config", str(config), *overrides]
-        with _Forward(folder) as signals:
+        first = place.first if place else 0
+        with _Forward(folder, place) as signals:
             for rank in range(processes):
                 signals.ranks.append(
                     subprocess.Popen(
@@ -233,11 +297,11 @@ def launch(
                         preexec_fn=die_with_parent if os.name == "posix" else None,  # noqa: PLW1509
                     )
                 )
-            killed = _wait(signals.ranks, folder)
+            killed = _wait(signals.ranks, folder, first)
         codes = _codes(folder)
         spoken = (folder / "spoken").exists()
         if killed is not None and not spoken and signals.received is None:
-            report_error(_killed(*killed, processes))
+            report_error(_killed(*killed, place.world if place else processes))
         failed = next((code for code in codes if code), None)
         if signals.received is not None and (failed is None or killed is not None):
             return 128 + signals.received
@@ -263,41 +327,42 @@ def _killed(rank: int, number: int, processes: int) -> TunekitError:
     )
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path) -> tuple[int, int] | None:
-    """Waits for all ranks; when one has failed and others hang on for it, ends them.
+def _wait(started: Sequence[subprocess.Popen[bytes]], folder: Path, first: int = 0) -> tuple[int, int] | None:
+    """Waits for all ranks, counted from `first`; when one has failed and others hang on for it, ends them.
 
     Returns:
         Rank and signal of the first that a signal has ended, of which its folder learns too.
     """
     failed_at: float | None = None
     killed: tuple[int, int] | None = None
-    while any(rank.poll() is None for rank in ranks):
+    while any(rank.poll() is None for rank in started):
         time.sleep(0.05)
-        for index, rank in enumerate(ranks):
+        for index, rank in enumerate(started):
             if rank.poll() is None or failed_at is not None:
                 continue
             if rank.returncode < 0:
-                killed = (index, -rank.returncode)
-                (folder / f"rank-{index}.code").write_text("1")
+                killed = (first + index, -rank.returncode)
+                (folder / f"rank-{first + index}.code").write_text("1")
             if rank.returncode or any(_codes(folder)):
                 failed_at = time.monotonic()
         late = time.monotonic() - failed_at if failed_at is not None else 0
         if late > _PATIENCE:
-            for rank in ranks:
+            for rank in started:
                 if rank.poll() is None:
                     rank.send_signal(signal.SIGTERM if late < 2 * _PATIENCE else signal.SIGKILL)
             time.sleep(1)
-    for index, rank in enumerate(ranks):
+    for index, rank in enumerate(started):
         if killed is None and failed_at is None and rank.returncode < 0:
-            killed = (index, -rank.returncode)
+            killed = (first + index, -rank.returncode)
     return killed
 
 
 class _Forward:
     """Starts ranks with what they have to know, and passes SIGINT and SIGTERM on to them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, place: Place | None = None) -> None:
         self.folder = folder
+        self.place = place
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.received: int | None = None
         self._before = {number: signal.getsignal(number) for number in _STOP}
@@ -313,7 +378,7 @@ class _Forward:
             signal.signal(number, handler)
 
     def environment(self, rank: int, processes: int, *, cpu: bool) -> dict[str, str]:
-        """What one rank finds in its environment."""
+        """What one rank finds in its environment; of this machine's, the rank counts from 0."""
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
         own = {
             LAUNCH_DIR: str(self.folder),
@@ -321,6 +386,15 @@ class _Forward:
             "ACCELERATE_MIXED_PRECISION": "no",  # the recipe's own
             "OMP_NUM_THREADS": threads,
         }
+        if self.place is not None and self.place.world > 1:
+            return own | {
+                "RANK": str(self.place.first + rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(self.place.world),
+                "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": self.place.address,
+                "MASTER_PORT": str(self.place.port),
+            }
         if processes == 1:
             return own
         if not self._port:
@@ -339,7 +413,8 @@ class _Forward:
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         again = self.received is not None
         self.received = number
-        for index, rank in enumerate(self.ranks):
+        first = self.place.first if self.place else 0
+        for index, rank in enumerate(self.ranks, start=first):
             if rank.poll() is None:
                 # One that has not begun has no handler yet: SIGTERM ends it without a word.
                 begun = (self.folder / f"rank-{index}.pid").exists()

@@ -130,15 +130,17 @@ def plan_config(
     ]
 
 
-def unmet(loaded: Loaded, *, processes: int = 1) -> list[TunekitError]:
+def unmet(loaded: Loaded, *, processes: int = 1, local: int | None = None) -> list[TunekitError]:
     """What this machine lacks for a config: its device, arithmetic and packages. Nothing is loaded for it.
 
     Each problem names its key and the line. What the memory is enough for is `plan_config`'s.
 
     Args:
         processes: that the run is to have.
+        local: those of them that are on this machine; None is all.
     """
     config = loaded.config
+    here = processes if local is None else local
     memory = getattr(config, "memory", None)
     if memory is None:
         return []
@@ -153,8 +155,8 @@ def unmet(loaded: Loaded, *, processes: int = 1) -> list[TunekitError]:
     try:
         device = hardware.probe(memory.device)
         kind = device.torch_device.partition(":")[0]
-        if processes > 1 and kind in {"cuda", "xpu"}:
-            hardware.probe(f"{kind}:{processes - 1}")
+        if here > 1 and kind in {"cuda", "xpu"}:
+            hardware.probe(f"{kind}:{here - 1}")
     except DeviceError as error:
         note(error, "memory.device")
     if not isinstance(config, TrainingRunConfig):
@@ -219,7 +221,8 @@ def settle(config: C, processes: Processes | None = None) -> tuple[C, Plan | Non
         hardware.forget()  # what an attempt before kept would not count as free
     found = hardware.probe(config.memory.device)
     host = None if found.kind == "cpu" else hardware.probe("cpu").free_bytes
-    devices, hosts = zip(*group.gather((found, host)), strict=True)
+    devices, hosts, beside = zip(*group.gather((found, host, group.local)), strict=True)
+    group = replace(group, local=max(beside))
     least = replace(
         min(devices, key=lambda device: device.free_bytes),
         supports_bf16=all(device.supports_bf16 for device in devices),

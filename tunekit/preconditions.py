@@ -41,6 +41,8 @@ class Found:
     Attributes:
         loaded: the config.
         processes: that shall run it.
+        local: those of them on this machine.
+        first: whether the run's folder belongs to this machine: to that of the first process.
         errors: what is wrong, in the order of the list.
         facts: what there is, by name, for people: "model", "passes", "pictures", ...
         model: what `model.source` is; None where it could not be found, or the recipe has none.
@@ -52,6 +54,8 @@ class Found:
 
     loaded: Loaded
     processes: int = 1
+    local: int = 1
+    first: bool = True
     errors: list[TunekitError] = field(default_factory=list)
     facts: dict[str, str | int] = field(default_factory=dict)
     model: Artifact | None = None
@@ -99,6 +103,8 @@ def look(
     loaded: Loaded,
     *,
     processes: int = 1,
+    local: int | None = None,
+    first: bool = True,
     pictures: bool = True,
     progress: Progress | None = None,
     checks: Sequence[Check] | None = None,
@@ -108,11 +114,13 @@ def look(
     Args:
         loaded: the config.
         processes: that shall run it.
+        local: those of them on this machine; None is all.
+        first: whether the run's folder belongs to this machine; where it does not, it is not looked at.
         pictures: whether to look at the base and at every picture too, which take longer than all the rest.
         progress: shows how far that is.
         checks: another list.
     """
-    found = Found(loaded, processes, progress=progress)
+    found = Found(loaded, processes, processes if local is None else local, first, progress=progress)
     for check in CHECKS if checks is None else checks:
         if pictures or check not in SLOW:
             check(found)
@@ -228,7 +236,7 @@ def _machine(found: Found) -> None:
     """The device, its arithmetic and the packages asked for are there, and there is work for each process."""
     from tunekit import planning
 
-    found.errors += planning.unmet(found.loaded, processes=found.processes)
+    found.errors += planning.unmet(found.loaded, processes=found.processes, local=found.local)
 
 
 def _judged(found: Found) -> None:
@@ -274,6 +282,8 @@ LONGEST = len(".tmp-4194304") + len(".comfyui.safetensors")
 
 def _folders(found: Found) -> None:
     """What the run writes can be written, under names that the file system takes."""
+    data = found.section("data")
+    own_cache = data is not None and getattr(data, "cache", None) is not None
     with found.about("name"):
         room = _longest_name(Path(found.config.runs).expanduser()) - LONGEST
         if len(os.fsencode(found.config.name)) > room:
@@ -281,9 +291,9 @@ def _folders(found: Found) -> None:
                 f"is too long for a file's name: {room} bytes at most, with what is added to it"
             )
     with found.about("runs"):
-        _writable(RunFolder(found.config.run_dir).path)
-    data = found.section("data")
-    if data is not None and getattr(data, "cache", None) is not None:
+        if found.first or not own_cache:  # the usual cache is beside the run
+            _writable(RunFolder(found.config.run_dir).path)
+    if data is not None and own_cache:
         with found.about("data.cache"):
             _writable(Path(data.cache).expanduser())
 
@@ -336,7 +346,7 @@ def _multiple(found: Found) -> int:
 def _resolution(found: Found) -> None:
     """The resolution is one that the model can take; runs that were begun with another keep it."""
     data = found.section("data")
-    if data is None or RunFolder(found.config.run_dir).begun():
+    if data is None or not found.first or RunFolder(found.config.run_dir).begun():
         return
     from tunekit.data.shapes import check_resolution
 

@@ -8,7 +8,7 @@ run.optimize()                        # the passes, and the report
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from tunekit import families, hardware, planning, preconditions
+from tunekit import __version__, families, hardware, planning, preconditions, ranks
 from tunekit.adapters import Delta, adapter_file, read_adapter, start_from
 from tunekit.artifacts import (
     RECORD,
@@ -36,7 +36,15 @@ from tunekit.data.dreambooth import own_pictures
 from tunekit.data.images import Sample, Scan
 from tunekit.diffusion.judges import Judges
 from tunekit.diffusion.objectives import Objective, configured
-from tunekit.errors import AdapterError, ArtifactError
+from tunekit.errors import (
+    AdapterError,
+    ArtifactError,
+    ConfigError,
+    DataError,
+    DeviceError,
+    ModelError,
+    TunekitError,
+)
 from tunekit.families.family import DTYPES, Conditioning, Family, FamilyFacts, Pipeline
 from tunekit.families.loading import here, left_out, source_files, variant_taken
 from tunekit.memory.levers import Fitted, Levers, fit
@@ -62,6 +70,7 @@ from tunekit.training.checkpoint import (
     STEPS,
     Checkpoints,
     compare_identities,
+    flatten,
     identity,
     only_writer,
     pictures_hash,
@@ -170,6 +179,22 @@ class Run:
 
         self._known = on_main(self.accelerator, look)
 
+    def _compare_weights(self) -> None:
+        """Hold the weights that another machine has read against those of the first one.
+
+        Raises:
+            ModelError: on the machine that has others.
+        """
+        if self.main or not self.accelerator.is_local_main_process:
+            return
+        source = self.config.model.opened
+        if weights_hash(weights_of(source, self.family.facts)) != self._known[BASE]:
+            raise ModelError(
+                "the weights here are others than those on the machine of rank 0",
+                where=str(source.name),
+                hint="copy them from there, or name one revision: model.revision",
+            )
+
     @cached_property
     def sampling(self) -> SamplingConfig:
         """How the run's pictures are drawn: as it says, else as its base says, else as the family does."""
@@ -194,13 +219,17 @@ class Run:
         """
         self.say(self._opening())
         self._know()
-        trained = self.folder.trained()
-        step = Artifact.load(trained).step if trained else None
-        details = step.details if step else None
-        if trained and details and "identity" in details:
-            compare_identities(details["identity"], self.identity, trained, self._changes)
-        begun = self._checkpoints.check()
-        self.accelerator.wait_for_everyone()
+
+        def look() -> tuple[Path | None, Step | None, Mapping[str, Any] | None]:
+            trained = self.folder.trained()
+            step = Artifact.load(trained).step if trained else None
+            details = step.details if step else None
+            if trained and details and "identity" in details:
+                compare_identities(details["identity"], self.identity, trained, self._changes)
+            return trained, step, self._checkpoints.check()
+
+        # The others may not see the folder.
+        trained, step, begun = on_main(self.accelerator, look)
         if self.main:
             write_text(self.folder.config, dump_yaml(self.given))
             keep(self.folder.path, self._pictures)
@@ -298,6 +327,7 @@ class Run:
             pipeline = family.load(config.model.opened, family.facts.dtypes(trained), pack=pack)
         pipeline.scheduler = configured(pipeline.scheduler, config.objective)
         self._know()
+        self._compare_weights()
         if config.adapter is not None and config.adapter.init is not None:
             given = _initial(pipeline, family, config.adapter.init)
             self.initial = partial(start_from, given=given, source=config.adapter.init)
@@ -501,7 +531,7 @@ class Run:
         if not self.main:
             return
         results = self._results
-        with self.meter.phase("save"):
+        with ranks.saving(), self.meter.phase("save"):
             count = sum(parameter.numel() for parameter in fitted.parameters.values())
             step = results.save(base.pipeline, result, parameters=count)
         if self.meter.active:
@@ -605,10 +635,17 @@ def open_run(config: TrainingRunConfig, loaded: Loaded) -> Iterator[Run]:
         OutputError: the folder cannot be written.
         OutOfMemory: while it trained; its `replan` says whether to start again at once.
     """
-    first = os.environ.get("RANK", "0") == "0"
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    found = preconditions.look(loaded, processes=processes, progress=console() if first else None)
-    found.check()
+    company = ranks.meet()
+    nodes = [member.node for member in company.members] if company else [""]
+    rank = company.rank if company else 0
+    found = preconditions.look(
+        loaded,
+        processes=len(nodes),
+        local=1,  # each asks for its own device
+        first=nodes[rank] == nodes[0],
+        progress=console() if rank == 0 else None,
+    )
+    _agree(found, company)
     assert found.scan is not None
     console().doing("planning memory")
     settled, plan = planning.settle(config, Processes.of(config.memory.device))
@@ -630,6 +667,69 @@ def open_run(config: TrainingRunConfig, loaded: Loaded) -> Iterator[Run]:
             if short.replan:  # in this process, with another accelerator
                 close_accelerator(accelerator)
             raise short.with_traceback(None) from None
+
+
+_PLACES = ("runs", "data.path", "data.validation", "data.class_path", "data.cache")
+"""Keys that may say something else on each machine: what lies there is compared."""
+
+
+def _agree(found: preconditions.Found, company: ranks.Company | None) -> None:
+    """Raises what is wrong on any process on all of them; they have one config and the same pictures.
+
+    Raises:
+        TunekitError: a precondition that is not met on one of them.
+        DeviceError: other versions on one of them.
+        ConfigError, DataError: another config, or other pictures.
+    """
+    if company is None:
+        found.check()
+        return
+    wrong: TunekitError | None = None
+    facts: dict[str, Any] = {}
+    try:
+        found.check()
+        scan, config = found.scan, flatten(found.config.model_dump(mode="json"))
+        assert scan is not None
+        facts = {
+            "versions": {"tunekit": __version__, "torch": torch.__version__},
+            "config": {key: value for key, value in config.items() if key not in _PLACES},
+            "pictures": [
+                [len(group), pictures_hash(group)]
+                for group in (scan.samples, scan.held_out, own_pictures(scan.prior))
+            ],
+        }
+    except TunekitError as error:
+        wrong = error
+    first, *others = company.agree(wrong, facts)
+    for member, other in zip(company.members[1:], others, strict=True):
+        who = f"rank {member.rank} on {member.name}"
+        for name, version in first["versions"].items():
+            if other["versions"][name] != version:
+                raise DeviceError(
+                    f"{who} has {name} {other['versions'][name]}, and rank 0 has {version}",
+                    hint="install the same versions on all machines",
+                )
+        keys = {*first["config"], *other["config"]}
+        changed = sorted(k for k in keys if first["config"].get(k) != other["config"].get(k))
+        if changed:
+            key = changed[0]
+            there, here = (json.dumps(side["config"].get(key)) for side in (other, first))
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise ConfigError(
+                f"{who} has another config than rank 0: {key} is {there} there, and {here} here{more}",
+                hint="start all processes with the same config and overrides",
+            )
+        for name, ours, theirs in zip(_GROUPS, first["pictures"], other["pictures"], strict=True):
+            if ours != theirs:
+                count = f"{theirs[0]} there, and {ours[0]} here" if ours[0] != theirs[0] else "as many"
+                raise DataError(
+                    f"{who} sees other {name} or captions than rank 0: {count}",
+                    where=found.loaded.where("data"),
+                    hint="copy the same files to all machines, or put them on a disk that all see",
+                )
+
+
+_GROUPS = ("pictures", "held-out pictures", "class pictures")
 
 
 @contextmanager

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tunekit.config import CacheConfig, Loaded, SamplingConfig
+    from tunekit.launch import Place
     from tunekit.memory.plan import Plan
     from tunekit.progress import Progress
 
@@ -369,15 +370,20 @@ def _rows(error: TunekitError) -> list[Problem]:
     ]
 
 
-def ready(loaded: Loaded, *, processes: int = 1) -> None:
+def ready(loaded: Loaded, *, processes: int = 1, place: Place | None = None) -> None:
     """The checks before a run is launched, without a look at every picture, which the run takes itself.
+
+    Args:
+        processes: on this machine.
+        place: of these, where others on other machines belong to the same run.
 
     Raises:
         TunekitError: something is wrong.
     """
     from tunekit import preconditions
 
-    preconditions.look(loaded, processes=processes, pictures=False).check()
+    world, first = (place.world, place.first == 0) if place else (processes, True)
+    preconditions.look(loaded, processes=world, local=processes, first=first, pictures=False).check()
 
 
 # Running ----------------------------------------------------------------------------------------------------
@@ -424,15 +430,18 @@ def launch(config: str | Path, overrides: Sequence[str] = (), *, processes: int 
     from tunekit.config import load
 
     loaded = load(config, overrides)
-    ready(loaded, processes=processes)
+    place = launcher.Place.given()
+    ready(loaded, processes=processes, place=place)
     memory = getattr(loaded.config, "memory", None)
     device = memory.device if memory else getattr(loaded.config, "device", "auto")
-    if processes > 1:
+    if processes > 1 or place:
         from tunekit import hardware
 
         device = hardware.probe(device).torch_device.partition(":")[0]
     recipe = recipe_path(loaded.config.recipe)
-    code = launcher.launch(recipe, loaded.path, overrides, processes=processes, cpu=device == "cpu")
+    code = launcher.launch(
+        recipe, loaded.path, overrides, processes=processes, cpu=device == "cpu", place=place
+    )
     return loaded, code
 
 

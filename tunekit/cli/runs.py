@@ -18,12 +18,23 @@ if TYPE_CHECKING:
 def run(
     config: Config,
     overrides: Overrides = None,
-    processes: Annotated[int, typer.Option(min=1, help="one per GPU, or several on the CPU")] = 1,
+    processes: Annotated[
+        int, typer.Option(min=1, help="one per GPU, or several on the CPU; with --nodes on each machine")
+    ] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="machines of a Ray cluster that train together")] = 1,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="auto|HOST:PORT", help="the cluster; auto is the one that this machine is in"),
+    ] = None,
 ) -> None:
     """Run a recipe, through accelerate. The same command again continues where it stopped."""
     from tunekit import workspace
     from tunekit.progress import console
 
+    if nodes > 1 or cluster is not None:
+        from tunekit.nodes import run_on
+
+        raise typer.Exit(run_on(config, overrides or (), nodes, cluster or "auto", processes=processes))
     console().doing("checking the config, the pictures and this machine")
     try:
         _, code = workspace.launch(config, overrides or (), processes=processes)

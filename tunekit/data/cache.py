@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from tunekit.config import DataConfig, DreamboothData
 from tunekit.data.samples import Sample, sizes_of
 from tunekit.data.shapes import CROPS, Transform, bucket_for
+from tunekit.data.shares import share_of
 from tunekit.data.store import Store, Stores, first_of_each, is_whole, pairs_of, save_tensors
 from tunekit.diffusion.batch import Batch, join, single
 from tunekit.diffusion.noise import sample_generator, stable_seed
@@ -98,7 +99,7 @@ class Encoder:
         pipeline: its VAE, then its text encoders visit the accelerator's device, in the types that the
             family's table gives them (an fp16 VAE overflows).
         cache: folder of encoded files; shared by all runs.
-        accelerator: processes share the work.
+        accelerator: processes that see the folder share the work, see `shares`; each disk gets all of it.
         captions: how each text encoder comes to the device while captions are encoded; by default whole.
         precision: of the VAE's arithmetic, where it is not to be the table's: "bf16".
         measured: gives a context that measures one encoding; `again` for the first of its kind.
@@ -145,6 +146,9 @@ class Encoder:
             *_prompt_options(pipeline),
         )
         self._told: set[str] = set()
+        self._share = share_of(cache, accelerator)
+        if accelerator.is_main_process and self._share.words:
+            say(f"cache of encoded pictures: {self._share.words}")
 
     def dataset(
         self, samples: Sequence[Sample], data: DataConfig | DreamboothData, *, seed: int, fixed: bool = False
@@ -341,7 +345,8 @@ class Encoder:
     def _fill(self, work: Work) -> None:
         """Encode what is missing, split over the processes, while the networks visit the device."""
         accelerator, store = self.accelerator, work.store
-        if accelerator.is_main_process:
+        share = self._share
+        if share.index == 0:
             store.tidy()
         store.refresh()
         missing = work.missing()
@@ -349,13 +354,12 @@ class Encoder:
         if missing and accelerator.is_main_process:
             self.say(f"encoding {len(missing)} {work.what}{'s' if len(missing) > 1 else ''}")
         in_shards = len(missing) > TOGETHER and os.name == "posix"
-        rank, processes = accelerator.process_index, accelerator.num_processes
         with ExitStack() as stack:
             if missing:
                 stack.enter_context(work.visit())
-            self._encode(work, missing[rank::processes], processes, len(missing), in_shards)
+            self._encode(work, share.of(missing), share.count, len(missing), in_shards)
             accelerator.wait_for_everyone()
-            if missing and processes > 1:  # another machine's disk may not be this one's
+            if missing and share.count > 1:  # what a network disk does not show yet
                 store.refresh()
                 self._encode(work, work.still(missing), 1, len(missing), in_shards)
         if accelerator.device.type == "cuda":

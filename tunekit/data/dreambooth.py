@@ -12,6 +12,7 @@ from tunekit.artifacts import clean_leftovers
 from tunekit.config import CLASS_BATCH, DreamboothData, ModelConfig, SamplingConfig
 from tunekit.data.files import walk
 from tunekit.data.images import Sample, Scan, scan_data
+from tunekit.data.shares import share_of
 from tunekit.diffusion.noise import stable_seed
 from tunekit.errors import output_errors
 from tunekit.files import atomic_file
@@ -69,7 +70,8 @@ def class_pictures(
         folder: see `class_folder`.
         drawing: gets the base model ready to draw; called only if pictures are missing.
         seed: of the run; the seed of each picture follows from it.
-        accelerator: processes share the work.
+        accelerator: processes that see the folder share the work, see `shares`; each disk gets all of it,
+            from the same seeds.
         say: takes progress lines (main process only).
 
     Raises:
@@ -84,7 +86,7 @@ def class_pictures(
     accelerator.wait_for_everyone()  # nobody writes before everyone has counted
     wanted = [folder / f"{_DRAWN}{index:04d}.png" for index in range(data.class_pictures - len(found))]
     groups = _missing(wanted)
-    rank, processes = accelerator.process_index, accelerator.num_processes
+    share = share_of(folder, accelerator)
     draw: Draw | None = None
 
     def fill(mine: list[int], of: int) -> Draw | None:
@@ -102,14 +104,16 @@ def class_pictures(
 
     if groups and accelerator.is_main_process:
         say(f"drawing {sum(not path.exists() for path in wanted)} class pictures of {data.class_prompt!r}")
-    if groups and accelerator.is_local_main_process:
+        if share.words:
+            say(f"folder of class pictures: {share.words}")
+    if groups and share.index == 0:
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         clean_leftovers(folder)
     accelerator.wait_for_everyone()
-    draw = fill(groups[rank::processes], processes)
+    draw = fill(list(share.of(groups)), share.count)
     accelerator.wait_for_everyone()
-    if accelerator.is_local_main_process:  # another machine's disk may not be this one's
+    if share.index == 0:  # what a network disk did not show, or what had been missing elsewhere only
         fill(_missing(wanted), 1)
     accelerator.wait_for_everyone()
     scan = _scan(data, folder)

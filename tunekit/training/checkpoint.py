@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tunekit import optimizers
+from tunekit import optimizers, ranks
 from tunekit.artifacts import RunFolder, atomic_folder, clean_leftovers, remove_folder, write_json
 from tunekit.config import ObjectiveConfig, TrainingRunConfig
 from tunekit.config.run import FREE
@@ -64,7 +64,7 @@ def identity(
     Returns:
         Dotted key -> JSON-able value.
     """
-    flat = _flatten(config.model_dump(mode="json"))
+    flat = flatten(config.model_dump(mode="json"))
     free = [*FREE, STEPS] if config.train.schedule == "constant" else list(FREE)
     kept = {
         key: value
@@ -176,7 +176,7 @@ class Checkpoints:
             OutputError: it could not be written; nothing of it is left, older ones are untouched.
         """
         final = self.folder / f"step-{state['step']:06d}"
-        with atomic_folder(final) as folder:
+        with ranks.saving(), atomic_folder(final) as folder:
             for name, held in (("trainable", trainable), ("task", task or {})):
                 tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in held.items()}
                 if tensors or name == "trainable":
@@ -184,6 +184,7 @@ class Checkpoints:
             with (folder / "optimizer.pt").open("wb") as file:  # torch's own writer hides why it failed
                 torch.save(dict(optimizer), file)
             write_json(folder / "state.json", {"version": VERSION, **state, "identity": dict(self.identity)})
+        ranks.remember(final)
         steps = sorted(path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name))
         for old in [path for path in steps if path != final][: max(0, len(steps) - self.keep)]:
             remove_folder(old)
@@ -288,11 +289,12 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
     return f"{str(value)[:8]}..." if hashed else json.dumps(value)
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -40,6 +40,7 @@ from tunekit.memory.measure import Meter
 from tunekit.progress import Progress, console, left, pace
 from tunekit.tasks import Task
 from tunekit.training.checkpoint import Checkpoints, Saved
+from tunekit.training.run import load_everywhere
 from tunekit.training.schedule import learning_rate
 from tunekit.training.signals import Signals
 from tunekit.training.tracking import Tracker
@@ -273,7 +274,7 @@ class _Training:
 
     def _resume(self) -> None:
         """Go back to the newest checkpoint, if there is one."""
-        saved = self.checkpoints.load() if self.checkpoints else None
+        saved = load_everywhere(self.checkpoints, self.accelerator) if self.checkpoints else None
         if saved is not None:
             _restore(saved, self.parameters, self.optimizer, self.accelerator, self.settings.max_steps)
             self.fitted.write_back()

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tunekit import families, hardware, optimizers
+from tunekit import families, hardware, optimizers, ranks
 from tunekit.artifacts import open_artifact
 from tunekit.config import AdapterConfig, MemoryConfig, SamplingConfig, TrainConfig, TrainingRunConfig
 from tunekit.diffusion.objectives import scheduler_changes
-from tunekit.errors import ConfigError, TunekitError
+from tunekit.errors import ConfigError, ResumeError, TunekitError
 from tunekit.memory.levers import Fitted, autocast_of, step_in_backward
+from tunekit.training.checkpoint import Checkpoints, Saved
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -93,6 +94,93 @@ def on_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
     return Processes(accelerator.process_index, accelerator.num_processes).decide(make)
 
 
+def load_everywhere(checkpoints: Checkpoints, accelerator: Accelerator) -> Saved | None:
+    """The newest checkpoint, which the first process finds, on all of them; None if there is none.
+
+    Those that see its folder read it there; where one does not, the first sends it to all.
+
+    Raises:
+        ResumeError: see `Checkpoints.load`; on all.
+    """
+    if accelerator.num_processes == 1:
+        return checkpoints.load()
+
+    def look() -> tuple[str, str] | None:
+        checkpoints.check()
+        path = checkpoints.newest()
+        if path is not None:
+            ranks.remember(path)
+        return (path.name, (path / "state.json").read_text(encoding="utf-8")) if path else None
+
+    found = on_main(accelerator, look)
+    if found is None:
+        return None
+    name, state = found
+    try:
+        sees = (checkpoints.folder / name / "state.json").read_text(encoding="utf-8") == state
+    except (OSError, UnicodeDecodeError):
+        sees = False
+    group = Processes(accelerator.process_index, accelerator.num_processes)
+    from accelerate.utils import broadcast
+
+    if all(group.gather(sees)):
+        return checkpoints.load()
+    tensors: list[Tensor] = []
+
+    def outline() -> Saved:
+        saved = checkpoints.load()
+        if saved is None:
+            raise ResumeError("the checkpoint has gone while it was read", where=str(checkpoints.folder))
+        return _mapped(saved, lambda tensor: _outlined(tensor, tensors))
+
+    outlined = on_main(accelerator, outline)
+    own = iter(tensors)
+
+    def sent(sketch: _Outline) -> Tensor:
+        """One after another, so that the device holds one of them at a time."""
+        value = next(own, None)
+        if value is None:
+            value = torch.empty(sketch.shape, dtype=sketch.dtype)
+        on_device = value.to(accelerator.device)
+        broadcast(on_device)
+        return on_device.cpu()
+
+    return _mapped(outlined, sent)
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """Stands for a tensor that is sent on its own."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _outlined(tensor: Tensor, tensors: list[Tensor]) -> _Outline:
+    tensors.append(tensor)
+    return _Outline(tuple(tensor.shape), tensor.dtype)
+
+
+def _mapped(saved: Saved, change: Callable[[Any], Any]) -> Saved:
+    """A checkpoint with each tensor, or what stands for it, changed; always in one order."""
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, Tensor | _Outline):
+            return change(value)
+        if isinstance(value, Mapping):
+            return {key: walk(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(walk(item) for item in value)
+        return value
+
+    return replace(
+        saved,
+        trainable=walk(saved.trainable),
+        optimizer=walk(saved.optimizer),
+        task=walk(saved.task),
+    )
+
+
 def open_accelerator(
     memory: MemoryConfig, batch_size: int, adapter: AdapterConfig | None = None
 ) -> Accelerator:
@@ -136,6 +224,8 @@ def close_accelerator(accelerator: Accelerator) -> None:
     from accelerate.state import AcceleratorState, GradientState
 
     accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        ranks.part()
     accelerator.end_training()
     GradientState._reset_state()
     AcceleratorState._reset_state(reset_partial_state=True)
