@@ -685,7 +685,7 @@ class _Indexed(Indexed):
     def __getitem__(self, index: int | slice) -> Sample | Indexed:
         """One sample, or some."""
         if isinstance(index, slice):
-            return self.take(np.arange(len(self))[index])
+            return self.take(index)
         (found,) = self._samples(self.rows[[index]])
         return found
 
@@ -700,7 +700,7 @@ class _Indexed(Indexed):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def take(self, positions: NDArray[np.int64]) -> _Indexed:
+    def take(self, positions: NDArray[np.int64] | slice) -> _Indexed:
         """See `Indexed`."""
         return _Indexed(
             self.store, self.rows[positions], self.sizes_[positions], self.prefix, self.caption, self.shared
