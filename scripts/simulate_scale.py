@@ -15,7 +15,7 @@ of a step does not shrink with its pictures; of one, all of it is taken to. All 
 
 The same batch over more cards is the same training (train.batch_size is that of all processes): that is what
 is predicted. --weak lets the batch grow with the cards, which makes it another training. --shard counts
-weights that are spread over the cards (FSDP2) and gathered for each pass.
+weights that are spread over the cards (memory.sharding=full: FSDP2) and gathered for each pass.
 
 A step of a card that has k pictures: a + b k. All cards wait for the slowest: times are normal around that,
 with the share `straggler_cv`, and the largest of N draws is what is expected. Gradients are summed over a
@@ -241,6 +241,7 @@ class Costs:
         each: seconds per picture and step.
         trained: weights that are learned.
         weights: of the denoiser, for --shard.
+        adapter: whether what is learned is an adapter, which every card has whole, beside a frozen base.
         micro_batch: pictures of one forward at most; None is all of a card's.
         pauses: beside the steps.
         cv: how much the times of steps vary, as a share; None where nobody has measured it.
@@ -255,6 +256,7 @@ class Costs:
     each: float
     trained: int
     weights: int = 0
+    adapter: bool = True
     micro_batch: int | None = None
     pauses: tuple[Pause, ...] = ()
     cv: float | None = None
@@ -304,6 +306,7 @@ def of_runs(folders: Sequence[Path]) -> Costs:
         each=each,
         trained=largest.trained,
         weights=_held(plan, "base weights", "weights") // _width(plan) if plan else 0,
+        adapter=config.get("adapter") is not None,
         micro_batch=(plan or config)["memory"]["micro_batch"],
         pauses=tuple(pauses_of(config, largest.rows, largest.batch)),
         cv=variation(largest.seconds),
@@ -464,6 +467,7 @@ def of_published(name: str, batch_size: int | None) -> Costs:
         each=one.seconds / one.pictures,
         trained=trained,
         weights=weights,
+        adapter=one.rank is not None,
         micro_batch=one.pictures,
         notes=(ALONE, *one.notes),
     )
@@ -584,14 +588,15 @@ def _row(costs: Costs, told: Assumptions, cards: int, *, weak: bool, shard: bool
     steps = costs.step(most)
     cv = told.straggler_cv if costs.cv is None or "straggler_cv" in told.given else costs.cv
     parts["waiting for the slowest"] = steps * cv * slowest(cards)
-    if shard:
+    gradients = costs.trained * told.gradient_bytes
+    if shard:  # as tunekit.memory.sharding.traffic counts it
         forwards = math.ceil(most / (costs.micro_batch or most))
-        parts["gathering weights"] = (
-            forwards * 2 * reduce_seconds(cards, costs.weights * told.weight_bytes, told, passes=1)
-        )
-        summed = reduce_seconds(cards, costs.trained * told.gradient_bytes, told, passes=1) * forwards
+        size = costs.weights * told.weight_bytes
+        parts["gathering weights"] = forwards * 2 * reduce_seconds(cards, size, told, passes=1)
+    if shard and not costs.adapter:
+        summed = forwards * reduce_seconds(cards, gradients, told, passes=1)
     else:
-        summed = reduce_seconds(cards, costs.trained * told.gradient_bytes, told)
+        summed = reduce_seconds(cards, gradients, told)
     parts["all-reduce"] = summed * (1 - told.overlap)
     if told.disk_gb_s is not None:
         reading = batch * told.picture_bytes / (1e9 * told.disk_gb_s)
@@ -657,7 +662,7 @@ def stops(rows: Sequence[Row]) -> Stop:
             what, share = row.lost
             return Stop(
                 last,
-                f"It stops at {counted(last)}: with {row.cards} the efficiency is {row.efficiency:.0%}, and"
+                f"It stops at {counted(last)}: with {row.cards} the efficiency is {row.efficiency:.1%}, and"
                 f" {share:.0%} of a step go to {what}.",
             )
         last = row.cards
@@ -809,24 +814,33 @@ VALIDATED = (
 
 
 def validate(work: Path, steps: int, adapter: str) -> dict[str, Any]:
-    """Measures one process at two batch sizes and gloo between two, predicts two, and runs them."""
+    """Measures one process at two batch sizes and gloo between two, predicts two, and runs them.
+
+    One process is measured with another like it beside it, which it knows nothing of: processors of one
+    machine share caches, memory and whoever else works there, and cards of several machines do not.
+    """
     from measuring import processor
 
     work.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
 
-    def train(name: str, batch: int, processes: int) -> Path:
+    def train(name: str, batch: int, processes: int) -> subprocess.Popen[bytes]:
         settings = [*VALIDATED, f"name={name}", f"runs={work}", f"train.batch_size={batch}"]
         settings += [f"train.max_steps={steps}", f"memory.micro_batch={batch // processes}", adapter]
         command = [sys.executable, "-m", "tunekit", "run", "tiny/lora", *settings]
         command += ["--processes", str(processes)] if processes > 1 else []
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-        return work / name
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+    def ended(*running: subprocess.Popen[bytes]) -> None:
+        codes = [process.wait() for process in running]  # of all, before one is told of
+        if any(codes):
+            raise TunekitError("a run failed; what it said stands above", where=str(work))
 
     batch = 8
-    alone = [train(f"one-{size}", size, 1) for size in (batch, 2)]
-    costs = of_runs(alone)
+    for size in (batch, 2):
+        ended(*(train(f"one-{size}{which}", size, 1) for which in "ab"))
+    costs = of_runs([work / f"one-{size}{which}" for size in (batch, 2) for which in "ab"])
     size = costs.trained * 4
     latency, bandwidth = gloo(size)
     told = Assumptions.of(
@@ -838,8 +852,8 @@ def validate(work: Path, steps: int, adapter: str) -> dict[str, Any]:
         }
     )
     predicted = predict(replace(costs, pauses=()), told, (1, 2))[1]
-    two = train("two", batch, 2)
-    rows = [json.loads(line) for line in (two / "metrics.jsonl").read_text("utf-8").splitlines()]
+    ended(train("two", batch, 2))
+    rows = [json.loads(line) for line in (work / "two" / "metrics.jsonl").read_text("utf-8").splitlines()]
     measured = statistics.median(step_seconds(rows, batch))
     return {
         "what": costs.what,
@@ -884,7 +898,7 @@ def validation_lines(found: Mapping[str, Any]) -> list[str]:
     return [
         f"{found['what']}",
         f"{found['device']}, {found['processors']} processors, load {found['load']}, {found['date']}",
-        f"one process: {number(one['fixed'])} s + {number(one['each'])} s a picture,"
+        f"one process, beside another: {number(one['fixed'])} s + {number(one['each'])} s a picture,"
         f" varies by {one['cv']:.1%}",
         f"gloo: {1e6 * found['gloo']['latency_s']:.0f} us a hop, {found['gloo']['bytes_s'] / 1e9:.2f} GB/s;"
         f" {format_bytes(found['gradient_bytes'])} of gradients",

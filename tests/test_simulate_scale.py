@@ -56,10 +56,23 @@ def test_a_ring_moves_what_the_formula_says(scale: Any, costs: Any) -> None:
 
 def test_sharded_weights_are_gathered_twice_and_gradients_scattered_once(scale: Any, costs: Any) -> None:
     told = scale.Assumptions.of(EXACT)
-    (row,) = scale.predict(replace(costs, micro_batch=4), told, [8], shard=True)
+    every = replace(costs, micro_batch=4, adapter=False)
+    (row,) = scale.predict(every, told, [8], shard=True)
     once = 7 / 8 * 1e9 / 10e9 + 7e-6  # 500 million weights in bf16, and 250 million gradients in float32
     assert row.parts["gathering weights"] == pytest.approx(2 * 2 * once)  # 8 pictures in two forwards
     assert row.parts["all-reduce"] == pytest.approx(2 * once)
+    (row,) = scale.predict(replace(every, adapter=True), told, [8], shard=True)
+    assert row.parts["all-reduce"] == pytest.approx(2 * once)  # once a step, and all have all of it
+
+
+def test_what_is_sent_is_what_sharding_says(scale: Any, costs: Any) -> None:
+    sharding = pytest.importorskip("tunekit.memory.sharding")
+    told, every = scale.Assumptions.of(EXACT), replace(costs, micro_batch=4)
+    whole = {"processes": 8, "split": 10**9, "forwards": 2}
+    for adapter, sent in ((False, {"split_learned": 10**9}), (True, {"whole_learned": 10**9})):
+        (row,) = scale.predict(replace(every, adapter=adapter), told, [8], shard=True)
+        found = (row.parts["gathering weights"] + row.parts["all-reduce"]) * 10e9
+        assert found == pytest.approx(sharding.traffic(**whole, **sent).total, rel=1e-3)
 
 
 def test_the_slowest_of_normal_draws(scale: Any) -> None:
@@ -116,7 +129,7 @@ def test_it_says_where_it_stops(scale: Any, costs: Any) -> None:
     slow = scale.predict(costs, scale.Assumptions.of({**EXACT, "inside": {"gb_s": 0.1, "latency_us": 1}}))
     stop = scale.stops(slow)
     assert stop.cards == 2 and re.search(
-        r"with 4 the efficiency is \d+%, and \d+% of a step go to all-reduce", stop.sentence
+        r"with 4 the efficiency is \d+\.\d%, and \d+% of a step go to all-reduce", stop.sentence
     )
 
 
