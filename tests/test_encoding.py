@@ -356,7 +356,7 @@ def test_three_nodes_of_which_one_is_removed(
     ray.init(address=machine.address, log_to_driver=False)
     lines: list[str] = []
     try:
-        with clusters.cluster("auto", cache, reads=[tmp_path / "photos"]) as nodes:
+        with clusters.cluster("auto", cache, {tmp_path / "photos": "data.path"}) as nodes:
             peers = clusters.encoders(nodes, "auto")
             doomed = next(peer for peer in peers if peer.name.startswith(others[0].node_id[:8]))
             poll, answers = doomed.poll, []
