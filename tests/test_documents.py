@@ -329,7 +329,10 @@ def test_scripts(words: list[str]) -> None:
 def test_accelerate(words: list[str], desk: Path) -> None:
     """A recipe that is started without the command is given a config of its own kind."""
     assert words[1] == "launch"
-    recipe, flag, config, *overrides = words[2:]
+    at = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    told = dict(zip(words[2:at:2], words[3:at:2], strict=True))
+    assert Path(told.get("--config_file", words[at])).is_file()
+    recipe, flag, config, *overrides = words[at:]
     assert Path(recipe).is_file() and flag == "--config"
     assert (
         load(config, [word for word in overrides if word != "..."], stand_in="x").config.recipe

@@ -12,6 +12,11 @@ from typing import Any
 
 import pytest
 
+from tunekit.errors import ConfigError
+from tunekit.launch import take_sharding
+
+ROOT = Path(__file__).resolve().parents[1]
+
 RECIPE = '''
 """Does what its config says."""
 
@@ -276,3 +281,41 @@ def test_nothing_runs_on_when_the_command_is_killed(waiting: tuple[subprocess.Po
             return
         time.sleep(0.1)
     pytest.fail("the recipe is still running")
+
+
+# What accelerate launch is told
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+
+
+def test_accelerate_may_ask_for_weights_that_are_split():
+    environment = {**FSDP2, "HOME": "/"}
+    assert take_sharding(environment)
+    assert environment == {"HOME": "/"}  # accelerate does not do it once more
+    assert not take_sharding(environment)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, r"told to use DeepSpeed.*\n.*fsdp2\.yaml"),
+        ({**FSDP2, "FSDP_VERSION": "1"}, "is FSDP 1; say fsdp_version: 2"),
+        ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: true, which keeps weights on the"),
+        ({**FSDP2, "FSDP_RESHARD_AFTER_FORWARD": "false"}, "fsdp_reshard_after_forward: false, which keeps"),
+        ({**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, r"is the key memory\.gradient_checkpointing"),
+    ],
+)
+def test_what_else_accelerate_asks_for_is_refused(told: dict[str, str], said: str):
+    with pytest.raises(ConfigError, match=said):
+        take_sharding(dict(told))
+
+
+def test_the_config_for_accelerate_says_what_is_done():
+    """As `accelerate launch` reads it."""
+    from accelerate.commands.config.config_args import ClusterConfig
+    from accelerate.utils import DistributedType
+
+    made = ClusterConfig.from_yaml_file(str(ROOT / "configs" / "accelerate" / "fsdp2.yaml"))
+    assert made.distributed_type == DistributedType.FSDP
+    environment = {key.upper(): str(value).lower() for key, value in made.fsdp_config.items()}
+    assert take_sharding({"ACCELERATE_USE_FSDP": "true", **environment})

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,7 +100,7 @@ def run_recipe(main: Callable[[C, Loaded], None], schema: type[C]) -> None:
         die_with_parent()
         _record("pid", os.getpid())
     try:
-        loaded = load(arguments.config, arguments.overrides, schema)
+        loaded = _load(arguments.config, arguments.overrides, schema)
         named = Path(loaded.config.recipe).stem
         if named != recipe:
             message = f'this config is for the recipe "{named}", not "{recipe}"'
@@ -119,6 +119,61 @@ def run_recipe(main: Callable[[C, Loaded], None], schema: type[C]) -> None:
         _fail(error, debug=debug)
     console().doing(None)
     _record("code", 0)
+
+
+def _load(config: str, overrides: Sequence[str], schema: type[C]) -> Loaded:
+    """The config, with what `accelerate launch` was told beside it."""
+    loaded = load(config, overrides, schema)
+    asked = "memory" in schema.model_fields and take_sharding(os.environ)
+    if not asked:
+        return loaded
+    memory = getattr(loaded.config, "memory")  # noqa: B009 - not every recipe has the section
+    if memory.sharding == "none":
+        raise ConfigError(
+            "none contradicts the configuration of accelerate launch, which asks for FSDP",
+            where=loaded.where("memory.sharding"),
+            hint="leave it out, or start with another configuration of accelerate",
+        )
+    return loaded if memory.sharding else load(config, [*overrides, "memory.sharding=full"], schema)
+
+
+def take_sharding(environment: MutableMapping[str, str]) -> bool:
+    """Whether `accelerate launch` was told to split weights, as `memory.sharding=full` does.
+
+    What it says of that is taken out of the environment: the recipe does it by itself, and accelerate's own
+    way would wrap the model and the optimizer a second time.
+
+    Raises:
+        ConfigError: it was told what is not done here: FSDP 1, DeepSpeed, or an option of FSDP 2 that is a
+            key of `memory:`.
+    """
+    if _on(environment.pop("ACCELERATE_USE_DEEPSPEED", "")):
+        raise ConfigError(
+            "accelerate launch was told to use DeepSpeed, whose engine has a training loop, an optimizer and"
+            " checkpoints of its own",
+            hint="configs/accelerate/fsdp2.yaml splits what its ZeRO-3 splits; or tunekit run --processes N"
+            " memory.sharding=full",
+        )
+    if not _on(environment.pop("ACCELERATE_USE_FSDP", "")):
+        return False
+    told = {name: environment.pop(name) for name in [*environment] if name.startswith("FSDP_")}
+    for name, wanted, why in (
+        ("FSDP_VERSION", "2", "is FSDP 1; say fsdp_version: 2"),
+        ("FSDP_OFFLOAD_PARAMS", "false", "keeps weights on the host, which does not go with FSDP 2 here"),
+        ("FSDP_RESHARD_AFTER_FORWARD", "true", "keeps all weights gathered from forward to backward"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "false", "is the key memory.gradient_checkpointing"),
+    ):
+        value = told.get(name, wanted).lower()
+        if value != wanted:
+            raise ConfigError(
+                f"the configuration of accelerate launch says {name.lower()}: {value}, which {why}",
+                hint="configs/accelerate/fsdp2.yaml is one that works",
+            )
+    return True
+
+
+def _on(text: str) -> bool:
+    return text.lower() in ("1", "true", "yes")
 
 
 def _fail(error: Exception, *, debug: bool) -> None:

@@ -107,6 +107,35 @@ def repeated(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The smallest blocks that a network is made of, by module path: residual and transformer blocks.
+
+    They stand in lists whose items all have parts of their own, as far down as there are such lists; the
+    layers within a block, of which some stand in lists too, are none.
+    """
+    found: dict[str, nn.Module] = {}
+
+    def look(path: str, module: nn.Module) -> bool:
+        """Whether there are blocks in it."""
+        any_here = False
+        for name, child in module.named_children():
+            at = f"{path}.{name}" if path else name
+            listed = isinstance(child, nn.ModuleList) and len(child) > 0 and all(map(_has_parts, child))
+            for index, item in child.named_children() if listed else ():
+                if not look(f"{at}.{index}", item):
+                    found[f"{at}.{index}"] = item
+            any_here = listed or look(at, child) or any_here
+        return any_here
+
+    look("", model)
+    return found
+
+
+def _has_parts(module: nn.Module | None) -> bool:
+    """Whether it is more than a layer, be that adapted or not."""
+    return module is not None and not hasattr(module, "base_layer") and any(True for _ in module.children())
+
+
 @contextmanager
 def visiting(
     model: nn.Module, device: torch.device | str, *, layers: bool = False, on_host: bool = False

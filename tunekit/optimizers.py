@@ -30,6 +30,7 @@ class OptimizerFacts:
         defaults: keyword arguments beside lr and `SHARED`.
         fused_on: device types on which the class has one fused kernel (`fused=True`).
         extra: the extra of tunekit that installs it; None for torch's own.
+        by_element: whether its state is a value for each weight, which may be split like the weights.
         paged: whether large state lives in host memory.
     """
 
@@ -40,6 +41,7 @@ class OptimizerFacts:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fused_on: frozenset[str] = frozenset()
     extra: str | None = None
+    by_element: bool = False
     paged: bool = False
 
 
@@ -47,7 +49,13 @@ TABLE: dict[str, OptimizerFacts] = {
     facts.name: facts
     for facts in (
         # Two fp32 moments. The fused kernel walks all tensors in one launch.
-        OptimizerFacts("adamw", "torch.optim:AdamW", 8, fused_on=frozenset({"cpu", "cuda", "mps", "xpu"})),
+        OptimizerFacts(
+            "adamw",
+            "torch.optim:AdamW",
+            8,
+            fused_on=frozenset({"cpu", "cuda", "mps", "xpu"}),
+            by_element=True,
+        ),
         # Two int8 moments with one fp32 scale each per block of 256; tensors under 4096 elements stay fp32.
         OptimizerFacts("adamw8bit", "bitsandbytes.optim:AdamW8bit", 2 + 2 * 4 / 256, extra="quant"),
         # The same, but on CUDA the moments of tensors of 1e5 elements or more are in managed memory, whose

@@ -83,6 +83,8 @@ def plan_config(
     budget: str | None = None,
     display: bool = False,
     cards: Collection[str] = (),
+    devices: int = 1,
+    strict: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Plan]:
     """Plans a training config.
@@ -93,6 +95,9 @@ def plan_config(
         budget: bytes that may be used, "8 GiB".
         display: whether a display is on the card, which takes `DISPLAY` of it.
         cards: of "all", names of those to plan for; default all.
+        devices: how many such train together; the plan is of one of them. Each needs a sample of the batch
+            at least: where train.batch_size is less, it is taken to be as many as there are devices.
+        strict: whether a plan for one card that does not fit is an error.
         say: takes progress lines.
 
     Returns:
@@ -110,9 +115,11 @@ def plan_config(
             where=loaded.where("recipe"),
         )
     size = parse_budget(budget) if budget is not None else None
+    config = _for_all(config, devices)
     if device is None or device.partition(":")[0] in HERE:
         name = device or f"a card of {budget}"
-        return [_planned(config, _here(config, device, size), name, say, roomy=True)]
+        place = _here(config, device, size)
+        return [_planned(config, place, name, say, processes=devices, strict=strict, roomy=strict)]
     if device != "all":
         try:
             facts = hardware.find(device, where="--device")
@@ -121,13 +128,27 @@ def plan_config(
             error.hint = f"{error.hint}\n{other}"
             raise
         _refuse_what_it_lacks(config, facts, loaded)
-        return [_known(config, facts, size, say, strict=True, display=display)]
+        return [_known(config, facts, size, say, strict=strict, display=display, processes=devices)]
     machine = hardware.machine_memory()[0]
     chosen = [hardware.find(name) for name in cards] if cards else hardware.TABLE.values()
     return [
-        _known(config, replace(facts, memory_bytes=facts.memory_bytes or machine), size, say, display=display)
+        _known(
+            config,
+            replace(facts, memory_bytes=facts.memory_bytes or machine),
+            size,
+            say,
+            display=display,
+            processes=devices,
+        )
         for facts in chosen
     ]
+
+
+def _for_all(config: C, devices: int) -> C:
+    """A config with a sample for each device at least."""
+    if config.train.batch_size >= devices:
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"batch_size": devices})})
 
 
 def unmet(loaded: Loaded, *, processes: int = 1, local: int | None = None) -> list[TunekitError]:
@@ -272,6 +293,14 @@ def _decide(
         precision = hardware.best_precision(device.kind, device.supports_bf16)
     optimizer = optimizers.find(train.optimizer).name
     kept: dict[str, Any] = {"precision": precision}
+    if group.count == 1 and memory.sharding is not None:
+        kept["sharding"] = "none"  # a run may go on in another number of processes
+    elif memory.sharding == "full" and precision == "fp16" and config.adapter is None:
+        raise ConfigError(
+            f"memory.sharding=full does not go with fp16, which is what {device.title} has, where all weights"
+            " are trained",
+            hint="set memory.precision=fp32, or memory.sharding=none",
+        )
     begun = _begun(config.run_dir)
     if begun and memory.budget is not None:
         if train.optimizer == optimizers.AUTO:
@@ -378,6 +407,7 @@ def _known(
     *,
     strict: bool = False,
     display: bool = False,
+    processes: int = 1,
 ) -> Plan:
     """The plan for a card of the table; the second time without importing torch."""
     precision, notes = config.memory.precision, []
@@ -395,7 +425,7 @@ def _known(
         precision = usable
         notes.append("no fp16 training there: needs memory.precision=fp32")
     place = _Place(facts.title, facts, budget, precision, notes=tuple(notes))
-    return _planned(config, place, facts.name, say, strict=strict, roomy=strict)
+    return _planned(config, place, facts.name, say, processes=processes, strict=strict, roomy=strict)
 
 
 def _planned(
@@ -569,6 +599,7 @@ def _planner(
         batch_size=-(-config.train.batch_size * rows // processes),
         memory=memory,
         may_change_optimizer=config.train.optimizer == optimizers.AUTO,
+        processes=processes,
         after=_afterwards(config, job),
         cache=Kept.of("traces"),
         say=say,

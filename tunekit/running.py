@@ -51,6 +51,7 @@ from tunekit.memory.levers import Fitted, Levers, fit
 from tunekit.memory.measure import Meter
 from tunekit.memory.picture import draw
 from tunekit.memory.plan import Plan
+from tunekit.memory.sharding import local
 from tunekit.networks import visiting
 from tunekit.passes.base import Context, Pass, run_chain
 from tunekit.progress import console
@@ -496,6 +497,7 @@ class Run:
             self.meter,
             tiled=bool(config.memory.vae_tiling),
             judges=judges if judges.clip else None,
+            writes=self.main,
         )
         if boards is None:
             return previewer
@@ -528,11 +530,14 @@ class Run:
 
     def _save(self, base: Base, fitted: Fitted, result: Result) -> None:
         """Write what was trained, and what saving took; where the best is kept, take it or the last."""
-        if not self.main:
+        if not self.main and not fitted.shards:
             return
         results = self._results
-        with ranks.saving(), self.meter.phase("save"):
-            count = sum(parameter.numel() for parameter in fitted.parameters.values())
+        with ranks.saving(), self.meter.phase("save"), fitted.whole():
+            if not self.main:
+                return
+            learned = dict(base.family.denoiser(base.pipeline).named_parameters())
+            count = sum(learned[name].numel() for name in fitted.parameters)
             step = results.save(base.pipeline, result, parameters=count)
         if self.meter.active:
             self.meter.write(self.folder.path / "plan.json")
@@ -614,7 +619,7 @@ def _in_memory(
     host = {id(tensor) for tensor in fitted.host.tensors} if fitted and fitted.host else set()
     for module in pipeline.components.values():
         if isinstance(module, nn.Module):
-            yield from (t for t in (*module.parameters(), *module.buffers()) if id(t) not in host)
+            yield from (local(t) for t in (*module.parameters(), *module.buffers()) if id(t) not in host)
     if fitted:
         yield from fitted.parameters.values()
     for state in optimizer.state.values() if optimizer else ():
@@ -655,6 +660,8 @@ def open_run(config: TrainingRunConfig, loaded: Loaded) -> Iterator[Run]:
     run = Run(settled, config, folder, accelerator, main, meter, found.scan, found.chain, plan)
     for line in found.notes:
         run.say(line)
+    if config.memory.sharding == "full" and accelerator.num_processes == 1:
+        run.say("memory.sharding: one process has all of the weights")
     with _held(run):
         try:
             yield run

@@ -582,6 +582,8 @@ def plan(
     device: str | None = None,
     budget: str | None = None,
     display: bool = False,
+    devices: int = 1,
+    strict: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Plan]:
     """Predicts a training's memory and finds the fastest way that fits; no GPU or weights are needed.
@@ -593,6 +595,8 @@ def plan(
             `budget` is given, all cards.
         budget: memory that may be used, "8 GiB".
         display: whether a display is on the card, which takes some of it.
+        devices: how many such train together; the plans are of one of them.
+        strict: whether a plan for one card that does not fit is an error.
         say: takes lines of progress.
 
     Returns:
@@ -613,7 +617,9 @@ def plan(
     elif overrides:
         raise ConfigError("overrides have no effect on a config that is loaded", hint="give them to load()")
     chosen = device or ("all" if budget is None else None)
-    return planning.plan_config(config, device=chosen, budget=budget, display=display, say=say)
+    return planning.plan_config(
+        config, device=chosen, budget=budget, display=display, devices=devices, strict=strict, say=say
+    )
 
 
 def picture_plans(plans: Sequence[Plan], file: Path) -> Path:

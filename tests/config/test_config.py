@@ -212,6 +212,19 @@ WHOLE = ["adapter=null", "train.max_grad_norm=null", "memory.optimizer_in_backwa
         ),
         (["adapter=null", "memory={offload: true, budget: auto}"], "memory.offload: needs a frozen base"),
         (
+            ["memory.sharding=full", "memory.base_precision=int8"],
+            "memory.sharding: splits float weights, and those of memory.base_precision are packed",
+        ),
+        (["memory={sharding: full, offload: true, budget: auto}"], "memory.sharding: contradicts memory.off"),
+        (
+            ["adapter=null", "memory.sharding=full", "train.optimizer=adafactor"],
+            "memory.sharding: does not go with train.optimizer=adafactor",
+        ),
+        (
+            ["adapter=null", "memory.sharding=full", "memory.precision=fp16"],
+            "memory.sharding: does not go with fp16 where all weights are trained",
+        ),
+        (
             ["memory.gradient_checkpointing=true", "memory.offload=true"],
             "memory.offload: true lets the planner choose the blocks: set memory.budget too, or name them",
         ),
@@ -235,6 +248,7 @@ def test_memory_levers_that_contradict_something(config: Path, overrides: list[s
         [*WHOLE, "memory.precision=bf16"],
         ["adapter=null", "memory.base_precision=same"],
         ["adapter=null", "memory.optimizer_in_backward=false", "memory.offload=false"],
+        ["memory.sharding=full", "memory.precision=fp16", "train.optimizer=adafactor"],
         ["memory.gradient_checkpointing=true", "memory.offload=[mid_block.resnets.1]"],
         ["memory.gradient_checkpointing=[mid_block.resnets.1]", "memory.keep_attention=true"],
         ["memory={offload: true, budget: auto}"],

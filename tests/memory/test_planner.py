@@ -178,6 +178,25 @@ def test_approximations_can_be_forbidden_or_preferred(real: Planner) -> None:
     assert fast.relative_step_time < exact.relative_step_time
 
 
+def test_weights_are_split_where_no_exact_plan_fits_otherwise(tiny: Sizes, traces: Kept) -> None:
+    """All weights on two devices, of which each has the room for little more than half."""
+    job = Job(tiny, None, size=(32, 32), max_grad_norm=1.0)
+    alone = Planner(job, batch_size=2, memory=PLANNED, cache=traces)
+    both = Planner(job, batch_size=1, memory=PLANNED, cache=traces, processes=2)
+    most = both.plan("large", room(10**12))
+    assert most.levers.sharding == "none" and "gradients to be sent" in most.phases["step"]["ledger"]
+    assert most.traffic["all_reduce_bytes"] == most.phases["step"]["ledger"]["weights"]
+    least = both.least("card", room(10**9))
+    assert least.levers.sharding == "full"
+    assert least.phases["save"]["ledger"]["weights"] < 0.6 * most.phases["save"]["ledger"]["weights"]
+    budget = max(int(least.phases["step"]["least_bytes"]), int(least.device_bytes))
+    tight = both.plan("card", room(budget))
+    assert tight.fits and tight.levers.sharding == "full", tight.words
+    assert tight.traffic["all_gather_bytes"] == 2 * tight.traffic["reduce_scatter_bytes"] > 0
+    assert not alone.plan("card", room(budget)).fits or budget > alone.least("card", room(1)).device_bytes
+    assert Plan.load(json.loads(json.dumps(tight.dump()))) == tight
+
+
 def test_host_memory_is_only_used_where_there_is_some(real: Planner) -> None:
     (plan,) = shares(real, 72)
     place = card(plan.budget_bytes)

@@ -11,11 +11,14 @@ import typer
 
 from tunekit.cli import screen
 from tunekit.cli.options import AsJson, Config, Overrides
+from tunekit.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from tunekit.memory.plan import Plan
+
+MOST_DEVICES = 4096
 
 
 def plan(
@@ -28,6 +31,10 @@ def plan(
     display: Annotated[
         bool, typer.Option("--display", help="a display is on the card: leave it 1 GiB")
     ] = False,
+    devices: Annotated[
+        str | None,
+        typer.Option(metavar="1,2,8", help="so many of the device together: the plan of each one of them"),
+    ] = None,
     sweep: Annotated[
         list[str] | None, typer.Option(metavar="a.b=c,d", help="plan each of these values; repeatable")
     ] = None,
@@ -41,15 +48,26 @@ def plan(
 
     console = screen.console(stderr=True)
     plans = []
-    for varied in planning.sweeps(overrides or [], sweep or []):
-        found = workspace.plan(
-            config,
-            *varied,
-            device=device,
-            budget=budget,
-            display=display,
-            say=lambda line: console.print(line, style="dim"),
+    counts = _counts(devices)
+    if len(counts) > 1 and (sweep or device == "all" or (device is None and budget is None)):
+        raise ConfigError(
+            "several numbers of devices are planned for one card and one config",
+            where="--devices",
+            hint="add --device CARD or --budget, without --sweep; or give one number",
         )
+    for varied in planning.sweeps(overrides or [], sweep or []):
+        found = []
+        for count in counts:
+            found += workspace.plan(
+                config,
+                *varied,
+                device=device,
+                budget=budget,
+                display=display,
+                devices=count,
+                strict=len(counts) == 1,
+                say=lambda line: console.print(line, style="dim"),
+            )
         plans.append((varied, found))
     if picture is not None:
         file = workspace.picture_plans([made for _, found in plans for made in found], picture)
@@ -67,9 +85,54 @@ def plan(
     out.print(f"\n{config} {' '.join(varied)}".rstrip(), style="bold")
     if len(found) == 1:
         _show_plan(out, found[0])
+    elif len(counts) > 1:
+        _show_counts(out, found)
     else:
         _show_cards(out, found)
     raise typer.Exit(code)
+
+
+def _counts(text: str | None) -> list[int]:
+    """Numbers of devices."""
+    parts = (text or "1").split(",")
+    if not all(part.strip().isdigit() and 0 < int(part) <= MOST_DEVICES for part in parts):
+        raise ConfigError(
+            f'"{text}" is no list of numbers from 1 to {MOST_DEVICES}',
+            where="--devices",
+            hint="write it as 1,2,8,64",
+        )
+    return [int(part) for part in parts]
+
+
+def _show_counts(console: Console, plans: Sequence[Plan]) -> None:
+    """A column for each number of devices: what each of them has in a step, and what it sends."""
+    from tunekit.units import format_bytes
+
+    first = plans[0]
+    console.print(f"{first.device}, {format_bytes(first.budget_bytes)}")
+    step = [made.phases["step"] for made in plans]
+    names = list(dict.fromkeys(name for found in step for name in found["ledger"]))
+    rows: list[list[str]] = [["fits", *("yes" if made.fits else "no" for made in plans)]]
+    for name in names:
+        sizes = (found["ledger"].get(name) for found in step)
+        rows.append([name, *("-" if size is None else format_bytes(size) for size in sizes)])
+    rows.append(["a step, allocated", *(format_bytes(found["peak_allocated_bytes"]) for found in step)])
+    rows.append(["needs", *(format_bytes(made.device_bytes) for made in plans)])
+    rows.append(["most in the phase", *(made.peak_phase.replace("_", " ") for made in plans)])
+    for name in ("all_gather", "reduce_scatter", "all_reduce"):
+        sent = [made.traffic.get(f"{name}_bytes", 0) for made in plans]
+        if any(sent):
+            rows.append(
+                [f"{name.replace('_', '-')} per step", *(format_bytes(s) if s else "-" for s in sent)]
+            )
+    numbers = {text: str(n) for n, text in enumerate(dict.fromkeys(made.words for made in plans), start=1)}
+    rows.append(["plan", *(numbers[made.words] for made in plans)])
+    columns = ("of each device", *(f"{made.processes} device{'s'[: made.processes > 1]}" for made in plans))
+    screen.show_table(console, columns, rows)
+    console.print()
+    screen.show_table(console, ("plan", ""), [(number, text) for text, number in numbers.items()], words=True)
+    for note in dict.fromkeys(note for made in plans for note in made.notes):
+        screen.say(console, note, "yellow")
 
 
 def _show_sweep(console: Console, config: str, plans: Sequence[tuple[Sequence[str], Sequence[Plan]]]) -> None:
@@ -186,6 +249,11 @@ def _show_plan(console: Console, made: Plan) -> None:
     if made.context_bytes:
         most, phase = format_bytes(made.ram_bytes), made.ram_phase.replace("_", " ")
         screen.say(console, f"and {most} of RAM, most in the phase {phase}")
+    if made.processes > 1:
+        sent, kinds = made.traffic, ("all_gather", "reduce_scatter", "all_reduce")
+        told = [(kind.replace("_", "-"), sent[f"{kind}_bytes"]) for kind in kinds if sent[f"{kind}_bytes"]]
+        parts = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in told)
+        screen.say(console, f"each of {made.processes} devices needs that, and sends in a step: {parts}")
     if made.host_bytes:
         screen.say(console, f"{format_bytes(made.host_bytes)} of it page-locked while it trains", "yellow")
     if made.approximates:

@@ -75,6 +75,10 @@ def _kept(value: tuple[str, ...], scale: Scale) -> str:
     return f"({len(value)} keep their attention)" if value else ""
 
 
+def _sharding(value: str, scale: Scale) -> str:
+    return "weights split over the devices" if value == "full" else ""
+
+
 def _offload(value: tuple[str, ...], scale: Scale) -> str:
     return f"weights of {len(value)} blocks in host memory" if value else ""
 
@@ -121,6 +125,11 @@ class MemoryConfig(Section):
     offload: Annotated[bool | Names | None, Lever(words=_offload)] = None
     """Keep frozen weights of checkpointed blocks in host memory and copy them when they are needed: those
     named, or with true as many as the planner finds necessary. null lets the planner decide whether."""
+    sharding: Annotated[Literal["none", "full"] | None, Lever(words=_sharding)] = None
+    """What several devices have each a part of. full is FSDP2: of the weights that are trained, their
+    gradients and the optimizer's state, or of a frozen base; a block's weights are gathered while it runs.
+    An adapter is whole everywhere. null leaves it to the planner, and is none without one. One device alone
+    has all of it anyway."""
     optimizer_in_backward: Annotated[
         bool | None, Lever(words=_if_so("optimizer in backward"), resumable=False)
     ] = None
@@ -163,6 +172,13 @@ class MemoryConfig(Section):
                 "encode_by_layer",
                 "encode_on_host runs the text encoders on the CPU; leave one of the two out",
             )
+        if self.sharding == "full":
+            if self.base_precision not in (None, "same"):
+                wrong("sharding", "splits float weights, and those of memory.base_precision are packed")
+            if self.offload:
+                wrong("sharding", "contradicts memory.offload: weights are with other devices or on the host")
+            if self.optimizer_in_backward:
+                wrong("sharding", "contradicts memory.optimizer_in_backward, which works in one process")
         if self.budget is not None:
             for key in ("gradient_checkpointing", "keep_attention", "offload"):
                 if isinstance(getattr(self, key), list):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
+from tunekit import optimizers
 from tunekit.config.adapter import AdapterConfig
 from tunekit.config.memory import MemoryConfig, free_on_resume
 from tunekit.config.model import ModelConfig
@@ -166,6 +167,15 @@ class TrainingRunConfig(RunConfig):
             wrong("memory.base_precision", frozen_only)
         if self.adapter is None and memory.offload:
             wrong("memory.offload", frozen_only)
+        if memory.sharding == "full" and self.adapter is None:
+            if not optimizers.find(train.optimizer).by_element:
+                wrong(
+                    "memory.sharding",
+                    f"does not go with train.optimizer={train.optimizer}, whose state is of whole tensors or"
+                    " of blocks of them; adamw's is of each weight",
+                )
+            if memory.precision == "fp16":
+                wrong("memory.sharding", "does not go with fp16 where all weights are trained; bf16 does")
         if memory.optimizer_in_backward:
             key = "memory.optimizer_in_backward"
             if self.adapter is not None:

@@ -74,6 +74,7 @@ _KEYS = {
     "memory.micro_batch": "gradient_accumulation_steps accumulation accumulation_steps micro_batch_size"
     " grad_accum per_device_train_batch_size",
     "memory.gradient_checkpointing": "activation_checkpointing grad_checkpointing checkpointing",
+    "memory.sharding": "fsdp fsdp_config fsdp_version sharding_strategy zero_stage zero deepspeed",
     "memory.offload": "blocks_to_swap cpu_offload block_swap offloading low_vram lowvram",
     "memory.optimizer_in_backward": "fused_backward_pass fused_back_pass",
     "memory.budget": "vram max_vram memory_limit vram_limit",

@@ -389,9 +389,10 @@ def shown(path: Path) -> str:
 
 
 def config_names() -> list[str]:
-    """The ready-made configs, as `read` takes them: "sd15/lora"."""
+    """The ready-made configs, as `read` takes them: "sd15/lora"; those of accelerate are none."""
     root = configs_dir()
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+    names = (path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+    return sorted(name for name in names if not name.startswith("accelerate/"))
 
 
 def find_config(path_or_name: str | Path) -> Path:

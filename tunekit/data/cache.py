@@ -724,11 +724,22 @@ class Stream:
         self._ahead = (following, self._worker.submit(self._make, *following))
         return batches
 
+    def forwards(self, step: int, processes: int) -> int:
+        """Most micro-batches that a process has of a step; nothing is read for it."""
+        shapes = [row[0] for row in self._rows(step)]
+        most = 0
+        for rank in range(processes):
+            mine = shapes[_share(len(shapes), rank, processes)]
+            counts = (len(list(same)) for _, same in itertools.groupby(mine))
+            most = max(most, sum(-(-count // self.micro_batch) for count in counts))
+        return most
+
     def ids(self, step: int) -> list[str]:
         """Ids of all samples of a step, class pictures left out."""
         return [self.dataset.samples[index].id for index, _ in self._positions(self.dataset, "order", step)]
 
-    def _make(self, step: int, rank: int, processes: int) -> list[Batch]:
+    def _rows(self, step: int) -> list[_Row]:
+        """What is drawn for each sample of a step."""
         sources = [(self.dataset, "order", 1.0, self.draws)]
         if self.prior is not None:
             tagged = replace(self.draws, tag=CLASS_TAG)
@@ -740,7 +751,11 @@ class Stream:
         ]
         # By width, then height; stable: the same order however many processes there are.
         rows.sort(key=lambda row: row[0])
-        mine = rows[len(rows) * rank // processes : len(rows) * (rank + 1) // processes]
+        return rows
+
+    def _make(self, step: int, rank: int, processes: int) -> list[Batch]:
+        rows = self._rows(step)
+        mine = rows[_share(len(rows), rank, processes)]
         singles = [
             dataset.batch(
                 index, seed=self.seed, epoch=epoch, objective=self.objective, draws=draws, weight=weight
@@ -774,6 +789,15 @@ class Stream:
         chunks = whole[torch.randperm(len(whole), generator=generator).numpy()].ravel()
         lead = -epoch * count % size  # the last step of the epoch before still takes so many
         return array("q", np.concatenate([rest[:lead], chunks, rest[lead:]]).astype(np.int64).tobytes())
+
+
+_Row = tuple[tuple[int, int], CachedDataset, int, int, float, Draws]
+"""(width, height) of the latent or picture, what it is of, index, epoch, weight, how it is drawn."""
+
+
+def _share(count: int, rank: int, processes: int) -> slice:
+    """What of so many rows is a process's."""
+    return slice(count * rank // processes, count * (rank + 1) // processes)
 
 
 def together(rows: Iterable[Batch], most: int) -> Iterator[Batch]:

@@ -24,6 +24,7 @@ class Levers:
         gradient_checkpointing: units that are computed twice.
         keep_attention: of those, the ones that keep the outputs of their attentions.
         offload: of those, the ones whose frozen weights stay in host memory.
+        sharding: "none", or "full" where each process has a part of the weights.
         optimizer_in_backward: each parameter is updated, and its gradient freed, as soon as it is there.
         encode_on_host: text encoders run on the CPU.
         encode_by_layer: text encoders run on the device, and each of their layers is there only then.
@@ -38,6 +39,7 @@ class Levers:
     gradient_checkpointing: Units = False
     keep_attention: Units = False
     offload: Units = False
+    sharding: str = "none"
     optimizer_in_backward: bool = False
     encode_on_host: bool = False
     encode_by_layer: bool = False

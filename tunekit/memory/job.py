@@ -36,9 +36,13 @@ TRAINED = "weights"
 """All weights, where they are trained themselves."""
 VISITORS = "visiting weights"
 """Copies of weights that stay in host memory."""
+GATHERED = "gathered weights"
+"""Weights of a block that is split, while it runs, and gradients on their way to the processes."""
+BUCKETS = "gradients to be sent"
+"""DDP's second copy of the gradients of all that is trained."""
 TEACHER, KEPT = "teacher", "kept by the task"
 """Networks that a task has beside the one that is trained, and the tensors that it remembers."""
-STAYS = (WEIGHTS, ADAPTER, MASTERS, TRAINED, STATE, VAE, TEACHER, KEPT)
+STAYS = (WEIGHTS, ADAPTER, MASTERS, TRAINED, STATE, VAE, TEACHER, KEPT, BUCKETS)
 """What is there between two steps."""
 
 MakeTask = Callable[[Fitted], Task]
@@ -65,6 +69,7 @@ class Job:
         task: name of that task, which tells it from others where traces are kept.
         stored: network -> how it lies on disk; those that are not in it are made, in float32.
         judge_bytes: of the network on the host that scores previews, for as long as it does.
+        processes: that train together, and share what is split (`Levers.sharding`).
     """
 
     sizes: Sizes
@@ -82,6 +87,7 @@ class Job:
     task: str = "denoising"
     stored: Mapping[str, Stored] = field(default_factory=dict)
     judge_bytes: int = 0
+    processes: int = 1
 
     def __post_init__(self) -> None:
         if (self.make_task is None) != (self.task == "denoising"):
@@ -143,6 +149,7 @@ class Job:
         parts = [[part.classes, dict(part.config), part.dtype, part.tokens] for part in self.sizes.components]
         own = [self.optimizer, self.precision, self.size, self.max_grad_norm]
         own += [self.preview, self.guided, self.class_pictures, self.task]
+        own += [self.processes] if self.processes > 1 else []
         return [
             self.sizes.family.name,
             parts,

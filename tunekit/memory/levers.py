@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import zip_longest
@@ -28,7 +28,9 @@ from tunekit.config import AdapterConfig
 from tunekit.diffusion.dropout import Masks, with_masks
 from tunekit.errors import ConfigError, did_you_mean
 from tunekit.families.family import DTYPES, FamilyFacts
+from tunekit.memory import sharding
 from tunekit.memory.decided import Levers, Units
+from tunekit.memory.sharding import Shards
 
 __all__ = [
     "ATTENTION",
@@ -88,6 +90,8 @@ class Fitted:
         module: the denoiser.
         parameters: name -> what the optimizer updates, float32: the module's own parameters, or copies.
         masks: of its dropout; told of each batch before it goes through the module.
+        shards: what of it is split over the processes; then `parameters` are this one's parts of what is
+            split and trained.
         summing: whether gradients of the step are still to come after this backward pass.
     """
 
@@ -96,6 +100,7 @@ class Fitted:
     host: HostWeights | None = None
     optimizer_in_backward: bool = False
     masks: Masks = field(default_factory=Masks)
+    shards: Shards | None = None
     summing: bool = False
     watch: Callable[[Tensor], None] = lambda gradient: None
     """Told of each gradient that is summed on a master, for observers."""
@@ -119,10 +124,22 @@ class Fitted:
             )
             self.parameters[name], self._working[name] = master, parameter
 
+    def hold_parts(self, shards: Shards) -> None:
+        """Lets the optimizer work on this process's parts of what is split; they share their memory."""
+        for name, parameter in self.module.named_parameters():
+            if name not in shards.shapes:
+                continue
+            part = nn.Parameter(sharding.local(parameter))
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                partial(self._sum_on, part)
+            )
+            self.parameters[name] = part
+
     def _sum_on(self, master: nn.Parameter, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:
             return
+        gradient = sharding.local(gradient)
         self.watch(gradient)
         if master.grad is None:
             master.grad = gradient.to(master.dtype)
@@ -139,11 +156,15 @@ class Fitted:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Inside, the module holds the float32 masters, to be saved as it is."""
+        """Inside, the module holds the float32 masters, to be saved as it is.
+
+        Of a module that is split, that is so on the first process; all have to enter.
+        """
         working = {name: parameter.data for name, parameter in self._working.items()}
         self.finish()
         try:
-            yield
+            with self.shards.saved(self.parameters) if self.shards else nullcontext():
+                yield
         finally:
             for name, data in working.items():
                 self._working[name].data = data
@@ -156,7 +177,12 @@ class Fitted:
     @property
     def stands_alone(self) -> bool:
         """Whether DDP cannot take the module: its gradients or weights are somewhere else."""
-        return self.has_masters or self.host is not None
+        return self.has_masters or self.host is not None or self.shards is not None
+
+    @property
+    def learns_parts(self) -> bool:
+        """Whether each process trains its part of the weights, so that gradients are summed already."""
+        return self.shards is not None and self.shards.learns
 
     @property
     def has_masters(self) -> bool:
@@ -224,16 +250,35 @@ def arranged(
     *,
     device: torch.device | str = "meta",
     on_unit: OnUnit | None = None,
+    processes: int = 1,
 ) -> Fitted:
-    """The second half of `fit`: what of it stays where, and what is computed twice."""
+    """The second half of `fit`: what of it stays where, and what is computed twice.
+
+    Args:
+        processes: that share it, where it has no data; else those of torch.distributed.
+    """
     masks = with_masks(denoiser)
     host = _host_weights(denoiser, levers, torch.device(device))
     checkpoint_units(
         denoiser, levers.gradient_checkpointing, keep_attention=levers.keep_attention, on_unit=on_unit
     )
-    _place(denoiser, device, host)
+    shards: Shards | None = None
+    parts: dict[str, nn.Parameter] = {}
+    is_meta, frozen = torch.device(device).type == "meta", adapter is not None
+    if levers.sharding == "full" and not is_meta:
+        shards = sharding.split(denoiser, torch.device(device), adapter=frozen)
+    elif levers.sharding == "full" and processes > 1:
+
+        def summed(gradient: Tensor) -> None:
+            fitted.watch(gradient)
+
+        shards, parts = sharding.stand_in(denoiser, processes, adapter=frozen, summed=summed)
+    _place(denoiser, device, host, shards)
     learned = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
-    fitted = Fitted(denoiser, learned, host, levers.optimizer_in_backward, masks)
+    fitted = Fitted(denoiser, learned, host, levers.optimizer_in_backward, masks, shards)
+    if shards is not None and not is_meta:
+        fitted.hold_parts(shards)
+    fitted.parameters |= parts
     if has_masters(levers.precision, adapter):
         dtype = DTYPES[levers.precision]
         fitted.hold_masters(dtype)
@@ -504,14 +549,16 @@ class HostWeights:
         return copies, self._stream.record_event() if self._stream is not None else None
 
 
-def _place(denoiser: nn.Module, device: torch.device | str, host: HostWeights | None) -> None:
-    """Moves the denoiser to the device, but for what stays on the host."""
-    if host is None:
+def _place(
+    denoiser: nn.Module, device: torch.device | str, host: HostWeights | None, shards: Shards | None
+) -> None:
+    """Moves the denoiser to the device, but for what stays on the host; what is split is there."""
+    if host is None and shards is None:
         denoiser.to(device)
         return
-    stays = {id(tensor) for tensor in host.tensors}
+    stays = {id(tensor) for tensor in host.tensors} if host else set()
     for tensor in (*denoiser.parameters(), *denoiser.buffers()):
-        if id(tensor) not in stays:
+        if id(tensor) not in stays and sharding.local(tensor) is tensor:
             tensor.data = tensor.data.to(device)
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from tunekit import networks
 from tunekit.families.family import DTYPES, as_kept, pixels_per_latent
-from tunekit.memory.job import ENCODERS, STATE, VAE, VISITORS, WEIGHTS, Job
+from tunekit.memory.job import ENCODERS, GATHERED, STATE, VAE, VISITORS, WEIGHTS, Job
 from tunekit.memory.levers import Levers, as_held, lowered, tile_vae
-from tunekit.memory.step import adapted
+from tunekit.memory.step import adapted, parted
 from tunekit.memory.trace import Target, Trace, Tracer
 
 DEVICE, LAYERS, HOST = "device", "layers", "host"
@@ -82,6 +82,7 @@ def trace_preview(
     pipeline = job.sizes.pipeline(built={job.sizes.denoiser.name: denoiser})
     host = {id(tensor) for tensor in fitted.host.tensors} if fitted.host else set()
     there = [tensor for tensor in tensors(denoiser) if id(tensor) not in host]
+    parts = list(fitted.parameters.values()) if fitted.learns_parts else []
     if tiled:
         tile_vae(pipeline.vae, factor=pixels_per_latent(family, pipeline))
     kept = [torch.empty(held, dtype=torch.uint8, device="meta")] if held else []
@@ -90,7 +91,11 @@ def trace_preview(
 
     def begin(tracer: Tracer) -> None:
         tracer.casting(denoiser)
-        tracer.label(there, WEIGHTS)
+        if fitted.shards:
+            tracer.label([*parted(fitted, tracer, there), *parts], WEIGHTS)
+            fitted.shards.watch = lambda tensors: tracer.label(tensors, GATHERED)
+        else:
+            tracer.label(there, WEIGHTS)
         tracer.label(kept, STATE)
         tracer.label(tensors(pipeline.vae), VAE)
         tracer.label([latents], "inputs")

@@ -49,6 +49,8 @@ class Plan:
         headroom_bytes: what is kept free, because a prediction can be wrong.
         host_bytes: page-locked memory of the host, for weights that stay there.
         relative_step_time: to the same job with all the memory it wants.
+        processes: that train together, each on such a device; all else is told of one of them.
+        traffic: bytes that each of them sends in a step (`sharding.Traffic.as_json`).
         moments: one step, for a picture: [phase, ledger].
     """
 
@@ -67,6 +69,8 @@ class Plan:
     relative_step_time: float
     notes: tuple[str, ...] = ()
     rejected: tuple[dict[str, Any], ...] = ()
+    processes: int = 1
+    traffic: dict[str, int] = field(default_factory=dict)
     moments: tuple[tuple[str, dict[str, int]], ...] = field(default=(), repr=False)
 
     @property
@@ -159,6 +163,7 @@ class Plan:
             "relative_step_time": round(self.relative_step_time, 4),
             "notes": list(self.notes),
             "rejected": list(self.rejected),
+            **({"processes": self.processes, "traffic": self.traffic} if self.processes > 1 else {}),
         }
 
     def dump(self) -> dict[str, Any]:

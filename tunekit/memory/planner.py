@@ -24,18 +24,21 @@ from typing import Any, NamedTuple
 
 from tunekit.config import CLASS_BATCH, MemoryConfig
 from tunekit.config.memory import Scale
+from tunekit.errors import ConfigError
 from tunekit.kept import Kept
 from tunekit.memory.choose import choose_units
 from tunekit.memory.costs import Costs, Row, costs, phase_of
 from tunekit.memory.decided import Levers, named
 from tunekit.memory.host import FILES, Base, Waiting, base_of, on_host
-from tunekit.memory.job import ADAPTER, MASTERS, STATE, TRAINED, Job
+from tunekit.memory.job import ADAPTER, MASTERS, STATE, TRAINED, WEIGHTS, Job
 from tunekit.memory.phases import DEVICE, HOST, LAYERS, trace_class_pictures, trace_encode, trace_preview
 from tunekit.memory.plan import PHASES, Phase, Plan, code, measures, versions
-from tunekit.memory.room import DISPATCH_SECONDS, HOST_LINK, Room
+from tunekit.memory.room import DEVICE_LINK, DISPATCH_SECONDS, HOST_LINK, Room
+from tunekit.memory.sharding import Traffic, traffic
 from tunekit.memory.step import splits, trace_step
 from tunekit.memory.trace import ACTIVATIONS, Target
 from tunekit.networks import collected_once
+from tunekit.optimizers import find
 from tunekit.units import format_bytes
 
 TRIES = 6
@@ -59,12 +62,14 @@ class Way:
         base_precision: "same", "int8" or "nf4"; "fp8" where it is set: int8 takes as much and rounds less.
         optimizer: a row of `optimizers`.
         optimizer_in_backward: whether parameters are updated during the backward pass.
+        sharded: whether weights are split over the processes.
     """
 
     rank: int
     base_precision: str
     optimizer: str
     optimizer_in_backward: bool
+    sharded: bool = False
 
 
 class _Pair(NamedTuple):
@@ -136,6 +141,7 @@ class Planner:
         batch_size: samples per optimizer step on one device.
         memory: what of it is decided already.
         may_change_optimizer: whether 8-bit optimizer state may be chosen.
+        processes: that train together, each on a device like this one.
         after: what is trained afterwards; looked at on devices with a memory of their own.
         cache: of traces; None keeps them in memory only.
         say: takes progress lines.
@@ -145,6 +151,7 @@ class Planner:
     batch_size: int
     memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(budget="auto"))
     may_change_optimizer: bool = False
+    processes: int = 1
     after: Sequence[After] = ()
     cache: Kept | None = None
     say: Callable[[str], None] = lambda line: None
@@ -191,7 +198,7 @@ class Planner:
             pairs = [
                 _Pair(way, size, count)
                 for way in ways
-                if self._may_offload(room)
+                if self._may_offload(room) and not way.sharded
                 for size in self._sizes(way)
                 for count in counts(len(self._costs(room.target, way, self._levers(way, size)).units), AWAY)
             ]
@@ -209,12 +216,19 @@ class Planner:
             seconds: of a step of the unconstrained job, to which its time is told if it fits; with 0 it is
                 not looked at, and 0.
         """
-        way = self._ways(room)[-1][-1]
+        tiers = self._ways(room)
+        ends = dict.fromkeys([tiers[-1][-1], *[way for way in tiers[0][-1:] if way.sharded]])
+        found = [self._least(name, room, way, seconds) for way in ends]
+        return min(found, key=lambda plan: plan.device_bytes)
+
+    def _least(self, name: str, room: Room, way: Way, seconds: float) -> Plan:
+        """The arrangement of a way that needs least."""
         size = self._sizes(way)[-1]
         every = self.memory.gradient_checkpointing is not False
         levers = self._levers(way, size, gradient_checkpointing=every)
         plan = self._check(name, room, way, levers, 0.0)
-        if every and self._may_offload(room) and not plan.fits and not _hopeless(plan):
+        away = self._may_offload(room) and not way.sharded
+        if every and away and not plan.fits and not _hopeless(plan):
             units = plan.levers.gradient_checkpointing
             levers = replace(levers, gradient_checkpointing=units, offload=units)
             plan = self._check(name, room, way, levers, 0.0)
@@ -244,12 +258,34 @@ class Planner:
                 base,
                 optimizer,
                 late,
+                split,
             )
             for base in bases
             for optimizer in optimizers
             for late in backward
+            for split in self._splits(base, optimizer, late=late)
         ]
+        if not ways:
+            raise ConfigError(
+                "full splits float weights; all of them are trained with adamw, in fp32 or bf16, and updated"
+                f" after the backward pass, but here is {self.job.optimizer}, {self.job.precision},"
+                f" base_precision={memory.base_precision or 'same'}",
+                where="memory.sharding",
+                hint="set memory.sharding to none",
+            )
         return [[way for way in ways if way.rank == one] for one in sorted({way.rank for way in ways})]
+
+    def _splits(self, base: str, optimizer: str, *, late: bool) -> list[bool]:
+        """Whether weights are split over the processes, as far as that can be chosen."""
+        memory = self.memory
+        if self.processes == 1 or memory.sharding == "none":
+            return [False]
+        able = base == "same" and not late and not memory.offload
+        if self.job.adapter is None:
+            able = able and find(optimizer).by_element and self.job.precision != "fp16"
+        if memory.sharding == "full":
+            return [True] if able else []
+        return [False, True] if able else [False]
 
     def _sizes(self, way: Way) -> list[int]:
         """Micro-batches, largest first."""
@@ -269,6 +305,7 @@ class Planner:
             base_precision=way.base_precision,
             micro_batch=micro_batch,
             optimizer_in_backward=way.optimizer_in_backward,
+            sharding="full" if way.sharded else "none",
             **units,
         )
 
@@ -427,7 +464,22 @@ class Planner:
             # A unit's weights visit twice, meanwhile others compute.
             visits = 2 * sum(keeping.weights[name] for name in named(levers.offload, keeping.units))
             one = max(one, visits / HOST_LINK)
-        return one * self._accumulation(size) + room.speed.seconds(once)
+        sent = self._traffic(keeping, way, size)
+        one = max(one, (sent.all_gather + sent.reduce_scatter) / sent.forwards / DEVICE_LINK)
+        whole = one * self._accumulation(size) + room.speed.seconds(once)
+        return max(whole, sent.all_reduce / DEVICE_LINK)
+
+    def _traffic(self, known: Costs, way: Way, micro_batch: int) -> Traffic:
+        """What a step sends, by the ledger of a trace."""
+        ledger, count = known.phases["save"]["ledger"], self.processes
+        learned, forwards = learned_bytes(ledger), self._accumulation(micro_batch)
+        if not way.sharded:
+            return traffic(processes=count, whole_learned=learned, forwards=forwards)
+        if self.job.adapter is None:
+            whole = learned * count
+            return traffic(processes=count, split=whole, split_learned=whole, forwards=forwards)
+        base = ledger.get(WEIGHTS, 0) * count
+        return traffic(processes=count, split=base, whole_learned=learned, forwards=forwards)
 
     def _check(self, name: str, room: Room, way: Way, levers: Levers, ratio: float) -> Plan:
         """The plan as it would run, traced and replayed."""
@@ -458,6 +510,8 @@ class Planner:
             host_bytes=locked,
             relative_step_time=ratio,
             notes=_too_much_for_the_host(room, phases),
+            processes=self.processes,
+            traffic=self._traffic(whole, way, _size(levers)).as_json(),
             moments=tuple(whole.moments),
         )
 
@@ -497,7 +551,7 @@ class Planner:
         """Of a step; what has nothing to do with it must be left out of the levers."""
         levers = Levers.of(levers.section())
         size = _size(levers)
-        job = replace(self.job, optimizer=way.optimizer)
+        job = self._shared(replace(self.job, optimizer=way.optimizer), levers)
 
         def traced(rows: tuple[int, ...]) -> Costs:
             def make() -> dict[str, Any]:
@@ -517,6 +571,12 @@ class Planner:
             for name, found in traced(rows).phases.items():
                 phases[name] = max(phases[name], found, key=lambda phase: int(phase["least_bytes"]))
         return replace(whole, phases=phases)
+
+    def _shared(self, job: Job, levers: Levers) -> Job:
+        """A job as the processes share it; where nothing is split, how many they are does not matter."""
+        if levers.sharding == "full":
+            return replace(job, processes=self.processes)
+        return replace(job, processes=min(self.processes, 2) if job.adapter is None else 1)
 
     def _load(self, room: Room, levers: Levers) -> Phase:
         """The phase in which the base is read; on a device of its own memory it takes none of that."""
@@ -616,16 +676,17 @@ class Planner:
 
     def _preview(self, room: Room, levers: Levers, held: int) -> tuple[bool, Phase]:
         """Whether previews are decoded in tiles, and the phase."""
-        plain = Levers(self.job.precision, levers.base_precision)
+        plain = Levers(self.job.precision, levers.base_precision, sharding=levers.sharding)
+        job = self._shared(self.job, levers)
         if levers.offload:
             plain = replace(plain, gradient_checkpointing=levers.offload, offload=levers.offload)
 
         def phase(tiled: bool) -> Phase:
             def make() -> Phase:
-                traced = trace_preview(self.job, room.target, plain, held=held, tiled=tiled)
+                traced = trace_preview(job, room.target, plain, held=held, tiled=tiled)
                 return phase_of(traced, ("preview forward", "preview decode"), room.target)
 
-            return self._made(["preview", asdict(room.target), asdict(plain), held, tiled], make, self.job)
+            return self._made(["preview", asdict(room.target), asdict(plain), held, tiled], make, job)
 
         if self.memory.vae_tiling is not None:
             return self.memory.vae_tiling, phase(self.memory.vae_tiling)

@@ -22,6 +22,10 @@ DISPATCH_SECONDS = 1.8e-5
 HOST_LINK = 12e9
 """Bytes per second from page-locked host memory: PCIe 3 with 16 lanes, PCIe 4 with 8."""
 
+DEVICE_LINK = 20e9
+"""Bytes per second that a process sends to the next one: PCIe 4 with 16 lanes. NVLink has some ten times as
+much, a network of 100 Gbit/s half."""
+
 
 @dataclass(frozen=True)
 class Speed:

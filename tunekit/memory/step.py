@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from tunekit import optimizers
 from tunekit.memory.job import (
     ADAPTER,
+    BUCKETS,
+    GATHERED,
     GRADIENTS,
     KEPT,
     MASTERS,
@@ -58,7 +60,8 @@ def adapted(job: Job, levers: Levers, device: str = "meta", on_unit: OnUnit | No
     """The denoiser as it is trained: adapter and levers on it; with random weights on a real device."""
     facts = job.sizes.family.facts
     if device == "meta":
-        fitted = arranged(_with_adapter(job, levers), job.adapter, facts, levers, on_unit=on_unit)
+        made = _with_adapter(job, levers)
+        fitted = arranged(made, job.adapter, facts, levers, on_unit=on_unit, processes=job.processes)
     else:
         built = job.sizes.denoiser.build("cpu")
         fitted = fit(built, job.adapter, facts, levers, device=device, on_unit=on_unit)
@@ -113,7 +116,7 @@ def trace_step(
         rows: of each forward of a step; default one forward of the levers' micro-batch, or of one sample.
     """
     levers = levers or Levers(job.precision)
-    tracer = Tracer(target, autocast=job.autocast)
+    tracer = Tracer(target, autocast=job.autocast, casts_each_time=levers.sharding == "full")
     units, on_unit = _unit_watcher(tracer)
     fitted = adapted(job, levers, on_unit=on_unit)
     task = job.task_of(fitted)
@@ -125,6 +128,11 @@ def trace_step(
     with tracer:
         _label(tracer, job, task)
         tracer.label([item for batch in batches.values() for item in batch.tensors()], "inputs")
+        sent = []
+        if job.processes > 1 and not fitted.stands_alone and job.adapter is None:
+            with _disable_current_modes():
+                sent.append(torch.empty(bytes_of(*parameters), dtype=torch.uint8, device="meta"))
+            tracer.label(sent, BUCKETS)
         if job.preview is not None and target.name == "cpu":  # between previews it waits there
             vae = job.sizes.pipeline().vae
             tracer.label((*vae.parameters(), *vae.buffers()), VAE)
@@ -154,7 +162,8 @@ def trace_step(
             if _repeats(job, fitted) and not tracer.alive(start, end):
                 second = partial(_repeat, tracer, start, end, known)
     weights = {name: _frozen_bytes(fitted.module, name) for name in units}
-    return StepTrace(tracer.trace(), tuple(units), weights, _saving(job, target, parameters), tracer.on_host)
+    saving = _saving(job, target, fitted)
+    return StepTrace(tracer.trace(), tuple(units), weights, saving, tracer.on_host)
 
 
 def _repeats(job: Job, fitted: Fitted) -> bool:
@@ -192,6 +201,8 @@ def _watch(tracer: Tracer, fitted: Fitted) -> None:
     tracer.casting(fitted.module)
     if fitted.host:
         fitted.host.watch = lambda copies: tracer.label(copies, VISITORS)
+    if fitted.shards:
+        fitted.shards.watch = lambda tensors: tracer.label(tensors, GATHERED)
     fitted.watch = lambda gradient: tracer.label([gradient], GRADIENTS)
     if fitted.optimizer_in_backward:
         for parameter in fitted.parameters.values():  # before the hook that frees it
@@ -206,8 +217,11 @@ def _label(tracer: Tracer, job: Job, task: Task) -> None:
     denoiser, parameters = fitted.module, list(fitted.parameters.values())
     host = {id(tensor) for tensor in fitted.host.tensors} if fitted.host else set()
     frozen = [p for p in (*denoiser.parameters(), *denoiser.buffers()) if not p.requires_grad]
-    tracer.label([tensor for tensor in frozen if id(tensor) not in host], WEIGHTS)
     learned = [p for p in denoiser.parameters() if p.requires_grad]
+    if fitted.shards:
+        frozen = parted(fitted, tracer, frozen)
+        learned = parameters if fitted.learns_parts else learned
+    tracer.label([tensor for tensor in frozen if id(tensor) not in host], WEIGHTS)
     tracer.label(learned, ADAPTER if job.adapter else TRAINED)
     if fitted.has_masters:
         tracer.label(parameters, MASTERS)
@@ -215,6 +229,17 @@ def _label(tracer: Tracer, job: Job, task: Task) -> None:
         if isinstance(module, nn.Module) and module is not denoiser:
             tracer.label((*module.parameters(), *module.buffers()), TEACHER)
     tracer.label(task.state().values(), KEPT)
+
+
+def parted(fitted: Fitted, tracer: Tracer, frozen: Sequence[Tensor]) -> list[Tensor]:
+    """Of frozen tensors, what is with one process, where a denoiser without data is split."""
+    assert fitted.shards is not None
+    learned = () if fitted.learns_parts else (p for p in fitted.module.parameters() if p.requires_grad)
+    whole = {id(p) for p in learned}
+    split = [p for p in fitted.module.parameters() if p.dim() and id(p) not in whole]
+    tracer.elsewhere(split)
+    known = {id(p) for p in split}
+    return [*fitted.shards.there, *(tensor for tensor in frozen if id(tensor) not in known)]
 
 
 def _updater(job: Job, target: Target, fitted: Fitted, tracer: Tracer) -> Callable[[], None]:
@@ -249,10 +274,17 @@ def _updater(job: Job, target: Target, fitted: Fitted, tracer: Tracer) -> Callab
     return update
 
 
-def _saving(job: Job, target: Target, parameters: list[nn.Parameter]) -> int:
+def _learned_bytes(fitted: Fitted) -> int:
+    """Of all that is trained, wherever it is."""
+    if fitted.shards and fitted.learns_parts:
+        return 4 * sum(shape.numel() for shape in fitted.shards.shapes.values())
+    return bytes_of(*fitted.parameters.values())
+
+
+def _saving(job: Job, target: Target, fitted: Fitted) -> int:
     """Both adapter files are read again, or the rest of the pipeline, beside copies of what was learned."""
-    learned = bytes_of(*parameters)
-    copied = learned if target.name != "cpu" else 0
+    learned = _learned_bytes(fitted)
+    copied = learned if target.name != "cpu" or fitted.learns_parts else 0
     if job.adapter:
         return copied + 2 * learned
     return copied + sum(bytes_of(*part.build().parameters()) for part in job.sizes.networks)

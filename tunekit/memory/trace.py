@@ -45,8 +45,8 @@ aten = torch.ops.aten
 Attention = Callable[..., Tensor]
 
 ACTIVATIONS, WORKSPACE = "activations", "workspace"
-HOST = "host memory"
-"""Category of what does not count."""
+HOST, ELSEWHERE = "host memory", "other processes"
+"""Categories of what does not count."""
 ROOM = -1
 """Number of the storage in events of room that an operator takes and gives back."""
 
@@ -168,11 +168,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         target: whose behaviour is recorded; tensors on the meta device and on the CPU are followed alike.
         autocast: what `torch.autocast` lowers to there, within the modules of `casting`; None leaves types
             alone.
+        casts_each_time: whether autocast keeps no weights that it has lowered.
         place: for `Event.place`; set by whoever knows where the step is.
     """
 
     target: Target
     autocast: torch.dtype | None = None
+    casts_each_time: bool = False
     events: list[Event] = field(default_factory=list)
     categories: dict[int, str] = field(default_factory=dict)
     work: list[Work] = field(default_factory=list)
@@ -211,7 +213,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Names what happens in the block."""
         before, self._phase = self._phase, name
         if self._casts:
-            self._casts.keeps = name.endswith("forward")
+            self._casts.keeps = name.endswith("forward") and not self.casts_each_time
             self._casts.active = name.endswith("backward")  # what is computed again there is cast again
         try:
             yield
@@ -240,6 +242,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Says that tensors are not on the device: their births and deaths are left out."""
         self.label(tensors, HOST)
 
+    def elsewhere(self, tensors: Iterable[Tensor]) -> None:
+        """Says that tensors stand for what is split over processes: they are left out, too."""
+        self.label(tensors, ELSEWHERE)
+
     @property
     def on_host(self) -> int:
         """Bytes of tensors that are not on the device."""
@@ -248,8 +254,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def trace(self) -> Trace:
         """What was recorded so far."""
         events = self.events
-        if HOST in self.categories.values():
-            events = [e for e in events if e.storage == ROOM or self.categories[e.storage] != HOST]
+        away = (HOST, ELSEWHERE)
+        if any(name in away for name in self.categories.values()):
+            events = [e for e in events if e.storage == ROOM or self.categories[e.storage] not in away]
         return Trace(tuple(events), dict(self.categories), tuple(self.work))
 
     def mark(self) -> Mark:

@@ -52,12 +52,17 @@ def validation(
 
     def measure(model: nn.Module) -> dict[str, float]:
         batches = list(dataset.validation(plain.objective, timesteps=LEVELS, micro_batch=micro_batch))
-        mine = batches[accelerator.process_index :: accelerator.num_processes]
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        mine = batches[rank::processes]
+        # Where weights are split, each forward pass is a meeting of all processes.
+        idle = batches[: len(batches[::processes]) - len(mine)] if plain.fitted.shards else []
         total = torch.zeros((), device=accelerator.device)
         with torch.no_grad(), _shown("validation", len(mine), accelerator) as phase:
             for batch in mine:
                 phase.advance()
                 total += plain.loss(model, batch.to(accelerator.device))["loss"].float().sum()
+            for batch in idle:
+                plain.loss(model, batch.to(accelerator.device))
         if accelerator.num_processes > 1:
             total = accelerator.reduce(total, "sum")
         return {"val_loss": float(total) / (len(dataset) * LEVELS)}
@@ -85,6 +90,8 @@ class Previewer:
         meter: measures the phase "preview".
         tiled: decode in tiles (`levers.tile_vae`).
         judges: score the pictures by a CLIP, which is in memory for as long as that takes; None for nobody.
+        writes: whether pictures are decoded and written; else the denoiser alone is asked, because the
+            process that writes needs this one's part of the weights.
     """
 
     family: Family
@@ -96,6 +103,7 @@ class Previewer:
     meter: Meter
     tiled: bool = False
     judges: Judges | None = None
+    writes: bool = True
 
     def files(self, step: int) -> dict[str, Path]:
         """The pictures of a step that was drawn, by prompt."""
@@ -132,40 +140,48 @@ class Previewer:
             whole = self.family.conditioning(encoded, frame, sampling.guidance)
             return {name: value.to(device) for name, value in whole.items()}
 
+        def drawn(index: int, prompt: str) -> Tensor:
+            seeds = [self.config.seed + index]
+            noise = initial_latents(seeds, shape).to(device)
+            negative = None
+            if scale is not None:
+                negative = Guided(told(sampling.negative_prompt or ""), scale, interval)
+            return sample(
+                denoise,
+                pipeline.scheduler,
+                noise,
+                told(prompt),
+                negative,
+                sampling,
+                begin=self.family.begin,
+                seeds=seeds,
+            )
+
         prompts = self.config.prompts
-        drawn: list[Tensor] = []
+        if not self.writes:
+            for index, prompt in enumerate(prompts):
+                drawn(index, prompt)
+            return {}
+        seen: list[Tensor] = []
         with (
             atomic_folder(self.folder / f"step-{step:06d}") as made,
             console().phase("preview", len(prompts)) as phase,
         ):
             pipeline.vae.to(device)
             for index, prompt in enumerate(prompts):
-                seeds = [self.config.seed + index]
                 # Once the optimizer has its state; of the pictures one is enough.
                 with self.meter.phase("preview", again=True) if step and not index else nullcontext():
-                    latents = sample(
-                        denoise,
-                        pipeline.scheduler,
-                        initial_latents(seeds, shape).to(device),
-                        told(prompt),
-                        None
-                        if scale is None
-                        else Guided(told(sampling.negative_prompt or ""), scale, interval),
-                        sampling,
-                        begin=self.family.begin,
-                        seeds=seeds,
-                    )
-                    pixels = self.family.decode(pipeline, latents)
+                    pixels = self.family.decode(pipeline, drawn(index, prompt))
                 picture = to_images(pixels)[0]
                 picture.save(made / preview_name(index, prompt))
                 if self.judges is not None:
-                    drawn.append(pixels.float().cpu())
+                    seen.append(pixels.float().cpu())
                 phase.advance()
             pipeline.vae.to("cpu")
         if self.judges is None:
             return {}
         judges = replace(self.judges)  # what it opens goes with it
-        scores = [judges.scores(one, [prompt])[0] for one, prompt in zip(drawn, prompts, strict=True)]
+        scores = [judges.scores(one, [prompt])[0] for one, prompt in zip(seen, prompts, strict=True)]
         return {"clip": sum(scores) / len(scores)}
 
 

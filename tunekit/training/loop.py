@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from tunekit.errors import (
     from_outside,
     is_out_of_memory,
 )
+from tunekit.memory.levers import Fitted
 from tunekit.memory.measure import Meter
 from tunekit.progress import Progress, console, left, pace
 from tunekit.tasks import Task
@@ -75,6 +76,14 @@ class Batches(Protocol):
 
 MEASURED = 5
 """Steps whose memory is measured on the CPU, where that takes time: not all have pictures of one size."""
+
+
+class Counted(Batches, Protocol):
+    """Batches for weights that are split: each forward pass is a meeting of all processes."""
+
+    def forwards(self, step: int, processes: int) -> int:
+        """Most micro-batches that a process has of a step."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -219,6 +228,8 @@ class _Training:
             raise TypeError(f"not float32: {wrong[:3]}" if wrong else "nothing to train")
         # Sums are made here; accelerate would divide by what a variable of the environment says.
         self.accelerator.gradient_accumulation_steps = 1
+        self.shards = self.fitted.shards
+        self.names = _in_order(self.optimizer, self.parameters) if self.shards else ()
         self.at_once = _judged_at_once(self.accelerator.device)
         self._resume()
         # The small gradients of an adapter are summed over processes here: DDP would look for those of the
@@ -276,9 +287,10 @@ class _Training:
         """Go back to the newest checkpoint, if there is one."""
         saved = load_everywhere(self.checkpoints, self.accelerator) if self.checkpoints else None
         if saved is not None:
-            _restore(saved, self.parameters, self.optimizer, self.accelerator, self.settings.max_steps)
+            _check(saved, self.fitted, self.settings.max_steps)
+            _restore(saved, self.fitted, self.optimizer, self.accelerator, self.names)
             self.fitted.write_back()
-            self.task.restore(saved.task)
+            self.task.restore(self.shards.cut(saved.task) if self.shards else saved.task)
             self.start = saved.step
             self.seconds_before = float(saved.state["seconds"])
             self.figures.update(saved.state["metrics"])
@@ -354,18 +366,25 @@ class _Training:
         accelerator = self.accelerator
         rank, processes = accelerator.process_index, accelerator.num_processes
         micro_batches = self.batches.step(step - 1, rank, processes)
+        forwards = len(micro_batches)
+        if self.shards:
+            forwards = cast(Counted, self.batches).forwards(step - 1, processes)
+        idle = [micro_batches[-1]] * (forwards - len(micro_batches))  # to come to all meetings
         total = torch.zeros((), device=accelerator.device)
         parts: dict[str, Tensor] = {}
         values = []
-        for index, batch in enumerate(micro_batches):
+        for index, batch in enumerate([*micro_batches, *idle]):
             self.fitted.masks.draw(self.hooks.seed, step, batch.ids, accelerator.device)
             torch.manual_seed(stable_seed(self.hooks.seed, step, rank, index, "loss"))
-            last = index == len(micro_batches) - 1
+            last = index == forwards - 1
             self.fitted.summing = not last
-            with nullcontext() if last else accelerator.no_sync(self.model):
+            with nullcontext() if last or self.shards else accelerator.no_sync(self.model):
                 losses = self.task.loss(self.model, batch.to(accelerator.device))
                 rows = losses["loss"].float()
                 share = rows.sum() / self.batches.batch_size
+                if index >= len(micro_batches):
+                    accelerator.backward(share * 0)
+                    continue
                 # DDP averages over the processes, but the mean is over samples.
                 accelerator.backward(share * processes)
             total += share.detach()
@@ -374,9 +393,13 @@ class _Training:
                 if name != "loss":
                     known = parts.get(name, torch.zeros((), device=accelerator.device))
                     parts[name] = known + part.detach().float().sum() / self.batches.batch_size
-        if self.reduces and processes > 1:
+        if self.reduces and processes > 1 and not self.fitted.learns_parts:
             _average([p.grad for p in self.parameters.values() if p.grad is not None], accelerator)
-        norm = accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm or math.inf)
+        most = self.settings.max_grad_norm or math.inf
+        if self.shards and self.shards.learns:
+            norm = self.shards.clip(self.parameters.values(), most)
+        else:
+            norm = accelerator.clip_grad_norm_(self.parameters.values(), most)
         told = torch.full_like(total, float(self.signals.told is not None))
         shared = torch.stack([total, told, *parts.values()])
         if processes > 1:
@@ -442,6 +465,7 @@ class _Training:
         known = newest is not None and self.whole is not None and newest.name == f"step-{self.whole:06d}"
         if (
             self.accelerator.is_main_process
+            and not self.fitted.learns_parts  # the others have parts of it, and may be gone
             and self.whole is not None
             and self.whole > self.start
             and not known
@@ -514,15 +538,15 @@ class _Training:
             self.tracker.write(rows[:-1] if drawing else rows)
         if preview and drawing:
             try:
-                if self.accelerator.is_main_process:
+                if self.accelerator.is_main_process or self.shards:
                     rows = self._seen(step, rows, preview(self.bare, step) or {})
                 self.accelerator.wait_for_everyone()
             finally:
                 if self.tracker:
                     self.tracker.write(rows[-1:])
-        if keep and keeping and self.accelerator.is_main_process:
+        if keep and keeping and (self.accelerator.is_main_process or self.shards):
             with self.fitted.whole():
-                for name in keeping:
+                for name in keeping if self.accelerator.is_main_process else ():
                     keep(name, step, self.figures)
         self.rows = []
         self.module.train()
@@ -558,7 +582,9 @@ class _Training:
     def _save(self, step: int, *, alone: bool = False) -> None:
         """Write a checkpoint on the main process, while the others wait, unless it is left `alone`."""
         began = time.perf_counter()
-        if self.checkpoints and self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        kept = self._kept() if self.checkpoints and (main or self.shards) else None
+        if self.checkpoints and kept and main:
             if self.tracker:
                 self.tracker.sync()
             scaler = self.accelerator.scaler
@@ -571,12 +597,21 @@ class _Training:
                 **({"waiting": self.rows} if self.rows else {}),
             }
             with self.progress.phase("saving a checkpoint"):
-                self.checkpoints.save(
-                    self.parameters, self.optimizer.state_dict(), state, task=self.task.state()
-                )
+                trainable, optimizer, task = kept
+                self.checkpoints.save(trainable, optimizer, state, task=task)
         if not alone:
             self.accelerator.wait_for_everyone()
         self.window += time.perf_counter() - began
+
+    def _kept(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any], Mapping[str, Tensor]]:
+        """What is trained, the optimizer's state and the task's; of parts, the whole on the main process."""
+        trainable: Mapping[str, Tensor] = self.parameters
+        optimizer, task = self.optimizer.state_dict(), self.task.state()
+        if self.shards and self.shards.learns:
+            trainable = self.shards.gathered(trainable)
+            optimizer = self.shards.gathered_state(optimizer, self.names)
+            task = self.shards.gathered(task)
+        return trainable, optimizer, task
 
     def _mean(self) -> float:
         return sum(self.recent) / len(self.recent)
@@ -630,14 +665,15 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _restore(
-    saved: Saved,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    max_steps: int,
-) -> None:
-    """Put a checkpoint back."""
+def _in_order(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> tuple[str, ...]:
+    """Names of what an optimizer updates, as its state numbers them."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return tuple(names[id(p)] for group in optimizer.param_groups for p in group["params"])
+
+
+def _check(saved: Saved, fitted: Fitted, max_steps: int) -> None:
+    """Refuse a checkpoint that is not of this training."""
+    parameters = fitted.parameters
     if saved.step > max_steps:
         raise ResumeError(
             f"the run is already at step {saved.step}, beyond train.max_steps={max_steps}",
@@ -649,22 +685,36 @@ def _restore(
             f"the checkpoint trains other parameters than this run ({len(odd)} differ: {odd[0]} ...)",
             hint="give the run another name (name=...)",
         )
+    shapes = fitted.shards.shapes if fitted.shards else {}
     for name, parameter in parameters.items():
-        if saved.trainable[name].shape != parameter.shape:
-            was, now = (" x ".join(map(str, t.shape)) for t in (saved.trainable[name], parameter))
+        shape = shapes.get(name, parameter.shape)
+        if saved.trainable[name].shape != shape:
+            was, now = (" x ".join(map(str, sizes)) for sizes in (saved.trainable[name].shape, shape))
             raise ResumeError(
                 f"the checkpoint has {was} values of {name}, and this run {now}",
                 hint="give the run another name (name=...)",
             )
+
+
+def _restore(
+    saved: Saved,
+    fitted: Fitted,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    names: Sequence[str],
+) -> None:
+    """Put a checkpoint back; of what is split, this process's part."""
+    shards = fitted.shards
     try:
-        optimizer.load_state_dict(saved.optimizer)
+        optimizer.load_state_dict(shards.cut_state(saved.optimizer, names) if shards else saved.optimizer)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ResumeError(
             f"the optimizer's state in the checkpoint is damaged, or another optimizer's ({error})",
             hint="remove the checkpoint to continue from the one before it",
         ) from error
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved.trainable[name])
+        trainable = shards.cut(saved.trainable) if shards else saved.trainable
+        for name, parameter in fitted.parameters.items():
+            parameter.copy_(trainable[name])
     if accelerator.scaler and saved.state["scaler"]:
         accelerator.scaler.load_state_dict(saved.state["scaler"])

@@ -194,6 +194,7 @@ def open_accelerator(
         ConfigError: there are more processes than samples per step.
     """
     from accelerate import Accelerator
+    from accelerate.utils import AutocastKwargs
 
     device = hardware.probe(memory.device)
     for wrong in (
@@ -205,7 +206,9 @@ def open_accelerator(
     if device.torch_device.startswith("cuda"):
         torch.cuda.set_device(device.index)
     mixed = autocast_of(memory.precision, adapter)
-    accelerator = Accelerator(cpu=device.kind == "cpu", mixed_precision=mixed)
+    # Of weights that are gathered block by block, lowered copies shall not stay until the forward pass ends.
+    handlers = [AutocastKwargs(cache_enabled=False)] if memory.sharding == "full" else []
+    accelerator = Accelerator(cpu=device.kind == "cpu", mixed_precision=mixed, kwargs_handlers=handlers)
     if accelerator.num_processes > 1 and memory.optimizer_in_backward:
         raise ConfigError(
             f"memory.optimizer_in_backward works in one process, and there are {accelerator.num_processes}",
