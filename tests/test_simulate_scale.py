@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tunekit.errors import ConfigError
+from tunekit.memory import sharding
 
 ROOT = Path(__file__).resolve().parents[1]
 EXACT = {
@@ -66,7 +67,6 @@ def test_sharded_weights_are_gathered_twice_and_gradients_scattered_once(scale: 
 
 
 def test_what_is_sent_is_what_sharding_says(scale: Any, costs: Any) -> None:
-    sharding = pytest.importorskip("tunekit.memory.sharding")
     told, every = scale.Assumptions.of(EXACT), replace(costs, micro_batch=4)
     whole = {"processes": 8, "split": 10**9, "forwards": 2}
     for adapter, sent in ((False, {"split_learned": 10**9}), (True, {"whole_learned": 10**9})):

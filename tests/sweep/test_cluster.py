@@ -280,6 +280,9 @@ def test_a_queue_on_a_cluster(here: Path, monkeypatch: pytest.MonkeyPatch, shell
     monkeypatch.setattr(ClusterWorker, "on", lambda nodes, queue, at_once: pretended(queue, "well"))
     refused = shell("queue", "start", "--cluster", "auto", "--devices", "cpu", code=2)
     assert "--devices has no effect with --cluster" in refused and not asked
+    assert "--devices has no effect" in shell(
+        "encode", "curve.yaml", "--cluster", "auto", "--devices", "cpu", code=2
+    )
     said = shell("queue", "start", "--cluster", "auto")
     assert "job 1 begins on well/cpu: a" in said and "job 1 (a): done in" in said
     assert asked[:2] == ["auto", Path("runs")]

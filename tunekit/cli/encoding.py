@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunekit.cli import screen
-from tunekit.cli.options import AsJson, Config, Devices, Overrides, names_of
+from tunekit.cli.options import AsJson, Cluster, Config, Devices, Overrides, names_of, not_both
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 def encode(
     config: Config,
     overrides: Overrides = None,
-    cluster: Annotated[
-        str | None,
-        typer.Option(metavar="auto|HOST:PORT", help="Ray cluster to run on; auto starts one if none runs"),
-    ] = None,
+    cluster: Cluster = None,
     devices: Devices = None,
     processes: Annotated[
         int, typer.Option(min=1, max=64, help="on each device; several keep a fast card busy")
@@ -37,6 +34,7 @@ def encode(
     from tunekit.encoding import training_config
     from tunekit.progress import console
 
+    not_both(cluster, devices)
     err = screen.console(stderr=True)
     loaded = load(config, overrides or ())
     asked = training_config(loaded)
