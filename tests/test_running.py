@@ -85,14 +85,19 @@ def config(tmp_path: Path) -> Path:
 def test_ranks_four_mib_apart_plan_as_one(config: Path, tmp_path: Path) -> None:
     """Each used to plan from its own card, and two cards chose two optimizers: the weights drifted apart."""
     rich, poor = 22 * MIB, 18 * MIB
-    alone = [processes(SETTLE, 1, config, free, cache=tmp_path)[0] for free in (rich, poor)]
     config.write_text(config.read_text().replace("batch_size: 2", "batch_size: 4"))  # so that each has two
-    together = processes(SETTLE, 2, config, 2 * rich, 2 * poor, cache=tmp_path)  # they share a machine
-    blocks = [one[1]["gradient_checkpointing"] for one in (*alone, *together)]
-    print(f"checkpointed blocks alone: {blocks[:2]}; together: {blocks[2:]}")
-    assert alone[0] != alone[1], "the two would have chosen the same anyway"
+
+    def settled(*free: int) -> list[Any]:
+        return processes(
+            SETTLE, 2, config, *(2 * one for one in free), cache=tmp_path
+        )  # they share a machine
+
+    alike, together = [settled(free, free)[0] for free in (rich, poor)], settled(rich, poor)
+    blocks = [one[1]["gradient_checkpointing"] for one in (*alike, *together)]
+    print(f"checkpointed blocks of equals: {blocks[:2]}; together: {blocks[2:]}")
+    assert alike[0][1] != alike[1][1], "the two would have chosen the same anyway"
     assert together[0] == together[1]
-    assert together[0][1] == alone[1][1]
+    assert together[0][1] == alike[1][1]
 
 
 REFUSE = """

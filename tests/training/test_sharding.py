@@ -356,10 +356,12 @@ def test_a_step_takes_what_was_predicted(adapter: AdapterConfig | None, twice: b
     job = Job(families.sizes_of("sd15", "tiny"), adapter, size=(64, 64), processes=2)
     levers = Levers(sharding="full", micro_batch=2, gradient_checkpointing=twice)
     predicted = trace_step(job, CPU, levers, rows=(2,)).trace.peak()
-    real = together(lambda rank: taken(job, levers, rank))[0]
-    print(f"predicted {predicted.size:,}, measured {real:,}: {predicted.size / real - 1:+.2%}")
-    print(predicted.ledger)
-    assert abs(predicted.size / real - 1) < 0.06  # it is not the same each time: gloo has threads
+    real = [together(lambda rank: taken(job, levers, rank))[0] for _ in range(3)]
+    print(f"predicted {predicted.size:,}, measured {', '.join(f'{one:,}' for one in real)}")
+    # gloo's threads give back what they have sent when they come to it: at most one of everything waits for that.
+    unsplit = 2 * predicted.ledger["weights"]
+    assert predicted.size <= 1.01 * min(real)
+    assert max(real) <= predicted.size + unsplit
 
 
 def test_what_is_split_is_split() -> None:

@@ -180,19 +180,26 @@ class Planner:
         return replace(plan, rejected=tuple(search.rejected[-REJECTED:]))
 
     def _best(self, search: _Search, tiers: Sequence[Sequence[Way]]) -> Plan | None:
-        """The first plan that fits, tier by tier; those that take more than `PATIENCE` come last."""
+        """The first plan that fits, tier by tier; those that take more than `PATIENCE` come last.
+
+        Of a tier, weights that stay whole come first.
+        """
         late: list[Plan] = []
         room = search.room
         for ways in tiers:
-            pairs = [
-                _Pair(way, size, 0) for way in ways if self._can_fit(room, way) for size in self._sizes(way)
-            ]
-            if self.memory.offload is True:
-                pairs = []
-            found = self._search(search, pairs)
-            if found is not None:
-                search.rejected += [_rejected(plan, "slower, though exact") for plan in late]
-                return found
+            for split in (False, True):  # what sending costs is assumed: whole weights first
+                pairs = [
+                    _Pair(way, size, 0)
+                    for way in ways
+                    if way.sharded is split and self._can_fit(room, way)
+                    for size in self._sizes(way)
+                ]
+                if self.memory.offload is True:
+                    pairs = []
+                found = self._search(search, pairs)
+                if found is not None:
+                    search.rejected += [_rejected(plan, "slower, though exact") for plan in late]
+                    return found
             if search.tried and _hopeless(search.tried[-1]):
                 break
             pairs = [
