@@ -24,7 +24,7 @@ from tunekit.config import AdapterConfig, MemoryConfig, TrainConfig
 from tunekit.diffusion.batch import Batch
 from tunekit.errors import ConfigError, NonFiniteError
 from tunekit.families import Frame
-from tunekit.memory.job import GRADIENTS, STATE, TRAINED, Job
+from tunekit.memory.job import GRADIENTS, STATE, TRAINED, WEIGHTS, Job
 from tunekit.memory.levers import Fitted, Levers, fit
 from tunekit.memory.measure import Meter
 from tunekit.memory.sharding import local, part_of, rows, split, traffic
@@ -358,8 +358,8 @@ def test_a_step_takes_what_was_predicted(adapter: AdapterConfig | None, twice: b
     predicted = trace_step(job, CPU, levers, rows=(2,)).trace.peak()
     real = [together(lambda rank: taken(job, levers, rank))[0] for _ in range(3)]
     print(f"predicted {predicted.size:,}, measured {', '.join(f'{one:,}' for one in real)}")
-    # gloo's threads give back what they have sent when they come to it: at most one of everything waits for that.
-    unsplit = 2 * predicted.ledger["weights"]
+    # gloo's threads give back what they have sent when they come to it: at most all of it waits for that.
+    unsplit = 2 * sum(predicted.ledger.get(name, 0) for name in (WEIGHTS, TRAINED))
     assert predicted.size <= 1.01 * min(real)
     assert max(real) <= predicted.size + unsplit
 
