@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from tunekit import cli
 from tunekit import worker as workers
 from tunekit.errors import Interrupted
 from tunekit.jobs import Job, Queue
@@ -201,7 +200,7 @@ def test_plans_decide_how_many_run_beside_each_other(
     until(worker, lambda: set(states(queue).values()) == {"done"})
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: Callable[..., str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delitem(sys.modules, "tunekit_recipe_mine", raising=False)
@@ -213,24 +212,16 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
         'if __name__ == "__main__":\n    run_recipe(main, Config)\n'
     )
 
-    def tunekit(*arguments: str, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["tunekit", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        said = capsys.readouterr()
-        assert (left.value.code or 0) == code, said
-        return str(said.out + said.err)
-
-    assert "job 1: runs/mine (in" in tunekit("queue", "add", "mine.yaml", "lr=2")
-    assert 'unknown key; did you mean "lr"?' in tunekit("queue", "add", "mine.yaml", "lrr=2", code=2)
-    assert "job 1 for this run folder is waiting already" in tunekit("queue", "add", "mine.yaml", code=2)
-    assert "waiting" in tunekit("queue", "list")
-    assert "say where" in tunekit("queue", "move", "mine", code=2)
-    assert "say which jobs" in tunekit("queue", "stop", code=2)
-    assert "job 1 (mine): stopped" in tunekit("queue", "stop", "mine")
-    assert "nothing waits" in tunekit("queue", "start", "--devices", "cpu")
-    assert "neither a number" in tunekit("queue", "start", "--at-once", "x", code=2)
-    assert "job 1 (mine): done in" in tunekit("queue", "start", "1", "--devices", "cpu")
-    assert "lr 2.0" in tunekit("queue", "log", "mine")
-    assert json.loads(tunekit("queue", "list", "--json"))["jobs"][0]["state"] == "done"
-    assert "removed: 1" in tunekit("queue", "remove", "--done")
+    assert "job 1: runs/mine (in" in shell("queue", "add", "mine.yaml", "lr=2")
+    assert 'unknown key; did you mean "lr"?' in shell("queue", "add", "mine.yaml", "lrr=2", code=2)
+    assert "job 1 for this run folder is waiting already" in shell("queue", "add", "mine.yaml", code=2)
+    assert "waiting" in shell("queue", "list")
+    assert "say where" in shell("queue", "move", "mine", code=2)
+    assert "say which jobs" in shell("queue", "stop", code=2)
+    assert "job 1 (mine): stopped" in shell("queue", "stop", "mine")
+    assert "nothing waits" in shell("queue", "start", "--devices", "cpu")
+    assert "neither a number" in shell("queue", "start", "--at-once", "x", code=2)
+    assert "job 1 (mine): done in" in shell("queue", "start", "1", "--devices", "cpu")
+    assert "lr 2.0" in shell("queue", "log", "mine")
+    assert json.loads(shell("queue", "list", "--json"))["jobs"][0]["state"] == "done"
+    assert "removed: 1" in shell("queue", "remove", "--done")

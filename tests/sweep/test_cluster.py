@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from tunekit import cli
 from tunekit import cluster as clusters
 from tunekit.cluster import ClusterWorker, Node, Nodes
 from tunekit.errors import DataError, DeviceError, MissingPackageError, OutputError
@@ -204,21 +203,6 @@ def pretended(queue: Queue, *names: str, group: str | None = None) -> Pretended:
     worker = Pretended(queue, [f"{name}/cpu" for name in names], 1, group, nodes=nodes)
     worker.command, worker.say = command, lambda line: None
     return worker
-
-
-@pytest.fixture
-def shell(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., str]:
-    """`shell("queue", "list")` is what the command says."""
-
-    def run(*arguments: str, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["tunekit", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        said = capsys.readouterr()
-        assert (left.value.code or 0) == code, said
-        return str(said.out + said.err)
-
-    return run
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -318,8 +318,25 @@ def _size_of(cell: Any) -> int:
 # datasets ---------------------------------------------------------------------------------------------------
 
 
+class _OfSplit:
+    """What data sets that `datasets` opens have in common: a split, and columns that may be named."""
+
+    split: str
+    columns: Columns
+    needs_caption: bool
+    repeats = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_table"}
+
+    @property
+    def settings(self) -> Sequence[str | None]:
+        """See `index.Source`."""
+        return self.split, *self.columns, str(self.needs_caption)
+
+
 @dataclass(frozen=True)
-class Hub:
+class Hub(_OfSplit):
     """A data set of the hub that `datasets` has fetched to this machine.
 
     Attributes:
@@ -330,16 +347,6 @@ class Hub:
     split: str = "train"
     columns: Columns = (None, None)
     needs_caption: bool = True
-
-    repeats = True
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_table"}
-
-    @property
-    def settings(self) -> Sequence[str | None]:
-        """See `index.Source`."""
-        return self.split, *self.columns, str(self.needs_caption)
 
     @cached_property
     def _table(self) -> _Table:
@@ -401,7 +408,7 @@ class _Cursors:
 
 
 @dataclass(frozen=True)
-class HubStream:
+class HubStream(_OfSplit):
     """What `datasets` streams: a data set of the hub, or files here in any form that it knows.
 
     Rows come in order and are not kept on this disk. A picture that is asked for again, behind others, is
@@ -417,16 +424,6 @@ class HubStream:
     columns: Columns = (None, None)
     needs_caption: bool = True
     _cursors: _Cursors = field(default_factory=_Cursors, compare=False, repr=False)
-
-    repeats = True
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_table"}
-
-    @property
-    def settings(self) -> Sequence[str | None]:
-        """See `index.Source`."""
-        return self.split, *self.columns, str(self.needs_caption)
 
     @cached_property
     def _table(self) -> _Table:
